@@ -1,0 +1,171 @@
+"""The `cifake-ray` command: one function per verb.
+
+Floor: doors. Parses, calls one stage, prints. Stages are imported inside their command, so that
+`--help` needs neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from cifake_ray.config import (
+    Config,
+    ConvertConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    SampleConfig,
+    ScoreConfig,
+    TrainConfig,
+)
+from cifake_ray.console import run_command
+from cifake_ray.errors import ExitCode
+from cifake_ray.options import DebugOption, JsonOption, make_command
+
+STARTED_S = time.time()
+
+app = typer.Typer(
+    help="Tells AI-generated images from real ones, in bulk, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _add_verb(name: str, config_class: type[Config]) -> None:
+    def run(make_config: Any, *, json_output: bool, debug: bool) -> None:
+        def body() -> tuple[Any, int]:
+            config = make_config()
+            from cifake_ray import pipeline
+
+            if isinstance(config, PipelineConfig):
+                return pipeline.run_pipeline(config, {"epochs": config.epochs})
+            return pipeline.run_verb(config, STARTED_S)
+
+        run_command(body, json_output=json_output, debug=debug)
+
+    doc = (config_class.__doc__ or "").partition(": ")[2]
+    app.command(name=name, help=doc[:1].upper() + doc[1:])(make_command(config_class, run))
+
+
+VERBS: dict[str, type[Config]] = {
+    "sample": SampleConfig,
+    "convert": ConvertConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
+    "pipeline": PipelineConfig,
+}
+for _name, _config_class in VERBS.items():
+    _add_verb(_name, _config_class)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for everything the demo makes")] = "demo",
+    images: Annotated[int, typer.Option(help="Images in the sample")] = 3000,
+    seed: Annotated[int, typer.Option(help="Same seed, same result")] = 0,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """All of it on a small sample: convert, train, evaluate, score and a report."""
+    from cifake_ray.pipeline import run_demo
+
+    run_command(
+        lambda: run_demo(out, images=images, seed=seed), json_output=json_output, debug=debug
+    )
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(help="Output of convert, score or evaluate")],
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare every result file with what was committed."""
+
+    def body() -> tuple[Any, int]:
+        from cifake_ray.storage.files import resolve_path
+        from cifake_ray.storage.runs import find_damage
+
+        damage = find_damage(resolve_path(out))
+        result = {"command": "verify", "out": out, "damaged": {d.name: d.reason for d in damage}}
+        return result, ExitCode.STORAGE if damage else ExitCode.OK
+
+    run_command(body, json_output=json_output, debug=debug)
+
+
+@app.command()
+def repair(
+    out: Annotated[str, typer.Argument(help="Output of convert, score or evaluate")],
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make the shards again that `verify` finds damaged, and only those."""
+    from cifake_ray.pipeline import repair_run
+
+    run_command(lambda: repair_run(out, STARTED_S), json_output=json_output, debug=debug)
+
+
+@app.command()
+def export(
+    scores: Annotated[str, typer.Argument(help="Output of score or evaluate")],
+    file: Annotated[str, typer.Argument(help="CSV file to write")],
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write scores as one CSV file that is safe to open in a spreadsheet."""
+
+    def body() -> tuple[Any, int]:
+        from cifake_ray.storage.export import export_scores
+
+        return {"command": "export", "out": file, "rows": export_scores(scores, file)}, ExitCode.OK
+
+    run_command(body, json_output=json_output, debug=debug)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Only names that match this glob")] = "*",
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The architectures that `--model` takes: our own, then timm's."""
+
+    def body() -> tuple[Any, int]:
+        from cifake_ray.core.models import list_architectures
+
+        return list_architectures(pattern), ExitCode.OK
+
+    run_command(body, json_output=json_output, debug=debug)
+
+
+@app.command()
+def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
+    """Check this machine: versions, cores, GPUs, memory, disk, Ray and the detector in the box."""
+
+    def body() -> tuple[Any, int]:
+        from cifake_ray.stages.doctor import examine_machine
+
+        return examine_machine()
+
+    run_command(body, json_output=json_output, debug=debug)
+
+
+@app.command()
+def version(json_output: JsonOption = False, debug: DebugOption = False) -> None:
+    """Versions of this program and of what it stands on."""
+
+    def body() -> tuple[Any, int]:
+        from importlib.metadata import version as find_version
+
+        names = ("cifake-ray", "ray", "torch", "torchvision", "timm", "pyarrow")
+        return {name: find_version(name) for name in names}, ExitCode.OK
+
+    run_command(body, json_output=json_output, debug=debug)
+
+
+def main() -> None:
+    """Entry point of the `cifake-ray` command."""
+    app(prog_name="cifake-ray")

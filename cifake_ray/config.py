@@ -1,0 +1,262 @@
+"""Every knob of every verb on one page.
+
+Floor: core. One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` variables and
+`--config` files are all made from these fields, so a default stands in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, NamedTuple
+
+Fit = Literal["resize", "crop"]
+SourceKind = Literal["auto", "folder", "list", "shards"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
+MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Doc(NamedTuple):
+    """Help line of a field; `positional` makes it an argument, `effect=False` keeps it out of the
+    fingerprint because it changes how fast a run is, never a row of its result."""
+
+    help: str
+    positional: bool = False
+    effect: bool = True
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where a command runs."""
+
+    address: Annotated[
+        str | None,
+        Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", effect=False),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(ClusterConfig):
+    """What convert, score and evaluate have in common: they run on the batch spine."""
+
+    num_workers: Annotated[
+        int | None, Doc("Worker processes (default: one per CPU, or one per GPU)", effect=False)
+    ] = None
+    shard_size: Annotated[
+        int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
+    ] = None
+    max_error_rate: Annotated[
+        float, Doc("Exit 3 when more than this share of the images failed, 0 to 1", effect=False)
+    ] = 0.01
+    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        _check(
+            self.num_workers is None or self.num_workers >= 1,
+            f"--num-workers is {self.num_workers}; give 1 or more, or leave it out",
+        )
+        _check(
+            self.shard_size is None or self.shard_size >= 1,
+            f"--shard-size is {self.shard_size}; give 1 or more, or leave it out",
+        )
+        _check(
+            0 <= self.max_error_rate <= 1,
+            f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(BatchConfig):
+    """How images are found and labelled."""
+
+    src: Annotated[str, Doc("Folder, list file (.csv .txt .parquet) or shards", positional=True)]
+    out: Annotated[str, Doc("Output folder", positional=True, effect=False)]
+    source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
+    include: Annotated[
+        tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'")
+    ] = ()
+    exclude: Annotated[tuple[str, ...], Doc("No keys that match one of these globs")] = ()
+    real_name: Annotated[
+        tuple[str, ...], Doc("Folder names that mean REAL, in any case, beside real and 0_real")
+    ] = ()
+    fake_name: Annotated[
+        tuple[str, ...], Doc("Folder names that mean FAKE, in any case, beside fake and 1_fake")
+    ] = ()
+    path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
+    label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
+    source_column: Annotated[str, Doc("Column of a list that names generator or camera set")] = (
+        "source"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """sample: a small labelled image folder that needs no download."""
+
+    out: Annotated[str, Doc("Folder to write", positional=True)]
+    images: Annotated[int, Doc("Images in all; 80% train, 10% val, 10% test")] = 3000
+    seed: Annotated[int, Doc("Same seed, same bytes")] = 0
+    mixed: Annotated[bool, Doc("Mixed sizes and formats instead of 32x32 JPEG")] = False
+
+    def __post_init__(self) -> None:
+        _check(self.images >= 20, f"--images is {self.images}; give 20 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(SourceConfig):
+    """convert: images -> Parquet shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(SourceConfig):
+    """score: images -> scores."""
+
+    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
+    target_fpr: Annotated[
+        float | None, Doc("False-positive rate whose stored threshold is used: 0.01 or 0.001")
+    ] = None
+    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; give 1 or more")
+        _check(
+            self.target_fpr in (None, 0.01, 0.001),
+            f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BatchConfig):
+    """evaluate: labelled shards and a bundle -> predictions, metrics and a report."""
+
+    shards: Annotated[str, Doc("Output of convert", positional=True)]
+    out: Annotated[str, Doc("Folder for the report", effect=False)]
+    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
+    split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
+    num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
+    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; give 1 or more")
+        _check(
+            self.num_bootstrap >= 10, f"--num-bootstrap is {self.num_bootstrap}; give 10 or more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ClusterConfig):
+    """train: shards -> RUN/bundle, the best epoch by validation."""
+
+    shards: Annotated[str, Doc("Output of convert", positional=True)]
+    run: Annotated[
+        str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
+    ]
+    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    epochs: Annotated[int, Doc("Passes over the training images")] = 10
+    batch_size: Annotated[int, Doc("Images per optimiser step, all workers together")] = 128
+    lr: Annotated[float, Doc("Peak learning rate of the one-cycle schedule")] = 0.003
+    weight_decay: Annotated[float, Doc("AdamW weight decay, on weights with 2 axes or more")] = 0.01
+    warmup: Annotated[float, Doc("Share of the steps in which the rate rises, 0 to 1")] = 0.2
+    label_smoothing: Annotated[float, Doc("0 to 1")] = 0.0
+    flip: Annotated[bool, Doc("Mirror half of the images, drawn anew each epoch")] = True
+    seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
+    image_size: Annotated[
+        int | None, Doc("Side of the input in pixels (default: the architecture's own)")
+    ] = None
+    fit: Annotated[Fit, Doc("How other sizes are brought to it")] = "resize"
+    val_fraction: Annotated[float, Doc("Share of the train split kept for validation")] = 0.1
+    val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
+    num_workers: Annotated[
+        int | None,
+        Doc("Data-parallel workers; 0 trains in this process (default: the GPUs, else 1)"),
+    ] = None
+    cpus_per_worker: Annotated[
+        int | None, Doc("CPU threads of each worker (default: shared out evenly)", effect=False)
+    ] = None
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    precision: Annotated[Precision, Doc("auto: bf16 or fp16 on GPU, float32 on CPU")] = "auto"
+    max_failures: Annotated[int, Doc("Worker failures survived before giving up", effect=False)] = 3
+    cache_dir: Annotated[
+        str | None,
+        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
+    ] = None
+    cache_gb: Annotated[
+        float, Doc("Decode into memory-mapped files up to this size; stream above", effect=False)
+    ] = 8.0
+    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            _check(value >= 1, f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        _check(self.lr > 0, f"--lr is {self.lr}; give a number above 0")
+        for name in ("weight_decay", "cache_gb", "max_failures"):
+            value = getattr(self, name)
+            _check(value >= 0, f"--{name.replace('_', '-')} is {value}; give 0 or more")
+        for name in ("warmup", "label_smoothing"):
+            value = getattr(self, name)
+            _check(
+                0 <= value < 1, f"--{name.replace('_', '-')} is {value}; give 0 or more, below 1"
+            )
+        _check(
+            0 < self.val_fraction < 1,
+            f"--val-fraction is {self.val_fraction}; give a share between 0 and 1",
+        )
+        _check(
+            self.num_workers is None or 0 <= self.num_workers <= self.batch_size,
+            f"--num-workers is {self.num_workers} with --batch-size {self.batch_size}; every"
+            " worker needs at least one image of each batch",
+        )
+        _check(
+            self.cpus_per_worker is None or self.cpus_per_worker >= 1,
+            f"--cpus-per-worker is {self.cpus_per_worker}; give 1 or more, or leave it out",
+        )
+        _check(
+            self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
+            f"--image-size is {self.image_size}; give 8 to {MAX_IMAGE_SIZE}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(ClusterConfig):
+    """pipeline: convert, train, evaluate and score below one root folder."""
+
+    src: Annotated[str, Doc("Folder of labelled images", positional=True)]
+    root: Annotated[str, Doc("Folder for everything", positional=True)]
+    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    epochs: Annotated[int, Doc("Passes over the training images")] = 10
+    seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
+    num_workers: Annotated[
+        int | None, Doc("Data-parallel training workers (default: the GPUs, else 1)")
+    ] = None
+
+
+Config = SampleConfig | ConvertConfig | ScoreConfig | EvaluateConfig | TrainConfig | PipelineConfig
+
+
+def doc_of(config_class: type[Config], name: str) -> Doc:
+    """The `Doc` of a field."""
+    from typing import get_type_hints
+
+    doc: Doc = get_type_hints(config_class, include_extras=True)[name].__metadata__[0]
+    return doc
+
+
+def effective_settings(config: Config) -> dict[str, Any]:
+    """The fields that change a row of the result: what a run's fingerprint covers."""
+    values = asdict(config)
+    return {
+        f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
+        for f in fields(config)
+        if doc_of(type(config), f.name).effect
+    }

@@ -1,0 +1,143 @@
+"""What the doors print, and how every command ends.
+
+Floor: doors. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from cifake_ray.errors import CifakeError, ExitCode
+
+if TYPE_CHECKING:
+    from cifake_ray.stages.batch import Progress
+
+PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
+TERMINAL_INTERVAL_S = 0.2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, ended as cleanly as Ctrl-C."""
+
+
+def clean_text(text: str) -> str:
+    """Text without control characters, so that a file name cannot drive the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug: bool) -> None:
+    """Run a command's body, print what it gives, and leave with its exit code."""
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+    error = ""
+    result: Any = None
+    try:
+        result, code = body()
+    except CifakeError as failure:
+        error, code = str(failure), failure.exit_code
+        _show_traceback(debug)
+    except ValueError as failure:
+        error, code = str(failure), ExitCode.USAGE
+        _show_traceback(debug)
+    except KeyboardInterrupt as failure:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
+        terminated = isinstance(failure, Terminated)
+        code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
+        error = "interrupted; run the same command again to go on from there"
+    if json_output:
+        record = {"error": error} if error else _to_record(result)
+        print(json.dumps({**record, "exit_code": int(code)}, ensure_ascii=False))
+    if error:
+        print(f"cifake-ray: {clean_text(error)}", file=sys.stderr)
+    elif not json_output:
+        print(format_record(_to_record(result)))
+    sys.stdout.flush()
+    sys.exit(int(code))
+
+
+def _show_traceback(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+
+
+def _to_record(result: Any) -> dict[str, Any]:
+    if is_dataclass(result) and not isinstance(result, type):
+        return asdict(result)
+    return dict(result)
+
+
+def format_record(record: dict[str, Any]) -> str:
+    """`name  value` lines for people."""
+    width = max(len(name) for name in record)
+    return "\n".join(
+        f"{name.ljust(width)}  {clean_text(_format_value(value))}" for name, value in record.items()
+    )
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_format_value(v)}" for name, v in value.items()) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:,.4f}".rstrip("0").rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def say(message: str) -> None:
+    """A line for the person who waits."""
+    print(clean_text(message), file=sys.stderr, flush=True)
+
+
+@dataclass
+class ProgressLine:
+    """Progress with rate and time left: one moving line on a terminal, else a line now and then."""
+
+    verb: str
+    shown_s: float = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        is_terminal = sys.stderr.isatty()
+        is_last = progress.done + progress.failed == progress.listed
+        interval_s = TERMINAL_INTERVAL_S if is_terminal else PLAIN_INTERVAL_S
+        if time.monotonic() - self.shown_s < interval_s and not is_last:
+            return
+        self.shown_s = time.monotonic()
+        eta = "" if progress.eta_s is None else f", {format_time(progress.eta_s)} left"
+        done = progress.done + progress.failed
+        text = (
+            f"{self.verb}: {done:,} of {progress.listed:,} images ({done / progress.listed:.0%}),"
+            f" {progress.failed:,} failed, {progress.images_per_s:,.0f} images/s{eta}"
+        )
+        if is_terminal:
+            print(f"\r\x1b[K{text}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+        else:
+            say(text)
+
+
+def format_time(seconds: float) -> str:
+    """`3:07` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_epoch(row: dict[str, Any], epochs: int) -> None:
+    """A finished epoch of training."""
+    left = (epochs - row["epoch"]) * (row["train_s"] + row["val_s"])
+    say(
+        f"train: epoch {row['epoch']} of {epochs}, loss {row['train_loss']:.4f}, validation loss"
+        f" {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%},"
+        f" {row['images_per_s']:,.0f} images/s, {format_time(left)} left"
+    )

@@ -1,0 +1,68 @@
+"""What a path says about an image: label, split and source.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from cifake_ray.core.schema import FAKE, REAL
+
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+
+
+class PathFacts(NamedTuple):
+    label: int | None
+    split: str | None
+    source: str | None
+
+
+def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:
+    """Lower-case folder name -> label. ValueError when one name means both."""
+    names = {"real": REAL, "0_real": REAL, "fake": FAKE, "1_fake": FAKE}
+    for label, extra in ((REAL, real), (FAKE, fake)):
+        for name in extra:
+            if names.setdefault(name.lower(), label) != label:
+                raise ValueError(f"the folder name {name!r} cannot mean both REAL and FAKE")
+    return names
+
+
+def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathFacts:
+    """What the folders above an image say, outermost first.
+
+    The label is the first folder that is a class name; the folder before it is the split if it is
+    train, val, valid, validation or test; the folder after it is the source.
+    """
+    for index, folder in enumerate(folders):
+        label = class_names.get(folder.lower())
+        if label is not None:
+            split = SPLIT_NAMES.get(folders[index - 1].lower()) if index else None
+            source = folders[index + 1] if index + 1 < len(folders) else None
+            return PathFacts(label, split, source)
+    return PathFacts(None, None, None)
+
+
+def parse_label(value: object) -> int | None:
+    """REAL, FAKE, 0 or 1 in any case or type; empty means unknown. ValueError otherwise."""
+    if value is None:
+        return None
+    text = str(value).strip().lower()
+    labels = {"": None, "nan": None, "real": REAL, "fake": FAKE}
+    labels |= {"0": REAL, "1": FAKE, "0.0": REAL, "1.0": FAKE, "false": REAL, "true": FAKE}
+    if text not in labels:
+        raise ValueError(f"label {value!r} is none of REAL, FAKE, 0, 1")
+    return labels[text]
+
+
+def parse_split(value: object) -> str | None:
+    """The split's short name; a name of your own is kept; empty means none."""
+    text = "" if value is None else str(value).strip()
+    return SPLIT_NAMES.get(text.lower(), text) or None

@@ -1,0 +1,265 @@
+"""Training: plain PyTorch over batches that somebody else draws.
+
+Floor: core. Ray Train's workers, `--num-workers 0` and unit tests all run this loop. What is
+distributed about it goes through `torch.distributed`, and only if that has been initialised: then
+each rank sees its share of every global batch, and gradients, losses and logits are those of the
+whole batch whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.models import Detector, to_logit
+from cifake_ray.core.schema import FAKE
+from cifake_ray.errors import CifakeError
+
+EVAL_BATCH_SIZE = 512
+
+
+class Images(Protocol):
+    """Decoded, labelled images by number."""
+
+    labels: np.ndarray  # int64[N], REAL or FAKE
+
+    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
+        """int64[N]: a fresh permutation, in which reading is cheap."""
+        ...
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """uint8[len(indices), S, S, 3]."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Where training stands; a checkpoint is this and the weights."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimiser steps taken
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_accuracy: float = -1.0
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    best_logit: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In what precision, and where, the loop computes."""
+
+    device: str
+    dtype: torch.dtype  # float32 means no autocast
+
+    @property
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device, self.dtype)
+
+
+def choose_numerics(device: str, precision: str) -> Numerics:
+    """`auto` is float32 on CPU, on GPU bf16 where the device computes it, else fp16."""
+    if precision == "auto":
+        if device == "cpu":
+            precision = "float32"
+        else:
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if device == "cpu" and precision == "fp16":
+        raise ValueError("--precision fp16 needs a GPU; use float32 or bf16")
+    return Numerics(device, dtypes[precision])
+
+
+def count_steps(num_images: int, batch_size: int) -> int:
+    """Optimiser steps in an epoch: whole batches only, unless there is not one."""
+    return max(1, num_images // batch_size)
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; decay on weights with two axes or more, as timm does, so not on biases and norms."""
+    decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One cycle (Smith 2018): up to `lr` during the warm-up share, down to almost 0 by the end."""
+    num_steps = max(num_steps, 3)  # the scheduler divides by the length of each of its two phases
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.lr,
+        total_steps=num_steps,
+        pct_start=max(config.warmup, 2 / num_steps),
+        cycle_momentum=False,
+    )
+
+
+class Trainer:
+    """One rank's share of a training run."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        wrapped: nn.Module,
+        config: TrainConfig,
+        train: Images,
+        val: Images,
+        numerics: Numerics,
+    ) -> None:
+        """`wrapped` is the detector itself, or the detector in DistributedDataParallel."""
+        is_distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if is_distributed else 0
+        self.num_ranks = dist.get_world_size() if is_distributed else 1
+        self.detector, self.wrapped, self.config = detector, wrapped, config
+        self.train_images, self.val_images, self.numerics = train, val, numerics
+        self.batch_size = min(config.batch_size, len(train.labels))
+        self.steps_per_epoch = count_steps(len(train.labels), self.batch_size)
+        self.optimizer = make_optimizer(detector.network, config)
+        self.schedule = make_schedule(self.optimizer, config, self.steps_per_epoch * config.epochs)
+        self.scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.dtype is torch.float16)
+        self.state = TrainState()
+
+    def fit(self, save: Callable[[], None]) -> None:
+        """Train the epochs that are left; `save` is called after each, on every rank.
+
+        CifakeError when the loss is no longer finite.
+        """
+        while self.state.epoch < self.config.epochs:
+            started_s = time.perf_counter()
+            train_loss = self._train_epoch()
+            trained_s = time.perf_counter()
+            logit = self.predict(self.val_images)
+            row = self._measure(logit, train_loss)
+            row["train_s"] = round(trained_s - started_s, 3)
+            row["val_s"] = round(time.perf_counter() - trained_s, 3)
+            num_images = self.steps_per_epoch * self.batch_size
+            row["images_per_s"] = round(num_images / row["train_s"], 1)
+            self.state.epoch += 1
+            self.state.history.append(row)
+            if row["val_accuracy"] > self.state.best_accuracy:
+                self.state.best_accuracy = row["val_accuracy"]
+                self.state.best_logit = logit
+                self.state.best_weights = {
+                    name: t.detach().cpu().clone()
+                    for name, t in self.detector.network.state_dict().items()
+                }
+            save()
+
+    def _train_epoch(self) -> float:
+        """One pass over the training images: the mean loss over all ranks."""
+        self.wrapped.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
+        for images, labels, batch_size in self._draw_batches():
+            with self.numerics.autocast:
+                outputs = self.wrapped(images)
+            losses = nn.functional.cross_entropy(
+                outputs, labels, reduction="sum", label_smoothing=self.config.label_smoothing
+            )
+            # DDP divides the sum of the ranks' gradients by their number; this makes it the
+            # gradient of the mean over the whole batch, however it was dealt.
+            loss = losses * (self.num_ranks / batch_size)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.schedule.step()
+            self.state.step += 1
+            total += losses.detach()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        mean = float(total) / (self.steps_per_epoch * self.batch_size)
+        if not np.isfinite(mean):
+            raise CifakeError(
+                f"the training loss became {mean} in epoch {self.state.epoch + 1}; lower --lr"
+            )
+        return mean
+
+    def _draw_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """This rank's share of each global batch: images, labels, size of the global batch."""
+        rng = np.random.default_rng((self.config.seed, self.state.epoch))
+        order = self.train_images.order_epoch(rng)
+        flips = rng.random(len(order)) < (0.5 if self.config.flip else 0.0)
+        for step in range(self.steps_per_epoch):
+            start = step * self.batch_size
+            share = slice(start + self.rank, start + self.batch_size, self.num_ranks)
+            indices = order[share]
+            images = self._to_device(torch.from_numpy(self.train_images.read(indices)))
+            labels = self._to_device(torch.from_numpy(self.train_images.labels[indices]))
+            if self.config.flip:
+                mirrored = self._to_device(torch.from_numpy(flips[share]))
+                images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+            yield images, labels, self.batch_size
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.numerics.device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.numerics.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def predict(self, images: Images) -> torch.Tensor:
+        """float32[N] on the CPU, the same on every rank: each computes its share, once."""
+        self.detector.eval()
+        if self.num_ranks > 1:  # batch-norm statistics are each rank's own until its next step
+            for buffer in self.detector.network.buffers():
+                dist.broadcast(buffer, 0)
+        logit = torch.zeros(len(images.labels), device=self.numerics.device)
+        for start in range(0, len(logit), EVAL_BATCH_SIZE * self.num_ranks):
+            stop = min(start + EVAL_BATCH_SIZE * self.num_ranks, len(logit))
+            indices = np.arange(start + self.rank, stop, self.num_ranks)
+            if len(indices):
+                batch = self._to_device(torch.from_numpy(images.read(indices)))
+                with self.numerics.autocast:
+                    outputs = self.detector(batch)
+                logit[start + self.rank : stop : self.num_ranks] = to_logit(outputs)
+        if self.num_ranks > 1:
+            dist.all_reduce(logit)  # every image is non-zero on one rank only
+        return logit.cpu()
+
+    def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
+        """A row of the history."""
+        is_fake = torch.from_numpy(self.val_images.labels == FAKE)
+        loss = nn.functional.binary_cross_entropy_with_logits(logit, is_fake.float())
+        return {
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step,
+            "train_loss": round(train_loss, 6),
+            "val_loss": round(float(loss), 6),
+            "val_accuracy": round(float(((logit >= 0) == is_fake).double().mean()), 6),
+            "lr": self.schedule.get_last_lr()[0],
+        }
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Everything `resume` needs: tensors and plain values only."""
+        return {
+            "network": self.detector.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "state": dict(self.state.__dict__),
+            "rng": torch.get_rng_state(),
+        }
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where `to_checkpoint` was called."""
+        self.detector.network.load_state_dict(checkpoint["network"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.state = TrainState(**checkpoint["state"])
+        torch.set_rng_state(checkpoint["rng"])

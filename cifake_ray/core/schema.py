@@ -1,0 +1,103 @@
+"""The words of the data: labels, error classes and the columns of every table on disk.
+
+Floor: core. Read this first; every other file speaks in these names.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+REAL, FAKE = 0, 1  # FAKE is the positive class everywhere
+LABEL_NAMES = ("REAL", "FAKE")
+SPLITS = ("train", "val", "test")
+
+IMAGE_ERRORS = (
+    "not_found",  # listed, gone when read
+    "changed",  # listed with another size, time or etag
+    "denied",  # the store refused this key
+    "io_throttled",  # the store asked us to slow down until we gave up
+    "io_network",  # the connection failed until we gave up
+    "too_large",  # more bytes than MAX_IMAGE_BYTES
+    "too_many_pixels",  # more pixels than MAX_IMAGE_PIXELS
+    "empty",  # zero bytes
+    "not_an_image",  # no decoder knows the bytes
+    "format_not_allowed",  # an image, but not in a format we decode
+    "truncated",  # the image data ends early
+    "decode_failed",  # whatever else a decoder raised; its name stands in error_detail
+    "bad_key",  # the name is not valid UTF-8
+    "worker_crash",  # the decoder killed its process each time
+    "nan_score",  # the detector gave no finite logit
+)
+RETRYABLE_ERRORS = frozenset({"not_found", "changed", "denied", "io_throttled", "io_network"})
+
+# What is known of a key before its bytes are read. A row of the manifest adds where to find it.
+LABEL_FIELDS = [
+    pa.field("label", pa.int64()),  # REAL or FAKE; int64 because datasets.ClassLabel needs it
+    pa.field("split", pa.string()),
+    pa.field("source", pa.string()),  # generator or camera set
+]
+ERROR_FIELDS = [pa.field("error", pa.string()), pa.field("error_detail", pa.string())]
+
+# The facts of an image that its header tells.
+FACT_FIELDS = [
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("format", pa.string()),
+    pa.field("mode", pa.string()),
+    pa.field("jpeg_quality", pa.int16()),
+    pa.field("num_frames", pa.int32()),
+]
+
+SHARD_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    *LABEL_FIELDS,
+    *FACT_FIELDS,
+    pa.field("sha256", pa.binary(32)),
+    *ERROR_FIELDS,
+]
+
+SCORE_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("logit", pa.float32()),
+    pa.field("p_fake", pa.float32()),
+    pa.field("is_fake", pa.bool_()),
+    *ERROR_FIELDS,
+    *FACT_FIELDS[:3],
+    *LABEL_FIELDS,
+]
+
+MANIFEST_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("location", pa.string()),  # a path below the source root, or absolute
+    pa.field("row", pa.int64()),  # row inside `location` when that is a Parquet file
+    pa.field("size_bytes", pa.int64()),
+    pa.field("mtime_ns", pa.int64()),
+    *LABEL_FIELDS,
+    pa.field("error", pa.string()),  # known bad from the listing alone: bad_key
+]
+
+
+def shard_name(shard: int) -> str:
+    """`part-00042.parquet` for shard 42: the only files that are called `part-*`."""
+    return f"part-{shard:05d}.parquet"
+
+
+def datasets_metadata(schema: pa.Schema) -> dict[bytes, bytes]:
+    """Footer entry that makes Hugging Face `datasets` show images and class names.
+
+    Source: `datasets.Features._from_yaml_list` / `Features.arrow_schema`, key `huggingface`.
+    """
+    named: dict[str, dict[str, object]] = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(LABEL_NAMES), "_type": "ClassLabel"},
+    }
+    features: dict[str, dict[str, object]] = {}
+    for field in schema:
+        dtype = "binary" if pa.types.is_fixed_size_binary(field.type) else str(field.type)
+        features[field.name] = named.get(field.name, {"dtype": dtype, "_type": "Value"})
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}

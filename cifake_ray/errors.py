@@ -1,0 +1,77 @@
+"""Every error a person can meet, and the exit code each one ends the command with.
+
+ValueError                  a wrong request: usage, exit 2
+CifakeError                 a wrong world, exit 1
+├── StorageError            cannot read or write where told to, exit 4
+├── RunMismatch             the output belongs to another run, exit 2
+├── BundleError             a bundle that is missing, incomplete or altered, exit 4
+├── NothingToDo             the source holds no file, exit 5
+└── ResourceError           the cluster cannot place the plan, exit 6
+ImageError                  a wrong image: becomes a row, never ends a run
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command tells the shell; the same numbers for every verb."""
+
+    OK = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    TOO_MANY_ERRORS = 3
+    STORAGE = 4
+    EMPTY_SOURCE = 5
+    RESOURCES = 6
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class CifakeError(Exception):
+    """One line that names the thing and the remedy. Raised where the world is not as asked."""
+
+    exit_code = ExitCode.UNEXPECTED
+
+
+class StorageError(CifakeError):
+    """A path or bucket cannot be read or written, or holds what we did not write."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class RunMismatch(CifakeError):
+    """The output folder belongs to a run with another fingerprint."""
+
+    exit_code = ExitCode.USAGE
+
+
+class BundleError(CifakeError):
+    """A bundle is missing, incomplete or altered."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class NothingToDo(CifakeError):
+    """The source holds no file to work on."""
+
+    exit_code = ExitCode.EMPTY_SOURCE
+
+
+class ResourceError(CifakeError):
+    """The plan needs more CPUs, GPUs or nodes than the cluster has."""
+
+    exit_code = ExitCode.RESOURCES
+
+
+class ImageError(Exception):
+    """One image cannot be used. `error` is one of `core.schema.IMAGE_ERRORS`."""
+
+    def __init__(self, error: str, detail: str) -> None:
+        super().__init__(f"{error}: {detail}")
+        self.error = error
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.error, self.detail)

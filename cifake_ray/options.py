@@ -1,0 +1,112 @@
+"""Turns a config dataclass into the options of a command.
+
+Floor: doors. Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
+in the order `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from cifake_ray.config import Config, Doc, doc_of
+
+PREFIX = "CIFAKE_RAY_"
+
+
+def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML mapping the defaults of the command. BadParameter for keys it does not have."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{path}: not readable as YAML ({reason})") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path}: holds no mapping; write one `name: value` a line")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    known = {parameter.name for parameter in context.command.params} - {"config_file"}
+    if unknown := sorted(values.keys() - known):
+        raise typer.BadParameter(
+            f"{path}: {', '.join(unknown)}: no such option of `{context.command.name}`;"
+            f" it has {', '.join(sorted(name for name in known if name))}"
+        )
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with defaults for these options",
+        is_eager=True,
+        callback=load_config_file,
+    ),
+]
+
+
+def make_command(config_class: type[Config], run: Callable[..., None]) -> Callable[..., None]:
+    """A function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
+
+    `make()` builds the config, so that its ValueError is reported where all errors are.
+    """
+    hints = get_type_hints(config_class)
+    parameters = []
+    for field in sorted(
+        fields(config_class), key=lambda f: not doc_of(config_class, f.name).positional
+    ):
+        parameters.append(
+            _make_parameter(
+                field.name, hints[field.name], field.default, doc_of(config_class, field.name)
+            )
+        )
+    for name, annotation, default in (
+        ("json_output", JsonOption, False),
+        ("debug", DebugOption, False),
+        ("config_file", ConfigOption, None),
+    ):
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+        )
+
+    def command(*, json_output: bool, debug: bool, config_file: Path | None, **values: Any) -> None:
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        run(lambda: config_class(**values), json_output=json_output, debug=debug)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = config_class.__doc__
+    return command
+
+
+def _make_parameter(name: str, hint: Any, default: Any, doc: Doc) -> inspect.Parameter:
+    if hint == tuple[str, ...]:
+        hint, default = list[str], list(default)
+    if doc.positional:
+        info: Any = typer.Argument(help=doc.help, show_default=False)
+    else:
+        info = typer.Option(
+            help=doc.help,
+            envvar=PREFIX + name.upper(),
+            show_envvar=False,
+            show_default=default not in (None, []),
+        )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[hint, info],
+    )

@@ -1,0 +1,272 @@
+"""The figures of a report: metrics in, PNG bytes out.
+
+Floor: report. Matplotlib is imported on the first drawing, since most commands draw nothing, and
+used through its object API: pyplot keeps figures in a global list and is not safe in threads.
+Colours are Okabe and Ito's, told apart by colour-blind readers; REAL and FAKE differ in line style
+or position too. The same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cifake_ray.core.schema import LABEL_NAMES
+from cifake_ray.report.text import format_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metrics = Mapping[str, Any]
+
+COLOURS = {"REAL": "#0072B2", "FAKE": "#D55E00"}
+INK, MUTED, GRID = "#1a1a1a", "#5a5a5a", "#d9d9d9"
+MAX_SLICES = 40  # bars; more would make a figure nobody reads
+DPI = 160  # twice the size at which the page shows it
+
+
+def draw_figures(
+    metrics: Metrics,
+    *,
+    history: Sequence[Mapping[str, Any]] = (),
+    slices: Mapping[str, Metrics] | None = None,
+) -> dict[str, bytes]:
+    """Every figure the numbers allow, file stem -> PNG, in the order of the report.
+
+    `metrics` and the values of `slices` come from `core.metrics.compute_metrics`. The ROC needs
+    both classes; learning curves need at least one epoch.
+    """
+    figures = {}
+    if metrics["roc_points"]:
+        figures["roc"] = draw_roc(metrics)
+        figures["roc_log"] = draw_roc(metrics, log_fpr=True)
+    figures["confusion"] = draw_confusion(metrics, "at_0.5")
+    figures["confusion_threshold"] = draw_confusion(metrics, "at_threshold")
+    figures["scores"] = draw_score_histogram(metrics)
+    figures["reliability"] = draw_reliability(metrics)
+    if history:
+        figures["loss"] = draw_loss(history)
+        figures["accuracy"] = draw_accuracy(history)
+    if slices:
+        figures["slices"] = draw_slices(slices)
+    return figures
+
+
+def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
+    """ROC on linear axes, or over log FPR with the 1% and 0.1% operating points marked."""
+    figure, (axes,) = _new_figure()
+    fpr, tpr = metrics["roc_points"]["fpr"], metrics["roc_points"]["tpr"]
+    # A threshold either takes an image or not: steps, not slopes, are what was measured.
+    axes.plot(fpr, tpr, color=INK, linewidth=1.8, drawstyle="steps-post")
+    axes.set_xlabel("False positive rate (REAL called FAKE)")
+    axes.set_ylabel("True positive rate (FAKE found)")
+    axes.set_ylim(0, 1.02)
+    if not log_fpr:
+        axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1, label="chance")
+        axes.set_xlim(-0.01, 1.01)
+        axes.legend(loc="lower right")
+        axes.set_title(f"ROC: AUROC {format_interval(metrics['auroc'])}")
+        return _encode(figure)
+    axes.set_xscale("log")
+    axes.set_xlim(min(1e-3, 1 / metrics["num_real"]) / 2, 1)
+    reached = {name: metrics[f"tpr_at_fpr_{name}pct"]["value"] for name in ("1", "0.1")}
+    for (name, value), marker in zip(reached.items(), "os", strict=True):
+        rate = float(name) / 100
+        label = f"at {name}% FPR: {value:.1%} of FAKE found"
+        axes.axvline(rate, color=MUTED, linestyle="--", linewidth=1)
+        axes.plot(rate, value, marker, color=COLOURS["FAKE"], markersize=8, label=label)
+    axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
+    found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
+    axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
+    return _encode(figure)
+
+
+def draw_confusion(metrics: Metrics, block: str) -> bytes:
+    """Confusion matrix of the block "at_0.5" or "at_threshold": counts, and percent of each row."""
+    figure, (axes,) = _new_figure(height=3.6)
+    threshold, counts = metrics[block]["threshold"], metrics[block]["confusion"]
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            text = f"{count:,}\n{shares[i][j]:.1%}" if sum(row) else "no image"
+            colour = "white" if shares[i][j] > 0.55 else INK
+            axes.text(j, i, text, ha="center", va="center", fontsize=13, color=colour)
+    axes.set_xticks([0, 1], [f"called {name}" for name in LABEL_NAMES])
+    axes.set_yticks([0, 1], [f"is {name}" for name in LABEL_NAMES])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    accuracy = format_interval(metrics[block]["accuracy"], percent=True)
+    axes.set_title(f"p_fake ≥ {threshold:.4g}: accuracy {accuracy}")
+    return _encode(figure)
+
+
+def draw_reliability(metrics: Metrics) -> bytes:
+    """Share of FAKE against mean p_fake per bin, the images per bin below."""
+    figure, (upper, lower) = _new_figure(height=5.2, height_ratios=(3, 1))
+    bins = [b for b in metrics["reliability_bins"] if b["count"]]
+    upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2, label="calibrated")
+    upper.plot(
+        [b["p_fake"] for b in bins],
+        [b["fake_fraction"] for b in bins],
+        "o-",
+        color=INK,
+        linewidth=1.5,
+        label="measured",
+    )
+    upper.set_ylabel("Share that is FAKE")
+    upper.set_ylim(-0.03, 1.03)
+    upper.legend(loc="upper left")
+    ece = format_interval(metrics["ece"])
+    upper.set_title(f"Reliability: ECE {ece}, {len(metrics['reliability_bins'])} bins")
+    edges = [b["low"] for b in metrics["reliability_bins"]]
+    counts = [b["count"] for b in metrics["reliability_bins"]]
+    bars = lower.bar(edges, counts, width=0.9 / len(counts), align="edge", color=MUTED)
+    texts = [_format_count(n) if n else "" for n in counts]
+    lower.bar_label(bars, texts, fontsize=6.5, padding=1)
+    lower.set_yscale("symlog", linthresh=1)
+    lower.set_ylim(0, max(counts) * 8)
+    lower.set_ylabel("Images (log)")
+    lower.set_xlabel("p_fake")
+    for axes in (upper, lower):
+        axes.set_xlim(-0.01, 1.01)
+    return _encode(figure)
+
+
+def draw_score_histogram(metrics: Metrics) -> bytes:
+    """p_fake per class, REAL upwards and FAKE downwards from one line, with the threshold."""
+    figure, (upper, lower) = _new_figure(height=5.2, height_ratios=(1, 1))
+    histogram = metrics["score_histogram"]
+    highest = max(*histogram["REAL"], *histogram["FAKE"], 1)
+    for axes, name in ((upper, "REAL"), (lower, "FAKE")):
+        axes.stairs(histogram[name], histogram["edges"], fill=True, color=COLOURS[name])
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(0, highest * 2)
+        axes.set_xlim(0, 1)
+        axes.set_ylabel(f"{name} images (log)")
+        axes.axvline(metrics["threshold"], color=INK, linestyle="--", linewidth=1.4)
+    upper.tick_params(labelbottom=False)
+    lower.set_xlabel(f"p_fake (dashed: threshold {metrics['threshold']:.4g})")
+    lower.invert_yaxis()
+    wrong = metrics["at_threshold"]["confusion"]
+    upper.set_title(
+        f"Scores: {wrong[0][1]:,} REAL above the threshold, {wrong[1][0]:,} FAKE below it"
+    )
+    return _encode(figure)
+
+
+def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """Training and validation loss over epochs.
+
+    Rows have `epoch` and any of `train_loss`, `val_loss`; other keys are ignored.
+    """
+    figure, (axes,) = _new_figure()
+    _plot_epochs(axes, history, "train_loss", "o--", colour=COLOURS["REAL"], label="training")
+    points = _plot_epochs(axes, history, "val_loss", "s-", colour=INK, label="validation")
+    axes.set_ylabel("Loss")
+    axes.legend(loc="best")
+    axes.set_title("Loss")
+    if points:
+        best, epoch = min((value, epoch) for epoch, value in points)
+        axes.set_title(f"Loss: lowest on validation {best:.4f}, epoch {epoch:g}")
+    return _encode(figure)
+
+
+def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """Validation accuracy over epochs, from the `epoch` and `val_accuracy` of each row."""
+    figure, (axes,) = _new_figure()
+    points = _plot_epochs(axes, history, "val_accuracy", "s-", colour=INK, label="validation")
+    axes.set_ylabel("Accuracy on validation")
+    axes.set_title("Accuracy on validation")
+    axes.yaxis.set_major_formatter("{x:.1%}")
+    if points:
+        best, epoch = max((value, -epoch) for epoch, value in points)
+        axes.set_title(f"Accuracy on validation: best {best:.2%}, epoch {-epoch:g}")
+        axes.axhline(best, color=MUTED, linestyle=":", linewidth=1.2)
+    return _encode(figure)
+
+
+def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
+    """Accuracy at 0.5 per slice with Wilson intervals, lowest first; at most MAX_SLICES bars."""
+    ordered = sorted(slices.items(), key=lambda item: (item[1]["accuracy"]["value"], item[0]))
+    shown = ordered[:MAX_SLICES]
+    figure, (axes,) = _new_figure(height=1.2 + 0.3 * len(shown))
+    accuracies = [metrics["accuracy"] for _, metrics in shown]
+    values = [accuracy["value"] for accuracy in accuracies]
+    below = [accuracy["value"] - accuracy["low"] for accuracy in accuracies]
+    above = [accuracy["high"] - accuracy["value"] for accuracy in accuracies]
+    names = [f"{_shorten(name)} ({_format_count(m['num_images'])})" for name, m in shown]
+    positions = range(len(shown))
+    axes.barh(positions, values, xerr=[below, above], color="#7fb2d6", ecolor=INK, capsize=3)
+    # parse_math off: a folder called $x$ is a name, not a formula.
+    axes.set_yticks(positions, names, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.0)
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    which = "" if len(shown) == len(ordered) else f", the lowest {len(shown)} of {len(ordered)}"
+    axes.set_title(f"Accuracy per slice (images){which}")
+    return _encode(figure)
+
+
+def _new_figure(
+    height: float = 4.2, height_ratios: Sequence[float] = (1,)
+) -> tuple[Figure, list[Axes]]:
+    """A figure of one column, narrow enough to be read on a phone; a row per height ratio."""
+    from matplotlib import rc_context, rcdefaults
+    from matplotlib.figure import Figure
+
+    with rc_context():
+        rcdefaults()  # a reader's matplotlibrc must not change the bytes
+        figure = Figure(figsize=(6, height), dpi=DPI, layout="constrained", facecolor="white")
+        grid = figure.subplots(len(height_ratios), squeeze=False, height_ratios=height_ratios)
+    all_axes: list[Axes] = list(grid.flat)
+    for axes in all_axes:
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set(fontsize=11, color=INK)
+    return figure, all_axes
+
+
+def _encode(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # the version is no news
+    return buffer.getvalue()
+
+
+def _plot_epochs(
+    axes: Axes,
+    history: Sequence[Mapping[str, Any]],
+    name: str,
+    style: str,
+    *,
+    colour: str,
+    label: str,
+) -> list[tuple[float, float]]:
+    from matplotlib.ticker import MaxNLocator
+
+    points = [(row["epoch"], row[name]) for row in history if _is_number(row.get(name))]
+    epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
+    axes.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, markersize=5)
+    axes.set_xlabel("Epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return points
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _format_count(count: int) -> str:
+    return f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k"
+
+
+def _shorten(name: str) -> str:
+    # The font ends after Cyrillic; a box and a warning per character would help nobody.
+    printable = "".join(c if c.isprintable() and c < "\u0530" else "?" for c in name)
+    return printable if len(printable) <= 32 else printable[:15] + "…" + printable[-16:]

@@ -1,0 +1,204 @@
+"""Metrics as words: the summary for the terminal, and the model card of a bundle.
+
+Floor: report. Tables are Markdown, padded so that they also read well as plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.schema import LABEL_NAMES
+
+# Key of the metrics, name for people, whether it reads as percent.
+KEY_METRICS = (
+    ("accuracy", "Accuracy at 0.5", True),
+    ("auroc", "AUROC", False),
+    ("average_precision", "Average precision", False),
+    ("eer", "Equal error rate", True),
+    ("tpr_at_fpr_1pct", "TPR at 1% FPR", True),
+    ("tpr_at_fpr_0.1pct", "TPR at 0.1% FPR", True),
+    ("ece", "Calibration (ECE)", False),
+    ("brier", "Brier score", False),
+    ("nll", "NLL (nats)", False),
+)
+BLOCKS = ("at_0.5", "at_threshold")
+
+
+def format_share(value: float | None) -> str:
+    """A share in [0, 1] as percent with one digit; a dash for None."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def format_interval(interval: Mapping[str, float | None], *, percent: bool = False) -> str:
+    """`93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; a dash where undefined, no brackets without."""
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    if value is None:
+        return "-"
+    scale, digits = (100, 1) if percent else (1, 3)
+    text = f"{value * scale:.{digits}f}" + "%" * percent
+    if low is None or high is None:
+        return text
+    return f"{text} ({low * scale:.{digits}f}-{high * scale:.{digits}f})"
+
+
+def list_decisions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of name, value at 0.5 and value at the threshold: what a decision at each costs."""
+    rows = []
+    for key, name in (("accuracy", "Accuracy"), ("balanced_accuracy", "Balanced accuracy")):
+        low, high = (format_interval(metrics[block][key], percent=True) for block in BLOCKS)
+        rows.append((name, low, high))
+    for name in LABEL_NAMES:
+        for key in ("precision", "recall", "f1"):
+            low, high = (format_share(metrics[block]["per_class"][name][key]) for block in BLOCKS)
+            rows.append((f"{name} {key.replace('f1', 'F1')}", low, high))
+    for i, name in enumerate(LABEL_NAMES):
+        wrong = [metrics[block]["confusion"][i][1 - i] for block in BLOCKS]
+        rows.append((f"{name} called {LABEL_NAMES[1 - i]}", f"{wrong[0]:,}", f"{wrong[1]:,}"))
+    return rows
+
+
+def describe_result(metrics: Mapping[str, Any]) -> str:
+    """The result in one sentence, for the head of a report."""
+    right = [metrics["at_0.5"]["confusion"][i][i] for i in range(2)]
+    totals = (metrics["num_real"], metrics["num_fake"])
+    per_class = " and ".join(
+        f"{hits:,} of {total:,} {name}"
+        for hits, total, name in zip(right, totals, LABEL_NAMES, strict=True)
+        if total
+    )
+    accuracy = format_interval(metrics["accuracy"], percent=True)
+    return f"Of {metrics['num_images']:,} images {accuracy} are told right at 0.5: {per_class}."
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Summary of `core.metrics.compute_metrics` in Markdown: a sentence and two tables."""
+    numbers = [
+        (name, format_interval(metrics[key], percent=percent)) for key, name, percent in KEY_METRICS
+    ]
+    threshold = f"at threshold {metrics['threshold']:.4g}"
+    return "\n\n".join(
+        (
+            describe_result(metrics),
+            _format_table(("Metric", "Value (95% interval)"), numbers),
+            _format_table(("Decision", "at 0.5", threshold), list_decisions(metrics)),
+        )
+    )
+
+
+def model_card(
+    *,
+    name: str,
+    architecture: str,
+    num_parameters: int,
+    trained_on: str,
+    preprocessing: Mapping[str, object],
+    training: Mapping[str, object],
+    calibration: Calibration,
+    metrics: Mapping[str, Any],
+) -> str:
+    """README.md of a bundle, with the YAML header of the Hugging Face Hub.
+
+    `trained_on` says in words what the training images were; `preprocessing` and `training` are
+    shown as they are; `metrics` were measured on validation, on which `calibration` was fitted.
+    """
+    num_real = metrics["num_real"]
+    points = [
+        ("highest balanced accuracy", f"{calibration.threshold:.6f}", "default"),
+        ("1% of REAL called FAKE", f"{calibration.threshold_fpr_1:.6f}", _rest(num_real, 100)),
+        ("0.1% of REAL called FAKE", f"{calibration.threshold_fpr_01:.6f}", _rest(num_real, 1000)),
+    ]
+    return CARD.format(
+        name=_flatten(name),
+        architecture=_flatten(architecture),
+        num_parameters=f"{num_parameters:,}",
+        trained_on=_flatten(trained_on),
+        preprocessing=_format_facts(preprocessing),
+        training=_format_facts(training),
+        metrics=format_metrics(metrics),
+        temperature=f"{calibration.temperature:.4f}",
+        points=_format_table(("Operating point", "p_fake at least", "rests on"), points),
+    )
+
+
+def _rest(num_real: int, one_in: int) -> str:
+    allowed = num_real // one_in
+    if allowed == 0:
+        return f"too few: none of {num_real:,} REAL images may be wrong"
+    return f"the {allowed:,} highest of {num_real:,} REAL images"
+
+
+def _format_facts(facts: Mapping[str, object]) -> str:
+    return _format_table(("Setting", "Value"), [(name, str(facts[name])) for name in facts])
+
+
+def _format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [[_flatten(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
+        for row in table
+    )
+
+
+def _flatten(text: str) -> str:
+    return " ".join(text.split())  # a line break would end the table row or the heading
+
+
+CARD = """\
+---
+license: apache-2.0
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- ai-generated-image-detection
+metrics:
+- accuracy
+- roc_auc
+---
+
+# {name}
+
+Tells AI-generated images (FAKE) from camera images (REAL). {architecture}, {num_parameters}
+parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmoid(logit /
+{temperature})`, `is_fake = p_fake >= threshold`.
+
+## How to use
+
+    cifake-ray score DIR OUT --bundle BUNDLE
+
+DIR holds images, BUNDLE is this folder; OUT receives one row per image with `p_fake` and `is_fake`,
+or the reason why it could not be read. `--target-fpr` picks another operating point.
+
+{preprocessing}
+
+## Training data
+
+{trained_on}
+
+{training}
+
+## Results on validation
+
+The temperature and the thresholds were fitted on these same images, so a test set tells more.
+
+{metrics}
+
+## Operating points
+
+{points}
+
+## Limits
+
+- It knows the images it was trained on: {trained_on}
+- Do not trust it on other generators, other image sizes, or images that were resized, cropped or
+  saved again, until you have measured it on labelled images like yours (`cifake-ray evaluate`).
+- The false positive rates hold for REAL images like those of validation. Another camera, site or
+  year may have other rates, and the share of FAKE among those called FAKE depends on how many there
+  are.
+- `p_fake` is a measure of likeness to the training data, not evidence about a person. Let nobody
+  be accused by a score alone.
+"""

@@ -1,0 +1,292 @@
+"""The batch spine: list -> freeze -> for each shard: fetch, work, commit -> _SUCCESS.
+
+Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
+one shard; an actor per core fetches, works and commits it whole, so no image crosses the object
+store. The row's way back to the driver carries numbers only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from cifake_ray.config import BatchConfig
+from cifake_ray.core.work import Work
+from cifake_ray.errors import CifakeError, ExitCode, ImageError
+from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
+from cifake_ray.storage.files import read_json
+from cifake_ray.storage.listing import Source
+from cifake_ray.storage.manifest import choose_shard_rows, read_shard
+from cifake_ray.storage.parts import commit_part, inspect_part
+from cifake_ray.storage.runs import PartFacts, Run, finish_run
+
+SHORT_LISTING_S = 0.5
+MAX_BLOCKS = 4096  # Ray Data blocks of a plan; above it a block holds several shards
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch run is."""
+
+    done: int  # images, with those of resumed shards
+    failed: int
+    listed: int
+    images_per_s: float  # in this process, first work until now
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """The account of a batch run: listed = done + failed."""
+
+    command: str
+    out: str
+    listed: int
+    done: int
+    failed: int
+    errors: dict[str, int]
+    left_out: dict[str, int]
+    shards_total: int
+    shards_resumed: int
+    elapsed_s: float
+    images_per_s: float
+    steady_images_per_s: float
+
+    def exit_code(self, max_error_rate: float) -> ExitCode:
+        too_many = self.failed > max_error_rate * self.listed
+        return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do."""
+
+    command: str
+    out: str
+    listed: int
+    size_bytes: int
+    left_out: dict[str, int]
+    shards_total: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a verb hands to the spine."""
+
+    config: BatchConfig
+    out: Path
+    device: str
+    open_run: Callable[[], Run]
+    source: Source
+    make_work: Callable[[Placement], Work]
+    on_progress: Callable[[Progress], None]
+    started_s: float  # time.time() when the process began
+    before_success: Callable[[Run], None] = lambda run: (
+        None
+    )  # all shards are there, no _SUCCESS yet
+
+
+class ShardWorker:
+    """One actor of the pool: takes shard numbers, leaves committed shards."""
+
+    def __init__(
+        self, run: Run, source: Source, make_work: Callable[[Placement], Work], placement: Placement
+    ) -> None:
+        self.run = run
+        self.source = source
+        self.make_work = make_work
+        self.placement = placement
+        self.work: Work | None = None
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        done = [self._finish_shard(int(shard)) for shard in batch["shard"]]
+        return {name: [row[name] for row in done] for name in done[0]}
+
+    def _finish_shard(self, shard: int) -> dict[str, Any]:
+        started_s = time.time()
+        part = inspect_part(self.run, shard)
+        resumed = part is not None
+        if part is None:
+            part = self._make_shard(shard)
+        return {
+            "shard": part.shard,
+            "rows": part.rows,
+            "errors": ",".join(f"{name}={n}" for name, n in part.errors.items()),
+            "size_bytes": part.size_bytes,
+            "sha256": part.sha256,
+            "resumed": resumed,
+            "started_s": started_s,
+            "finished_s": time.time(),
+        }
+
+    def _make_shard(self, shard: int) -> PartFacts:
+        if self.work is None:
+            self.work = self.make_work(self.placement)
+        work = self.work
+        rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
+        tables = []
+        for start in range(0, rows.num_rows, work.batch_size):
+            some = rows.slice(start, work.batch_size)
+            images: list[bytes | ImageError] = list(self.source.read_images(some))
+            tables.append(work(some, images))
+        return commit_part(self.run, shard, pa.concat_tables(tables), work.facts)
+
+
+def plan_batch(plan: BatchPlan, command: str) -> DryRun:
+    """List the source and count; nothing is written and no Ray is started."""
+    listing = plan.source.list_images()
+    listed = size_bytes = num_batches = 0
+    for batch in listing.batches:
+        listed += batch.num_rows
+        size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
+        num_batches += 1
+    rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
+    return DryRun(
+        command=command,
+        out=str(plan.out),
+        listed=listed,
+        size_bytes=size_bytes,
+        left_out=dict(listing.left_out),
+        shards_total=num_batches if listing.keeps_order else -(-listed // rows),
+    )
+
+
+@dataclass
+class _Account:
+    """Adds up what the workers report."""
+
+    listed: int
+    parts: list[PartFacts] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    resumed: int = 0
+    worked_rows: int = 0
+    first_s: float | None = None
+    last_s: float = 0.0
+
+    def add(self, row: dict[str, Any]) -> None:
+        pairs = (item.split("=") for item in row["errors"].split(",") if item)
+        errors = {name: int(n) for name, n in pairs}
+        part = PartFacts(row["shard"], row["rows"], errors, row["size_bytes"], row["sha256"])
+        self.parts.append(part)
+        self.errors.update(errors)
+        self.rows += part.rows
+        self.resumed += row["resumed"]
+        if not row["resumed"]:
+            self.worked_rows += part.rows
+            self.first_s = min(self.first_s or row["started_s"], row["started_s"])
+            self.last_s = max(self.last_s, row["finished_s"])
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+    def rate(self, until_s: float) -> float:
+        """Images per second from the first work until then; 0 before there is any."""
+        if self.first_s is None or until_s <= self.first_s:
+            return 0.0
+        return self.worked_rows / (until_s - self.first_s)
+
+    def progress(self) -> Progress:
+        rate = self.rate(time.time())
+        left = self.listed - self.rows
+        return Progress(
+            done=self.rows - self.failed,
+            failed=self.failed,
+            listed=self.listed,
+            images_per_s=rate,
+            eta_s=left / rate if rate else None,
+        )
+
+
+def run_batch(plan: BatchPlan) -> tuple[Run, BatchSummary]:
+    """Bring the run to its end, or tell at once that it has ended before.
+
+    ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
+    """
+    with ThreadPoolExecutor(1) as lister, ExitStack() as stack:
+        opening = lister.submit(plan.open_run)
+        # Ray takes seconds to start: let it, while a long source is listed.
+        wait([opening], timeout=SHORT_LISTING_S)
+        if opening.done() and (summary := read_summary(plan.out)) is not None:
+            return opening.result(), summary
+        resources = stack.enter_context(connect_cluster(plan.config.address))
+        use_gpu = choose_gpu(plan.device, resources)
+        placement = place_workers(
+            resources,
+            num_workers=plan.config.num_workers,
+            use_gpu=use_gpu,
+            cpus_per_worker=None if use_gpu else 1,
+            default_workers=resources.num_gpus if use_gpu else resources.num_cpus,
+        )
+        run = opening.result()
+        account = _Account(listed=run.manifest.num_rows)
+        for row in _stream_shards(run, plan, placement):
+            account.add(row)
+            plan.on_progress(account.progress())
+    elapsed_s = time.time() - plan.started_s
+    summary = BatchSummary(
+        command=run.command,
+        out=str(run.out),
+        listed=run.manifest.num_rows,
+        done=account.rows - account.failed,
+        failed=account.failed,
+        errors=dict(account.errors.most_common()),
+        left_out=run.left_out,
+        shards_total=run.manifest.num_shards,
+        shards_resumed=account.resumed,
+        elapsed_s=round(elapsed_s, 3),
+        images_per_s=round(account.worked_rows / elapsed_s, 1),
+        steady_images_per_s=round(account.rate(account.last_s), 1),
+    )
+    plan.before_success(run)
+    finish_run(run, account.parts, asdict(summary))
+    return run, summary
+
+
+def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[dict[str, Any]]:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
+    num_actors = min(placement.num_workers, len(shards))
+    # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
+    results = ray.data.from_items(
+        shards, override_num_blocks=min(len(shards), MAX_BLOCKS)
+    ).map_batches(
+        ShardWorker,
+        fn_constructor_args=(run, plan.source, plan.make_work, placement),
+        batch_size=None,
+        num_cpus=placement.cpus_per_worker,
+        num_gpus=placement.gpus_per_worker,
+        compute=ActorPoolStrategy(size=num_actors),
+    )
+    try:
+        yield from results.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, CifakeError | ValueError):
+            raise cause from None
+        raise
+
+
+def read_summary(out: Path) -> BatchSummary | None:
+    """The account of a finished run, or None when it has not finished."""
+    path = out / "_SUCCESS"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})

@@ -1,0 +1,43 @@
+"""convert: images -> Parquet shards.
+
+Floor: stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from cifake_ray.config import ConvertConfig, effective_settings
+from cifake_ray.core.converting import ConvertWork
+from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.stages.cluster import Placement
+from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.sources import open_source
+
+
+def make_work(placement: Placement) -> ConvertWork:
+    """What each worker does; it needs to know nothing of the placement."""
+    return ConvertWork()
+
+
+def convert_images(
+    config: ConvertConfig, on_progress: Callable[[Progress], None], started_s: float
+) -> BatchSummary | DryRun:
+    """Turn `config.src` into shards below `config.out`. The same call again resumes."""
+    source, out = open_source(config), resolve_path(config.out)
+
+    def open_this() -> Run:
+        return open_run(
+            out,
+            command="convert",
+            results="shards",
+            settings={**effective_settings(config), "src": str(resolve_path(config.src))},
+            config=asdict(config),
+            list_source=source.list_images,
+            shard_rows=config.shard_size,
+        )
+
+    plan = BatchPlan(config, out, "cpu", open_this, source, make_work, on_progress, started_s)
+    return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)[1]

@@ -1,0 +1,48 @@
+"""doctor: what this machine has, and whether the parts work together.
+
+Floor: stages.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from importlib.metadata import version
+from typing import Any
+
+import ray
+import torch
+
+from cifake_ray.errors import CifakeError, ExitCode
+from cifake_ray.stages.cluster import connect_cluster, count_local_cpus
+from cifake_ray.storage.bundle import load_bundle, locate_bundle
+
+
+def examine_machine() -> tuple[dict[str, Any], int]:
+    """Facts and the outcome of each check; exit code 1 when a check fails."""
+    disk = shutil.disk_usage(tempfile.gettempdir())
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("ray", "torch", "timm", "pyarrow")},
+        "cpus": count_local_cpus(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "temporary_disk_free_gb": round(disk.free / 1e9, 1),
+    }
+    problems = []
+    try:
+        detector, bundle = load_bundle(locate_bundle(None))
+        facts["detector in the box"] = f"{detector.architecture}, {bundle.fingerprint[:12]}"
+    except CifakeError as error:
+        problems.append(str(error))
+    try:
+        with connect_cluster(None) as resources:
+            facts["ray cluster"] = (
+                f"{resources.num_nodes} nodes, {resources.num_cpus} CPUs, {resources.num_gpus} GPUs"
+            )
+            one = ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60)
+            facts["ray task"] = "ran" if one == 1 else "failed"
+    except (CifakeError, ray.exceptions.GetTimeoutError) as error:
+        problems.append(str(error))
+    facts["problems"] = problems or "none"
+    return facts, ExitCode.UNEXPECTED if problems else ExitCode.OK

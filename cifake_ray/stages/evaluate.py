@@ -1,0 +1,182 @@
+"""evaluate: labelled shards and a bundle -> predictions, metrics and a report.
+
+Floor: stages. The spine scores the shards exactly as `score` would; the rest is arithmetic on the
+predictions.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from cifake_ray import __version__
+from cifake_ray.config import EvaluateConfig, effective_settings
+from cifake_ray.core.images import decode_image, fit_image
+from cifake_ray.core.metrics import compute_metrics
+from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.errors import ImageError
+from cifake_ray.report.figures import draw_figures
+from cifake_ray.report.html import Mistake, render_report
+from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.stages.score import MakeScoreWork
+from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_facts, read_history
+from cifake_ray.storage.files import resolve_path, write_bytes, write_json
+from cifake_ray.storage.manifest import read_shard
+from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.tables import TableSource, find_splits
+
+MAX_MISTAKES = 48  # on the contact sheet, half of each kind
+THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
+MIN_SLICE_IMAGES = 30  # below, a slice's interval says nothing
+MAX_SLICES = 50
+
+
+def evaluate_detector(
+    config: EvaluateConfig, on_progress: Callable[[Progress], None], started_s: float
+) -> BatchSummary | DryRun:
+    """Score `config.shards`, measure, and write the report into `config.out`."""
+    root, out = resolve_path(config.shards), resolve_path(config.out)
+    bundle = read_bundle_facts(locate_bundle(config.bundle))
+    split = config.split or ("test" if "test" in find_splits(root) else None)
+    source = TableSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
+
+    def open_this() -> Run:
+        return open_run(
+            out,
+            command="evaluate",
+            results="predictions",
+            settings={
+                **effective_settings(config),
+                "shards": str(root),
+                "split": split,
+                "bundle": bundle.fingerprint,
+            },
+            config=asdict(config),
+            list_source=source.list_images,
+            shard_rows=config.shard_size,
+        )
+
+    plan = BatchPlan(
+        config,
+        out,
+        config.device,
+        open_this,
+        source,
+        MakeScoreWork(str(bundle.path), bundle.threshold(None), config.batch_size),
+        on_progress,
+        started_s,
+        before_success=lambda run: write_report(run, source, bundle, config, split),
+    )
+    return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)[1]
+
+
+def write_report(
+    run: Run, source: TableSource, bundle: BundleFacts, config: EvaluateConfig, split: str | None
+) -> None:
+    """metrics.json, figures/*.png and report.html from the predictions of a run."""
+    predictions = pq.read_table(run.results_folder)
+    scored = predictions.filter(pc.is_null(predictions.column("error")))
+    errors = pc.value_counts(predictions.column("error").drop_null()).to_pylist()
+    if not scored.num_rows:
+        raise ValueError(
+            f"{config.shards}: not one image could be scored; see {run.results_folder}"
+        )
+    metrics = measure(scored, bundle, config.num_bootstrap)
+    slices = measure_slices(scored, bundle)
+    figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
+    command = ["cifake-ray evaluate", config.shards, "--out", config.out]
+    for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
+        command += [flag, value] if value else []
+    facts = {
+        "Command": " ".join(command),
+        "cifake-ray": __version__,
+        "Architecture": bundle.architecture,
+        "Bundle": bundle.fingerprint,
+        "Split": split or "all rows",
+        "Temperature": f"{bundle.calibration.temperature:.4f}",
+        "Threshold": f"{bundle.calibration.threshold:.6f}",
+    }
+    page = render_report(
+        title=f"{bundle.architecture} on {Path(config.shards).name}"
+        + (f", split {split}" if split else ""),
+        metrics=metrics,
+        figures=figures,
+        mistakes=find_mistakes(run, source, scored),
+        facts=facts,
+        errors={row["values"]: row["counts"] for row in errors},
+        slices=slices,
+    )
+    for name, png in figures.items():
+        write_bytes(run.out / "figures" / f"{name}.png", png)
+    write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})
+    write_bytes(run.out / "report.html", page.encode())
+
+
+def measure(scored: pa.Table, bundle: BundleFacts, num_bootstrap: int) -> dict[str, Any]:
+    """The metrics of some predictions."""
+    return compute_metrics(
+        scored.column("logit").to_numpy(),
+        scored.column("label").to_numpy(),
+        temperature=bundle.calibration.temperature,
+        threshold=bundle.calibration.threshold,
+        num_bootstrap=num_bootstrap,
+    )
+
+
+def measure_slices(scored: pa.Table, bundle: BundleFacts) -> dict[str, dict[str, Any]]:
+    """Metrics of each source, the largest first; none when there is but one."""
+    counts = pc.value_counts(scored.column("source").drop_null()).to_pylist()
+    counts = sorted(counts, key=lambda row: (-row["counts"], row["values"]))[:MAX_SLICES]
+    if len(counts) < 2:
+        return {}
+    return {
+        row["values"]: measure(
+            scored.filter(pc.equal(scored.column("source"), row["values"])), bundle, 0
+        )
+        for row in counts
+        if row["counts"] >= MIN_SLICE_IMAGES
+    }
+
+
+def find_mistakes(run: Run, source: TableSource, scored: pa.Table) -> list[Mistake]:
+    """The surest mistakes of each kind, with thumbnails."""
+    label = scored.column("label").to_numpy()
+    logit = scored.column("logit").to_numpy()
+    chosen: list[int] = []
+    for kind, sign in ((REAL, 1), (FAKE, -1)):
+        wrong = np.flatnonzero((label == kind) & (sign * logit >= 0))
+        chosen += wrong[np.argsort(-sign * logit[wrong], kind="stable")][
+            : MAX_MISTAKES // 2
+        ].tolist()
+    by_key = {row["key"]: row for row in scored.take(chosen).to_pylist()}
+    mistakes = []
+    for shard in range(run.manifest.num_shards):
+        rows = read_shard(run.manifest_folder, run.find_file(shard), shard)
+        rows = rows.filter(pc.is_in(rows.column("key"), pa.array(list(by_key), pa.string())))
+        for key, data in zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True):
+            if isinstance(data, ImageError):
+                continue  # it was scored, so it was there; the shards have changed since
+            row = by_key[key]
+            mistakes.append(
+                Mistake(key=key, label=row["label"], p_fake=row["p_fake"], png=make_thumbnail(data))
+            )
+    return mistakes
+
+
+def make_thumbnail(data: bytes) -> bytes:
+    """PNG of an image: itself when small, else its centre at THUMBNAIL_SIZE."""
+    pixels = decode_image(data)
+    if max(pixels.shape[:2]) > THUMBNAIL_SIZE:
+        pixels = fit_image(pixels, size=THUMBNAIL_SIZE, fit="resize")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

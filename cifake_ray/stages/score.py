@@ -1,0 +1,78 @@
+"""score: images -> scores, with a bundle.
+
+Floor: stages. evaluate runs the same work on labelled shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cifake_ray.config import ScoreConfig, effective_settings
+from cifake_ray.core.scoring import ScoreWork
+from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.stages.cluster import Placement
+from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
+from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.sources import open_source
+
+
+@dataclass(frozen=True)
+class MakeScoreWork:
+    """Loads the bundle inside the worker; this recipe is all that travels there."""
+
+    bundle_path: str
+    threshold: float
+    batch_size: int
+
+    def __call__(self, placement: Placement) -> ScoreWork:
+        detector, bundle = load_bundle(Path(self.bundle_path))
+        return ScoreWork(
+            detector,
+            bundle.calibration,
+            threshold=self.threshold,
+            batch_size=self.batch_size,
+            device="cuda" if placement.gpus_per_worker else "cpu",
+            num_threads=placement.cpus_per_worker,
+            facts={
+                "bundle": bundle.fingerprint,
+                "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
+                "threshold": str(self.threshold),
+            },
+        )
+
+
+def score_images(
+    config: ScoreConfig, on_progress: Callable[[Progress], None], started_s: float
+) -> BatchSummary | DryRun:
+    """Score every image of `config.src` into `config.out`. The same call again resumes."""
+    source, out = open_source(config), resolve_path(config.out)
+    bundle = read_bundle_facts(locate_bundle(config.bundle))
+
+    def open_this() -> Run:
+        return open_run(
+            out,
+            command="score",
+            results="scores",
+            settings={
+                **effective_settings(config),
+                "src": str(resolve_path(config.src)),
+                "bundle": bundle.fingerprint,
+            },
+            config=asdict(config),
+            list_source=source.list_images,
+            shard_rows=config.shard_size,
+        )
+
+    make_work = MakeScoreWork(
+        bundle_path=str(bundle.path),
+        threshold=bundle.threshold(config.target_fpr),
+        batch_size=config.batch_size,
+    )
+    plan = BatchPlan(
+        config, out, config.device, open_this, source, make_work, on_progress, started_s
+    )
+    return plan_batch(plan, "score") if config.dry_run else run_batch(plan)[1]

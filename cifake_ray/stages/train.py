@@ -1,0 +1,315 @@
+"""train: shards -> a bundle, with Ray Train.
+
+Floor: stages. Every worker runs `train_worker`; with `--num-workers 0` this process does. Rank 0
+keeps the run's papers: the latest checkpoint, the history and, at the end, the bundle. A checkpoint
+is one file below RUN that appears whole, so a run goes on after a killed worker or a killed driver
+alike, and does not need to know which it was.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.core.calibration import calibrate
+from cifake_ray.core.learning import Trainer, choose_numerics
+from cifake_ray.core.metrics import compute_metrics
+from cifake_ray.core.models import Detector, build_detector
+from cifake_ray.errors import CifakeError
+from cifake_ray.report.text import model_card
+from cifake_ray.stages.cluster import (
+    Placement,
+    choose_gpu,
+    connect_cluster,
+    count_local_cpus,
+    place_workers,
+)
+from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
+from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.training import (
+    TrainingData,
+    locate_cache,
+    open_training_data,
+    read_training_rows,
+)
+from cifake_ray.storage.training_runs import TrainingRun
+
+POLL_S = 0.5  # how often the driver looks for a finished epoch
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The account of a training run."""
+
+    command: str
+    out: str
+    bundle: str
+    model: str
+    num_parameters: int
+    train_images: int
+    val_images: int
+    unusable: dict[str, int]
+    epochs: int
+    epochs_resumed: int
+    steps: int
+    best_epoch: int
+    val_accuracy: float
+    train_s: float  # in training epochs, over all attempts
+    images_per_s: float  # training images, over all attempts
+    elapsed_s: float
+
+
+def train_detector(
+    config: TrainConfig, on_epoch: Callable[[dict[str, Any], int], None], started_s: float
+) -> dict[str, Any]:
+    """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
+
+    `on_epoch(row, epochs)` is called once for every finished epoch.
+    """
+    # Absolute before it travels: a Ray worker has another working folder.
+    config = replace(
+        config,
+        shards=str(resolve_path(config.shards)),
+        run=str(resolve_path(config.run)),
+        cache_dir=str(locate_cache(config.cache_dir)),
+    )
+    run = TrainingRun(Path(config.run))
+    rows = read_training_rows(config)
+    settings = {**effective_settings(config), "rows": rows.hash_rows()}
+    torch.manual_seed(config.seed)
+    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    if config.dry_run:
+        return {
+            "command": "train",
+            "out": str(run.path),
+            "model": config.model,
+            "num_parameters": detector.num_parameters,
+            "train_images": int((~rows.is_val).sum()),
+            "val_images": int(rows.is_val.sum()),
+            "epochs": config.epochs,
+        }
+    run.open(settings, asdict(config))
+    if (success := run.read_success()) is not None:
+        return success
+    resumed = len(run.read_history())
+    with _watch_history(run, resumed, config.epochs, on_epoch):
+        if config.num_workers == 0:
+            use_gpu = config.device == "cuda" or (
+                config.device == "auto" and torch.cuda.is_available()
+            )
+            threads = config.cpus_per_worker or count_local_cpus()
+            train_worker({"config": asdict(config), "use_gpu": use_gpu, "num_threads": threads})
+        else:
+            _train_on_ray(config, run)
+    summary = _summarise(config, run, resumed, detector.num_parameters, started_s)
+    run.write_success(asdict(summary))
+    return asdict(summary)
+
+
+def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    with connect_cluster(config.address) as resources:
+        use_gpu = choose_gpu(config.device, resources)
+        placement = place_workers(
+            resources,
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            cpus_per_worker=config.cpus_per_worker,
+            default_workers=resources.num_gpus if use_gpu else 1,
+        )
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": asdict(config),
+                "use_gpu": use_gpu,
+                "num_threads": placement.cpus_per_worker,
+            },
+            scaling_config=_scale(placement),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=str(run.path),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise CifakeError(
+                f"training failed: {_first_cause(error)}; run the same command again to go on from"
+                " the last epoch, with --debug for the whole story"
+            ) from error
+
+
+def _scale(placement: Placement) -> Any:
+    import ray.train
+
+    return ray.train.ScalingConfig(
+        num_workers=placement.num_workers,
+        use_gpu=placement.gpus_per_worker > 0,
+        resources_per_worker={
+            "CPU": placement.cpus_per_worker,
+            **({"GPU": placement.gpus_per_worker} if placement.gpus_per_worker else {}),
+        },
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The last line of what a worker raised, which names the error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """What each rank runs: read, resume, train; rank 0 writes."""
+    config = TrainConfig(**payload["config"])
+    run = TrainingRun(Path(config.run))
+    torch.set_num_threads(payload["num_threads"])
+    torch.manual_seed(config.seed)
+    device = "cuda" if payload["use_gpu"] else "cpu"
+    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    rows = read_training_rows(config)
+    data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
+    wrapped, report = _join_group(config, detector, device)
+    trainer = Trainer(
+        detector, wrapped, config, data.train, data.val, choose_numerics(device, config.precision)
+    )
+    if (checkpoint := run.read_checkpoint()) is not None:
+        trainer.resume(torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True))
+
+    def save() -> None:
+        if trainer.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(trainer.to_checkpoint(), buffer)
+            run.write_checkpoint(buffer.getvalue(), trainer.state.history)
+        report(trainer.state.history[-1])
+
+    trainer.fit(save)
+    if trainer.rank == 0:
+        _write_best(config, run, trainer, data)
+
+
+def _join_group(
+    config: TrainConfig, detector: Detector, device: str
+) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
+    """The detector as this rank trains it, and how the rank reports an epoch."""
+    if config.num_workers == 0:
+        return detector.to(device), lambda row: None
+    import ray.train
+    from ray.train.torch import prepare_model
+
+    return prepare_model(detector), ray.train.report
+
+
+def _write_best(
+    config: TrainConfig, run: TrainingRun, trainer: Trainer, data: TrainingData
+) -> None:
+    """The bundle: the best epoch's weights, calibrated on the validation images."""
+    state = trainer.state
+    trainer.detector.network.load_state_dict(state.best_weights)
+    logit, label = state.best_logit.numpy(), data.val.labels
+    calibration = calibrate(logit, label)
+    metrics = compute_metrics(
+        logit, label, temperature=calibration.temperature, threshold=calibration.threshold
+    )
+    training = {
+        **effective_settings(config),
+        "train_images": len(data.train.labels),
+        "val_images": len(data.val.labels),
+        "best_epoch": best_epoch(state.history),
+        "steps": state.step,
+    }
+    card = model_card(
+        name=f"{config.model} trained by cifake-ray",
+        architecture=config.model,
+        num_parameters=trainer.detector.num_parameters,
+        trained_on=f"{len(data.train.labels):,} labelled images of {config.shards}, REAL and FAKE.",
+        preprocessing=trainer.detector.preprocessing.to_dict(),
+        training=training,
+        calibration=calibration,
+        metrics=metrics,
+    )
+    write_bundle(
+        run.bundle_path,
+        trainer.detector,
+        calibration,
+        training={**training, "unusable": data.unusable},
+        metrics=metrics,
+        history=state.history,
+        model_card=card,
+    )
+
+
+def best_epoch(history: list[dict[str, Any]]) -> int:
+    """The first epoch with the highest validation accuracy."""
+    return int(max(history, key=lambda row: (row["val_accuracy"], -row["epoch"]))["epoch"])
+
+
+def _summarise(
+    config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
+) -> TrainSummary:
+    history = run.read_history()
+    bundle = read_bundle_facts(run.bundle_path)
+    training = bundle.training
+    best = best_epoch(history)
+    train_s = sum(row["train_s"] for row in history)
+    images = sum(row["images_per_s"] * row["train_s"] for row in history)
+    return TrainSummary(
+        command="train",
+        out=str(run.path),
+        bundle=str(run.bundle_path),
+        model=config.model,
+        num_parameters=num_parameters,
+        train_images=training["train_images"],
+        val_images=training["val_images"],
+        unusable=training["unusable"],
+        epochs=len(history),
+        epochs_resumed=resumed,
+        steps=history[-1]["step"],
+        best_epoch=best,
+        val_accuracy=history[best - 1]["val_accuracy"],
+        train_s=round(train_s, 1),
+        images_per_s=round(images / train_s, 1),
+        elapsed_s=round(time.time() - started_s, 1),
+    )
+
+
+class _watch_history:
+    """Calls `on_epoch` from this process for epochs that some worker, somewhere, has finished."""
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        seen: int,
+        epochs: int,
+        on_epoch: Callable[[dict[str, Any], int], None],
+    ) -> None:
+        self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def _poll(self) -> None:
+        while True:
+            is_last = self.ended.wait(POLL_S)
+            for row in self.run.read_history()[self.seen :]:
+                self.seen = row["epoch"]
+                self.on_epoch(row, self.epochs)
+            if is_last:
+                return
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self.thread.join()

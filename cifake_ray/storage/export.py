@@ -1,0 +1,50 @@
+"""Scores as one CSV file.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.files import resolve_path, write_chunks
+from cifake_ray.storage.runs import read_run
+
+# A cell that starts with one of these is a formula to a spreadsheet. Source: OWASP, CSV injection.
+FORMULA_START = r"^([=+\-@\t\r])"
+
+
+def export_scores(scores: str, file: str) -> int:
+    """Write the scores of a run as CSV and return the number of rows."""
+    out = resolve_path(scores)
+    run = read_run(out)
+    folder = out if run is None else run.results_folder
+    paths = sorted(folder.glob("part-*.parquet"))
+    if not paths:
+        raise StorageError(f"{folder}: no part-*.parquet; give the output of score or evaluate")
+    num_rows: int = sum(pq.ParquetFile(path).metadata.num_rows for path in paths)
+    write_chunks(resolve_path(file), _encode_parts(paths))
+    return num_rows
+
+
+def _encode_parts(paths: list[Path]) -> Iterator[bytes]:
+    for number, path in enumerate(paths):
+        table = pq.read_table(path)
+        for index, field in enumerate(table.schema):
+            if pa.types.is_string(field.type):
+                escaped = pc.replace_substring_regex(table.column(index), FORMULA_START, r"'\1")
+                table = table.set_column(index, field.name, escaped)
+            elif pa.types.is_nested(field.type) or pa.types.is_fixed_size_binary(field.type):
+                raise StorageError(f"{path}: the column {field.name} does not fit into CSV")
+        buffer = io.BytesIO()
+        options = pa.csv.WriteOptions(include_header=number == 0)
+        pa.csv.write_csv(table, buffer, options)
+        yield buffer.getvalue()

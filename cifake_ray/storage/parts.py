@@ -1,0 +1,91 @@
+"""Result shards: each appears whole or not at all, and says in its footer whose it is.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cifake_ray import __version__
+from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.storage.files import hash_file, write_bytes
+from cifake_ray.storage.runs import PartFacts, Run
+
+FACTS_KEY = b"cifake_ray"
+
+
+def commit_part(run: Run, shard: int, table: pa.Table, facts: dict[str, str]) -> PartFacts:
+    """Write one result shard under its name and return what it says of itself."""
+    errors = Counter(error for error in table.column("error").to_pylist() if error)
+    footer = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "fingerprint": run.fingerprint,
+        "rows": table.num_rows,
+        "errors": dict(sorted(errors.items())),
+        **facts,
+    }
+    schema = table.schema.with_metadata(
+        {FACTS_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
+    )
+    # Images are compressed already; zstd would spend time on them for nothing.
+    compression = {
+        path: "none" if path.startswith("image.") else "zstd" for path in _leaf_paths(schema)
+    }
+    dictionary = [
+        name
+        for name in ("label", "split", "source", "format", "mode", "error")
+        if name in schema.names
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.cast(schema),
+        sink,
+        compression=compression,
+        use_dictionary=dictionary,
+        write_page_checksum=True,
+    )
+    data = sink.getvalue().to_pybytes()
+    write_bytes(run.part_path(shard), data)
+    return PartFacts(
+        shard, table.num_rows, dict(errors), len(data), hashlib.sha256(data).hexdigest()
+    )
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    return [
+        f"{field.name}.{child.name}" if pa.types.is_struct(field.type) else field.name
+        for field in schema
+        for child in (field.type if pa.types.is_struct(field.type) else [field])
+    ]
+
+
+def read_part_facts(path: Path) -> dict[str, object] | None:
+    """The footer of a result shard, or None when the file is not one of ours or is damaged."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        facts: dict[str, object] = json.loads(metadata[FACTS_KEY])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
+        return None
+    return facts
+
+
+def inspect_part(run: Run, shard: int) -> PartFacts | None:
+    """A shard that this run has committed already, or None when it must be made."""
+    path = run.part_path(shard)
+    if not path.exists():
+        return None
+    facts = read_part_facts(path)
+    if facts is None or facts["fingerprint"] != run.fingerprint:
+        return None
+    rows, errors = facts["rows"], facts["errors"]
+    assert isinstance(rows, int)
+    assert isinstance(errors, dict)
+    return PartFacts(shard, rows, errors, path.stat().st_size, hash_file(path))

@@ -1,0 +1,215 @@
+"""The images of Parquet files with an `image` column: our shards, or any Hugging Face data set.
+
+Floor: storage. Files keep their order and rows stay in their file, so that reading them never
+jumps about: one output shard covers neighbouring row groups of one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cifake_ray.core.images import MAX_IMAGE_BYTES
+from cifake_ray.core.labels import SPLIT_NAMES, parse_label, parse_split
+from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SHARD_FIELDS
+from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.listing import KEEP_ALL, KeyFilter, Listing
+
+MIN_SHARD_ROWS = 1_024
+
+
+def find_tables(root: Path) -> list[Path]:
+    """The Parquet files of convert's output, its `shards/`, any folder, or one file, by name."""
+    if root.is_file():
+        return [root]
+    folder = root / "shards" if (root / "_run.json").exists() else root
+    paths = sorted(
+        path for path in folder.rglob("*.parquet") if not path.name.startswith((".", "_"))
+    )
+    if not paths:
+        raise StorageError(f"{folder}: no Parquet files; give the output of convert")
+    return paths
+
+
+def open_table(path: Path) -> pq.ParquetFile:
+    """A Parquet file with an `image` column. StorageError otherwise."""
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(
+            f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a damaged"
+            " shard"
+        ) from error
+    if "image" not in table.schema_arrow.names:
+        raise StorageError(f"{path}: no column `image`; give the output of convert")
+    return table
+
+
+def read_columns(
+    table: pq.ParquetFile, path: Path, groups: list[int], columns: list[str]
+) -> pa.Table:
+    """Some columns of some row groups. StorageError when the file is damaged."""
+    try:
+        return table.read_row_groups(groups, columns=columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
+
+
+def read_label_names(schema: pa.Schema) -> list[str] | None:
+    """Class names in the order of their numbers, from the Hugging Face footer, if it has them."""
+    footer = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    label = footer.get("info", {}).get("features", {}).get("label", {})
+    names: list[str] | None = label.get("names")
+    return names
+
+
+def find_splits(root: Path) -> set[str]:
+    """The splits that occur in Parquet files with images."""
+    splits = set()
+    for path in find_tables(root):
+        table = open_table(path)
+        if "split" in table.schema_arrow.names:
+            groups = list(range(table.num_row_groups))
+            found = read_columns(table, path, groups, ["split"]).column("split").unique()
+            splits |= {split for value in found.to_pylist() if (split := parse_split(value))}
+        elif split := SPLIT_NAMES.get(path.stem.split("-")[0].lower()):
+            splits.add(split)
+    return splits
+
+
+@dataclass
+class TableSource:
+    """Parquet files with images inside."""
+
+    root: Path
+    split: str | None = None  # only rows of this split
+    labelled: bool = False  # only rows with a label
+    key_filter: KeyFilter = KEEP_ALL
+    min_shard_rows: int | None = None
+    _path: str | None = None
+    _table: pq.ParquetFile | None = None
+    _group_ends: np.ndarray[Any, np.dtype[np.int64]] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
+    _group: tuple[int, pa.Table] | None = None
+
+    def list_images(self) -> Listing:
+        listing = Listing(iter(()), keeps_order=True)
+        listing.batches = self._list_batches(listing)
+        return listing
+
+    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
+        paths = find_tables(self.root)
+        carried = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
+        fields: list[pa.Field] = []
+        for path in paths:
+            table = open_table(path)
+            extra = [f for f in table.schema_arrow if f.name not in carried]
+            if path == paths[0]:
+                fields = [*MANIFEST_FIELDS, *extra]
+            elif extra != fields[len(MANIFEST_FIELDS) :]:
+                raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
+            for groups in self._group_rows(table):
+                batch = self._read_facts(path, table, groups, pa.schema(fields))
+                kept = self._select(batch)
+                listing.left_out["excluded"] += batch.num_rows - kept.num_rows
+                if kept.num_rows:
+                    yield kept
+
+    def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
+        """Neighbouring row groups, together at least a shard."""
+        groups: list[int] = []
+        num_rows = 0
+        for group in range(table.num_row_groups):
+            groups.append(group)
+            num_rows += table.metadata.row_group(group).num_rows
+            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS):
+                yield groups
+                groups, num_rows = [], 0
+        if groups:
+            yield groups
+
+    def _read_facts(
+        self, path: Path, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
+    ) -> pa.RecordBatch:
+        names = [n for n in schema.names if n in table.schema_arrow.names]
+        rows = read_columns(table, path, groups, names)
+        start = sum(table.metadata.row_group(g).num_rows for g in range(groups[0]))
+        indices = range(start, start + rows.num_rows)
+        name = path.relative_to(self.root).as_posix() if path != self.root else path.name
+        columns: dict[str, Any] = {n: rows.column(n).combine_chunks() for n in names}
+        if "key" not in columns:
+            columns["key"] = [f"{name}#{index}" for index in indices]
+        columns["location"] = [name] * rows.num_rows
+        columns["row"] = list(indices)
+        if "label" in columns:
+            class_names = read_label_names(table.schema_arrow)
+            columns["label"] = [
+                parse_label(class_names[v] if class_names and isinstance(v, int) else v)
+                for v in columns["label"].to_pylist()
+            ]
+        if "split" in columns:
+            columns["split"] = [parse_split(v) for v in columns["split"].to_pylist()]
+        else:  # the layout of the Hugging Face hub: train-00000-of-00002.parquet
+            columns["split"] = [SPLIT_NAMES.get(path.stem.split("-")[0].lower())] * rows.num_rows
+        arrays = [
+            pa.nulls(rows.num_rows, f.type)
+            if f.name not in columns
+            else columns[f.name].cast(f.type)
+            if isinstance(columns[f.name], pa.Array)
+            else pa.array(columns[f.name], f.type)
+            for f in schema
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def _select(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if self.split is not None:
+            batch = batch.filter(pc.equal(batch.column("split"), self.split))
+        if self.labelled:
+            batch = batch.filter(pc.is_valid(batch.column("label")))
+        if self.key_filter != KEEP_ALL:
+            keep = [self.key_filter.keeps(key) for key in batch.column("key").to_pylist()]
+            batch = batch.filter(pa.array(keep, pa.bool_()))
+        return batch
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        for location, row in zip(
+            rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
+        ):
+            group, offset = self._find_row(location, row)
+            values = {name: group.column(name)[offset].as_py() for name in group.column_names}
+            image = values["image"]
+            data = image["bytes"] if isinstance(image, dict) else image
+            if values.get("error"):
+                yield ImageError(values["error"], values.get("error_detail") or "")
+            elif data is None:
+                yield ImageError("not_found", "the row holds no image bytes")
+            elif len(data) > MAX_IMAGE_BYTES:
+                yield ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
+            else:
+                yield data
+
+    def _find_row(self, location: str, row: int) -> tuple[pa.Table, int]:
+        """The row group that holds a row, and the row's place in it. Holds one group at a time."""
+        path = self.root if self.root.is_file() else self.root / location
+        if location != self._path or self._table is None:
+            self._table = open_table(path)
+            meta = self._table.metadata
+            counts = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+            self._group_ends = np.cumsum(counts)
+            self._path, self._group = location, None
+        index = int(np.searchsorted(self._group_ends, row, side="right"))
+        if self._group is None or self._group[0] != index:
+            names = self._table.schema_arrow.names
+            columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
+            self._group = (index, read_columns(self._table, path, [index], columns))
+        start = int(self._group_ends[index - 1]) if index else 0
+        return self._group[1], row - start

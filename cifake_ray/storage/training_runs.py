@@ -1,0 +1,92 @@
+"""The papers of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifake_ray import __version__
+from cifake_ray.core.schema import SCHEMA_VERSION
+from cifake_ray.errors import RunMismatch
+from cifake_ray.storage.bundle import read_history
+from cifake_ray.storage.files import (
+    create_bytes,
+    encode_json,
+    hash_json,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from cifake_ray.storage.runs import refuse_other_settings
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The folder RUN of `train`."""
+
+    path: Path
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def bundle_path(self) -> Path:
+        return self.path / "bundle"
+
+    @property
+    def history_path(self) -> Path:
+        return self.path / "history.jsonl"
+
+    def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
+        """Claim the folder for these settings. RunMismatch when it belongs to others."""
+        settings = {"command": "train", "schema_version": SCHEMA_VERSION, **settings}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "tool_version": __version__,
+            "command": "train",
+            "fingerprint": hash_json(settings),
+            "settings": settings,
+            "config": config,
+        }
+        papers = self.path / "_run.json"
+        if not create_bytes(papers, encode_json(record)):
+            found = read_json(papers)
+            if "settings" not in found:
+                raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
+            refuse_other_settings(self.path, found["settings"], settings)
+
+    def read_checkpoint(self) -> bytes | None:
+        """The latest checkpoint, or None before the first."""
+        return read_bytes(self.checkpoint_path) if self.checkpoint_path.exists() else None
+
+    def write_checkpoint(self, data: bytes, history: list[dict[str, Any]]) -> None:
+        """Commit a checkpoint, then show its history."""
+        write_bytes(self.checkpoint_path, data)
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        write_bytes(self.history_path, lines.encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_bytes(self.path / "summary.csv", table.getvalue().encode())
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """One row per finished epoch."""
+        return read_history(self.path)
+
+    def read_success(self) -> dict[str, Any] | None:
+        """What the finished run said of itself, or None when it has not finished."""
+        path = self.path / "_SUCCESS"
+        return read_json(path) if path.exists() else None
+
+    def write_success(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import io
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifake_ray.core.metrics import Calibration, compute_metrics
+from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.report import figures
+from cifake_ray.report.figures import draw_figures
+from cifake_ray.report.html import Mistake, render_report
+from cifake_ray.report.text import format_interval, format_metrics, model_card
+
+HOSTILE_KEY = "<script>alert(1)</script>\n\x1b[31m"
+LONG_KEY = "a" * 250
+HISTORY = [
+    {"epoch": 1, "train_loss": 0.6, "val_loss": 0.5, "val_accuracy": 0.8, "lr": 1e-3, "x": "y"},
+    {"epoch": 2, "train_loss": 0.4, "val_loss": float("nan"), "val_accuracy": 0.9, "lr": 1e-4},
+]
+ONLY_REAL = "camera $x$ 写真\n"
+
+
+def make_metrics(num: int = 200, only: int | None = None):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, num) if only is None else np.full(num, only)
+    logit = rng.normal(2.0 * label - 1, 1).astype(np.float32)
+    return compute_metrics(logit, label, temperature=1.2, threshold=0.6, num_bootstrap=20)
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return make_metrics()
+
+
+@pytest.fixture(scope="module")
+def slices(metrics):
+    return {"source=<b>sd</b>": metrics, ONLY_REAL: make_metrics(30, only=REAL)}
+
+
+@pytest.fixture(scope="module")
+def drawn(metrics, slices):
+    return draw_figures(metrics, history=HISTORY, slices=slices)
+
+
+@pytest.fixture(scope="module")
+def page(metrics, slices, drawn):
+    png = encode_thumbnail()
+    return render_report(
+        title="Report of <i>x</i>",
+        metrics=metrics,
+        figures=drawn,
+        mistakes=[
+            Mistake(key="dull.png", label=REAL, p_fake=0.7, png=png),
+            Mistake(key=HOSTILE_KEY, label=REAL, p_fake=0.99, png=png),
+            Mistake(key=LONG_KEY, label=FAKE, p_fake=0.01, png=png),
+            Mistake(key="\u202egpj.exe \udc80", label=FAKE, p_fake=0.2, png=png),
+        ],
+        facts={"command": "cifake-ray evaluate 'a\"b' --out <o>", "version": "0.1"},
+        errors={"truncated": 3, "empty": 0, "bad_key": 1200},
+        slices=slices,
+    )
+
+
+def encode_thumbnail() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (10, 200, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_hostile_keys_are_shown_and_do_nothing(page):
+    assert "<script" not in page
+    assert r"<script>alert(1)</script>\n\x1b[31m" in unescape(page)
+    assert "\x1b" not in page
+    assert r"\u202egpj.exe \udc80" in page
+    assert LONG_KEY in page
+    assert "&lt;b&gt;sd" in page
+    assert "<i>x" not in page
+    page.encode("utf-8")  # lone surrogates could not be written
+
+
+def test_page_asks_for_nothing_outside_itself(page):
+    assert re.search(r"""http-equiv="Content-Security-Policy" content="default-src 'none'""", page)
+    sources = re.findall(r"""(?:src|href|action|srcset)\s*=\s*["']?([^"'> ]{0,30})""", page)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "://" not in page
+
+
+def test_page_has_its_parts_in_order(page, metrics):
+    headings = re.findall(r"<h[23]>([^<]+)</h", page)
+    assert headings == [
+        "Decisions",
+        "Per class",
+        "Figures",
+        "Slices",
+        "Images without a score",
+        "Worst mistakes",
+        "REAL called FAKE",
+        "FAKE called REAL",
+        "How to get these numbers again",
+    ]
+    assert format_interval(metrics["accuracy"], percent=True) in page
+    assert "1,200" in page
+    assert ">empty<" not in page
+    assert page.index("alert(1)") < page.index("dull.png")  # the surest mistake first
+
+
+def test_page_of_one_class_and_nothing_else():
+    metrics = make_metrics(5, only=FAKE)
+    figures = draw_figures(metrics)
+    assert "roc" not in figures
+    page = render_report(
+        title="t", metrics=metrics, figures=figures, mistakes=[], facts={}, errors={}
+    )
+    assert "every image was scored" in page
+    assert "not defined with one class" in page
+
+
+def test_every_figure_is_a_png_of_sensible_size(drawn):
+    assert list(drawn) == [
+        "roc",
+        "roc_log",
+        "confusion",
+        "confusion_threshold",
+        "scores",
+        "reliability",
+        "loss",
+        "accuracy",
+        "slices",
+    ]
+    for png in drawn.values():
+        image = Image.open(io.BytesIO(png))
+        assert image.format == "PNG"
+        assert 800 <= image.width <= 1200
+        assert 250 <= image.height <= 1200
+        assert len(png) < 200_000
+        assert np.asarray(image.convert("RGB"))[0, 0].tolist() == [255, 255, 255]
+        assert not image.info.keys() - {"dpi"}  # no date, no version
+
+
+def test_same_numbers_give_the_same_bytes(metrics, slices, drawn):
+    assert draw_figures(metrics, history=HISTORY, slices=slices) == drawn
+
+
+@pytest.mark.parametrize("history", [[], HISTORY[:1], [{"epoch": 1}]])
+def test_short_histories_are_drawn_or_left_out(metrics, history):
+    drawn = draw_figures(metrics, history=history)
+    assert ("loss" in drawn) == ("accuracy" in drawn) == bool(history)
+
+
+def test_many_slices_make_a_figure_of_bounded_height(metrics):
+    many = {f"s{i}": metrics for i in range(500)}
+    assert Image.open(io.BytesIO(figures.draw_slices(many))).height < 3000
+
+
+def test_intervals_as_text():
+    assert format_interval({"value": 0.9312, "low": 0.926, "high": 0.936}, percent=True) == (
+        "93.1% (92.6-93.6)"
+    )
+    assert format_interval({"value": 0.5, "low": None, "high": None}) == "0.500"
+    assert format_interval({"value": None, "low": None, "high": None}) == "-"
+
+
+def test_summary_tells_both_thresholds(metrics):
+    text = format_metrics(metrics)
+    assert text.startswith("Of 200 images ")
+    assert "at threshold 0.6" in text
+    assert "TPR at 0.1% FPR" in text
+    widths = {len(line) for line in text.split("\n\n")[1].splitlines()}
+    assert len(widths) == 1  # columns line up in a terminal
+
+
+def test_model_card_has_a_hub_header_and_its_limits(metrics):
+    yaml = pytest.importorskip("yaml")
+    card = model_card(
+        name="tiny {x}",
+        architecture="resnet18",
+        num_parameters=1_234_567,
+        trained_on="CIFAKE,\n32x32",
+        preprocessing={"image_size": 32},
+        training={"note": "a|b\nc"},
+        calibration=Calibration(
+            temperature=1.5, threshold=0.5, threshold_fpr_1=0.9, threshold_fpr_01=0.99
+        ),
+        metrics=metrics,
+    )
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "apache-2.0"
+    assert "# tiny {x}\n" in body
+    assert "1,234,567" in body
+    assert "cifake-ray score DIR OUT --bundle BUNDLE" in body
+    assert r"| a\|b c" in body
+    assert "too few" in body  # about 100 REAL images promise nothing at 0.1%
+    assert "## Limits" in body
