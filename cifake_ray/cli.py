@@ -6,6 +6,7 @@ Floor: doors. Parses, calls one stage, prints. Stages are imported inside their 
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated, Any
 
@@ -166,6 +167,6 @@ def version(json_output: JsonOption = False, debug: DebugOption = False) -> None
     run_command(body, json_output=json_output, debug=debug)
 
 
-def main() -> None:
-    """Entry point of the `cifake-ray` command."""
-    app(prog_name="cifake-ray")
+def main(verb: str | None = None) -> None:
+    """Entry point of `cifake-ray`; a job file gives its verb."""
+    app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")

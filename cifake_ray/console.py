@@ -39,7 +39,16 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
     def on_sigterm(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
+    def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
+        if debug:
+            sys.__excepthook__(kind, failure, trace)
+        message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
+        print(f"cifake-ray: {clean_text(message)}", file=sys.stderr)
+        if json_output:
+            print(json.dumps({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}))
+
     signal.signal(signal.SIGTERM, on_sigterm)
+    sys.excepthook = on_unexpected
     error = ""
     result: Any = None
     try:

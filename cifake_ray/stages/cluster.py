@@ -42,11 +42,7 @@ def connect_cluster(address: str | None) -> Iterator[Resources]:
     # Ray's own chatter; what goes wrong comes to us as an exception, and all of it is in its logs.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {
-        "address": address,
-        "logging_level": logging.ERROR,
-        "log_to_driver": False,
-    }
+    options: dict[str, Any] = {"address": address}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options["include_dashboard"] = False

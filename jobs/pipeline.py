@@ -1,0 +1,12 @@
+r"""Convert, train, evaluate and score below one root.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/pipeline.py /data/images /data/root
+
+Paths must mean the same place on every node: a shared file system. The options are those of
+`cifake-ray pipeline --help`.
+"""
+
+from cifake_ray.cli import main
+
+main("pipeline")

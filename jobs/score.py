@@ -1,0 +1,12 @@
+r"""Images -> scores, with a bundle.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/score.py /data/images /data/scores --bundle /data/run
+
+Paths must mean the same place on every node: a shared file system. The options are those of
+`cifake-ray score --help`.
+"""
+
+from cifake_ray.cli import main
+
+main("score")

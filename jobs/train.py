@@ -1,0 +1,12 @@
+r"""Shards -> a detector, data-parallel.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/train.py /data/shards /data/run --model cnn --num-workers 4
+
+Paths must mean the same place on every node: a shared file system. The options are those of
+`cifake-ray train --help`.
+"""
+
+from cifake_ray.cli import main
+
+main("train")
