@@ -33,6 +33,7 @@ from cifake_ray.storage.parts import commit_part, inspect_part
 from cifake_ray.storage.runs import PartFacts, Run, finish_run
 
 SHORT_LISTING_S = 0.5
+MAX_BATCH_BYTES = 256 * 2**20  # encoded images that a worker holds at once
 MAX_BLOCKS = 4096  # Ray Data blocks of a plan; above it a block holds several shards
 
 
@@ -137,8 +138,7 @@ class ShardWorker:
         work = self.work
         rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
         tables = []
-        for start in range(0, rows.num_rows, work.batch_size):
-            some = rows.slice(start, work.batch_size)
+        for some in slice_rows(rows, work.batch_size):
             images: list[bytes | ImageError] = list(self.source.read_images(some))
             tables.append(work(some, images))
         return commit_part(self.run, shard, pa.concat_tables(tables), work.facts)
@@ -161,6 +161,19 @@ def plan_batch(plan: BatchPlan, command: str) -> DryRun:
         left_out=dict(listing.left_out),
         shards_total=num_batches if listing.keeps_order else -(-listed // rows),
     )
+
+
+def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
+    """Slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
+    start = size_bytes = 0
+    for row, size in enumerate(rows.column("size_bytes").to_pylist()):
+        if row > start and (
+            row - start == batch_size or size_bytes + (size or 0) > MAX_BATCH_BYTES
+        ):
+            yield rows.slice(start, row - start)
+            start, size_bytes = row, 0
+        size_bytes += size or 0
+    yield rows.slice(start)
 
 
 @dataclass
@@ -211,7 +224,7 @@ class _Account:
         )
 
 
-def run_batch(plan: BatchPlan) -> tuple[Run, BatchSummary]:
+def run_batch(plan: BatchPlan) -> BatchSummary:
     """Bring the run to its end, or tell at once that it has ended before.
 
     ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
@@ -222,7 +235,9 @@ def run_batch(plan: BatchPlan) -> tuple[Run, BatchSummary]:
         wait([opening], timeout=SHORT_LISTING_S)
         if opening.done() and (summary := read_summary(plan.out)) is not None:
             return opening.result(), summary
-        resources = stack.enter_context(connect_cluster(plan.config.address))
+        resources = stack.enter_context(
+            connect_cluster(plan.config.address, plan.config.num_workers)
+        )
         use_gpu = choose_gpu(plan.device, resources)
         placement = place_workers(
             resources,
@@ -253,7 +268,7 @@ def run_batch(plan: BatchPlan) -> tuple[Run, BatchSummary]:
     )
     plan.before_success(run)
     finish_run(run, account.parts, asdict(summary))
-    return run, summary
+    return summary
 
 
 def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[dict[str, Any]]:

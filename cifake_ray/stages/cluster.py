@@ -12,29 +12,49 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from cifake_ray.errors import ResourceError
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What the cluster has in all, and on its largest node."""
+class Node(NamedTuple):
+    """What one machine gives to Ray."""
 
     num_cpus: int
     num_gpus: int
-    num_nodes: int
-    max_node_cpus: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_cpus(self) -> int:
+        return sum(node.num_cpus for node in self.nodes)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(node.num_gpus for node in self.nodes)
+
+    def count_places(self, cpus: int, gpus: int) -> int:
+        """How many workers of that size fit; a worker cannot be spread over two nodes."""
+        return sum(
+            min(node.num_cpus // cpus, node.num_gpus // gpus if gpus else node.num_cpus)
+            for node in self.nodes
+        )
 
 
 @contextmanager
-def connect_cluster(address: str | None) -> Iterator[Resources]:
+def connect_cluster(address: str | None, num_workers: int | None = None) -> Iterator[Resources]:
     """The cluster at `address`, or RAY_ADDRESS, or one started here and stopped at the end.
 
     A Ray that is running already in this process is used and left running.
-    ResourceError when the address does not answer.
+    ResourceError when the address does not answer, and before Ray is started here if this machine
+    has fewer CPUs than `num_workers`.
     """
     if ray.is_initialized():
         yield read_resources()
@@ -47,6 +67,10 @@ def connect_cluster(address: str | None) -> Iterator[Resources]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options["include_dashboard"] = False
         options["num_cpus"] = count_local_cpus()
+        here = Resources((Node(count_local_cpus(), 0),))
+        place_workers(
+            here, num_workers=num_workers, use_gpu=False, cpus_per_worker=1, default_workers=1
+        )
     try:
         with _hold_stderr():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -82,12 +106,7 @@ def _hold_stderr() -> Iterator[None]:
 def read_resources() -> Resources:
     """What the connected cluster has now."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return Resources(
-        num_cpus=int(sum(node.get("CPU", 0) for node in nodes)),
-        num_gpus=int(sum(node.get("GPU", 0) for node in nodes)),
-        num_nodes=len(nodes),
-        max_node_cpus=int(max((node.get("CPU", 0) for node in nodes), default=0)),
-    )
+    return Resources(tuple(Node(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes))
 
 
 @dataclass(frozen=True)
@@ -104,25 +123,24 @@ def place_workers(
     *,
     num_workers: int | None,
     use_gpu: bool,
-    cpus_per_worker: int | None = None,
+    cpus_per_worker: int | None,
     default_workers: int,
 ) -> Placement:
-    """Share the cluster out. ResourceError, with the numbers, when it is too small."""
-    wanted = num_workers or default_workers
-    if use_gpu and wanted > resources.num_gpus:
-        raise ResourceError(
-            f"{wanted} workers need {wanted} GPUs, the cluster has {resources.num_gpus}; lower"
-            " --num-workers, or use --device cpu"
-        )
-    shared = max(1, resources.num_cpus // wanted)
-    cpus = cpus_per_worker or min(shared, max(1, resources.max_node_cpus))
-    if wanted * cpus > resources.num_cpus or cpus > resources.max_node_cpus:
-        raise ResourceError(
-            f"{wanted} workers with {cpus} CPUs each need {wanted * cpus} CPUs, the cluster has"
-            f" {resources.num_cpus} (at most {resources.max_node_cpus} on a node); lower"
-            " --num-workers"
-        )
-    return Placement(wanted, cpus, 1 if use_gpu else 0)
+    """Share the cluster out; without `cpus_per_worker`, each gets as many CPUs as fit.
+
+    ResourceError, with the numbers, when it is too small.
+    """
+    wanted, gpus = num_workers or default_workers, int(use_gpu)
+    most = max((node.num_cpus for node in resources.nodes), default=0)
+    for cpus in [cpus_per_worker] if cpus_per_worker else range(max(most, 1), 0, -1):
+        if resources.count_places(cpus, gpus) >= wanted:
+            return Placement(wanted, cpus, gpus)
+    needed = f"{wanted * (cpus_per_worker or 1)} CPUs" + (f" and {wanted} GPUs" if gpus else "")
+    nodes = ", ".join(f"{n.num_cpus} CPUs + {n.num_gpus} GPUs" for n in resources.nodes[:8])
+    raise ResourceError(
+        f"{wanted} workers need {needed}, the cluster has {resources.num_cpus} CPUs and"
+        f" {resources.num_gpus} GPUs (nodes: {nodes}); lower --num-workers"
+    )
 
 
 def count_local_cpus() -> int:

@@ -40,4 +40,4 @@ def convert_images(
         )
 
     plan = BatchPlan(config, out, "cpu", open_this, source, make_work, on_progress, started_s)
-    return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)[1]
+    return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)

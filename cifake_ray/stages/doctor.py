@@ -38,7 +38,8 @@ def examine_machine() -> tuple[dict[str, Any], int]:
     try:
         with connect_cluster(None) as resources:
             facts["ray cluster"] = (
-                f"{resources.num_nodes} nodes, {resources.num_cpus} CPUs, {resources.num_gpus} GPUs"
+                f"{len(resources.nodes)} nodes, {resources.num_cpus} CPUs,"
+                f" {resources.num_gpus} GPUs"
             )
             one = ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60)
             facts["ray task"] = "ran" if one == 1 else "failed"

@@ -76,7 +76,7 @@ def evaluate_detector(
         started_s,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
-    return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)[1]
+    return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)
 
 
 def write_report(

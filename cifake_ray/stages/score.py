@@ -9,15 +9,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig, effective_settings
-from cifake_ray.core.scoring import ScoreWork
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
 from cifake_ray.storage.files import resolve_path
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.sources import open_source
+
+if TYPE_CHECKING:
+    from cifake_ray.core.scoring import ScoreWork
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class MakeScoreWork:
     batch_size: int
 
     def __call__(self, placement: Placement) -> ScoreWork:
+        from cifake_ray.core.scoring import ScoreWork  # torch: only the workers need it
+
         detector, bundle = load_bundle(Path(self.bundle_path))
         return ScoreWork(
             detector,
@@ -75,4 +80,4 @@ def score_images(
     plan = BatchPlan(
         config, out, config.device, open_this, source, make_work, on_progress, started_s
     )
-    return plan_batch(plan, "score") if config.dry_run else run_batch(plan)[1]
+    return plan_batch(plan, "score") if config.dry_run else run_batch(plan)

@@ -119,7 +119,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    with connect_cluster(config.address) as resources:
+    with connect_cluster(config.address, config.num_workers) as resources:
         use_gpu = choose_gpu(config.device, resources)
         placement = place_workers(
             resources,

@@ -1,0 +1,143 @@
+"""kill -9 at any moment, the same command again: the result equals the undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.storage.samples import write_sample
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+NUM_IMAGES = 3_000
+NUM_KILLS = 3
+
+
+def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cifake_ray", *arguments, "--json"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
+    process = start(arguments, env)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+def kill_in(process: subprocess.Popen[str], seconds: float) -> None:
+    """SIGKILL after some time, or let it end if it is faster."""
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str]:
+    return {**os.environ, "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(
+        SampleConfig(out=str(tmp_path_factory.mktemp("kill") / "images"), images=NUM_IMAGES)
+    )
+
+
+@pytest.fixture(scope="module")
+def shards(images: Path, env: dict[str, str]) -> tuple[Path, float]:
+    """Undisturbed shards, and how long they took."""
+    out = images.parent / "shards"
+    finish(["convert", str(images), str(out), "--shard-size", "100"], env)
+    return out, json.loads((out / "_SUCCESS").read_text())["elapsed_s"]
+
+
+def read_parts(folder: Path) -> dict[str, Any]:
+    return {path.name: pq.read_table(path) for path in sorted(folder.glob("part-*"))}
+
+
+def disturb(
+    arguments: list[str], out: Path, elapsed_s: float, env: dict[str, str]
+) -> dict[str, Any]:
+    """Kill the command at random moments, then let it finish."""
+    rng = random.Random(0)
+    finished = 0
+    for number in range(NUM_KILLS):
+        share = (number + rng.random()) / NUM_KILLS  # early, in the middle, late
+        kill_in(start(arguments, env), share * elapsed_s)
+        parts = list(out.glob("*/part-*"))
+        assert all(path.stat().st_size for path in parts), "half a shard is visible"
+        assert len(parts) >= finished, "a finished shard is gone"
+        finished = len(parts)
+        stamps = {path: path.stat().st_mtime_ns for path in parts}
+    summary = finish(arguments, env)
+    again = {path: path.stat().st_mtime_ns for path in stamps}
+    assert again == stamps, "a finished shard was made again"
+    return summary
+
+
+def test_a_killed_convert_equals_an_undisturbed_one(
+    images: Path, shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["convert", str(images), str(out), "--shard-size", "100"]
+    summary = disturb(arguments, out, shards[1], env)
+    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert read_parts(out / "shards") == read_parts(shards[0] / "shards")
+    assert not list(out.glob("*/.writing-*")), "a killed writer left its file behind"
+
+
+def test_a_killed_training_takes_the_same_steps(
+    shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+) -> None:
+    def arguments(run: Path) -> list[str]:
+        options = ["--num-workers", "1", "--epochs", "4", "--batch-size", "100"]
+        cache = ["--cache-dir", str(tmp_path / "cache"), "--cpus-per-worker", "1"]
+        return ["train", str(shards[0]), str(run), *options, *cache]
+
+    whole = finish(arguments(tmp_path / "whole"), env)
+    run = tmp_path / "run"
+    for epochs in (1, 2, 3):  # killed once each of them is committed, somewhere in the next
+        process = start(arguments(run), env)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            history = run / "history.jsonl"
+            if history.exists() and len(history.read_text().splitlines()) >= epochs:
+                break
+            time.sleep(0.1)
+        kill_in(process, 0.2)
+    summary = finish(arguments(run), env)
+    assert summary["steps"] == whole["steps"]
+    assert summary["val_accuracy"] == whole["val_accuracy"]
+    weights = [p / "bundle" / "model.safetensors" for p in (run, tmp_path / "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_killed_score_equals_an_undisturbed_one(
+    images: Path, shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+) -> None:
+    def arguments(out: Path) -> list[str]:
+        return ["score", str(images), str(out), "--shard-size", "100"]
+
+    whole = finish(arguments(tmp_path / "whole"), env)
+    out = tmp_path / "out"
+    summary = disturb(arguments(out), out, whole["elapsed_s"], env)
+    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert read_parts(out / "scores") == read_parts(tmp_path / "whole" / "scores")

@@ -1,0 +1,81 @@
+"""evaluate: its predictions are score's, its report is one page."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import EvaluateConfig, ScoreConfig
+from cifake_ray.stages.evaluate import evaluate_detector
+from cifake_ray.stages.score import score_images
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None) -> None:
+    config = EvaluateConfig(
+        shards=str(shards), bundle=str(bundle), out=str(out), split=split, num_bootstrap=50
+    )
+    evaluate_detector(config, lambda progress: None, time.time())
+
+
+@pytest.fixture(scope="module")
+def report(shards: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "out"
+    run_evaluate(shards, bundle, out)
+    return out
+
+
+def test_it_takes_the_test_split_by_itself(report: Path) -> None:
+    predictions = pq.read_table(report / "predictions").to_pylist()
+    assert {row["split"] for row in predictions} == {"test"}
+    assert len(predictions) == 6
+
+
+def test_predictions_equal_scores_of_the_folder(
+    report: Path, sample_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    config = ScoreConfig(
+        src=str(sample_folder / "test"), out=str(tmp_path / "out"), bundle=str(bundle)
+    )
+    score_images(config, lambda progress: None, time.time())
+    scores = {f"test/{r['key']}": r for r in pq.read_table(tmp_path / "out" / "scores").to_pylist()}
+    predictions = pq.read_table(report / "predictions").to_pylist()
+    assert {row["key"] for row in predictions} == scores.keys()
+    for row in predictions:
+        assert row["p_fake"] == pytest.approx(scores[row["key"]]["p_fake"], abs=1e-5)
+
+
+def test_metrics_follow_from_the_predictions(report: Path) -> None:
+    predictions = pq.read_table(report / "predictions").to_pylist()
+    right = sum((row["p_fake"] >= 0.5) == (row["label"] == 1) for row in predictions)
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["num_images"] == len(predictions)
+    assert metrics["accuracy"]["value"] == pytest.approx(right / len(predictions))
+
+
+def test_the_report_is_one_page_with_figures_and_mistakes(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert "http://" not in page
+    figures = {path.stem for path in (report / "figures").iterdir()}
+    assert {"roc", "confusion", "reliability", "scores", "loss", "accuracy"} <= figures
+    assert (report / "_SUCCESS").stat().st_mtime >= (report / "report.html").stat().st_mtime
+
+
+def test_every_row_is_used_where_there_is_no_test_split(
+    shards: Path, bundle: Path, tmp_path: Path
+) -> None:
+    run_evaluate(shards, bundle, tmp_path / "out", split="val")
+    assert pq.read_table(tmp_path / "out" / "predictions").num_rows == 6
+
+
+def test_a_split_without_labels_is_refused(shards: Path, bundle: Path, tmp_path: Path) -> None:
+    from cifake_ray.errors import NothingToDo
+
+    with pytest.raises(NothingToDo):
+        run_evaluate(shards, bundle, tmp_path / "out", split="nowhere")

@@ -1,0 +1,129 @@
+"""train: with and without Ray, resumed or not, from the cache or streamed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifake_ray.config import ConvertConfig, TrainConfig
+from cifake_ray.errors import ResourceError, RunMismatch
+from cifake_ray.stages.convert import convert_images
+from cifake_ray.stages.train import train_detector
+from cifake_ray.storage.bundle import load_bundle
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
+    options = {
+        "epochs": 2,
+        "batch_size": 16,
+        "num_workers": 0,
+        "val_fraction": 0.3,
+        "cpus_per_worker": 1,
+        "cache_dir": str(run.parent / "cache"),
+        **options,
+    }
+    config = TrainConfig(shards=str(shards), run=str(run), **options)
+    return train_detector(config, lambda row, epochs: None, time.time())
+
+
+def read_losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [value for row in rows for value in (row["train_loss"], row["val_loss"])]
+
+
+def test_one_ray_worker_gives_what_this_process_gives(shards: Path, tmp_path: Path) -> None:
+    here = run_train(shards, tmp_path / "here")
+    there = run_train(shards, tmp_path / "there", num_workers=1)
+    assert read_losses(tmp_path / "here") == read_losses(tmp_path / "there")
+    assert here["steps"] == there["steps"] == 2 * (here["train_images"] // 16)
+
+
+def test_two_workers_see_the_same_batches(shards: Path, tmp_path: Path) -> None:
+    run_train(shards, tmp_path / "one", epochs=1)
+    run_train(shards, tmp_path / "two", epochs=1, num_workers=2)
+    assert read_losses(tmp_path / "one") == pytest.approx(read_losses(tmp_path / "two"), abs=1e-4)
+
+
+def test_a_finished_run_is_left_untouched(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = run_train(shards, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert run_train(shards, run)["steps"] == first["steps"]
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+
+
+def test_another_config_on_the_same_run_is_refused(shards: Path, tmp_path: Path) -> None:
+    run_train(shards, tmp_path / "run")
+    with pytest.raises(RunMismatch, match=r"lr: 0.003 there, 0.1 here"):
+        run_train(shards, tmp_path / "run", lr=0.1)
+
+
+def test_a_run_killed_before_its_bundle_ends_with_the_same_bundle(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_train(shards, run)
+    weights = (run / "bundle" / "model.safetensors").read_bytes()
+    (run / "_SUCCESS").unlink()
+    shutil.rmtree(run / "bundle")
+    run_train(shards, run)
+    assert (run / "bundle" / "model.safetensors").read_bytes() == weights
+
+
+def test_streaming_trains_within_bounded_memory(shards: Path, tmp_path: Path) -> None:
+    summary = run_train(shards, tmp_path / "run", cache_gb=0)
+    assert summary["epochs"] == 2
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_images_that_do_not_decode_are_counted_and_left_out(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    for number, path in enumerate(sorted((sample_folder / "train").rglob("*.jpg"))):
+        target = source / path.relative_to(sample_folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes()
+        target.write_bytes(data[: len(data) - 200] if number == 7 else data)
+    config = ConvertConfig(src=str(source), out=str(tmp_path / "shards"))
+    convert_images(config, lambda progress: None, time.time())
+    for name, cache_gb in (("cached", 1.0), ("streamed", 0.0)):
+        summary = run_train(tmp_path / "shards", tmp_path / name, cache_gb=cache_gb)
+        assert summary["unusable"] == {"truncated": 1}
+        assert summary["train_images"] + summary["val_images"] == 47
+
+
+def test_the_bundle_is_the_best_epoch(shards: Path, tmp_path: Path) -> None:
+    summary = run_train(shards, tmp_path / "run", epochs=3)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert summary["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+    detector, facts = load_bundle(tmp_path / "run" / "bundle")
+    assert facts.training["best_epoch"] == summary["best_epoch"]
+    assert detector.num_parameters == 39_132
+
+
+def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
+    summary = run_train(
+        shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers=1
+    )
+    assert summary["model"] == "test_resnet"
+    assert load_bundle(tmp_path / "run" / "bundle")[0].preprocessing.image_size == 32
+
+
+def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="need 3 CPUs, the cluster has 2"):
+        run_train(shards, tmp_path / "run", num_workers=3)
+
+
+def test_shards_without_labels_are_refused(sample_folder: Path, tmp_path: Path) -> None:
+    config = ConvertConfig(src=str(sample_folder / "train" / "REAL"), out=str(tmp_path / "shards"))
+    convert_images(config, lambda progress: None, time.time())
+    with pytest.raises(ValueError, match="no labelled REAL image for training"):
+        run_train(tmp_path / "shards", tmp_path / "run")

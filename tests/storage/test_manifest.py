@@ -1,0 +1,225 @@
+"""The manifest: every key once, dealt the same way whatever the order of the listing."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.storage.listing import Listing, RowBuffer
+from cifake_ray.storage.manifest import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_ROWS,
+    MIN_SHARD_ROWS,
+    SHARDS_PER_FILE,
+    Manifest,
+    choose_shard_rows,
+    read_shard,
+    write_manifest,
+)
+
+SCHEMA = pa.schema(MANIFEST_FIELDS)
+
+
+def batch_of(keys: Iterable[str], size_bytes: int | None = 1000) -> pa.RecordBatch:
+    rows = RowBuffer(SCHEMA)
+    for key in keys:
+        rows.append(key, key, None, size_bytes, 1, None, None, None, None)
+    return rows.drain()
+
+
+def list_keys(keys: list[str], batch_rows: int = 100) -> Listing:
+    starts = range(0, len(keys), batch_rows)
+    return Listing(batch_of(keys[start : start + batch_rows]) for start in starts)
+
+
+def read_shards(folder: Path, manifest: Manifest) -> list[list[str]]:
+    return [
+        read_shard(folder, file, shard).column("key").to_pylist()
+        for file in manifest.files
+        for shard in range(file.first_shard, file.first_shard + file.num_shards)
+    ]
+
+
+KEYS = [f"train/{n % 7}/\u00e9 {n}.jpg" for n in range(1000)]
+
+
+def test_every_key_is_in_one_shard_once(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, "run", list_keys(KEYS), 64)
+    shards = read_shards(tmp_path, manifest)
+    assert Counter(key for shard in shards for key in shard) == Counter(KEYS)
+    assert manifest.num_rows == 1000
+    assert manifest.size_bytes == 1000 * 1000
+    assert manifest.num_shards == 16
+    assert [len(shard) for shard in shards] == [64] * 15 + [40]
+
+
+def test_the_order_of_the_listing_does_not_matter(tmp_path: Path) -> None:
+    shuffled = list(np.random.default_rng(1).permutation(np.array(KEYS, object)))
+    one = write_manifest(tmp_path / "one", "run", list_keys(KEYS), 64)
+    two = write_manifest(tmp_path / "two", "run", list_keys(shuffled, batch_rows=333), 64)
+    assert one == two
+
+
+def test_rows_are_sorted_by_key_in_a_shard(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, "run", list_keys(KEYS[::-1]), 64)
+    for shard in read_shards(tmp_path, manifest):
+        assert shard == sorted(shard, key=str.encode)
+
+
+def test_a_shard_is_a_random_sample_of_the_source(tmp_path: Path) -> None:
+    keys = [f"{'REAL' if n < 500 else 'FAKE'}/{n:04}" for n in range(1000)]
+    manifest = write_manifest(tmp_path, "run", list_keys(keys), 100)
+    for shard in read_shards(tmp_path, manifest):
+        assert 25 < sum(key.startswith("REAL") for key in shard) < 75
+
+
+def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
+    rows = RowBuffer(pa.schema([*MANIFEST_FIELDS, pa.field("n", pa.int16())]))
+    for n in range(300):
+        rows.append(f"{n}", f"at/{n}", n, n + 1, n + 2, n % 2, "val", f"s{n}", None, n)
+    manifest = write_manifest(tmp_path, "run", Listing(iter([rows.drain()])), 50)
+    found = [
+        row
+        for file in manifest.files
+        for shard in range(file.num_shards)
+        for row in read_shard(tmp_path, file, shard).to_pylist()
+    ]
+    assert len(found) == 300
+    for row in found:
+        n = row["n"]
+        assert row == {
+            "key": f"{n}",
+            "location": f"at/{n}",
+            "row": n,
+            "size_bytes": n + 1,
+            "mtime_ns": n + 2,
+            "label": n % 2,
+            "split": "val",
+            "source": f"s{n}",
+            "error": None,
+            "n": n,
+        }
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "mean_bytes", "shard_rows"),
+    [
+        (1, 1000, MIN_SHARD_ROWS),
+        (1_000_000, 1000, MIN_SHARD_ROWS),
+        (5_000_000, 1000, 5_000),
+        (20_000_000, 1000, MAX_SHARD_ROWS),
+        (5_000_000, 2**20, MAX_SHARD_BYTES // 2**20),
+        (10, 2**30, 1),
+        (0, 0, MIN_SHARD_ROWS),
+        (5_000_000, 0, 5_000),
+    ],
+)
+def test_shards_hold_a_thousandth_between_bounds_and_a_cap_in_bytes(
+    num_rows: int, mean_bytes: int, shard_rows: int
+) -> None:
+    assert choose_shard_rows(num_rows, num_rows * mean_bytes) == shard_rows
+
+
+def test_the_size_of_shards_follows_from_the_listing_alone(tmp_path: Path) -> None:
+    listing = Listing(iter([batch_of((f"{n}" for n in range(1500)), size_bytes=2**20)]))
+    manifest = write_manifest(tmp_path, "run", listing, None)
+    assert [len(shard) for shard in read_shards(tmp_path, manifest)] == [256] * 5 + [220]
+
+
+def test_sizes_that_are_not_known_do_no_harm(tmp_path: Path) -> None:
+    keys = [f"{n}" for n in range(10)]
+    listing = Listing(iter([batch_of(keys[:5]), batch_of(keys[5:], size_bytes=None)]))
+    manifest = write_manifest(tmp_path, "run", listing, None)
+    assert (manifest.num_rows, manifest.size_bytes, manifest.num_shards) == (10, 5000, 1)
+
+
+def test_a_key_that_is_listed_twice_is_refused_with_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train/1/\u00e9 8\.jpg"):
+        write_manifest(tmp_path, "run", list_keys([*KEYS, KEYS[8]]), 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_that_differ_only_in_unicode_form_are_two(tmp_path: Path) -> None:
+    keys = ["\u00e9.jpg", "e\u0301.jpg"]
+    manifest = write_manifest(tmp_path, "run", list_keys(keys), None)
+    assert sorted(read_shards(tmp_path, manifest)[0]) == sorted(keys)
+
+
+def test_an_empty_listing_is_nothing_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NothingToDo):
+        write_manifest(tmp_path, "run", Listing(iter(())), None)
+
+
+def test_a_source_that_keeps_its_order_is_dealt_batch_by_batch(tmp_path: Path) -> None:
+    keys = [["z", "a"], ["m"], ["c", "b", "y"]]
+    listing = Listing(iter(map(batch_of, keys)), keeps_order=True)
+    manifest = write_manifest(tmp_path, "run", listing, 1)
+    assert read_shards(tmp_path, manifest) == keys
+
+
+def test_many_shards_span_several_files_and_each_is_found(tmp_path: Path) -> None:
+    keys = [f"{n}" for n in range(2 * SHARDS_PER_FILE + 10)]
+    manifest = write_manifest(tmp_path, "run", list_keys(keys), 1)
+    assert [file.num_shards for file in manifest.files] == [SHARDS_PER_FILE, SHARDS_PER_FILE, 10]
+    assert [file.first_shard for file in manifest.files] == [
+        0,
+        SHARDS_PER_FILE,
+        2 * SHARDS_PER_FILE,
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f.name for f in manifest.files]
+    shards = read_shards(tmp_path, manifest)
+    assert {len(shard) for shard in shards} == {1}
+    assert {key for (key,) in shards} == set(keys)
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, "run", list_keys(KEYS), None)
+    path = tmp_path / manifest.files[0].name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match=r"run-00000\.parquet: the manifest is damaged"):
+        read_shard(tmp_path, manifest.files[0], 0)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"run-00000\.parquet"):
+        read_shard(tmp_path, manifest.files[0], 0)
+
+
+class PeakOf:
+    """Memory of Python and Arrow while a manifest is written, seen after every batch."""
+
+    def __init__(self, num_keys: int) -> None:
+        self.num_keys = num_keys
+        self.arrow_bytes = 0
+
+    def list_keys(self) -> Iterator[pa.RecordBatch]:
+        for start in range(0, self.num_keys, 10_000):
+            yield batch_of(f"train/FAKE/{n:012}.jpg" for n in range(start, start + 10_000))
+            self.arrow_bytes = max(self.arrow_bytes, pa.total_allocated_bytes())
+
+    def measure(self, folder: Path) -> tuple[int, int]:
+        tracemalloc.start()
+        try:
+            before_bytes = pa.total_allocated_bytes()
+            manifest = write_manifest(folder, "run", Listing(self.list_keys()), None)
+            python_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert manifest.num_rows == self.num_keys
+        return python_bytes, self.arrow_bytes - before_bytes
+
+
+def test_memory_does_not_grow_with_the_number_of_keys(tmp_path: Path) -> None:
+    few_python, few_arrow = PeakOf(30_000).measure(tmp_path / "few")
+    many_python, many_arrow = PeakOf(300_000).measure(tmp_path / "many")
+    # Ten times the keys; 270,000 more rows would be about 25 MB in Arrow, 60 MB in Python.
+    assert many_python < few_python + 8e6
+    assert many_arrow < few_arrow + 6e6
