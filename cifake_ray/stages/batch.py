@@ -233,8 +233,10 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         opening = lister.submit(plan.open_run)
         # Ray takes seconds to start: let it, while a long source is listed.
         wait([opening], timeout=SHORT_LISTING_S)
-        if opening.done() and (summary := read_summary(plan.out)) is not None:
-            return opening.result(), summary
+        if opening.done():
+            opening.result()  # what is wrong with the source is said before Ray is started
+            if (summary := read_summary(plan.out)) is not None:
+                return summary
         resources = stack.enter_context(
             connect_cluster(plan.config.address, plan.config.num_workers)
         )

@@ -1,0 +1,57 @@
+"""convert_bare.py SRC OUT: the work of convert in a plain loop, one process per core."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from typing import Any
+
+from shared import NUM_CORES, Share, list_files, read_bytes, run_processes
+
+PART_ROWS = 1024
+
+
+def inspect_files(files: list[str]) -> dict[str, list[Any]]:
+    """The columns of convert: bytes, header facts, sha256."""
+    data = [read_bytes(path) for path in files]
+    return {"path": files, "bytes": data, **inspect_bytes(data)}
+
+
+def inspect_bytes(data: list[bytes]) -> dict[str, list[Any]]:
+    from cifake_ray.core.images import inspect_image
+
+    facts = [inspect_image(d) for d in data]
+    return {
+        "sha256": [hashlib.sha256(d).digest() for d in data],
+        **{name: [getattr(f, name) for f in facts] for name in facts[0].__dataclass_fields__},
+    }
+
+
+def convert_share(rank: int) -> Share:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import cifake_ray.core.images  # noqa: F401 - the clock starts after the imports
+
+    source, out = sys.argv[1:]
+    os.makedirs(out, exist_ok=True)
+    files = list_files(source)[rank::NUM_CORES]
+    started_s = time.time()
+    for start in range(0, len(files), PART_ROWS):
+        table = pa.table(inspect_files(files[start : start + PART_ROWS]))
+        compression = {n: "none" if n == "bytes" else "zstd" for n in table.column_names}
+        path = f"{out}/{rank}-{start}.parquet"
+        pq.write_table(
+            table,
+            path,
+            compression=compression,
+            use_dictionary=["format", "mode"],
+            write_page_checksum=True,
+        )
+    return Share(len(files), len(files), started_s, time.time())
+
+
+if __name__ == "__main__":
+    run_processes(convert_share)
