@@ -7,6 +7,7 @@ store. The row's way back to the driver carries numbers only.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from cifake_ray import errors
 from cifake_ray.config import BatchConfig
 from cifake_ray.core.work import Work
 from cifake_ray.errors import CifakeError, ExitCode, ImageError
@@ -111,22 +113,20 @@ class ShardWorker:
         self.placement = placement
         self.work: Work | None = None
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        done = [self._finish_shard(int(shard)) for shard in batch["shard"]]
-        return {name: [row[name] for row in done] for name in done[0]}
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        return {"report": [json.dumps(self._report_shard(int(shard))) for shard in batch["shard"]]}
 
-    def _finish_shard(self, shard: int) -> dict[str, Any]:
+    def _report_shard(self, shard: int) -> dict[str, Any]:
+        """What the driver learns of a shard: its facts, or why the run must end."""
         started_s = time.time()
         part = inspect_part(self.run, shard)
         resumed = part is not None
-        if part is None:
-            part = self._make_shard(shard)
+        try:
+            part = part or self._make_shard(shard)
+        except CifakeError as error:  # Ray would wrap it up beyond recognition
+            return {"failure": type(error).__name__, "message": str(error)}
         return {
-            "shard": part.shard,
-            "rows": part.rows,
-            "errors": ",".join(f"{name}={n}" for name, n in part.errors.items()),
-            "size_bytes": part.size_bytes,
-            "sha256": part.sha256,
+            "part": asdict(part),
             "resumed": resumed,
             "started_s": started_s,
             "finished_s": time.time(),
@@ -189,18 +189,16 @@ class _Account:
     first_s: float | None = None
     last_s: float = 0.0
 
-    def add(self, row: dict[str, Any]) -> None:
-        pairs = (item.split("=") for item in row["errors"].split(",") if item)
-        errors = {name: int(n) for name, n in pairs}
-        part = PartFacts(row["shard"], row["rows"], errors, row["size_bytes"], row["sha256"])
+    def add(self, report: dict[str, Any]) -> None:
+        part = PartFacts(**report["part"])
         self.parts.append(part)
-        self.errors.update(errors)
+        self.errors.update(part.errors)
         self.rows += part.rows
-        self.resumed += row["resumed"]
-        if not row["resumed"]:
+        self.resumed += report["resumed"]
+        if not report["resumed"]:
             self.worked_rows += part.rows
-            self.first_s = min(self.first_s or row["started_s"], row["started_s"])
-            self.last_s = max(self.last_s, row["finished_s"])
+            self.first_s = min(self.first_s or report["started_s"], report["started_s"])
+            self.last_s = max(self.last_s, report["finished_s"])
 
     @property
     def failed(self) -> int:
@@ -250,8 +248,8 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         )
         run = opening.result()
         account = _Account(listed=run.manifest.num_rows)
-        for row in _stream_shards(run, plan, placement):
-            account.add(row)
+        for report in _stream_shards(run, plan, placement):
+            account.add(report)
             plan.on_progress(account.progress())
     elapsed_s = time.time() - plan.started_s
     summary = BatchSummary(
@@ -291,13 +289,11 @@ def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[
         num_gpus=placement.gpus_per_worker,
         compute=ActorPoolStrategy(size=num_actors),
     )
-    try:
-        yield from results.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, CifakeError | ValueError):
-            raise cause from None
-        raise
+    for row in results.iter_rows():
+        report = json.loads(row["report"])
+        if "failure" in report:
+            raise getattr(errors, report["failure"])(report["message"])
+        yield report
 
 
 def read_summary(out: Path) -> BatchSummary | None:
