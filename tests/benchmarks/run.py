@@ -28,7 +28,7 @@ from typing import Any
 from measure import Result, link_images, run_command, unpack_cifake
 
 HERE = Path(__file__).parent
-EPOCHS = 2  # the first warms up
+EPOCHS = "2"  # the first warms up
 MEMORY_IMAGES = 10_000
 MEMORY_LIMIT_MB = 64
 
@@ -111,9 +111,8 @@ class Bench:
         print("|---|---:|---:|---:|---:|")
         for contender in contenders:
             mine, bare = results[contender.name], results.get(contender.bare, [])
-            whole = [r.images_per_s for r in mine], [r.images_per_s for r in bare]
-            steady = [r.steady_images_per_s for r in mine], [r.steady_images_per_s for r in bare]
-            print(f"| {contender.name} | {format_rates(*whole)} | {format_rates(*steady)} |")
+            cells = [format_rates(mine, bare, n) for n in ("images_per_s", "steady_images_per_s")]
+            print(f"| {contender.name} | {' | '.join(cells)} |")
         sys.stdout.flush()
 
     def convert(self) -> None:
@@ -146,9 +145,9 @@ class Bench:
             )
         contenders = []
         for n in ("1", "2"):
-            fixed = ("--epochs", str(EPOCHS), "--num-workers", n, "--cache-dir", cache)
+            fixed = ("--epochs", EPOCHS, "--num-workers", n, "--cache-dir", cache)
             ours = run_ours("train", str(shards), "{out}", *fixed)
-            bare = run_peer("train_bare.py", shards, cache, str(EPOCHS), n)
+            bare = run_peer("train_bare.py", shards, cache, EPOCHS, n)
             contenders.append(
                 Contender(f"cifake-ray train --num-workers {n}", ours, f"bare, {n} process")
             )
@@ -182,12 +181,13 @@ class Bench:
         self.compare("sample", [Contender("cifake-ray sample", ours)])
 
 
-def format_rates(mine: list[float | None], bare: list[float | None]) -> str:
+def format_rates(mine: list[Result], bare: list[Result], name: str) -> str:
     """Two cells: the median rate, and the median ratio to the bare loop of the same repeat."""
-    if None in mine:
+    rates, others = [getattr(r, name) for r in mine], [getattr(r, name) for r in bare]
+    if None in rates:
         return "- | -"
-    ratio = median(m / b for m, b in zip(mine, bare, strict=True)) if bare else None
-    return f"{median(mine):,.0f} | {'-' if ratio is None else f'{ratio:.2f}'}"
+    ratio = f"{median(a / b for a, b in zip(rates, others, strict=True)):.2f}" if others else "-"
+    return f"{median(rates):,.0f} | {ratio}"
 
 
 def describe_machine() -> dict[str, str]:

@@ -55,10 +55,9 @@ def test_numbers_below_zero_are_no_formulas(tmp_path: Path) -> None:
     assert export(write_parts(tmp_path / "s", make_scores(["a"])))[0]["logit"] == "-1.5"
 
 
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
-def test_text_of_any_width_is_escaped(tmp_path: Path, kind: pa.DataType) -> None:
-    """The columns of a list keep the types that its writer chose."""
-    table = make_scores(["a"], title=pa.array(["=1+1"], kind))
+def test_large_text_is_escaped_too(tmp_path: Path) -> None:
+    """The columns of a list keep the types that its writer chose; polars writes this one."""
+    table = make_scores(["a"], title=pa.array(["=1+1"], pa.large_string()))
     assert export(write_parts(tmp_path / "s", table))[0]["title"] == "'=1+1"
 
 

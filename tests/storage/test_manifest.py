@@ -25,6 +25,7 @@ from cifake_ray.storage.manifest import (
     read_shard,
     write_manifest,
 )
+from cifake_ray.storage.runs import Run
 
 SCHEMA = pa.schema(MANIFEST_FIELDS)
 
@@ -167,18 +168,16 @@ def test_a_source_that_keeps_its_order_is_dealt_batch_by_batch(tmp_path: Path) -
 
 
 def test_many_shards_span_several_files_and_each_is_found(tmp_path: Path) -> None:
-    keys = [f"{n}" for n in range(2 * SHARDS_PER_FILE + 10)]
-    manifest = write_manifest(tmp_path, "run", list_keys(keys), 1)
+    keys = [f"{n:04}" for n in range(2 * SHARDS_PER_FILE + 10)]
+    listing = Listing((batch_of([key]) for key in keys), keeps_order=True)
+    manifest = write_manifest(tmp_path, "run", listing, None)
     assert [file.num_shards for file in manifest.files] == [SHARDS_PER_FILE, SHARDS_PER_FILE, 10]
-    assert [file.first_shard for file in manifest.files] == [
-        0,
-        SHARDS_PER_FILE,
-        2 * SHARDS_PER_FILE,
-    ]
+    assert [file.first_shard for file in manifest.files] == [0, 256, 512]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f.name for f in manifest.files]
-    shards = read_shards(tmp_path, manifest)
-    assert {len(shard) for shard in shards} == {1}
-    assert {key for (key,) in shards} == set(keys)
+    run = Run(tmp_path, "score", "scores", {}, {}, manifest, {})
+    for shard in (0, 1, 255, 256, 300, 511, 512, 521):
+        rows = read_shard(tmp_path, run.find_file(shard), shard)
+        assert rows.column("key").to_pylist() == [f"{shard:04}"]
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:

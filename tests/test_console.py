@@ -1,0 +1,299 @@
+"""How a command ends: what it prints, and what it tells the shell."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifake_ray.console import (
+    ProgressLine,
+    Terminated,
+    clean_text,
+    format_record,
+    format_time,
+    run_command,
+    say,
+    show_epoch,
+)
+from cifake_ray.errors import (
+    BundleError,
+    CifakeError,
+    ExitCode,
+    NothingToDo,
+    ResourceError,
+    RunMismatch,
+    StorageError,
+)
+from cifake_ray.stages.batch import Progress
+
+
+@pytest.fixture(autouse=True)
+def keep_handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run_command owns its process; here it is a guest."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@dataclass
+class Ending:
+    code: int
+    out: str
+    err: str
+
+
+def end(
+    capsys: pytest.CaptureFixture[str],
+    outcome: BaseException | Any,
+    *,
+    json_output: bool = False,
+    debug: bool = False,
+    code: int = 0,
+) -> Ending:
+    """Run a body that raises or returns `outcome`."""
+
+    def body() -> tuple[Any, int]:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome, code
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(body, json_output=json_output, debug=debug)
+    out, err = capsys.readouterr()
+    assert isinstance(stop.value.code, int)
+    return Ending(stop.value.code, out, err)
+
+
+FAILURES = [
+    (CifakeError("x"), 1),
+    (ValueError("x"), 2),
+    (RunMismatch("x"), 2),
+    (StorageError("x"), 4),
+    (BundleError("x"), 4),
+    (NothingToDo("x"), 5),
+    (ResourceError("x"), 6),
+    (KeyboardInterrupt(), 130),
+    (Terminated(), 143),
+]
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES, ids=lambda value: type(value).__name__)
+def test_every_failure_has_its_exit_code_and_one_line(
+    capsys: pytest.CaptureFixture[str], failure: BaseException, code: int
+) -> None:
+    ending = end(capsys, failure)
+    assert ending.code == code
+    assert ending.out == ""
+    assert ending.err.startswith("cifake-ray: ")
+    assert ending.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("failure", "code"), FAILURES, ids=lambda value: type(value).__name__)
+def test_json_is_one_object_with_error_and_exit_code(
+    capsys: pytest.CaptureFixture[str], failure: BaseException, code: int
+) -> None:
+    record = json.loads(end(capsys, failure, json_output=True).out)
+    assert record["exit_code"] == code
+    assert record["error"]
+
+
+def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "same command again" in end(capsys, KeyboardInterrupt()).err
+
+
+def test_a_result_goes_to_stdout_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    ending = end(capsys, {"listed": 1234, "errors": {}, "rate": 0.5}, code=3)
+    assert ending.code == 3
+    assert ending.out == "listed  1,234\nerrors  none\nrate    0.5\n"
+    assert ending.err == ""
+
+
+def test_a_result_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    ending = end(capsys, {"listed": 1234, "errors": {"empty": 1}}, json_output=True, code=3)
+    assert ending.out.count("\n") == 1
+    assert json.loads(ending.out) == {"listed": 1234, "errors": {"empty": 1}, "exit_code": 3}
+
+
+def test_a_dataclass_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(end(capsys, Ending(1, "a", "b"), json_output=True).out)
+    assert record == {"code": 1, "out": "a", "err": "b", "exit_code": 0}
+
+
+def test_the_traceback_is_shown_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Traceback" not in end(capsys, StorageError("x")).err
+    assert "Traceback" in end(capsys, StorageError("x"), debug=True).err
+    assert "Traceback" in end(capsys, ValueError("x"), debug=True).err
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2J\r\nb\x9bc\x7f\u202egpj\u2028\x00"
+
+
+def is_harmless(text: str) -> bool:
+    return all(c.isprintable() for c in text.removesuffix("\n"))
+
+
+def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert is_harmless(end(capsys, StorageError(HOSTILE)).err)
+    for value in (HOSTILE, {HOSTILE: 1}, {"x": HOSTILE}, [HOSTILE]):
+        assert is_harmless(end(capsys, {"key": value}).out)
+    say(HOSTILE)
+    assert is_harmless(capsys.readouterr().err)
+    assert clean_text("caf\u00e9 \U0001f9ff ok") == "caf\u00e9 \U0001f9ff ok"
+    assert clean_text("\x1b\udcff") == "\\x1b\\udcff"
+
+
+def test_control_characters_never_reach_the_terminal_as_json_either(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for outcome in ({"key": HOSTILE}, StorageError(HOSTILE)):
+        ending = end(capsys, outcome, json_output=True)
+        assert is_harmless(ending.out)
+        assert HOSTILE in json.loads(ending.out).values()
+
+
+# --- in a process of its own ---------------------------------------------------------------------
+
+RUN = """
+import os, signal, sys, time
+from cifake_ray.console import run_command
+from cifake_ray.errors import StorageError
+def body():
+    {body}
+    return {{"key": "value"}}, 0
+run_command(body, json_output={json_output}, debug={debug})
+"""
+
+
+def run_body(
+    body: str, *, json_output: bool = False, debug: bool = False
+) -> subprocess.CompletedProcess[bytes]:
+    script = RUN.format(body=body, json_output=json_output, debug=debug)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_the_command_cleanly_with_its_code(number: str, code: int) -> None:
+    process = run_body(f"os.kill(os.getpid(), signal.{number}); time.sleep(30)", json_output=True)
+    assert process.returncode == code
+    assert json.loads(process.stdout)["exit_code"] == code
+    assert b"Traceback" not in process.stderr
+
+
+def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:
+    mark = tmp_path / "cleaned"
+    body = (
+        "from contextlib import ExitStack\n"
+        "    with ExitStack() as stack:\n"
+        f"        stack.callback(open, {str(mark)!r}, 'w')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)"
+    )
+    assert run_body(body).returncode == ExitCode.TERMINATED
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_nobody_expected_ends_with_1_and_one_line(debug: bool) -> None:
+    process = run_body("raise RuntimeError('boom\\x1b[2J')", json_output=True, debug=debug)
+    assert process.returncode == 1
+    assert b"unexpected RuntimeError: boom" in process.stderr
+    assert (b"Traceback" in process.stderr) == debug
+    record = json.loads(process.stdout)
+    assert record["exit_code"] == 1
+    assert "RuntimeError" in record["error"]
+
+
+@pytest.mark.parametrize("json_output", [False, True])
+def test_a_path_that_is_not_utf8_can_be_named(json_output: bool) -> None:
+    """Such bytes come out of the command line as lone surrogates."""
+    body = "raise StorageError('bad' + os.fsdecode(b'\\xff') + ': not there')"
+    process = run_body(body, json_output=json_output)
+    assert process.returncode == ExitCode.STORAGE, process.stderr
+    assert b"bad\\udcff: not there" in process.stderr
+    if json_output:
+        assert json.loads(process.stdout)["exit_code"] == ExitCode.STORAGE
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (7, "0:07"),
+        (59.6, "1:00"),
+        (187, "3:07"),
+        (3599.6, "1:00:00"),
+        (3723, "1:02:03"),
+        (90_000, "25:00:00"),
+    ],
+)
+def test_times_are_read_at_a_glance(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+def test_values_are_written_for_people() -> None:
+    record = {"yes": True, "none": None, "n": 1_000_000, "f": 0.25, "whole": 3.0, "d": {"a": 1}}
+    lines = [line.split(maxsplit=1) for line in format_record(record).splitlines()]
+    assert lines == [
+        ["yes", "yes"],
+        ["none", "-"],
+        ["n", "1,000,000"],
+        ["f", "0.25"],
+        ["whole", "3"],
+        ["d", "a 1"],
+    ]
+
+
+def make_progress(done: int, listed: int = 100) -> Progress:
+    return Progress(done=done, failed=0, listed=listed, images_per_s=1234.5, eta_s=187.0)
+
+
+def test_progress_shows_rate_and_time_left_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = ProgressLine("score")
+    for done in range(1, 100):
+        line(make_progress(done))
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == [
+        "score: 1 of 100 images (1%), 0 failed, 1,234 images/s, 3:07 left",
+    ]
+
+
+def test_the_end_of_progress_is_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("score")
+    line(make_progress(1))
+    line(Progress(done=98, failed=2, listed=100, images_per_s=10.0, eta_s=None))
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "score: 100 of 100 images (100%), 2 failed, 10 images/s"
+    )
+
+
+def test_an_epoch_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "epoch": 2,
+        "train_loss": 0.5,
+        "val_loss": 0.25,
+        "val_accuracy": 0.875,
+        "images_per_s": 1000.0,
+        "train_s": 9.0,
+        "val_s": 1.0,
+    }
+    show_epoch(row, 5)
+    assert capsys.readouterr().err == (
+        "train: epoch 2 of 5, loss 0.5000, validation loss 0.2500, accuracy 87.50%,"
+        " 1,000 images/s, 0:30 left\n"
+    )

@@ -1,0 +1,237 @@
+"""Options: flags beat variables, variables beat the file, and a wrong word is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cifake_ray.config import (
+    Config,
+    ConvertConfig,
+    EvaluateConfig,
+    ScoreConfig,
+    TrainConfig,
+    effective_settings,
+)
+from cifake_ray.options import PREFIX, make_command
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+
+
+def invoke(
+    config_class: type[Config], *arguments: str, env: dict[str, str] | None = None
+) -> tuple[Result, list[Any]]:
+    configs: list[Any] = []
+    app = typer.Typer()
+    app.command("verb")(make_command(config_class, lambda make, **_: configs.append(make())))
+    return CliRunner().invoke(app, list(arguments), env=env), configs
+
+
+def parse(config_class: type[Config], *arguments: str, env: dict[str, str] | None = None) -> Any:
+    result, configs = invoke(config_class, *arguments, env=env)
+    assert result.exit_code == 0, result.output
+    (config,) = configs
+    return config
+
+
+def refuse(config_class: type[Config], *arguments: str, env: dict[str, str] | None = None) -> str:
+    """What the usage error says, without the frame and its line breaks."""
+    result, configs = invoke(config_class, *arguments, env=env)
+    assert configs == []
+    assert result.exit_code == 2, (result.output, result.exception)
+    return " ".join(result.output.replace("\u2502", " ").split())
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Any:
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "c.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_a_flag_beats_a_variable_and_a_variable_beats_the_file(write_file: Any) -> None:
+    file = write_file("epochs: 1\nlr: 0.1\nmodel: from_file\n")
+    env = {"CIFAKE_RAY_EPOCHS": "2", "CIFAKE_RAY_LR": "0.2"}
+    config = parse(TrainConfig, "s", "r", "--config", file, "--epochs", "3", env=env)
+    assert (config.epochs, config.lr, config.model) == (3, 0.2, "from_file")
+    assert config.batch_size == TrainConfig(shards="s", run="r").batch_size
+
+
+def test_the_place_of_the_file_among_the_flags_does_not_matter(write_file: Any) -> None:
+    file = write_file("epochs: 7\nlr: 0.5\n")
+    for arguments in (
+        ("--config", file, "s", "r", "--lr", "0.1"),
+        ("s", "r", "--lr", "0.1", "--config", file),
+    ):
+        config = parse(TrainConfig, *arguments)
+        assert (config.epochs, config.lr) == (7, 0.1)
+
+
+def test_the_file_takes_every_field_in_either_spelling(write_file: Any) -> None:
+    file = write_file(
+        "src: /images\nout: /out\nsource-kind: folder\ninclude: ['*.jpg', '* *.png']\n"
+        "real_name: [nature]\nmax_error_rate: 0.5\ndry-run: true\nshard_size: 10\n"
+    )
+    assert parse(ConvertConfig, "--config", file) == ConvertConfig(
+        src="/images",
+        out="/out",
+        source_kind="folder",
+        include=("*.jpg", "* *.png"),
+        real_name=("nature",),
+        max_error_rate=0.5,
+        dry_run=True,
+        shard_size=10,
+    )
+
+
+def test_numbers_in_the_notation_of_yaml_are_numbers(write_file: Any) -> None:
+    assert parse(TrainConfig, "s", "r", "--config", write_file("lr: 1e-3\n")).lr == 0.001
+
+
+def test_a_switch_can_be_turned_off_everywhere(write_file: Any) -> None:
+    assert parse(TrainConfig, "s", "r").flip
+    assert not parse(TrainConfig, "s", "r", "--no-flip").flip
+    assert not parse(TrainConfig, "s", "r", env={"CIFAKE_RAY_FLIP": "0"}).flip
+    assert not parse(TrainConfig, "s", "r", "--config", write_file("flip: no\n")).flip
+
+
+def test_an_option_given_twice_is_both(write_file: Any) -> None:
+    config = parse(ScoreConfig, "a", "b", "--include", "*.jpg", "--include", "*.png")
+    assert config.include == ("*.jpg", "*.png")
+
+
+def test_an_unknown_key_is_refused_and_named(write_file: Any) -> None:
+    said = refuse(TrainConfig, "s", "r", "--config", write_file("epochs: 2\nlearning_rate: 1\n"))
+    assert "learning_rate" in said
+    assert "no such option" in said
+    assert "epochs," in said  # the names it has
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epochs: [1\n", "not readable as YAML"),
+        ("a: b: c\n", "not readable as YAML"),
+        (b"model: \xff\n", "not readable as YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "not readable as YAML"),
+        ("- epochs\n", "holds no mapping"),
+        ("just text\n", "holds no mapping"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(
+    write_file: Any, text: str | bytes, says: str
+) -> None:
+    assert says in refuse(TrainConfig, "s", "r", "--config", write_file(text))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    said = refuse(TrainConfig, "s", "r", "--config", str(tmp_path / "gone.yaml"))
+    assert "gone.yaml" in said.replace(" ", "")
+
+
+def test_an_empty_file_changes_nothing(write_file: Any) -> None:
+    assert parse(TrainConfig, "s", "r", "--config", write_file("")) == parse(TrainConfig, "s", "r")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["epochs: many\n", "epochs: 2.5\n", "epochs: [1, 2]\n", "fit: stretch\n", "lr: [0.1]\n"],
+)
+def test_a_value_of_another_kind_in_the_file_is_refused(write_file: Any, text: str) -> None:
+    refuse(TrainConfig, "s", "r", "--config", write_file(text))
+
+
+def test_one_glob_where_a_list_belongs_is_not_taken_letter_by_letter(write_file: Any) -> None:
+    result, configs = invoke(ConvertConfig, "a", "b", "--config", write_file("include: '*.jpg'\n"))
+    assert result.exit_code == 2 or configs[0].include == ("*.jpg",)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "arguments", "says"),
+    [
+        (TrainConfig, ("s", "r", "--epochs", "x"), "epochs"),
+        (TrainConfig, ("s", "r", "--fit", "stretch"), "resize"),
+        (TrainConfig, ("s", "r", "--no-such"), "--no-such"),
+        (TrainConfig, ("s",), "Missing argument"),
+        (ConvertConfig, ("s", "o", "--source-kind", "tar"), "folder"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_name(
+    config_class: type[Config], arguments: tuple[str, ...], says: str
+) -> None:
+    assert says in refuse(config_class, *arguments)
+
+
+def test_a_wrong_variable_is_refused() -> None:
+    assert "epochs" in refuse(TrainConfig, "s", "r", env={"CIFAKE_RAY_EPOCHS": "x"}).lower()
+
+
+# --- the checks of the configs themselves --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values", "flag"),
+    [
+        (ConvertConfig, {"num_workers": 0}, "--num-workers"),
+        (ConvertConfig, {"shard_size": 0}, "--shard-size"),
+        (ConvertConfig, {"max_error_rate": 1.5}, "--max-error-rate"),
+        (ConvertConfig, {"max_error_rate": float("nan")}, "--max-error-rate"),
+        (ScoreConfig, {"batch_size": 0}, "--batch-size"),
+        (ScoreConfig, {"target_fpr": 0.05}, "--target-fpr"),
+        (TrainConfig, {"epochs": 0}, "--epochs"),
+        (TrainConfig, {"lr": 0.0}, "--lr"),
+        (TrainConfig, {"lr": float("nan")}, "--lr"),
+        (TrainConfig, {"lr": float("inf")}, "--lr"),
+        (TrainConfig, {"weight_decay": -1.0}, "--weight-decay"),
+        (TrainConfig, {"warmup": 1.0}, "--warmup"),
+        (TrainConfig, {"label_smoothing": -0.1}, "--label-smoothing"),
+        (TrainConfig, {"val_fraction": 0.0}, "--val-fraction"),
+        (TrainConfig, {"val_fraction": 1.0}, "--val-fraction"),
+        (TrainConfig, {"num_workers": -1}, "--num-workers"),
+        (TrainConfig, {"num_workers": 9, "batch_size": 8}, "--num-workers"),
+        (TrainConfig, {"image_size": 4}, "--image-size"),
+        (TrainConfig, {"image_size": 10**6}, "--image-size"),
+        (TrainConfig, {"cache_gb": -1.0}, "--cache-gb"),
+        (TrainConfig, {"max_failures": -1}, "--max-failures"),
+        (TrainConfig, {"seed": -1}, "--seed"),
+        (EvaluateConfig, {"num_bootstrap": 1}, "--num-bootstrap"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_its_flag(
+    config_class: Any, values: dict[str, Any], flag: str
+) -> None:
+    required = {
+        TrainConfig: {"shards": "s", "run": "r"},
+        EvaluateConfig: {"shards": "s", "out": "o"},
+    }.get(config_class, {"src": "s", "out": "o"})
+    with pytest.raises(ValueError, match=flag):
+        config_class(**required, **values)
+
+
+def test_how_fast_a_run_is_does_not_make_it_another_run() -> None:
+    plain = ScoreConfig(src="s", out="o")
+    fast = ScoreConfig(
+        src="s",
+        out="elsewhere",
+        address="auto",
+        num_workers=7,
+        batch_size=9,
+        device="cpu",
+        max_error_rate=0.5,
+        dry_run=True,
+    )
+    assert effective_settings(plain) == effective_settings(fast)
+    other = ScoreConfig(src="s", out="o", include=("*.jpg",))
+    assert effective_settings(plain) != effective_settings(other)
