@@ -222,8 +222,10 @@ def _write_best(
     metrics = compute_metrics(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
+    settings = effective_settings(config)
+    shards = Path(settings.pop("shards")).name  # where it lay is nobody else's business
     training = {
-        **effective_settings(config),
+        **settings,
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
         "best_epoch": best_epoch(state.history),
@@ -233,7 +235,7 @@ def _write_best(
         name=f"{config.model} trained by cifake-ray",
         architecture=config.model,
         num_parameters=trainer.detector.num_parameters,
-        trained_on=f"{len(data.train.labels):,} labelled images of {config.shards}, REAL and FAKE.",
+        trained_on=f"{len(data.train.labels):,} labelled images, REAL and FAKE ({shards}).",
         preprocessing=trainer.detector.preprocessing.to_dict(),
         training=training,
         calibration=calibration,

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -216,6 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.bench) - set(benches):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     machine = describe_machine()
     print(f"`{shlex.join(['python', 'tests/benchmarks/run.py', *sys.argv[1:]])}`\n")
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -397,7 +398,8 @@ def make_ddp_trainer(train: ArrayImages, val: ArrayImages) -> Trainer:
 
 def run_rank(rank: int, num_ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    if sys.platform == "linux":  # where the host's own name need not resolve
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet-{num_ranks}", rank=rank, world_size=num_ranks
     )
