@@ -6,6 +6,7 @@ Floor: core. One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` var
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -106,6 +107,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check(self.images >= 20, f"--images is {self.images}; give 20 or more")
+        _check(self.seed >= 0, f"--seed is {self.seed}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,8 @@ class TrainConfig(ClusterConfig):
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             _check(value >= 1, f"--{name.replace('_', '-')} is {value}; give 1 or more")
-        _check(self.lr > 0, f"--lr is {self.lr}; give a number above 0")
+        _check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
+        _check(self.seed >= 0, f"--seed is {self.seed}; give 0 or more")
         for name in ("weight_decay", "cache_gb", "max_failures"):
             value = getattr(self, name)
             _check(value >= 0, f"--{name.replace('_', '-')} is {value}; give 0 or more")
@@ -239,6 +242,11 @@ class PipelineConfig(ClusterConfig):
     num_workers: Annotated[
         int | None, Doc("Data-parallel training workers (default: the GPUs, else 1)")
     ] = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("seed", 0)):
+            value = getattr(self, name)
+            _check(value >= least, f"--{name} is {value}; give {least} or more")
 
 
 Config = SampleConfig | ConvertConfig | ScoreConfig | EvaluateConfig | TrainConfig | PipelineConfig

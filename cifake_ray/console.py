@@ -45,7 +45,7 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
         message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
         print(f"cifake-ray: {clean_text(message)}", file=sys.stderr)
         if json_output:
-            print(json.dumps({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}))
+            print(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}))
 
     signal.signal(signal.SIGTERM, on_sigterm)
     sys.excepthook = on_unexpected
@@ -66,13 +66,18 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
         error = "interrupted; run the same command again to go on from there"
     if json_output:
         record = {"error": error} if error else _to_record(result)
-        print(json.dumps({**record, "exit_code": int(code)}, ensure_ascii=False))
+        print(_encode({**record, "exit_code": int(code)}))
     if error:
         print(f"cifake-ray: {clean_text(error)}", file=sys.stderr)
     elif not json_output:
         print(format_record(_to_record(result)))
     sys.stdout.flush()
     sys.exit(int(code))
+
+
+def _encode(record: dict[str, Any]) -> str:
+    """One line of ASCII: no control character, DEL included, reaches the terminal."""
+    return json.dumps(record).replace("\x7f", "\\u007f")
 
 
 def _show_traceback(debug: bool) -> None:

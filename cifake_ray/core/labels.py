@@ -62,6 +62,24 @@ def parse_label(value: object) -> int | None:
     return labels[text]
 
 
+def read_class_label(value: object, class_names: Sequence[str] | None) -> int | None:
+    """A label of a Parquet file, by the class names of its footer where it has them.
+
+    Hugging Face writes -1 for "unknown". Names of which none means REAL or FAKE are about something
+    else, so the label is unknown. ValueError for a number beyond the names.
+    """
+    if class_names is None or not isinstance(value, int):
+        return parse_label(value)
+    if value < 0:
+        return None
+    if value >= len(class_names):
+        raise ValueError(f"label {value} is beyond the class names {', '.join(class_names)}")
+    known = make_class_names()
+    if not any(name.lower() in known for name in class_names):
+        return None
+    return parse_label(known.get(class_names[value].lower(), class_names[value]))
+
+
 def parse_split(value: object) -> str | None:
     """The split's short name; a name of your own is kept; empty means none."""
     text = "" if value is None else str(value).strip()

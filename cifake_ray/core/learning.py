@@ -146,10 +146,10 @@ class Trainer:
             trained_s = time.perf_counter()
             logit = self.predict(self.val_images)
             row = self._measure(logit, train_loss)
-            row["train_s"] = round(trained_s - started_s, 3)
+            train_s = trained_s - started_s
+            row["train_s"] = round(train_s, 3)
             row["val_s"] = round(time.perf_counter() - trained_s, 3)
-            num_images = self.steps_per_epoch * self.batch_size
-            row["images_per_s"] = round(num_images / row["train_s"], 1)
+            row["images_per_s"] = round(self.steps_per_epoch * self.batch_size / train_s, 1)
             self.state.epoch += 1
             self.state.history.append(row)
             if row["val_accuracy"] > self.state.best_accuracy:

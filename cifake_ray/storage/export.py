@@ -26,6 +26,8 @@ def export_scores(scores: str, file: str) -> int:
     """Write the scores of a run as CSV and return the number of rows."""
     out = resolve_path(scores)
     run = read_run(out)
+    if run is not None and not (out / "_SUCCESS").exists():
+        raise StorageError(f"{out}: the run has not finished; run its command again first")
     folder = out if run is None else run.results_folder
     paths = sorted(folder.glob("part-*.parquet"))
     if not paths:
@@ -38,13 +40,21 @@ def export_scores(scores: str, file: str) -> int:
 def _encode_parts(paths: list[Path]) -> Iterator[bytes]:
     for number, path in enumerate(paths):
         table = pq.read_table(path)
-        for index, field in enumerate(table.schema):
-            if pa.types.is_string(field.type):
-                escaped = pc.replace_substring_regex(table.column(index), FORMULA_START, r"'\1")
-                table = table.set_column(index, field.name, escaped)
-            elif pa.types.is_nested(field.type) or pa.types.is_fixed_size_binary(field.type):
+        columns = []
+        for field, column in zip(table.schema, table.columns, strict=True):
+            if pa.types.is_dictionary(field.type):
+                column = column.cast(field.type.value_type)
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                column = _escape(column.cast(pa.string()))
+            elif pa.types.is_nested(column.type) or pa.types.is_fixed_size_binary(column.type):
                 raise StorageError(f"{path}: the column {field.name} does not fit into CSV")
+            columns.append(column)
+        names = _escape(pa.array(table.column_names)).to_pylist()
         buffer = io.BytesIO()
         options = pa.csv.WriteOptions(include_header=number == 0)
-        pa.csv.write_csv(table, buffer, options)
+        pa.csv.write_csv(pa.table(columns, names=names), buffer, options)
         yield buffer.getvalue()
+
+
+def _escape(text: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(text, FORMULA_START, r"'\1")

@@ -103,10 +103,21 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> None:
 def create_bytes(path: Path, data: bytes) -> bool:
     """Make `path` hold `data` if it does not exist. False, and nothing changed, if it does."""
     try:
-        _write_then(path, [data], os.link)  # link(2) fails if the name is taken; rename would not
+        _write_then(path, [data], _link)
     except FileExistsError:
         return False
     return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """link(2) fails if the name is taken, where rename would not."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        with open(path, "xb") as file:  # a file system without links, such as exFAT
+            file.write(temporary.read_bytes())
 
 
 def read_json(path: Path) -> dict[str, Any]:

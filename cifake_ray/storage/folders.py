@@ -5,6 +5,7 @@ Floor: storage. Ray's own listings are not used: they skip names that start with
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -132,7 +133,8 @@ def read_file(
     except PermissionError:
         return ImageError("denied", "no permission to read the file")
     except OSError as error:
-        return ImageError("io_network", f"{error.strerror}")
+        is_path = error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+        return ImageError("not_found" if is_path else "io_network", f"{error.strerror}")
     if len(data) != status.st_size:
         return ImageError("changed", "the file changed while it was read")
     return data

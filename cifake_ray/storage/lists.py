@@ -63,14 +63,12 @@ class ListSource:
             try:
                 facts = (parse_label(label), parse_split(split), source or None)
                 location = str(self._locate(path))
+                status = os.stat(location)
+                stamp: tuple[int | None, int | None] = (status.st_size, status.st_mtime_ns)
             except ValueError as error:
                 raise ValueError(f"{self.path}, line {line_number}: {error}") from error
-            try:
-                status = os.stat(location)
             except OSError:
-                stamp: tuple[int | None, int | None] = (None, None)  # reading gives the error
-            else:
-                stamp = (status.st_size, status.st_mtime_ns)
+                stamp = (None, None)  # reading gives the error
             rows.append(path, location, None, *stamp, *facts, None, *(values[i] for i in extra))
             if len(rows) >= LISTING_BATCH_ROWS:
                 yield rows.drain()

@@ -75,7 +75,9 @@ class _HashSorter:
     def add(self, batch: pa.RecordBatch) -> None:
         keys = batch.column("key").to_pylist()
         hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
-        batch = batch.append_column("hash", pa.array(hashes, pa.uint64()))
+        # The hash goes first and has no name of its own: a list may call its columns anything.
+        schema = batch.schema.insert(0, pa.field("", pa.uint64()))
+        batch = pa.RecordBatch.from_arrays([pa.array(hashes), *batch.columns], schema=schema)
         ranges = (hashes >> np.uint64(58)).astype(np.intp)  # the upper 6 bits: NUM_RANGES
         order = np.argsort(ranges, kind="stable")
         bounds = np.searchsorted(ranges[order], np.arange(NUM_RANGES + 1))
@@ -103,9 +105,11 @@ class _HashSorter:
             file.seek(0)
             table = pa.ipc.open_stream(file).read_all()
             file.close()
-            table = table.sort_by([("hash", "ascending"), ("key", "ascending")])
+            place = pa.table({"hash": table.column(0), "key": table.column("key")})
+            order = [("hash", "ascending"), ("key", "ascending")]
+            table = table.remove_column(0).take(pc.sort_indices(place, sort_keys=order))
             _refuse_duplicates(table)
-            yield table.drop_columns("hash")
+            yield table
 
 
 def _refuse_duplicates(table: pa.Table) -> None:
@@ -139,8 +143,12 @@ def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table
 
 def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
     if listing.keeps_order:
+        checker = _HashSorter()
         for batch in listing.batches:
+            checker.add(batch.select(["key", "size_bytes"]))
             yield pa.Table.from_batches([batch])
+        for _ in checker.drain():  # refuses a key that stands there twice
+            pass
         return
     sorter = _HashSorter()
     for batch in listing.batches:

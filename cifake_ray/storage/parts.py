@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +27,7 @@ def commit_part(run: Run, shard: int, table: pa.Table, facts: dict[str, str]) ->
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "fingerprint": run.fingerprint,
+        "run": run.identity,
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         **facts,
@@ -67,25 +67,22 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     ]
 
 
-def read_part_facts(path: Path) -> dict[str, object] | None:
-    """The footer of a result shard, or None when the file is not one of ours or is damaged."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-        facts: dict[str, object] = json.loads(metadata[FACTS_KEY])
-    except (OSError, pa.ArrowInvalid, KeyError, ValueError):
-        return None
-    return facts
-
-
 def inspect_part(run: Run, shard: int) -> PartFacts | None:
-    """A shard that this run has committed already, or None when it must be made."""
+    """A shard that this run has committed already, or None when it must be made.
+
+    The whole shard is read, page checksums included, so a damaged one is made again.
+    """
     path = run.part_path(shard)
     if not path.exists():
         return None
-    facts = read_part_facts(path)
-    if facts is None or facts["fingerprint"] != run.fingerprint:
+    try:
+        part = pq.ParquetFile(path, page_checksum_verification=True)
+        facts = json.loads((part.schema_arrow.metadata or {}).get(FACTS_KEY, b"null"))
+        if not isinstance(facts, dict) or facts.get("run") != run.identity:
+            return None
+        num_rows = sum(batch.num_rows for batch in part.iter_batches())
+    except (OSError, pa.ArrowInvalid, ValueError):
         return None
-    rows, errors = facts["rows"], facts["errors"]
-    assert isinstance(rows, int)
-    assert isinstance(errors, dict)
-    return PartFacts(shard, rows, errors, path.stat().st_size, hash_file(path))
+    if num_rows != facts["rows"]:
+        return None
+    return PartFacts(shard, num_rows, facts["errors"], path.stat().st_size, hash_file(path))

@@ -58,6 +58,11 @@ class Run:
         return hash_json(self.settings)
 
     @property
+    def identity(self) -> str:
+        """sha256 of the settings and the listing: only its own shards are taken for a run's."""
+        return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
+
+    @property
     def results_folder(self) -> Path:
         return self.out / self.results
 

@@ -54,7 +54,7 @@ def open_source(config: SourceConfig) -> Source:
         )
     if not path.is_dir():
         raise ValueError(f"{path} is a file; --source-kind folder needs a folder")
-    if out.is_relative_to(path):
+    if out.resolve().is_relative_to(path.resolve()):
         raise ValueError(
             f"the output {out} lies inside the source {path}; choose a folder outside it, or the"
             " output would become input"

@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cifake_ray.core.images import MAX_IMAGE_BYTES
-from cifake_ray.core.labels import SPLIT_NAMES, parse_label, parse_split
-from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SHARD_FIELDS
+from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.listing import KEEP_ALL, KeyFilter, Listing
 
 MIN_SHARD_ROWS = 1_024
+OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
 def find_tables(root: Path) -> list[Path]:
@@ -113,6 +114,8 @@ class TableSource:
         for path in paths:
             table = open_table(path)
             extra = [f for f in table.schema_arrow if f.name not in carried]
+            if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
+                raise ValueError(f"{path}: the output uses the column name {clash[0]!r}; rename it")
             if path == paths[0]:
                 fields = [*MANIFEST_FIELDS, *extra]
             elif extra != fields[len(MANIFEST_FIELDS) :]:
@@ -152,10 +155,12 @@ class TableSource:
         columns["row"] = list(indices)
         if "label" in columns:
             class_names = read_label_names(table.schema_arrow)
-            columns["label"] = [
-                parse_label(class_names[v] if class_names and isinstance(v, int) else v)
-                for v in columns["label"].to_pylist()
-            ]
+            try:
+                columns["label"] = [
+                    read_class_label(v, class_names) for v in columns["label"].to_pylist()
+                ]
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         if "split" in columns:
             columns["split"] = [parse_split(v) for v in columns["split"].to_pylist()]
         else:  # the layout of the Hugging Face hub: train-00000-of-00002.parquet

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.images import Preprocessing
-from cifake_ray.core.labels import SPLIT_NAMES, parse_label, parse_split
+from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.files import explain_os_error, make_folder, resolve_path, write_json
@@ -107,9 +107,10 @@ def _read_facts(table: Any, path: Path, number: int, config: TrainConfig) -> tup
             strict=True,
         )
     ):
-        if class_names and isinstance(label, int):
-            label = class_names[label]
-        label, split = parse_label(label), parse_split(split)
+        try:
+            label, split = read_class_label(label, class_names), parse_split(split)
+        except ValueError as problem:
+            raise ValueError(f"{path}: {problem}") from problem
         if label is None or error is not None:
             continue
         if config.val_split is not None and split == parse_split(config.val_split):

@@ -20,7 +20,7 @@ from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageErro
 from cifake_ray.storage.files import create_bytes, remove_leftovers, write_bytes, write_chunks
 from cifake_ray.storage.listing import Listing, RowBuffer
 from cifake_ray.storage.manifest import read_shard
-from cifake_ray.storage.parts import commit_part, inspect_part, read_part_facts
+from cifake_ray.storage.parts import FACTS_KEY, commit_part, inspect_part
 from cifake_ray.storage.runs import Damage, PartFacts, Run, find_damage, finish_run, open_run
 
 
@@ -233,8 +233,7 @@ def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> Non
     assert inspect_part(run, 0) is None
     found = pq.read_table(run.part_path(1))
     assert found.to_pylist() == table.to_pylist()
-    facts = read_part_facts(run.part_path(1))
-    assert facts is not None
+    facts = json.loads(pq.read_schema(run.part_path(1)).metadata[FACTS_KEY])
     assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
 
 

@@ -693,8 +693,13 @@ def test_a_hub_label_beyond_its_names_is_refused_by_name(tmp_path: Path) -> None
         list_rows(path)
 
 
-def test_hub_classes_that_are_not_ours_are_refused_by_file_and_name(tmp_path: Path) -> None:
+def test_hub_classes_about_something_else_leave_the_label_unknown(tmp_path: Path) -> None:
     path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["cat", "dog"])
+    assert [row["label"] for row in list_rows(path)] == [None, None]
+
+
+def test_hub_classes_that_are_ours_only_in_part_are_refused(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["real", "cat"])
     with pytest.raises(ValueError, match=r"x\.parquet.*cat"):
         list_rows(path)
 
