@@ -695,7 +695,7 @@ def test_a_hub_label_beyond_its_names_is_refused_by_name(tmp_path: Path) -> None
 
 def test_hub_classes_about_something_else_leave_the_label_unknown(tmp_path: Path) -> None:
     path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["cat", "dog"])
-    assert [row["label"] for row in list_rows(path)] == [None, None]
+    assert [row["label"] for row in list_rows(path).values()] == [None, None]
 
 
 def test_hub_classes_that_are_ours_only_in_part_are_refused(tmp_path: Path) -> None:
