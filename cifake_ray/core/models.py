@@ -28,7 +28,8 @@ def build_cnn() -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for num_in, num_out in ((3, 80), (80, 40), (40, 20)):
-        layers += [nn.Conv2d(num_in, num_out, 3), nn.ReLU(), nn.MaxPool2d(2)]
+        # ReLU after pooling is the same function and touches a quarter of the numbers.
+        layers += [nn.Conv2d(num_in, num_out, 3), nn.MaxPool2d(2), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, 10), nn.ReLU(), nn.Linear(10, 2))
 
 

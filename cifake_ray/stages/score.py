@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cifake_ray.config import ScoreConfig, effective_settings
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
 from cifake_ray.storage.files import resolve_path
 from cifake_ray.storage.runs import Run, open_run
@@ -34,6 +35,7 @@ class MakeScoreWork:
     def __call__(self, placement: Placement) -> ScoreWork:
         from cifake_ray.core.scoring import ScoreWork  # torch: only the workers need it
 
+        keep_freed_memory()
         detector, bundle = load_bundle(Path(self.bundle_path))
         return ScoreWork(
             detector,

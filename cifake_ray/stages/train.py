@@ -33,6 +33,7 @@ from cifake_ray.stages.cluster import (
     count_local_cpus,
     place_workers,
 )
+from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
 from cifake_ray.storage.files import resolve_path
 from cifake_ray.storage.training import (
@@ -174,6 +175,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     """What each rank runs: read, resume, train; rank 0 writes."""
     config = TrainConfig(**payload["config"])
     run = TrainingRun(Path(config.run))
+    keep_freed_memory()
     torch.set_num_threads(payload["num_threads"])
     torch.manual_seed(config.seed)
     device = "cuda" if payload["use_gpu"] else "cpu"
