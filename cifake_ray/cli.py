@@ -6,6 +6,7 @@ Floor: doors. Parses, calls one stage, prints. Stages are imported inside their 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Annotated, Any
@@ -169,4 +170,11 @@ def version(json_output: JsonOption = False, debug: DebugOption = False) -> None
 
 def main(verb: str | None = None) -> None:
     """Entry point of `cifake-ray`; a job file gives its verb."""
-    app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")
+    try:
+        app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")
+    except SystemExit as end:
+        if end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+            # All is said and Ray is stopped; a listing under way would hold up an orderly exit.
+            sys.stdout.flush()
+            os._exit(int(end.code))
+        raise

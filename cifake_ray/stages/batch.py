@@ -227,7 +227,9 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
 
     ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
     """
-    with ThreadPoolExecutor(1) as lister, ExitStack() as stack:
+    with ExitStack() as stack:
+        lister = ThreadPoolExecutor(1)
+        stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
         opening = lister.submit(plan.open_run)
         # Ray takes seconds to start: let it, while a long source is listed.
         wait([opening], timeout=SHORT_LISTING_S)
@@ -244,7 +246,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             num_workers=plan.config.num_workers,
             use_gpu=use_gpu,
             cpus_per_worker=None if use_gpu else 1,
-            default_workers=resources.num_gpus if use_gpu else resources.num_cpus,
+            default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
         )
         run = opening.result()
         account = _Account(listed=run.manifest.num_rows)

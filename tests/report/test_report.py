@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifake_ray.core.metrics import Calibration, compute_metrics
+from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
 from cifake_ray.report.figures import draw_figures
