@@ -32,6 +32,16 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _check_least(config: object, least: int, *names: str) -> None:
+    """Fields that are left out (None) or finite and at least so much."""
+    for name in names:
+        value = getattr(config, name)
+        _check(
+            value is None or least <= value < math.inf,
+            f"--{name.replace('_', '-')} is {value}; give {least} or more",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Where a command runs."""
@@ -58,14 +68,7 @@ class BatchConfig(ClusterConfig):
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:
-        _check(
-            self.num_workers is None or self.num_workers >= 1,
-            f"--num-workers is {self.num_workers}; give 1 or more, or leave it out",
-        )
-        _check(
-            self.shard_size is None or self.shard_size >= 1,
-            f"--shard-size is {self.shard_size}; give 1 or more, or leave it out",
-        )
+        _check_least(self, 1, "num_workers", "shard_size")
         _check(
             0 <= self.max_error_rate <= 1,
             f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",
@@ -106,8 +109,8 @@ class SampleConfig:
     mixed: Annotated[bool, Doc("Mixed sizes and formats instead of 32x32 JPEG")] = False
 
     def __post_init__(self) -> None:
-        _check(self.images >= 20, f"--images is {self.images}; give 20 or more")
-        _check(self.seed >= 0, f"--seed is {self.seed}; give 0 or more")
+        _check_least(self, 20, "images")
+        _check_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,7 @@ class ScoreConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; give 1 or more")
+        _check_least(self, 1, "batch_size")
         _check(
             self.target_fpr in (None, 0.01, 0.001),
             f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001",
@@ -149,10 +152,8 @@ class EvaluateConfig(BatchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.batch_size >= 1, f"--batch-size is {self.batch_size}; give 1 or more")
-        _check(
-            self.num_bootstrap >= 10, f"--num-bootstrap is {self.num_bootstrap}; give 10 or more"
-        )
+        _check_least(self, 1, "batch_size")
+        _check_least(self, 10, "num_bootstrap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +199,9 @@ class TrainConfig(ClusterConfig):
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            _check(value >= 1, f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker")
+        _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures")
         _check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
-        _check(self.seed >= 0, f"--seed is {self.seed}; give 0 or more")
-        for name in ("weight_decay", "cache_gb", "max_failures"):
-            value = getattr(self, name)
-            _check(value >= 0, f"--{name.replace('_', '-')} is {value}; give 0 or more")
         for name in ("warmup", "label_smoothing"):
             value = getattr(self, name)
             _check(
@@ -219,10 +215,6 @@ class TrainConfig(ClusterConfig):
             self.num_workers is None or 0 <= self.num_workers <= self.batch_size,
             f"--num-workers is {self.num_workers} with --batch-size {self.batch_size}; every"
             " worker needs at least one image of each batch",
-        )
-        _check(
-            self.cpus_per_worker is None or self.cpus_per_worker >= 1,
-            f"--cpus-per-worker is {self.cpus_per_worker}; give 1 or more, or leave it out",
         )
         _check(
             self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
@@ -244,9 +236,8 @@ class PipelineConfig(ClusterConfig):
     ] = None
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("seed", 0)):
-            value = getattr(self, name)
-            _check(value >= least, f"--{name} is {value}; give {least} or more")
+        _check_least(self, 1, "epochs")
+        _check_least(self, 0, "seed")
 
 
 Config = SampleConfig | ConvertConfig | ScoreConfig | EvaluateConfig | TrainConfig | PipelineConfig

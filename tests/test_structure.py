@@ -37,7 +37,7 @@ DOOR_RANK = 4
 
 STAGE_VERBS = ("convert", "train", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
-NOT_VERBS = {"batch", "cluster", "doctor", "__init__"}
+NOT_VERBS = {"batch", "cluster", "doctor", "__init__", "workers"}
 # The one name that one verb takes from another, and the verbs that stand on a whole other one.
 SHARED_WITH = {("evaluate", "score"): {"MakeScoreWork"}, ("tune", "train"): None}
 MAX_LINES = 360
