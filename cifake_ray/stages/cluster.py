@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -71,6 +72,7 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
         place_workers(
             here, num_workers=num_workers, use_gpu=False, cpus_per_worker=1, default_workers=1
         )
+    _check_address(address)
     try:
         with _hold_stderr():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -83,6 +85,20 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
         yield read_resources()
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """ResourceError when nobody listens at HOST:PORT; Ray itself would try for over a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, or"
+            " leave both out to start Ray here"
+        ) from error
 
 
 @contextmanager
