@@ -99,6 +99,9 @@ class Bench:
         return self.work / "bundle"
 
     def compare(self, title: str, contenders: list[Contender]) -> None:
+        contenders = [
+            c for c in contenders if not self.options.bare_only or "Ray Data" not in c.name
+        ]
         results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
         for repeat in range(self.options.repeats):
             for contender in contenders:
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--large", type=int, default=110_000, help="images of the memory run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bare-only", action="store_true", help="leave plain Ray Data out")
     parser.add_argument("--source", type=Path, help="image folder (default: CIFAKE or the sample)")
     parser.add_argument("--workdir", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", type=Path, help="file for every single result")

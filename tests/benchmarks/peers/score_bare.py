@@ -10,6 +10,8 @@ from typing import Any
 
 from shared import NUM_CORES, Share, list_files, read_bytes, run_processes
 
+from cifake_ray.stages.workers import keep_freed_memory
+
 BATCH_SIZE = 256
 
 
@@ -49,6 +51,7 @@ def score_share(rank: int) -> Share:
 
     source, out, bundle = sys.argv[1:]
     torch.set_num_threads(1)
+    keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     scorer = Scorer(bundle)
     load_image = scorer.detector.preprocessing.load_image
     files = list_files(source)[rank::NUM_CORES]

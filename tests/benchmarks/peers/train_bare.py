@@ -11,6 +11,8 @@ import time
 
 from shared import NUM_CORES, Share, run_processes
 
+from cifake_ray.stages.workers import keep_freed_memory
+
 
 def train_share(rank: int) -> Share:
     import numpy as np
@@ -25,6 +27,7 @@ def train_share(rank: int) -> Share:
     shards, out, cache = sys.argv[1:4]
     epochs, num_ranks = int(sys.argv[4]), int(sys.argv[5])
     torch.set_num_threads(max(1, NUM_CORES // num_ranks))
+    keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     torch.manual_seed(0)
     config = TrainConfig(shards=shards, run=out, cache_dir=cache, epochs=epochs)
     detector = build_detector(config.model)
