@@ -181,7 +181,10 @@ class TrainConfig(ClusterConfig):
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
     num_workers: Annotated[
         int | None,
-        Doc("Data-parallel workers; 0 trains in this process (default: the GPUs, else 1)"),
+        Doc(
+            "Data-parallel workers; 0 trains in this process (default: the GPUs, else 1)",
+            effect=False,
+        ),
     ] = None
     cpus_per_worker: Annotated[
         int | None, Doc("CPU threads of each worker (default: shared out evenly)", effect=False)

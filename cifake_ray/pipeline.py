@@ -6,7 +6,6 @@ Floor: doors.
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +106,23 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
 
 def repair_run(out: str, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
-    from cifake_ray.storage.runs import find_damage, read_run
+    from cifake_ray.storage.runs import read_run, set_damage_aside
 
     path = resolve_path(out)
     run = read_run(path)
     if run is None:
         raise StorageError(f"{path}: no _run.json; give the output of convert, score or evaluate")
-    (path / "_SUCCESS").unlink(missing_ok=True)
-    damage = find_damage(path) if (path / "_files.parquet").exists() else []
-    for item in damage:
-        say(f"repair: {item.name}: {item.reason}; it will be made again")
-        (path / item.name).unlink(missing_ok=True)
     config_class: Any = {
         "convert": ConvertConfig,
         "score": ScoreConfig,
         "evaluate": EvaluateConfig,
     }[run.command]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
-    known = {field.name for field in fields(config_class)}
-    config = config_class(**{**{k: v for k, v in values.items() if k in known}, "out": str(path)})
-    return run_verb(config, started_s)
+    config = config_class(**values, out=str(path))
+    aside = set_damage_aside(path)
+    try:
+        result = run_verb(config, started_s)
+        aside.discard()
+    finally:
+        aside.restore()  # if it could not be done, nothing is worse than before
+    return result

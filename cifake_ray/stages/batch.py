@@ -26,7 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from cifake_ray import errors
 from cifake_ray.config import BatchConfig
 from cifake_ray.core.work import Work
-from cifake_ray.errors import CifakeError, ExitCode, ImageError
+from cifake_ray.errors import CifakeError, ExitCode, ImageError, NothingToDo
 from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
 from cifake_ray.storage.files import read_json
 from cifake_ray.storage.listing import Source
@@ -36,7 +36,9 @@ from cifake_ray.storage.runs import PartFacts, Run, finish_run
 
 SHORT_LISTING_S = 0.5
 MAX_BATCH_BYTES = 256 * 2**20  # encoded images that a worker holds at once
-MAX_BLOCKS = 4096  # Ray Data blocks of a plan; above it a block holds several shards
+BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
+BLOCKS_PER_WORKER = 4  # at least, where there are so many shards: the last ones end together
+MAX_BLOCKS = 4_096
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,12 @@ class ShardWorker:
 
     def _report_shard(self, shard: int) -> dict[str, Any]:
         """What the driver learns of a shard: its facts, or why the run must end."""
-        started_s = time.time()
         part = inspect_part(self.run, shard)
         resumed = part is not None
         try:
+            if part is None and self.work is None:
+                self.work = self.make_work(self.placement)  # seconds, and only if there is work
+            started_s = time.time()
             part = part or self._make_shard(shard)
         except CifakeError as error:  # Ray would wrap it up beyond recognition
             return {"failure": type(error).__name__, "message": str(error)}
@@ -133,9 +137,8 @@ class ShardWorker:
         }
 
     def _make_shard(self, shard: int) -> PartFacts:
-        if self.work is None:
-            self.work = self.make_work(self.placement)
         work = self.work
+        assert work is not None
         rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
         tables = []
         for some in slice_rows(rows, work.batch_size):
@@ -152,6 +155,8 @@ def plan_batch(plan: BatchPlan, command: str) -> DryRun:
         listed += batch.num_rows
         size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
         num_batches += 1
+    if not listed:
+        raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
         command=command,
@@ -249,6 +254,8 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
         )
         run = opening.result()
+        if (summary := read_summary(plan.out)) is not None:  # somebody else finished it meanwhile
+            return summary
         account = _Account(listed=run.manifest.num_rows)
         for report in _stream_shards(run, plan, placement):
             account.add(report)
@@ -273,6 +280,12 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
     return summary
 
 
+def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
+    """Ray Data tasks for a plan: each takes some shards and commits them one by one."""
+    wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
+    return min(num_shards, wanted, MAX_BLOCKS)
+
+
 def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[dict[str, Any]]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -280,10 +293,9 @@ def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
     num_actors = min(placement.num_workers, len(shards))
+    num_blocks = choose_blocks(len(shards), run.manifest.num_rows, num_actors)
     # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
-    results = ray.data.from_items(
-        shards, override_num_blocks=min(len(shards), MAX_BLOCKS)
-    ).map_batches(
+    results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
         ShardWorker,
         fn_constructor_args=(run, plan.source, plan.make_work, placement),
         batch_size=None,

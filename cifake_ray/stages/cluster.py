@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +68,9 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
     options: dict[str, Any] = {"address": address}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers compute in threads. With an arena for each, glibc maps their buffers anew at every
+        # batch; in the main arena it keeps them: see `workers.keep_freed_memory`.
+        os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         options["include_dashboard"] = False
         options["num_cpus"] = count_local_cpus()
         here = Resources((Node(count_local_cpus(), 0),))
@@ -73,6 +78,7 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
             here, num_workers=num_workers, use_gpu=False, cpus_per_worker=1, default_workers=1
         )
     _check_address(address)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with _hold_stderr():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
@@ -81,6 +87,9 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); check"
             " --address and RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
     try:
         yield read_resources()
     finally:

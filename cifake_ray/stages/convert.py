@@ -6,7 +6,6 @@ Floor: stages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 
 from cifake_ray.config import ConvertConfig, effective_settings
 from cifake_ray.core.converting import ConvertWork
@@ -34,7 +33,11 @@ def convert_images(
             command="convert",
             results="shards",
             settings={**effective_settings(config), "src": str(resolve_path(config.src))},
-            config=asdict(config),
+            config={
+                **effective_settings(config),
+                "src": str(resolve_path(config.src)),
+                "max_error_rate": config.max_error_rate,
+            },
             list_source=source.list_images,
             shard_rows=config.shard_size,
         )

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from cifake_ray import __version__
@@ -31,6 +29,7 @@ from cifake_ray.stages.score import MakeScoreWork
 from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_facts, read_history
 from cifake_ray.storage.files import resolve_path, write_bytes, write_json
 from cifake_ray.storage.manifest import read_shard
+from cifake_ray.storage.parts import read_part
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.tables import TableSource, find_splits
 
@@ -46,7 +45,11 @@ def evaluate_detector(
     """Score `config.shards`, measure, and write the report into `config.out`."""
     root, out = resolve_path(config.shards), resolve_path(config.out)
     bundle = read_bundle_facts(locate_bundle(config.bundle))
-    split = config.split or ("test" if "test" in find_splits(root) else None)
+    splits = find_splits(root)
+    split = config.split or ("test" if "test" in splits else None)
+    if split is not None and split not in splits:
+        names = ", ".join(sorted(splits)) or "none"
+        raise ValueError(f"--split {split}: {root} has no such split, it has {names}")
     source = TableSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
 
     def open_this() -> Run:
@@ -60,7 +63,12 @@ def evaluate_detector(
                 "split": split,
                 "bundle": bundle.fingerprint,
             },
-            config=asdict(config),
+            config={
+                **effective_settings(config),
+                "shards": str(root),
+                "bundle": config.bundle and str(bundle.path),
+                "max_error_rate": config.max_error_rate,
+            },
             list_source=source.list_images,
             shard_rows=config.shard_size,
         )
@@ -83,7 +91,8 @@ def write_report(
     run: Run, source: TableSource, bundle: BundleFacts, config: EvaluateConfig, split: str | None
 ) -> None:
     """metrics.json, figures/*.png and report.html from the predictions of a run."""
-    predictions = pq.read_table(run.results_folder)
+    shards = range(run.manifest.num_shards)
+    predictions = pa.concat_tables([read_part(run.part_path(shard)) for shard in shards])
     scored = predictions.filter(pc.is_null(predictions.column("error")))
     errors = pc.value_counts(predictions.column("error").drop_null()).to_pylist()
     if not scored.num_rows:

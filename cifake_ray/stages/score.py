@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,12 @@ def score_images(
                 "src": str(resolve_path(config.src)),
                 "bundle": bundle.fingerprint,
             },
-            config=asdict(config),
+            config={
+                **effective_settings(config),
+                "src": str(resolve_path(config.src)),
+                "bundle": config.bundle and str(bundle.path),
+                "max_error_rate": config.max_error_rate,
+            },
             list_source=source.list_images,
             shard_rows=config.shard_size,
         )

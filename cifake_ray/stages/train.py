@@ -9,9 +9,11 @@ alike, and does not need to know which it was.
 from __future__ import annotations
 
 import io
+import pickle
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from cifake_ray.core.calibration import calibrate
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.models import Detector, build_detector
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, StorageError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.cluster import (
     Placement,
@@ -120,6 +122,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
     with connect_cluster(config.address, config.num_workers) as resources:
         use_gpu = choose_gpu(config.device, resources)
         placement = place_workers(
@@ -144,12 +147,14 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
             ),
         )
         try:
-            trainer.fit()
+            threads.submit(trainer.fit).result()
         except ray.train.TrainingFailedError as error:
             raise CifakeError(
                 f"training failed: {_first_cause(error)}; run the same command again to go on from"
                 " the last epoch, with --debug for the whole story"
             ) from error
+        finally:
+            threads.shutdown(wait=False)
 
 
 def _scale(placement: Placement) -> Any:
@@ -187,7 +192,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         detector, wrapped, config, data.train, data.val, choose_numerics(device, config.precision)
     )
     if (checkpoint := run.read_checkpoint()) is not None:
-        trainer.resume(torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True))
+        trainer.resume(_load_checkpoint(checkpoint, run))
 
     def save() -> None:
         if trainer.rank == 0:
@@ -199,6 +204,18 @@ def train_worker(payload: dict[str, Any]) -> None:
     trainer.fit(save)
     if trainer.rank == 0:
         _write_best(config, run, trainer, data)
+
+
+def _load_checkpoint(data: bytes, run: TrainingRun) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(
+            io.BytesIO(data), map_location="cpu", weights_only=True
+        )
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StorageError(
+            f"{run.checkpoint_path}: damaged; delete the folder {run.path} to start again"
+        ) from error
+    return checkpoint
 
 
 def _join_group(

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.files import resolve_path, write_chunks
+from cifake_ray.storage.parts import read_part
 from cifake_ray.storage.runs import read_run
 
 # A cell that starts with one of these is a formula to a spreadsheet. Source: OWASP, CSV injection.
@@ -29,17 +30,20 @@ def export_scores(scores: str, file: str) -> int:
     if run is not None and not (out / "_SUCCESS").exists():
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     folder = out if run is None else run.results_folder
+    target = resolve_path(file)
+    if target.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{target} lies inside {out}; choose a file outside it")
     paths = sorted(folder.glob("part-*.parquet"))
     if not paths:
         raise StorageError(f"{folder}: no part-*.parquet; give the output of score or evaluate")
     num_rows: int = sum(pq.ParquetFile(path).metadata.num_rows for path in paths)
-    write_chunks(resolve_path(file), _encode_parts(paths))
+    write_chunks(target, _encode_parts(paths))
     return num_rows
 
 
 def _encode_parts(paths: list[Path]) -> Iterator[bytes]:
     for number, path in enumerate(paths):
-        table = pq.read_table(path)
+        table = read_part(path)
         columns = []
         for field, column in zip(table.schema, table.columns, strict=True):
             if pa.types.is_dictionary(field.type):

@@ -165,4 +165,16 @@ def check_writable(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed writers left in `folder`."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink(missing_ok=True)
+        pid = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0]
+        if not (pid.isdigit() and _is_alive(int(pid))):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

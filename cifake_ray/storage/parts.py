@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.files import hash_file, write_bytes
 from cifake_ray.storage.runs import PartFacts, Run
 
@@ -65,6 +67,14 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
         for field in schema
         for child in (field.type if pa.types.is_struct(field.type) else [field])
     ]
+
+
+def read_part(path: Path) -> pa.Table:
+    """One result shard, page checksums verified. StorageError when it is damaged."""
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
 
 
 def inspect_part(run: Run, shard: int) -> PartFacts | None:

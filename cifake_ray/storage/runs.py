@@ -240,3 +240,33 @@ def find_damage(out: Path) -> list[Damage]:
         elif hash_file(file) != row["sha256"]:
             damage.append(Damage(row["name"], "sha256 differs"))
     return damage
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Files of a run that were renamed out of the way: name -> name while aside."""
+
+    files: dict[Path, Path]
+
+    def restore(self) -> None:
+        """Put back what has not been made again."""
+        for path, aside in self.files.items():
+            if aside.exists() and not path.exists():
+                aside.rename(path)
+
+    def discard(self) -> None:
+        for aside in self.files.values():
+            aside.unlink(missing_ok=True)
+
+
+def set_damage_aside(out: Path) -> Aside:
+    """Rename damaged result files and `_SUCCESS`: the run's command then makes them again."""
+    try:
+        damage = find_damage(out)
+    except StorageError:  # no readable _files.parquet: every shard proves itself when it is resumed
+        damage = []
+    paths = [*(out / item.name for item in damage), out / "_SUCCESS"]
+    files = {path: path.with_name(f".aside-{path.name}") for path in paths if path.exists()}
+    for path, aside in files.items():
+        path.rename(aside)
+    return Aside(files)

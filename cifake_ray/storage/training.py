@@ -72,15 +72,20 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             groups.append((path, number))
     group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = TrainingRows(groups, group, row, label, is_val)
-    for name, side in (("training", ~is_val), ("validation", is_val)):
-        for value in (REAL, FAKE):
-            if not (label[side] == value).any():
-                raise ValueError(
-                    f"{root}: no labelled {LABEL_NAMES[value]} image for {name}; training takes the"
-                    " rows with split `train` or none (--val-fraction, --val-split choose among"
-                    " them)"
-                )
+    refuse_one_sided(rows, np.ones(len(label), bool), config)
     return rows
+
+
+def refuse_one_sided(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
+    """ValueError when a class has no usable image to train or to validate on."""
+    for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
+        for value in (REAL, FAKE):
+            if not (rows.label[side & usable] == value).any():
+                raise ValueError(
+                    f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
+                    " decodes; training takes the rows with split `train` or none (--val-fraction,"
+                    " --val-split choose among them)"
+                )
 
 
 def _read_facts(table: Any, path: Path, number: int, config: TrainConfig) -> tuple[np.ndarray, ...]:
@@ -111,7 +116,8 @@ def _read_facts(table: Any, path: Path, number: int, config: TrainConfig) -> tup
             label, split = read_class_label(label, class_names), parse_split(split)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from problem
-        if label is None or error is not None:
+        is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
+        if label is None or error is not None or is_empty:
             continue
         if config.val_split is not None and split == parse_split(config.val_split):
             chosen.append((row, label, True))
@@ -239,6 +245,7 @@ def open_training_data(
     pixels: Pixels = (
         MappedPixels(pixels_path) if fits else StreamedPixels(rows, preprocessing, num_threads)
     )
+    refuse_one_sided(rows, usable, config)
     return TrainingData(
         train=_make_set(rows, pixels, usable & ~rows.is_val),
         val=_make_set(rows, pixels, usable & rows.is_val),
@@ -270,12 +277,10 @@ def _decode_all(
     unusable: dict[int, str] = {}
     with tempfile.NamedTemporaryFile(dir=facts_path.parent, suffix=".writing") as temporary:
         try:
-            array = np.lib.format.open_memmap(
-                temporary.name,
-                "w+",
-                np.uint8,
-                (len(rows.label) if pixels_path else 0, size, size, 3),
-            )
+            shape = (len(rows.label) if pixels_path else 0, size, size, 3)
+            array = np.lib.format.open_memmap(temporary.name, "w+", np.uint8, shape)
+            # Writing to a sparse file on a full disk would kill the process: take the space first.
+            os.posix_fallocate(temporary.fileno(), 0, os.stat(temporary.name).st_size)
             for position, pixels in _decode_rows(rows, preprocessing, num_threads):
                 if isinstance(pixels, ImageError):
                     unusable[position] = pixels.error

@@ -62,7 +62,10 @@ class TrainingRun:
             found = read_json(papers)
             if "settings" not in found:
                 raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
-            refuse_other_settings(self.path, found["settings"], settings)
+            if self.checkpoint_path.exists() or self.read_success() is not None:
+                refuse_other_settings(self.path, found["settings"], settings)
+            else:  # refused or killed before its first epoch: there is nothing to lose
+                write_json(papers, record)
 
     def read_checkpoint(self) -> bytes | None:
         """The latest checkpoint, or None before the first."""

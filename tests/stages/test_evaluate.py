@@ -75,7 +75,5 @@ def test_every_row_is_used_where_there_is_no_test_split(
 
 
 def test_a_split_without_labels_is_refused(shards: Path, bundle: Path, tmp_path: Path) -> None:
-    from cifake_ray.errors import NothingToDo
-
-    with pytest.raises(NothingToDo):
+    with pytest.raises(ValueError, match="it has test, train, val"):
         run_evaluate(shards, bundle, tmp_path / "out", split="nowhere")
