@@ -31,7 +31,7 @@ def export_scores(scores: str, file: str) -> int:
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     folder = out if run is None else run.results_folder
     target = resolve_path(file)
-    if target.resolve().is_relative_to(out.resolve()):
+    if run is not None and target.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{target} lies inside {out}; choose a file outside it")
     paths = sorted(folder.glob("part-*.parquet"))
     if not paths:

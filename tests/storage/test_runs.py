@@ -329,8 +329,8 @@ def test_leftovers_of_killed_writers_and_lost_races_are_removed(tmp_path: Path) 
     parts = commit_all(run)
     leftovers = [
         run.manifest_folder / "0badcafe-00000.parquet",
-        run.manifest_folder / ".writing-1-aa",
-        run.results_folder / ".writing-2-bb",
+        run.manifest_folder / ".writing-999999999-aa",
+        run.results_folder / ".writing-999999999-bb",
     ]
     for path in leftovers:
         path.write_bytes(b"half a fi")
@@ -445,7 +445,7 @@ def test_a_folder_where_a_file_should_be_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_only_leftovers_are_removed(tmp_path: Path) -> None:
-    for name in (".writing-7-ab", ".writing-probe-9", "part-00000.parquet", ".hidden"):
+    for name in (".writing-999999999-ab", ".writing-probe-9", "part-00000.parquet", ".hidden"):
         (tmp_path / name).write_bytes(b"")
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "part-00000.parquet"]
