@@ -32,7 +32,6 @@ IMAGE_ERRORS = (
     "worker_crash",  # the decoder killed its process each time
     "nan_score",  # the detector gave no finite logit
 )
-RETRYABLE_ERRORS = frozenset({"not_found", "changed", "denied", "io_throttled", "io_network"})
 
 # What is known of a key before its bytes are read. A row of the manifest adds where to find it.
 LABEL_FIELDS = [

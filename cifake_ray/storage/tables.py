@@ -22,8 +22,8 @@ from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.listing import KEEP_ALL, KeyFilter, Listing
+from cifake_ray.storage.manifest import MIN_SHARD_ROWS
 
-MIN_SHARD_ROWS = 1_024
 OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
