@@ -17,10 +17,13 @@ from cifake_ray.config import (
     Config,
     ConvertConfig,
     EvaluateConfig,
+    ExportConfig,
     PipelineConfig,
+    RepairConfig,
     SampleConfig,
     ScoreConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from cifake_ray.console import run_command
 from cifake_ray.errors import ExitCode
@@ -58,6 +61,9 @@ VERBS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
     "pipeline": PipelineConfig,
+    "verify": VerifyConfig,
+    "repair": RepairConfig,
+    "export": ExportConfig,
 }
 for _name, _config_class in VERBS.items():
     _add_verb(_name, _config_class)
@@ -77,54 +83,6 @@ def demo(
     run_command(
         lambda: run_demo(out, images=images, seed=seed), json_output=json_output, debug=debug
     )
-
-
-@app.command()
-def verify(
-    out: Annotated[str, typer.Argument(help="Output of convert, score or evaluate")],
-    json_output: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Compare every result file with what was committed."""
-
-    def body() -> tuple[Any, int]:
-        from cifake_ray.storage.files import resolve_path
-        from cifake_ray.storage.runs import find_damage
-
-        damage = find_damage(resolve_path(out))
-        result = {"command": "verify", "out": out, "damaged": {d.name: d.reason for d in damage}}
-        return result, ExitCode.STORAGE if damage else ExitCode.OK
-
-    run_command(body, json_output=json_output, debug=debug)
-
-
-@app.command()
-def repair(
-    out: Annotated[str, typer.Argument(help="Output of convert, score or evaluate")],
-    json_output: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Make the shards again that `verify` finds damaged, and only those."""
-    from cifake_ray.pipeline import repair_run
-
-    run_command(lambda: repair_run(out, STARTED_S), json_output=json_output, debug=debug)
-
-
-@app.command()
-def export(
-    scores: Annotated[str, typer.Argument(help="Output of score or evaluate")],
-    file: Annotated[str, typer.Argument(help="CSV file to write")],
-    json_output: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write scores as one CSV file that is safe to open in a spreadsheet."""
-
-    def body() -> tuple[Any, int]:
-        from cifake_ray.storage.export import export_scores
-
-        return {"command": "export", "out": file, "rows": export_scores(scores, file)}, ExitCode.OK
-
-    run_command(body, json_output=json_output, debug=debug)
 
 
 @app.command()

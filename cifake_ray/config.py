@@ -7,11 +7,12 @@ Floor: core. One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` var
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 Fit = Literal["resize", "crop"]
-SourceKind = Literal["auto", "folder", "list", "shards"]
+SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 
@@ -43,7 +44,38 @@ def _check_least(config: object, least: int, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
+class StoreConfig:
+    """How buckets are reached. Credentials come from the AWS chain and are never among these."""
+
+    s3_endpoint_url: Annotated[
+        str | None, Doc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)", effect=False)
+    ] = None
+    s3_region: Annotated[
+        str | None, Doc("Region of the bucket (default: AWS_REGION, else asked for)", effect=False)
+    ] = None
+    s3_profile: Annotated[
+        str | None, Doc("Profile in the AWS configuration (default: AWS_PROFILE)", effect=False)
+    ] = None
+    s3_anonymous: Annotated[bool, Doc("Read public buckets without credentials", effect=False)] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        url = self.s3_endpoint_url
+        _check(
+            url is None or (url.startswith(("http://", "https://")) and "@" not in url),
+            "--s3-endpoint-url: give http://HOST:PORT or https://HOST; credentials come from the"
+            " AWS chain, never from a URL",
+        )
+
+    @property
+    def store(self) -> StoreConfig:
+        """These fields alone, as they travel to the workers."""
+        return StoreConfig(**{f.name: getattr(self, f.name) for f in fields(StoreConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(StoreConfig):
     """Where a command runs."""
 
     address: Annotated[
@@ -68,6 +100,7 @@ class BatchConfig(ClusterConfig):
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_least(self, 1, "num_workers", "shard_size")
         _check(
             0 <= self.max_error_rate <= 1,
@@ -79,7 +112,13 @@ class BatchConfig(ClusterConfig):
 class SourceConfig(BatchConfig):
     """How images are found and labelled."""
 
-    src: Annotated[str, Doc("Folder, list file (.csv .txt .parquet) or shards", positional=True)]
+    src: Annotated[
+        str,
+        Doc(
+            "Folder, list (.csv .txt .parquet, manifest.json of an S3 Inventory) or shards",
+            positional=True,
+        ),
+    ]
     out: Annotated[str, Doc("Output folder", positional=True, effect=False)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
     include: Annotated[
@@ -97,6 +136,31 @@ class SourceConfig(BatchConfig):
     source_column: Annotated[str, Doc("Column of a list that names generator or camera set")] = (
         "source"
     )
+    follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
+    allow_prefix: Annotated[
+        tuple[str, ...],
+        Doc("A list may name files below this folder or URI, beside its own folder", effect=False),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig(BatchConfig):
+    """Which detector scores."""
+
+    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
+    expect_sha256: Annotated[
+        str | None, Doc("Refuse a bundle of another sha256 (a refusal tells its own)", effect=False)
+    ] = None
+    allow_pickle: Annotated[
+        bool, Doc("Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code", effect=False)
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(
+            re.fullmatch("[0-9a-fA-F]{64}", self.expect_sha256 or "0" * 64) is not None,
+            f"--expect-sha256 is {self.expect_sha256!r}; give all 64 hex digits",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +183,9 @@ class ConvertConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(SourceConfig):
+class ScoreConfig(SourceConfig, BundleConfig):
     """score: images -> scores."""
 
-    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
     target_fpr: Annotated[
         float | None, Doc("False-positive rate whose stored threshold is used: 0.01 or 0.001")
     ] = None
@@ -139,12 +202,11 @@ class ScoreConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(BatchConfig):
+class EvaluateConfig(BundleConfig):
     """evaluate: labelled shards and a bundle -> predictions, metrics and a report."""
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     out: Annotated[str, Doc("Folder for the report", effect=False)]
-    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
     split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
     num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
     batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
@@ -202,6 +264,7 @@ class TrainConfig(ClusterConfig):
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker")
         _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures")
         _check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
@@ -239,11 +302,44 @@ class PipelineConfig(ClusterConfig):
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_least(self, 1, "epochs")
         _check_least(self, 0, "seed")
 
 
-Config = SampleConfig | ConvertConfig | ScoreConfig | EvaluateConfig | TrainConfig | PipelineConfig
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(StoreConfig):
+    """verify: compare every result file with what was committed."""
+
+    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(ClusterConfig):
+    """repair: make the shards again that `verify` finds damaged, and only those."""
+
+    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(StoreConfig):
+    """export: write scores as one CSV file that is safe to open in a spreadsheet."""
+
+    scores: Annotated[str, Doc("Output of score or evaluate", positional=True)]
+    file: Annotated[str, Doc("CSV file to write", positional=True)]
+
+
+Config = (
+    SampleConfig
+    | ConvertConfig
+    | TrainConfig
+    | EvaluateConfig
+    | ScoreConfig
+    | PipelineConfig
+    | VerifyConfig
+    | RepairConfig
+    | ExportConfig
+)
 
 
 def doc_of(config_class: type[Config], name: str) -> Doc:

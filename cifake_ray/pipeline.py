@@ -6,20 +6,23 @@ Floor: doors.
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from cifake_ray.config import (
     ConvertConfig,
     EvaluateConfig,
+    ExportConfig,
     PipelineConfig,
+    RepairConfig,
     SampleConfig,
     ScoreConfig,
     TrainConfig,
+    VerifyConfig,
 )
 from cifake_ray.console import ProgressLine, say, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.places import resolve_path
 
 # Enough for the cnn to learn the sample, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
@@ -36,6 +39,15 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
         from cifake_ray.stages.train import train_detector
 
         return train_detector(config, show_epoch, started_s), ExitCode.OK
+    if isinstance(config, VerifyConfig):
+        return _verify_run(config)
+    if isinstance(config, RepairConfig):
+        return _repair_run(config, started_s)
+    if isinstance(config, ExportConfig):
+        from cifake_ray.storage.export import export_scores
+
+        rows = export_scores(config)
+        return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
     from cifake_ray.stages.batch import BatchSummary
 
     if isinstance(config, ConvertConfig):
@@ -60,9 +72,9 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
     from cifake_ray.stages.cluster import connect_cluster
     from cifake_ray.storage.files import read_json
 
-    root = resolve_path(config.root)
+    root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
-    common: dict[str, Any] = {"address": config.address}
+    common: dict[str, Any] = {"address": config.address, **asdict(config.store)}
     codes = []
     with connect_cluster(config.address):
         for step in (
@@ -80,7 +92,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
             ScoreConfig(src=config.src, out=scores, bundle=run, **common),
         ):
             codes.append(run_verb(step, time.time())[1])
-    metrics = read_json(Path(report) / "metrics.json")
+    metrics = read_json(root / "report" / "metrics.json")
     result = {
         "command": "pipeline",
         "out": str(root),
@@ -104,11 +116,20 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
     return {**result, "command": "demo"}, code
 
 
-def repair_run(out: str, started_s: float) -> tuple[Any, int]:
+def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
+    from cifake_ray.storage.runs import find_damage
+
+    damage = find_damage(resolve_path(config.out, config.store))
+    damaged = {item.name: item.reason for item in damage}
+    result = {"command": "verify", "out": config.out, "damaged": damaged}
+    return result, ExitCode.STORAGE if damage else ExitCode.OK
+
+
+def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.runs import read_run, set_damage_aside
 
-    path = resolve_path(out)
+    path = resolve_path(config.out, config.store)
     run = read_run(path)
     if run is None:
         raise StorageError(f"{path}: no _run.json; give the output of convert, score or evaluate")
@@ -118,10 +139,10 @@ def repair_run(out: str, started_s: float) -> tuple[Any, int]:
         "evaluate": EvaluateConfig,
     }[run.command]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
-    config = config_class(**values, out=str(path))
+    here = {"out": config.out, "address": config.address, **asdict(config.store)}
     aside = set_damage_aside(path)
     try:
-        result = run_verb(config, started_s)
+        result = run_verb(config_class(**values, **here), started_s)
         aside.discard()
     finally:
         aside.restore()  # if it could not be done, nothing is worse than before

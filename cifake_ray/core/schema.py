@@ -72,10 +72,13 @@ SCORE_FIELDS = [
 
 MANIFEST_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
-    pa.field("location", pa.string()),  # a path below the source root, or absolute
+    # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:
+    # split at the first slash after the bucket and never parsed as a URI.
+    pa.field("location", pa.string()),
     pa.field("row", pa.int64()),  # row inside `location` when that is a Parquet file
     pa.field("size_bytes", pa.int64()),
     pa.field("mtime_ns", pa.int64()),
+    pa.field("etag", pa.string()),  # of an object, as the store lists it, quotes included
     *LABEL_FIELDS,
     pa.field("error", pa.string()),  # known bad from the listing alone: bad_key
 ]

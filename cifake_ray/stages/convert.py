@@ -11,7 +11,7 @@ from cifake_ray.config import ConvertConfig, effective_settings
 from cifake_ray.core.converting import ConvertWork
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
-from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.sources import open_source
 
@@ -25,17 +25,18 @@ def convert_images(
     config: ConvertConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Turn `config.src` into shards below `config.out`. The same call again resumes."""
-    source, out = open_source(config), resolve_path(config.out)
+    source, out = open_source(config), resolve_path(config.out, config.store)
+    src = str(resolve_path(config.src, config.store))
 
     def open_this() -> Run:
         return open_run(
             out,
             command="convert",
             results="shards",
-            settings={**effective_settings(config), "src": str(resolve_path(config.src))},
+            settings={**effective_settings(config), "src": src},
             config={
                 **effective_settings(config),
-                "src": str(resolve_path(config.src)),
+                "src": src,
                 "max_error_rate": config.max_error_rate,
             },
             list_source=source.list_images,

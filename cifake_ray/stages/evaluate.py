@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,10 @@ from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.score import MakeScoreWork
 from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_facts, read_history
-from cifake_ray.storage.files import resolve_path, write_bytes, write_json
+from cifake_ray.storage.files import write_bytes, write_json
 from cifake_ray.storage.manifest import read_shard
 from cifake_ray.storage.parts import read_part
+from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.tables import TableSource, find_splits
 
@@ -43,8 +43,9 @@ def evaluate_detector(
     config: EvaluateConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Score `config.shards`, measure, and write the report into `config.out`."""
-    root, out = resolve_path(config.shards), resolve_path(config.out)
-    bundle = read_bundle_facts(locate_bundle(config.bundle))
+    root = resolve_path(config.shards, config.store)
+    out = resolve_path(config.out, config.store)
+    bundle = read_bundle_facts(locate_bundle(config.bundle, config.store))
     splits = find_splits(root)
     split = config.split or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
@@ -79,7 +80,7 @@ def evaluate_detector(
         config.device,
         open_this,
         source,
-        MakeScoreWork(str(bundle.path), bundle.threshold(None), config.batch_size),
+        MakeScoreWork(bundle.path, bundle.threshold(None), config.batch_size),
         on_progress,
         started_s,
         before_success=lambda run: write_report(run, source, bundle, config, split),
@@ -115,7 +116,7 @@ def write_report(
         "Threshold": f"{bundle.calibration.threshold:.6f}",
     }
     page = render_report(
-        title=f"{bundle.architecture} on {Path(config.shards).name}"
+        title=f"{bundle.architecture} on {resolve_path(config.shards, config.store).name}"
         + (f", split {split}" if split else ""),
         metrics=metrics,
         figures=figures,

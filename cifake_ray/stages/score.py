@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig, effective_settings
@@ -16,7 +15,7 @@ from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, p
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
-from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.places import Place, resolve_path
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.sources import open_source
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 class MakeScoreWork:
     """Loads the bundle inside the worker; this recipe is all that travels there."""
 
-    bundle_path: str
+    bundle_path: Place
     threshold: float
     batch_size: int
 
@@ -36,7 +35,7 @@ class MakeScoreWork:
         from cifake_ray.core.scoring import ScoreWork  # torch: only the workers need it
 
         keep_freed_memory()
-        detector, bundle = load_bundle(Path(self.bundle_path))
+        detector, bundle = load_bundle(self.bundle_path)
         return ScoreWork(
             detector,
             bundle.calibration,
@@ -56,8 +55,9 @@ def score_images(
     config: ScoreConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Score every image of `config.src` into `config.out`. The same call again resumes."""
-    source, out = open_source(config), resolve_path(config.out)
-    bundle = read_bundle_facts(locate_bundle(config.bundle))
+    source, out = open_source(config), resolve_path(config.out, config.store)
+    src = str(resolve_path(config.src, config.store))
+    bundle = read_bundle_facts(locate_bundle(config.bundle, config.store))
 
     def open_this() -> Run:
         return open_run(
@@ -66,12 +66,12 @@ def score_images(
             results="scores",
             settings={
                 **effective_settings(config),
-                "src": str(resolve_path(config.src)),
+                "src": src,
                 "bundle": bundle.fingerprint,
             },
             config={
                 **effective_settings(config),
-                "src": str(resolve_path(config.src)),
+                "src": src,
                 "bundle": config.bundle and str(bundle.path),
                 "max_error_rate": config.max_error_rate,
             },
@@ -80,7 +80,7 @@ def score_images(
         )
 
     make_work = MakeScoreWork(
-        bundle_path=str(bundle.path),
+        bundle_path=bundle.path,
         threshold=bundle.threshold(config.target_fpr),
         batch_size=config.batch_size,
     )

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from cifake_ray.stages.cluster import (
 )
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
-from cifake_ray.storage.files import resolve_path
+from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.training import (
     TrainingData,
     locate_cache,
@@ -81,11 +80,11 @@ def train_detector(
     # Absolute before it travels: a Ray worker has another working folder.
     config = replace(
         config,
-        shards=str(resolve_path(config.shards)),
-        run=str(resolve_path(config.run)),
+        shards=str(resolve_path(config.shards, config.store)),
+        run=str(resolve_path(config.run, config.store)),
         cache_dir=str(locate_cache(config.cache_dir)),
     )
-    run = TrainingRun(Path(config.run))
+    run = TrainingRun(resolve_path(config.run, config.store))
     rows = read_training_rows(config)
     settings = {**effective_settings(config), "rows": rows.hash_rows()}
     torch.manual_seed(config.seed)
@@ -122,6 +121,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    filesystem, storage_path = to_arrow(run.path)
     threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
     with connect_cluster(config.address, config.num_workers) as resources:
         use_gpu = choose_gpu(config.device, resources)
@@ -142,7 +142,8 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
             scaling_config=_scale(placement),
             run_config=ray.train.RunConfig(
                 name="ray",
-                storage_path=str(run.path),
+                storage_path=storage_path,
+                storage_filesystem=filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
         )
@@ -179,7 +180,7 @@ def _first_cause(error: BaseException) -> str:
 def train_worker(payload: dict[str, Any]) -> None:
     """What each rank runs: read, resume, train; rank 0 writes."""
     config = TrainConfig(**payload["config"])
-    run = TrainingRun(Path(config.run))
+    run = TrainingRun(resolve_path(config.run, config.store))
     keep_freed_memory()
     torch.set_num_threads(payload["num_threads"])
     torch.manual_seed(config.seed)
@@ -242,7 +243,7 @@ def _write_best(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
     settings = effective_settings(config)
-    shards = Path(settings.pop("shards")).name  # where it lay is nobody else's business
+    shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
     training = {
         **settings,
         "train_images": len(data.train.labels),

@@ -1,25 +1,34 @@
 """Bundles: a trained detector on disk, in the layout of timm and Hugging Face.
 
 Floor: storage. `config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
-only we need stands in `config.json` under `cifake_ray`.
+only we need stands in `config.json` under `cifake_ray`. `storage.weights` reads the weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cifake_ray.config import StoreConfig
 from cifake_ray.core.calibration import Calibration
 from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
 from cifake_ray.errors import BundleError
-from cifake_ray.storage.files import encode_json, read_bytes, read_json, resolve_path, write_bytes
+from cifake_ray.storage.files import encode_json, exists, read_bytes, write_bytes
+from cifake_ray.storage.places import Place, resolve_path
+from cifake_ray.storage.weights import (
+    WEIGHTS_NAME,
+    check_weights,
+    encode_weights,
+    find_weights,
+    load_weights,
+)
 
 if TYPE_CHECKING:
     from cifake_ray.core.models import Detector
@@ -27,21 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What a bundle says of itself, without its weights being loaded."""
+    """What a bundle says of itself, without a network being made."""
 
-    path: Path
+    path: Place
+    weights_name: str  # model.safetensors, or the pickle that --allow-pickle let in
+    fingerprint: str  # sha256(sha256(config.json) + sha256(weights)): same scores, same fingerprint
     architecture: str
     preprocessing: Preprocessing
     calibration: Calibration
     training: dict[str, Any]  # settings and counts of the run that made it
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config.json and model.safetensors: the same scores, the same fingerprint."""
-        digest = hashlib.sha256()
-        for name in ("config.json", "model.safetensors"):
-            digest.update(hashlib.sha256(read_bytes(self.path / name)).digest())
-        return digest.hexdigest()
 
     def threshold(self, target_fpr: float | None) -> float:
         """The stored threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
@@ -52,74 +55,121 @@ class BundleFacts:
         }[target_fpr]
 
 
-def locate_bundle(uri: str | None) -> Path:
+def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> Place:
     """Where a bundle lies: a bundle, a RUN with one inside, or None for the one in the box."""
     if uri is None:
         return Path(str(files("cifake_ray") / "bundles" / "default"))
-    path = resolve_path(uri)
-    return path / "bundle" if (path / "bundle" / "config.json").exists() else path
+    path = resolve_path(uri, store)
+    return path / "bundle" if exists(path / "bundle" / "config.json") else path
 
 
-def read_bundle_facts(path: Path) -> BundleFacts:
-    """Read `config.json`. BundleError when the bundle is missing, incomplete or not ours."""
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).is_file():
-            raise BundleError(
-                f"{path}: no {name}; give the bundle folder of a finished training run"
-            )
-    config = read_json(path / "config.json")
+def read_bundle_facts(
+    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> BundleFacts:
+    """Read and check a bundle, torch left alone; cheap enough for before any work is scheduled.
+
+    `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
+    incomplete, damaged, another one, not ours, or a pickle that `allow_pickle` does not let in.
+    """
+    return _read_bundle(path, expect_sha256, allow_pickle)[0]
+
+
+def load_bundle(
+    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> tuple[Detector, BundleFacts]:
+    """The detector on the CPU, ready to score: made of the very bytes that were checked.
+
+    BundleError as `read_bundle_facts`, and when the weights are not those of the architecture.
+    """
+    from cifake_ray.core.models import build_detector
+
+    facts, weights = _read_bundle(path, expect_sha256, allow_pickle)
+    size, fit = facts.preprocessing.image_size, facts.preprocessing.fit
+    place = path / facts.weights_name
+    state = load_weights(place, weights)
     try:
+        detector = build_detector(facts.architecture, image_size=size, fit=fit)
+        detector.set_preprocessing(facts.preprocessing)
+        detector.network.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise BundleError(
+            f"{place}: not the weights of {facts.architecture} ({str(error).splitlines()[0]});"
+            " copy or train the bundle again"
+        ) from error
+    return detector.eval(), facts
+
+
+def _read_bundle(
+    path: Place, expect_sha256: str | None, allow_pickle: bool
+) -> tuple[BundleFacts, bytes]:
+    """What the bundle says, and its weights. Each file is read once, so that no check and no use
+    see different bytes while somebody replaces the bundle."""
+    if not exists(path / "config.json"):
+        raise BundleError(
+            f"{path}: no config.json; give the bundle folder of a finished training run"
+        )
+    config = read_bytes(path / "config.json")
+    weights_name = find_weights(path, allow_pickle)
+    weights = read_bytes(path / weights_name)
+    digests = (hashlib.sha256(data).digest() for data in (config, weights))
+    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()
+    if expect_sha256 is not None and fingerprint != expect_sha256.lower():
+        raise BundleError(
+            f"{path}: its sha256 is {fingerprint}, expected is {expect_sha256}; it is another"
+            " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
+        )
+    facts = _parse_config(path, config, weights_name, fingerprint)
+    check_weights(path / weights_name, weights, facts.architecture)
+    return facts, weights
+
+
+def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str) -> BundleFacts:
+    try:
+        config = json.loads(data)
         ours = config["cifake_ray"]
         if ours["schema_version"] != SCHEMA_VERSION:
             raise BundleError(
                 f"{path}: schema_version {ours['schema_version']}, this program reads"
                 f" {SCHEMA_VERSION}; train again or use the version that wrote it"
             )
+        architecture, calibration = config["architecture"], Calibration(**ours["calibration"])
+        if not isinstance(architecture, str):
+            raise ValueError(f"architecture is {architecture!r}")
+        if not all(math.isfinite(value) for value in asdict(calibration).values()):
+            raise ValueError("calibration holds a number that is not finite")
+        if calibration.temperature <= 0:
+            raise ValueError(f"temperature is {calibration.temperature}")
         return BundleFacts(
             path=path,
-            architecture=config["architecture"],
+            weights_name=weights_name,
+            fingerprint=fingerprint,
+            architecture=architecture,
             preprocessing=Preprocessing.from_dict(ours["preprocessing"]),
-            calibration=Calibration(**ours["calibration"]),
-            training=ours["training"],
+            calibration=calibration,
+            training=dict(ours["training"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{path}/config.json: not a bundle of cifake-ray ({type(error).__name__}: {error});"
             " give the bundle folder of a finished training run"
         ) from error
 
 
-def load_bundle(path: Path) -> tuple[Detector, BundleFacts]:
-    """The detector on the CPU, ready to score. BundleError when the weights do not fit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from cifake_ray.core.models import build_detector
-
-    facts = read_bundle_facts(path)
-    size = facts.preprocessing.image_size
-    try:
-        detector = build_detector(facts.architecture, image_size=size, fit=facts.preprocessing.fit)
-        detector.set_preprocessing(facts.preprocessing)
-        detector.network.load_state_dict(load(read_bytes(path / "model.safetensors")))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise BundleError(
-            f"{path}/model.safetensors: damaged, or not the weights of {facts.architecture}"
-            f" ({str(error).splitlines()[0]}); copy or train the bundle again"
-        ) from error
-    return detector.eval(), facts
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """One row per epoch of the training that made a bundle."""
+def read_history(path: Place) -> list[dict[str, Any]]:
+    """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
     history = path / "history.jsonl"
-    if not history.exists():
+    if not exists(history):
         return []
-    return [json.loads(line) for line in read_bytes(history).splitlines()]
+    try:
+        return [dict(json.loads(line)) for line in read_bytes(history).splitlines()]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{history}: damaged ({error}); remove the file or copy the bundle again"
+        ) from error
 
 
 def write_bundle(
-    path: Path,
+    path: Place,
     detector: Detector,
     calibration: Calibration,
     *,
@@ -129,8 +179,6 @@ def write_bundle(
     model_card: str,
 ) -> None:
     """Write a bundle; `config.json` comes last, so a bundle that has one is complete."""
-    from safetensors.torch import save
-
     preprocessing = detector.preprocessing
     config = {
         "architecture": detector.architecture,
@@ -153,8 +201,7 @@ def write_bundle(
             "training": dict(training),
         },
     }
-    weights = {name: t.contiguous().cpu() for name, t in detector.network.state_dict().items()}
-    write_bytes(path / "model.safetensors", save(weights))
+    write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
     lines = "".join(json.dumps(row) + "\n" for row in history)
     write_bytes(path / "history.jsonl", lines.encode())
     write_bytes(path / "metrics.json", encode_json(dict(metrics)))

@@ -6,44 +6,47 @@ Floor: storage.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
+from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.files import resolve_path, write_chunks
+from cifake_ray.storage.files import exists, list_folder, write_chunks
 from cifake_ray.storage.parts import read_part
+from cifake_ray.storage.places import Place, is_inside, resolve_path
 from cifake_ray.storage.runs import read_run
 
+PART_NAME = re.compile(r"part-\d+\.parquet")
 # A cell that starts with one of these is a formula to a spreadsheet. Source: OWASP, CSV injection.
 FORMULA_START = r"^([=+\-@\t\r])"
 
 
-def export_scores(scores: str, file: str) -> int:
+def export_scores(config: ExportConfig) -> int:
     """Write the scores of a run as CSV and return the number of rows."""
-    out = resolve_path(scores)
+    out = resolve_path(config.scores, config.store)
     run = read_run(out)
-    if run is not None and not (out / "_SUCCESS").exists():
+    if run is not None and not exists(out / "_SUCCESS"):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     folder = out if run is None else run.results_folder
-    target = resolve_path(file)
-    if run is not None and target.resolve().is_relative_to(out.resolve()):
+    target = resolve_path(config.file, config.store)
+    if run is not None and is_inside(target, out):
         raise ValueError(f"{target} lies inside {out}; choose a file outside it")
-    paths = sorted(folder.glob("part-*.parquet"))
+    paths = [path for path in list_folder(folder) if PART_NAME.fullmatch(path.name)]
     if not paths:
         raise StorageError(f"{folder}: no part-*.parquet; give the output of score or evaluate")
-    num_rows: int = sum(pq.ParquetFile(path).metadata.num_rows for path in paths)
-    write_chunks(target, _encode_parts(paths))
-    return num_rows
+    counts: list[int] = []
+    write_chunks(target, _encode_parts(paths, counts))
+    return sum(counts)
 
 
-def _encode_parts(paths: list[Path]) -> Iterator[bytes]:
+def _encode_parts(paths: list[Place], counts: list[int]) -> Iterator[bytes]:
     for number, path in enumerate(paths):
         table = read_part(path)
+        counts.append(table.num_rows)
         columns = []
         for field, column in zip(table.schema, table.columns, strict=True):
             if pa.types.is_dictionary(field.type):

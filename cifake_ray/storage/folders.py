@@ -19,8 +19,8 @@ from cifake_ray.core.images import MAX_IMAGE_BYTES
 from cifake_ray.core.labels import read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.files import explain_os_error
 from cifake_ray.storage.listing import KEEP_ALL, LISTING_BATCH_ROWS, KeyFilter, Listing, RowBuffer
+from cifake_ray.storage.places import explain_os_error
 
 
 def escape_key(name: str) -> str | None:
@@ -74,11 +74,20 @@ class FolderSource:
                         continue
                 escaped = escape_key(key)
                 if escaped is None:
-                    rows.append(key, key, None, size_bytes, mtime_ns, *facts, None)
+                    rows.append(key, key, None, size_bytes, mtime_ns, None, *facts, None)
                 else:
                     label = facts.label
                     rows.append(
-                        escaped, None, None, size_bytes, mtime_ns, label, None, None, "bad_key"
+                        escaped,
+                        None,
+                        None,
+                        size_bytes,
+                        mtime_ns,
+                        None,
+                        label,
+                        None,
+                        None,
+                        "bad_key",
                     )
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()

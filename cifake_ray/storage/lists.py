@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from cifake_ray.core.labels import parse_label, parse_split
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
-from cifake_ray.storage.files import resolve_path
 from cifake_ray.storage.folders import read_file
 from cifake_ray.storage.listing import KEEP_ALL, LISTING_BATCH_ROWS, KeyFilter, Listing, RowBuffer
+from cifake_ray.storage.places import resolve_path
 
 RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
 
@@ -69,7 +69,9 @@ class ListSource:
                 raise ValueError(f"{self.path}, line {line_number}: {error}") from error
             except OSError:
                 stamp = (None, None)  # reading gives the error
-            rows.append(path, location, None, *stamp, *facts, None, *(values[i] for i in extra))
+            rows.append(
+                path, location, None, *stamp, None, *facts, None, *(values[i] for i in extra)
+            )
             if len(rows) >= LISTING_BATCH_ROWS:
                 yield rows.drain()
         if len(rows):

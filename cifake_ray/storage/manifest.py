@@ -11,7 +11,6 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import NothingToDo, StorageError
-from cifake_ray.storage.files import hash_file, make_folder, write_bytes
+from cifake_ray.storage.files import make_folder, open_file, write_bytes
 from cifake_ray.storage.listing import Listing
+from cifake_ray.storage.places import Place
 
 NUM_RANGES = 64  # temporary files while sorting; memory is one of them
 SHARDS_PER_FILE = 256
@@ -158,7 +158,9 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
         yield shard.sort_by("key")
 
 
-def write_manifest(folder: Path, run_id: str, listing: Listing, shard_rows: int | None) -> Manifest:
+def write_manifest(
+    folder: Place, run_id: str, listing: Listing, shard_rows: int | None
+) -> Manifest:
     """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
 
     NothingToDo when the source holds no file; ValueError when a key is listed twice.
@@ -188,17 +190,19 @@ def write_manifest(folder: Path, run_id: str, listing: Listing, shard_rows: int 
                 size_bytes += int(np.nansum(pending.column("size_bytes").to_numpy()))
                 num_shards += 1
                 pending = next(shards, None)
-        write_bytes(folder / name, sink.getvalue().to_pybytes())
-        files.append(ManifestFile(name, first_shard, num_shards, hash_file(folder / name)))
+        data = sink.getvalue().to_pybytes()
+        write_bytes(folder / name, data)
+        files.append(ManifestFile(name, first_shard, num_shards, hashlib.sha256(data).hexdigest()))
     return Manifest(tuple(files), num_rows, size_bytes)
 
 
-def read_shard(folder: Path, file: ManifestFile, shard: int) -> pa.Table:
+def read_shard(folder: Place, file: ManifestFile, shard: int) -> pa.Table:
     """The rows of one shard, in key order. StorageError when the manifest is damaged."""
     path = folder / file.name
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True)
-        return table.read_row_group(shard - file.first_shard)
+        with open_file(path) as opened:
+            table = pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
+            return table.read_row_group(shard - file.first_shard)
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(
             f"{path}: the manifest is damaged or gone ({error}); start again in a new folder"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +15,8 @@ import pyarrow.parquet as pq
 from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.files import hash_file, write_bytes
+from cifake_ray.storage.files import read_bytes, read_if_exists, write_bytes
+from cifake_ray.storage.places import Place
 from cifake_ray.storage.runs import PartFacts, Run
 
 FACTS_KEY = b"cifake_ray"
@@ -69,10 +69,15 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     ]
 
 
-def read_part(path: Path) -> pa.Table:
+def _open_part(data: bytes) -> pq.ParquetFile:
+    """A shard is read whole by everyone: it is one GET, and its bytes are hashed as well."""
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+
+
+def read_part(path: Place) -> pa.Table:
     """One result shard, page checksums verified. StorageError when it is damaged."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
+        return _open_part(read_bytes(path)).read()
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
 
@@ -83,10 +88,10 @@ def inspect_part(run: Run, shard: int) -> PartFacts | None:
     The whole shard is read, page checksums included, so a damaged one is made again.
     """
     path = run.part_path(shard)
-    if not path.exists():
+    if (data := read_if_exists(path)) is None:
         return None
     try:
-        part = pq.ParquetFile(path, page_checksum_verification=True)
+        part = _open_part(data)
         facts = json.loads((part.schema_arrow.metadata or {}).get(FACTS_KEY, b"null"))
         if not isinstance(facts, dict) or facts.get("run") != run.identity:
             return None
@@ -95,4 +100,5 @@ def inspect_part(run: Run, shard: int) -> PartFacts | None:
         return None
     if num_rows != facts["rows"]:
         return None
-    return PartFacts(shard, num_rows, facts["errors"], path.stat().st_size, hash_file(path))
+    sha256 = hashlib.sha256(data).hexdigest()
+    return PartFacts(shard, num_rows, facts["errors"], len(data), sha256)

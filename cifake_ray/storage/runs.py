@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,16 +20,23 @@ from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.files import (
     check_writable,
     create_bytes,
+    discard,
     encode_json,
+    exists,
     hash_file,
     hash_json,
+    list_folder,
+    move,
+    read_bytes,
     read_json,
     remove_leftovers,
+    stamp_file,
     write_bytes,
     write_json,
 )
 from cifake_ray.storage.listing import Listing
 from cifake_ray.storage.manifest import Manifest, ManifestFile, write_manifest
+from cifake_ray.storage.places import Place
 
 FILES_FIELDS = [
     pa.field("name", pa.string()),
@@ -45,7 +51,7 @@ FILES_FIELDS = [
 class Run:
     """An output folder whose plan is frozen. `results` is shards, scores or predictions."""
 
-    out: Path
+    out: Place
     command: str
     results: str
     settings: dict[str, Any]
@@ -63,14 +69,14 @@ class Run:
         return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
 
     @property
-    def results_folder(self) -> Path:
+    def results_folder(self) -> Place:
         return self.out / self.results
 
     @property
-    def manifest_folder(self) -> Path:
+    def manifest_folder(self) -> Place:
         return self.out / "manifest"
 
-    def part_path(self, shard: int) -> Path:
+    def part_path(self, shard: int) -> Place:
         return self.results_folder / shard_name(shard)
 
     def find_file(self, shard: int) -> ManifestFile:
@@ -81,10 +87,10 @@ class Run:
         raise AssertionError(f"shard {shard} is beyond the manifest")
 
 
-def read_run(out: Path) -> Run | None:
+def read_run(out: Place) -> Run | None:
     """The run of an output folder, or None when none has been frozen there."""
     path = out / "_run.json"
-    if not path.exists():
+    if not exists(path):
         return None
     record = read_json(path)
     if record.get("schema_version") != SCHEMA_VERSION:
@@ -118,7 +124,7 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
 
 
-def refuse_other_settings(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
     """RunMismatch, with the difference, when the folder belongs to a run with other settings."""
     if old != new:
         raise RunMismatch(
@@ -128,7 +134,7 @@ def refuse_other_settings(out: Path, old: dict[str, Any], new: dict[str, Any]) -
 
 
 def open_run(
-    out: Path,
+    out: Place,
     *,
     command: str,
     results: str,
@@ -202,9 +208,9 @@ def finish_run(run: Run, parts: list[PartFacts], summary: dict[str, Any]) -> Non
     pq.write_table(pa.table(columns, schema=schema), sink)
     remove_leftovers(run.results_folder)
     named = {file.name for file in run.manifest.files}
-    for path in run.manifest_folder.iterdir():  # listings that were killed, or lost the race
+    for path in list_folder(run.manifest_folder):  # listings that were killed, or lost the race
         if path.name not in named:
-            path.unlink(missing_ok=True)
+            discard(path)
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     write_json(run.out / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
 
@@ -217,13 +223,13 @@ class Damage:
     reason: str
 
 
-def find_damage(out: Path) -> list[Damage]:
+def find_damage(out: Place) -> list[Damage]:
     """Compare every result file with `_files.parquet`. StorageError when that is missing."""
     path = out / "_files.parquet"
-    if not path.exists():
+    if not exists(path):
         raise StorageError(f"{out}: no _files.parquet; the run has not finished, run it again")
     try:
-        listed = pq.read_table(path).to_pylist()
+        listed = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(
             f"{path}: damaged ({error}); `cifake-ray repair` makes it anew"
@@ -231,12 +237,10 @@ def find_damage(out: Path) -> list[Damage]:
     damage = []
     for row in listed:
         file = out / row["name"]
-        if not file.exists():
+        if not exists(file):
             damage.append(Damage(row["name"], "missing"))
-        elif file.stat().st_size != row["size_bytes"]:
-            damage.append(
-                Damage(row["name"], f"{file.stat().st_size} bytes, not {row['size_bytes']}")
-            )
+        elif (size_bytes := stamp_file(file)[0]) != row["size_bytes"]:
+            damage.append(Damage(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
         elif hash_file(file) != row["sha256"]:
             damage.append(Damage(row["name"], "sha256 differs"))
     return damage
@@ -246,27 +250,27 @@ def find_damage(out: Path) -> list[Damage]:
 class Aside:
     """Files of a run that were renamed out of the way: name -> name while aside."""
 
-    files: dict[Path, Path]
+    files: dict[Place, Place]
 
     def restore(self) -> None:
         """Put back what has not been made again."""
         for path, aside in self.files.items():
-            if aside.exists() and not path.exists():
-                aside.rename(path)
+            if exists(aside) and not exists(path):
+                move(aside, path)
 
     def discard(self) -> None:
         for aside in self.files.values():
-            aside.unlink(missing_ok=True)
+            discard(aside)
 
 
-def set_damage_aside(out: Path) -> Aside:
+def set_damage_aside(out: Place) -> Aside:
     """Rename damaged result files and `_SUCCESS`: the run's command then makes them again."""
     try:
         damage = find_damage(out)
     except StorageError:  # no readable _files.parquet: every shard proves itself when it is resumed
         damage = []
-    paths = [*(out / item.name for item in damage), out / "_SUCCESS"]
-    files = {path: path.with_name(f".aside-{path.name}") for path in paths if path.exists()}
+    paths: list[Place] = [*(out / item.name for item in damage), out / "_SUCCESS"]
+    files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}
     for path, aside in files.items():
-        path.rename(aside)
+        move(path, aside)
     return Aside(files)

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.core.samples import generate_images
-from cifake_ray.storage.files import check_writable, explain_os_error, resolve_path
+from cifake_ray.storage.files import check_writable
+from cifake_ray.storage.places import explain_os_error, resolve_local
 
 RANGE_SIZE = 4_096  # images a process makes at a time
 
 
 def write_sample(config: SampleConfig) -> Path:
     """Write the folder; files that hold the right bytes already are left alone."""
-    out = resolve_path(config.out)
+    out = resolve_local(config.out, "the sample")
     check_writable(out)
     starts = range(0, config.images, RANGE_SIZE)
     arguments = [(config, start, min(start + RANGE_SIZE, config.images)) for start in starts]
@@ -31,7 +32,7 @@ def write_sample(config: SampleConfig) -> Path:
 
 
 def _write_range(config: SampleConfig, start: int, stop: int) -> None:
-    out = resolve_path(config.out)
+    out = resolve_local(config.out, "the sample")
     folders: set[Path] = set()
     images = generate_images(
         num_images=config.images, seed=config.seed, mixed=config.mixed, start=start, stop=stop

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.files import resolve_path
 from cifake_ray.storage.folders import FolderSource
 from cifake_ray.storage.listing import KeyFilter, Source
 from cifake_ray.storage.lists import ListSource
+from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.tables import TableSource
 
 LIST_SUFFIXES = (".csv", ".txt", ".parquet")

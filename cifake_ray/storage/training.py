@@ -26,7 +26,8 @@ from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.files import explain_os_error, make_folder, resolve_path, write_json
+from cifake_ray.storage.files import make_folder, stamp_file, write_json
+from cifake_ray.storage.places import Place, explain_os_error, resolve_local, resolve_path
 from cifake_ray.storage.tables import find_tables, open_table, read_columns, read_label_names
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
@@ -37,7 +38,7 @@ DECODE_CHUNK = 64  # images a decoding thread takes at once
 class TrainingRows:
     """The labelled rows of the shards that train or validate; parallel arrays."""
 
-    groups: list[tuple[Path, int]]  # (file, row group)
+    groups: list[tuple[Place, int]]  # (file, row group)
     group: np.ndarray  # int32[N]: number of the row group
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
@@ -54,15 +55,14 @@ class TrainingRows:
         """sha256 that changes when a file is another one."""
         digest = hashlib.sha256()
         for path in dict.fromkeys(path for path, _ in self.groups):
-            status = path.stat()
-            digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+            digest.update(f"{path}|{stamp_file(path)}\n".encode())
         return digest.hexdigest()
 
 
 def read_training_rows(config: TrainConfig) -> TrainingRows:
     """Find the training and validation rows. ValueError when a class or a side has none."""
-    root = resolve_path(config.shards)
-    groups: list[tuple[Path, int]] = []
+    root = resolve_path(config.shards, config.store)
+    groups: list[tuple[Place, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
     for path in find_tables(root):
         table = open_table(path)
@@ -88,7 +88,9 @@ def refuse_one_sided(rows: TrainingRows, usable: np.ndarray, config: TrainConfig
                 )
 
 
-def _read_facts(table: Any, path: Path, number: int, config: TrainConfig) -> tuple[np.ndarray, ...]:
+def _read_facts(
+    table: Any, path: Place, number: int, config: TrainConfig
+) -> tuple[np.ndarray, ...]:
     """row, label, is_val of the usable rows of one row group."""
     names = table.schema_arrow.names
     hashed = "sha256" if "sha256" in names else "image"
@@ -261,8 +263,8 @@ def _make_set(rows: TrainingRows, pixels: Pixels, chosen: np.ndarray) -> ImageSe
 def locate_cache(cache_dir: str | None) -> Path:
     """`--cache-dir`, else the user's cache folder."""
     if cache_dir is not None:
-        return resolve_path(cache_dir)
-    return resolve_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cifake_ray"
+        return resolve_local(cache_dir, "--cache-dir")
+    return resolve_local(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "cifake_ray"
 
 
 def _decode_all(

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cifake_ray import __version__
@@ -19,12 +18,14 @@ from cifake_ray.storage.bundle import read_history
 from cifake_ray.storage.files import (
     create_bytes,
     encode_json,
+    exists,
     hash_json,
-    read_bytes,
+    read_if_exists,
     read_json,
     write_bytes,
     write_json,
 )
+from cifake_ray.storage.places import Place
 from cifake_ray.storage.runs import refuse_other_settings
 
 
@@ -32,18 +33,18 @@ from cifake_ray.storage.runs import refuse_other_settings
 class TrainingRun:
     """The folder RUN of `train`."""
 
-    path: Path
+    path: Place
 
     @property
-    def checkpoint_path(self) -> Path:
+    def checkpoint_path(self) -> Place:
         return self.path / "checkpoints" / "last.pt"
 
     @property
-    def bundle_path(self) -> Path:
+    def bundle_path(self) -> Place:
         return self.path / "bundle"
 
     @property
-    def history_path(self) -> Path:
+    def history_path(self) -> Place:
         return self.path / "history.jsonl"
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
@@ -62,14 +63,14 @@ class TrainingRun:
             found = read_json(papers)
             if "settings" not in found:
                 raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
-            if self.checkpoint_path.exists() or self.read_success() is not None:
+            if exists(self.checkpoint_path) or self.read_success() is not None:
                 refuse_other_settings(self.path, found["settings"], settings)
             else:  # refused or killed before its first epoch: there is nothing to lose
                 write_json(papers, record)
 
     def read_checkpoint(self) -> bytes | None:
         """The latest checkpoint, or None before the first."""
-        return read_bytes(self.checkpoint_path) if self.checkpoint_path.exists() else None
+        return read_if_exists(self.checkpoint_path)
 
     def write_checkpoint(self, data: bytes, history: list[dict[str, Any]]) -> None:
         """Commit a checkpoint, then show its history."""
@@ -89,7 +90,7 @@ class TrainingRun:
     def read_success(self) -> dict[str, Any] | None:
         """What the finished run said of itself, or None when it has not finished."""
         path = self.path / "_SUCCESS"
-        return read_json(path) if path.exists() else None
+        return read_json(path) if exists(path) else None
 
     def write_success(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})

@@ -10,7 +10,8 @@ import pytest
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.errors import StorageError
-from cifake_ray.pipeline import repair_run
+from cifake_ray.config import RepairConfig
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.storage.runs import find_damage
 
@@ -37,7 +38,7 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
 
 def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> None:
     assert [item.name for item in find_damage(damaged)] == ["shards/part-00002.parquet"]
-    summary, code = repair_run(str(damaged), time.time())
+    summary, code = run_verb(RepairConfig(out=str(damaged)), time.time())
     assert (summary.shards_resumed, summary.shards_total, code) == (3, 4, 0)
     assert find_damage(damaged) == []
     assert pq.read_table(damaged / "shards").num_rows == 40
@@ -48,5 +49,5 @@ def test_repair_that_cannot_be_done_puts_everything_back(damaged: Path) -> None:
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     (damaged.parent / "source").rename(damaged.parent / "elsewhere")
     with pytest.raises(StorageError, match="no such file or folder"):
-        repair_run(str(damaged), time.time())
+        run_verb(RepairConfig(out=str(damaged)), time.time())
     assert {p: p.read_bytes() for p in damaged.rglob("*") if p.is_file()} == before

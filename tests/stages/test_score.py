@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cifake_ray.config import ScoreConfig
+from cifake_ray.config import ExportConfig, ScoreConfig
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.stages.batch import BatchSummary
 from cifake_ray.stages.score import score_images
@@ -150,7 +150,8 @@ def test_logits_that_are_not_finite_become_errors(
 
 def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path) -> None:
     run_score(sample_folder, tmp_path / "out", bundle=str(bundle))
-    assert export_scores(str(tmp_path / "out"), str(tmp_path / "scores.csv")) == 60
+    config = ExportConfig(scores=str(tmp_path / "out"), file=str(tmp_path / "scores.csv"))
+    assert export_scores(config) == 60
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = {row["key"]: row for row in csv.DictReader(file)}
     for key, row in read_rows(tmp_path / "out").items():

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(MANIFEST_FIELDS)
 def batch_of(keys: Iterable[str], size_bytes: int | None = 1000) -> pa.RecordBatch:
     rows = RowBuffer(SCHEMA)
     for key in keys:
-        rows.append(key, key, None, size_bytes, 1, None, None, None, None)
+        rows.append(key, key, None, size_bytes, 1, None, None, None, None, None)
     return rows.drain()
 
 
@@ -86,7 +86,8 @@ def test_a_shard_is_a_random_sample_of_the_source(tmp_path: Path) -> None:
 def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
     rows = RowBuffer(pa.schema([*MANIFEST_FIELDS, pa.field("n", pa.int16())]))
     for n in range(300):
-        rows.append(f"{n}", f"at/{n}", n, n + 1, n + 2, n % 2, "val", f"s{n}", None, n)
+        facts = (n % 2, "val", f"s{n}", None)
+        rows.append(f"{n}", f"at/{n}", n, n + 1, n + 2, f"e{n}", *facts, n)
     manifest = write_manifest(tmp_path, "run", Listing(iter([rows.drain()])), 50)
     found = [
         row
@@ -103,6 +104,7 @@ def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
             "row": n,
             "size_bytes": n + 1,
             "mtime_ns": n + 2,
+            "etag": f"e{n}",
             "label": n % 2,
             "split": "val",
             "source": f"s{n}",

@@ -27,7 +27,7 @@ from cifake_ray.storage.runs import Damage, PartFacts, Run, find_damage, finish_
 def list_keys(num_keys: int = 10, prefix: str = "") -> Listing:
     rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
     for n in range(num_keys):
-        rows.append(f"{prefix}{n}", None, None, 1, None, None, None, None, None)
+        rows.append(f"{prefix}{n}", None, None, 1, None, None, None, None, None, None)
     return Listing(iter([rows.drain()]))
 
 
