@@ -67,6 +67,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
     options = _s3_options(store or StoreConfig()) if scheme == "s3" else {}
     try:
         place: UPath = UPath(f"{scheme}://{rest.rstrip('/')}", **options)
+        _ = place.fs  # imports what the scheme needs
     except ImportError as error:
         raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
     return place

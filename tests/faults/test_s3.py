@@ -1,0 +1,170 @@
+"""The whole pipeline in a bucket: nothing local but Ray, no secret anywhere, damage repaired."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.storage.samples import write_sample
+from tests.s3_server import S3Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_IMAGES = 240
+
+
+def run_cli(arguments: list[str], env: dict[str, str]) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the JSON object and everything else that was said."""
+    process = subprocess.run(
+        [sys.executable, "-m", "cifake_ray", *arguments, "--json"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert process.stdout, process.stderr
+    return process.returncode, json.loads(process.stdout), process.stderr
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("s3") / "images"
+    return write_sample(SampleConfig(out=str(folder), images=NUM_IMAGES))
+
+
+@pytest.fixture
+def env(s3_env: S3Server, tmp_path: Path) -> dict[str, str]:
+    """A process of its own, whose Ray writes its logs where the test can read them."""
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    cache = str(tmp_path / "cache")
+    return {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(folder),
+        "XDG_CACHE_HOME": cache,
+    }
+
+
+def upload(server: S3Server, bucket: str, folder: Path, prefix: str) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            key = prefix + path.relative_to(folder).as_posix()
+            server.put(bucket, key, path.read_bytes())
+
+
+def read_table(server: S3Server, bucket: str, prefix: str) -> pa.Table:
+    keys = [key for key in server.list_keys(bucket, prefix) if "/part-" in key]
+    return pa.concat_tables(
+        [pq.read_table(io.BytesIO(server.get(bucket, key))) for key in sorted(keys)]
+    )
+
+
+def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
+    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    bucket = s3_env.make_bucket()
+    upload(s3_env, bucket, images, "in put/")
+    root = f"s3://{bucket}/all of it"
+    said = []
+
+    code, result, errors = run_cli(
+        ["pipeline", f"s3://{bucket}/in put", root, "--epochs", "1", "--num-workers", "1"], env
+    )
+    said.append(errors)
+    assert code == 0, errors
+    assert result["scores"] == f"{root}/scores/scores"
+    scores = read_table(s3_env, bucket, "all of it/scores/")
+    assert sorted(scores.column("key").to_pylist()) == sorted(
+        path.relative_to(images).as_posix() for path in images.rglob("*.jpg")
+    )
+    assert scores.column("error").null_count == NUM_IMAGES
+    keys = s3_env.list_keys(bucket, "all of it/")
+    for name in ("shards/_SUCCESS", "run/bundle/config.json", "report/report.html"):
+        assert f"all of it/{name}" in keys
+
+    # The same images scored from the folder on this machine, with the bundle in the bucket.
+    local = tmp_path / "scores"
+    code, _, errors = run_cli(["score", str(images), str(local), "--bundle", f"{root}/run"], env)
+    said.append(errors)
+    assert code == 0, errors
+    here = pa.concat_tables([pq.read_table(p) for p in local.glob("scores/part-*")])
+    order = [("key", "ascending")]
+    for name in ("key", "label", "split"):
+        assert here.sort_by(order).column(name) == scores.sort_by(order).column(name)
+    for mine, theirs in zip(
+        here.sort_by(order).column("p_fake").to_pylist(),
+        scores.sort_by(order).column("p_fake").to_pylist(),
+        strict=True,
+    ):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+    # A finished run again: the same summary. Other settings: refused, with the difference.
+    score = ["score", f"s3://{bucket}/in put", f"{root}/scores", "--bundle", f"{root}/run"]
+    code, again, errors = run_cli(score, env)
+    assert (code, again["done"]) == (0, NUM_IMAGES), errors
+    code, refusal, _ = run_cli([*score, "--shard-size", "7"], env)
+    assert code == 2
+    assert "shard_size: None there, 7 here" in refusal["error"]
+
+    # A byte flips in the bucket: verify names the shard, repair makes only that one again.
+    part = "all of it/scores/scores/part-00000.parquet"
+    good = s3_env.get(bucket, part)
+    s3_env.put(bucket, part, good[:50] + bytes([good[50] ^ 1]) + good[51:])
+    code, verdict, _ = run_cli(["verify", f"{root}/scores"], env)
+    assert code == 4
+    assert verdict["damaged"] == {"scores/part-00000.parquet": "sha256 differs"}
+    code, repaired, errors = run_cli(["repair", f"{root}/scores"], env)
+    said.append(errors)
+    assert code == 0, errors
+    assert repaired["shards_resumed"] == repaired["shards_total"] - 1
+    assert read_table(s3_env, bucket, "all of it/scores/") == scores
+    code, verdict, _ = run_cli(["verify", f"{root}/scores"], env)
+    assert (code, verdict["damaged"]) == (0, {})
+
+    code, exported, _ = run_cli(["export", f"{root}/scores", f"s3://{bucket}/scores.csv"], env)
+    assert (code, exported["rows"]) == (0, NUM_IMAGES)
+    assert s3_env.get(bucket, "scores.csv").count(b"\n") == NUM_IMAGES + 1
+
+    # The secret is in the environment, and nowhere else.
+    secret = s3_env.secret_key.encode()
+    for key in s3_env.list_keys(bucket):
+        assert secret not in s3_env.get(bucket, key), key
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert [path for path in files if "session_" in str(path)], "Ray left no log to search"
+    for path in files:
+        assert secret not in path.read_bytes(), path
+    assert s3_env.secret_key not in "".join(said)
+
+
+def test_a_source_that_cannot_be_read_is_refused_before_ray_starts(
+    s3_env: S3Server, env: dict[str, str], tmp_path: Path
+) -> None:
+    bucket = s3_env.make_bucket()
+    outsider = {
+        **env,
+        "AWS_ACCESS_KEY_ID": s3_env.outsider_key,
+        "AWS_SECRET_ACCESS_KEY": s3_env.outsider_secret,
+    }
+    for source, environment, code, words in (
+        (f"s3://{bucket}/x", env, 5, "no"),
+        ("s3://no-such-bucket-here/x", env, 4, "no-such-bucket-here"),
+        (f"s3://{bucket}/x", outsider, 4, bucket),
+        (f"s3://{bucket}/x", {**env, "AWS_SECRET_ACCESS_KEY": "CANARY-wrong"}, 4, bucket),
+    ):
+        found, result, errors = run_cli(["score", source, str(tmp_path / "out")], environment)
+        assert found == code, errors
+        assert words in result["error"]
+        assert "CANARY" not in errors + result["error"]
+        assert not list((tmp_path / "ray").iterdir()), "Ray was started"
