@@ -97,11 +97,17 @@ class BatchConfig(ClusterConfig):
     max_error_rate: Annotated[
         float, Doc("Exit 3 when more than this share of the images failed, 0 to 1", effect=False)
     ] = 0.01
+    retry_errors: Annotated[
+        bool, Doc("Try again the rows that failed for a reason that may pass", effect=False)
+    ] = False
+    stall_timeout_s: Annotated[  # a worker that is silent for half as long is started anew
+        float, Doc("Exit 6 after so many seconds without progress", effect=False)
+    ] = 600.0
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least(self, 1, "num_workers", "shard_size")
+        _check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s")
         _check(
             0 <= self.max_error_rate <= 1,
             f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",
@@ -113,11 +119,7 @@ class SourceConfig(BatchConfig):
     """How images are found and labelled."""
 
     src: Annotated[
-        str,
-        Doc(
-            "Folder, list (.csv .txt .parquet, manifest.json of an S3 Inventory) or shards",
-            positional=True,
-        ),
+        str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
     ]
     out: Annotated[str, Doc("Output folder", positional=True, effect=False)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
@@ -154,11 +156,14 @@ class BundleConfig(BatchConfig):
     allow_pickle: Annotated[
         bool, Doc("Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code", effect=False)
     ] = False
+    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_least(self, 1, "batch_size")
         _check(
-            re.fullmatch("[0-9a-fA-F]{64}", self.expect_sha256 or "0" * 64) is not None,
+            self.expect_sha256 is None or bool(re.fullmatch("[0-9a-fA-F]{64}", self.expect_sha256)),
             f"--expect-sha256 is {self.expect_sha256!r}; give all 64 hex digits",
         )
 
@@ -189,12 +194,9 @@ class ScoreConfig(SourceConfig, BundleConfig):
     target_fpr: Annotated[
         float | None, Doc("False-positive rate whose stored threshold is used: 0.01 or 0.001")
     ] = None
-    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least(self, 1, "batch_size")
         _check(
             self.target_fpr in (None, 0.01, 0.001),
             f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001",
@@ -209,12 +211,9 @@ class EvaluateConfig(BundleConfig):
     out: Annotated[str, Doc("Folder for the report", effect=False)]
     split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
     num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
-    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least(self, 1, "batch_size")
         _check_least(self, 10, "num_bootstrap")
 
 

@@ -41,7 +41,7 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
 
     def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
         if debug:
-            sys.__excepthook__(kind, failure, trace)
+            _show_traceback(failure)
         message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
         print(f"cifake-ray: {clean_text(message)}", file=sys.stderr)
         if json_output:
@@ -55,10 +55,12 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
         result, code = body()
     except CifakeError as failure:
         error, code = str(failure), failure.exit_code
-        _show_traceback(debug)
+        if debug:
+            _show_traceback(failure)
     except ValueError as failure:
         error, code = str(failure), ExitCode.USAGE
-        _show_traceback(debug)
+        if debug:
+            _show_traceback(failure)
     except KeyboardInterrupt as failure:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
         terminated = isinstance(failure, Terminated)
@@ -80,9 +82,9 @@ def _encode(record: dict[str, Any]) -> str:
     return json.dumps(record).replace("\x7f", "\\u007f")
 
 
-def _show_traceback(debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
+def _show_traceback(failure: BaseException) -> None:
+    for line in "".join(traceback.format_exception(failure)).splitlines():
+        print(clean_text(line), file=sys.stderr)
 
 
 def _to_record(result: Any) -> dict[str, Any]:

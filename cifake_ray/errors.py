@@ -6,7 +6,7 @@ CifakeError                 a wrong world, exit 1
 ├── RunMismatch             the output belongs to another run, exit 2
 ├── BundleError             a bundle that is missing, incomplete or altered, exit 4
 ├── NothingToDo             the source holds no file, exit 5
-└── ResourceError           the cluster cannot place the plan, exit 6
+└── ResourceError           the cluster cannot place the plan or carry it out, exit 6
 ImageError                  a wrong image: becomes a row, never ends a run
 """
 
@@ -60,7 +60,7 @@ class NothingToDo(CifakeError):
 
 
 class ResourceError(CifakeError):
-    """The plan needs more CPUs, GPUs or nodes than the cluster has."""
+    """The plan needs more CPUs, GPUs, memory or time than the cluster gives it."""
 
     exit_code = ExitCode.RESOURCES
 

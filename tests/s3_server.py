@@ -179,12 +179,8 @@ def run_server(binary: str) -> Iterator[S3Server]:
             _wait_until_ready(process, server, log)
             yield server
         finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()  # it would take 10 seconds to end in an orderly way
+            process.wait()
             for port in ports:  # weed leaves its sockets there, wherever TMPDIR is
                 for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     left.unlink(missing_ok=True)

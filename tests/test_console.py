@@ -151,6 +151,15 @@ def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixtu
     assert clean_text("\x1b\udcff") == "\\x1b\\udcff"
 
 
+@pytest.mark.parametrize("kind", [StorageError, ValueError])
+def test_control_characters_of_a_traceback_never_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], kind: type[Exception]
+) -> None:
+    ending = end(capsys, kind(HOSTILE), debug=True)
+    assert "Traceback" in ending.err
+    assert all(is_harmless(line) for line in ending.err.split("\n"))
+
+
 def test_control_characters_never_reach_the_terminal_as_json_either(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -207,6 +216,7 @@ def test_what_nobody_expected_ends_with_1_and_one_line(debug: bool) -> None:
     process = run_body("raise RuntimeError('boom\\x1b[2J')", json_output=True, debug=debug)
     assert process.returncode == 1
     assert b"unexpected RuntimeError: boom" in process.stderr
+    assert b"\x1b" not in process.stderr + process.stdout
     assert (b"Traceback" in process.stderr) == debug
     record = json.loads(process.stdout)
     assert record["exit_code"] == 1

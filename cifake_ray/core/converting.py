@@ -22,6 +22,7 @@ class ConvertWork:
     """Keeps the bytes untouched and writes down what their header says: the `Work` of convert."""
 
     batch_size = BATCH_SIZE
+    decodes = False
 
     def __init__(self) -> None:
         self.facts: dict[str, str] = {}

@@ -21,13 +21,22 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cifake_ray.config import MAX_IMAGE_SIZE, Fit
-from cifake_ray.core.jpeg import estimate_quality, scan_jpeg
+from cifake_ray.core.containers import (
+    BoundedReader,
+    check_frames,
+    count_tiff_pages,
+    is_cut_short,
+)
+from cifake_ray.core.jpeg import count_scans, estimate_quality, scan_jpeg
 from cifake_ray.errors import ImageError
 
 _T = TypeVar("_T")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64_000_000
+# Each scan of a JPEG goes over all its pixels again, at about 0.1 s for 64 million. Encoders write
+# 10 scans, optimisers up to 64; a file of 400 kB can hold thousands.
+MAX_SCANNED_PIXELS = 24 * MAX_IMAGE_PIXELS
 
 # What the web serves and browsers decode, most frequent first, since Pillow tries them in this
 # order; TIFF and BMP for archives. JPEG covers MPO (several JPEGs in one file). AVIF is in: sites
@@ -206,7 +215,7 @@ def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
     except Exception as error:
         # The one broad except of the project: decoders of untrusted bytes raise anything
         # (SyntaxError, struct.error, KeyError, ...), and no image may end a run.
-        is_truncated = _is_cut_short(data) or "truncat" in str(error).lower()
+        is_truncated = is_cut_short(data) or "truncat" in str(error).lower()
         detail = f"{type(error).__name__}: {error}"[:200]
         raise ImageError("truncated" if is_truncated else "decode_failed", detail) from error
 
@@ -222,8 +231,11 @@ def _read_facts(data: bytes) -> ImageFacts:
     width, height = image.size
     if image.format == "TIFF":  # Pillow has swapped them already where the orientation says so
         tags = image.tag_v2  # type: ignore[attr-defined]
-        width, height = tags[256], tags[257]
-    num_frames = getattr(image, "n_frames", 1)
+        width, height = int(tags[256]), int(tags[257])
+        num_frames = count_tiff_pages(data)
+    else:
+        num_frames = getattr(image, "n_frames", 1)
+        check_frames(num_frames)
     return ImageFacts(width, height, str(image.format), image.mode, quality, num_frames)
 
 
@@ -239,6 +251,8 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
     header = scan_jpeg(data)
     if not header or not header.is_plain_ycbcr or header.width * header.height > MAX_IMAGE_PIXELS:
         return None
+    if header.width * header.height * count_scans(data) > MAX_SCANNED_PIXELS:
+        return None
     try:
         # Exact DCT and smooth upsampling, as Pillow's defaults.
         pixels: np.ndarray = simplejpeg.decode_jpeg(
@@ -252,6 +266,10 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
 def _decode_slow(data: bytes) -> np.ndarray:
     """Pillow: every format, and the only judge of what is wrong with a file."""
     image = _open_image(data)
+    if image.format in ("JPEG", "MPO"):
+        num_scans, (width, height) = count_scans(data), image.size
+        if width * height * num_scans > MAX_SCANNED_PIXELS:
+            raise ImageError("decode_failed", f"{num_scans} scans of {width} x {height} pixels")
     image.load()
     pixels = _convert_to_rgb(image)
     try:
@@ -298,7 +316,7 @@ def _open_image(data: bytes) -> ImageFile.ImageFile:
     # Other libraries switch it on for training; half an image must never be scored.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        image = Image.open(BytesIO(data), formats=ALLOWED_FORMATS)
+        image = Image.open(BoundedReader(data), formats=ALLOWED_FORMATS)
     except UnidentifiedImageError:
         raise _explain_unidentified(data) from None
     _check_pixels(*image.size)
@@ -315,7 +333,7 @@ def _explain_unidentified(data: bytes) -> ImageError:
     for name in ALLOWED_FORMATS:
         accept = Image.OPEN[name][1]
         if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text
-            error = "truncated" if _is_cut_short(data) else "decode_failed"
+            error = "truncated" if is_cut_short(data) else "decode_failed"
             return ImageError(error, f"UnidentifiedImageError: {name} signature, unreadable header")
     Image.init()
     # Formats without a signature (TGA, ...) would take noise for an image.
@@ -327,29 +345,3 @@ def _explain_unidentified(data: bytes) -> ImageError:
         return ImageError("not_an_image", f"no decoder knows the first bytes {data[:8]!r}")
     allowed = ", ".join(ALLOWED_FORMATS)
     return ImageError("format_not_allowed", f"{other.format}, allowed are {allowed}")
-
-
-def _is_cut_short(data: bytes) -> bool:
-    """Whether a file that did not decode lacks its end: marker, length field or directory."""
-    tail = data[-32:]  # some tools pad
-    if data.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" not in tail
-    if data.startswith(b"\x89PNG"):
-        return b"IEND" not in tail
-    if data.startswith(b"GIF8"):
-        return not data.endswith(b";")
-    if data.startswith((b"II*\0", b"MM\0*")) and len(data) >= 8:
-        order = "<" if data[0] == 0x49 else ">"
-        (directory,) = struct.unpack_from(order + "I", data, 4)
-        if directory + 2 > len(data):
-            return True
-        (num_entries,) = struct.unpack_from(order + "H", data, directory)
-        return bool(directory + 2 + 12 * num_entries + 4 > len(data))
-    if data.startswith(b"RIFF"):
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if data[4:8] == b"ftyp":  # AVIF: a chain of boxes, each with its length
-        end = 0
-        while end + 8 <= len(data) and (size := int.from_bytes(data[end : end + 4], "big")) >= 8:
-            end += size
-        return end > len(data) or 0 < len(data) - end < 8
-    return False

@@ -6,6 +6,7 @@ Pillow. It answers None at the least doubt, and Pillow decides.
 
 from __future__ import annotations
 
+import re
 import struct
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,6 +27,9 @@ _STANDARD_LUMINANCE = np.array(
 
 _SOF_MARKERS = frozenset({0xC0, 0xC1, 0xC2})  # Huffman-coded baseline, extended, progressive
 # DHT, DRI, COM and the APPn that change nothing for us.
+MAX_SEGMENTS = 4096  # 64 MiB of metadata are a thousand
+# What comes after the stuffed, the restart and the fill bytes of a scan.
+_NEXT_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SKIPPED_MARKERS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE3, 0xEE), 0xEF})
 
 
@@ -53,8 +57,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
     frame = b""
     is_jfif = is_altered = is_multi_picture = False
     adobe_transform = -1
-    start, num_bytes = 2, len(data)
-    while start + 4 <= num_bytes and data[start] == 0xFF:
+    start, num_bytes, num_segments = 2, len(data), 0
+    while start + 4 <= num_bytes and data[start] == 0xFF and num_segments < MAX_SEGMENTS:
+        num_segments += 1
         marker = data[start + 1]
         body, end = start + 4, start + 2 + (data[start + 2] << 8 | data[start + 3])
         if end < body or end > num_bytes:
@@ -103,6 +108,25 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
     )
     is_plain = frame[5] == 3 and is_ycbcr and not is_altered and not is_multi_picture
     return JpegHeader(width, height, frame[5], tables[frame[8]], is_multi_picture, is_plain)
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of a JPEG before its end marker, which libjpeg decodes all, however little each holds.
+
+    Never raises. Files of more than MAX_SEGMENTS markers count as so many scans.
+    """
+    most = data.count(b"\xff\xda")
+    if most < 2:  # nearly all files, and a hundred times faster
+        return most
+    num_scans, start = 0, 2
+    for _ in range(MAX_SEGMENTS):
+        found = _NEXT_MARKER.search(data, start)
+        if not found or found[1] == b"\xd9":
+            return num_scans
+        num_scans += found[1] == b"\xda"
+        body = found.end()
+        start = body + max(int.from_bytes(data[body : body + 2], "big"), 2)
+    return MAX_SEGMENTS
 
 
 @lru_cache(maxsize=4096)

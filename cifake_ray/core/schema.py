@@ -33,6 +33,10 @@ IMAGE_ERRORS = (
     "nan_score",  # the detector gave no finite logit
 )
 
+# What may go away although the listing is frozen and the image stays as it is: `--retry-errors`
+# tries these again. A decoder may have crashed for want of memory, and may have been mended since.
+RETRYABLE_ERRORS = ("denied", "io_throttled", "io_network", "worker_crash")
+
 # What is known of a key before its bytes are read. A row of the manifest adds where to find it.
 LABEL_FIELDS = [
     pa.field("label", pa.int64()),  # REAL or FAKE; int64 because datasets.ClassLabel needs it

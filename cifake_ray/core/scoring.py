@@ -23,6 +23,8 @@ from cifake_ray.errors import ImageError
 class ScoreWork:
     """Decodes and scores a slice of images: the `Work` of score and evaluate."""
 
+    decodes = True
+
     def __init__(
         self,
         detector: Detector,

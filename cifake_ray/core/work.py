@@ -17,6 +17,7 @@ class Work(Protocol):
     """Turns rows of the manifest and the images they name into rows of the result."""
 
     batch_size: int  # images handed over at once
+    decodes: bool  # whether it decodes the pixels, or reads the header only
     facts: dict[str, str]  # what the footer of each shard records beside the spine's own facts
 
     def __call__(self, rows: pa.Table, images: Sequence[bytes | ImageError]) -> pa.Table:

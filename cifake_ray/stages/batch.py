@@ -1,41 +1,42 @@
 """The batch spine: list -> freeze -> for each shard: fetch, work, commit -> _SUCCESS.
 
 Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
-one shard; an actor per core fetches, works and commits it whole, so no image crosses the object
-store. The row's way back to the driver carries numbers only.
+one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
+crosses the object store. The row's way back to the driver carries numbers only.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray import errors
 from cifake_ray.config import BatchConfig
 from cifake_ray.core.work import Work
-from cifake_ray.errors import CifakeError, ExitCode, ImageError, NothingToDo
+from cifake_ray.errors import ExitCode, NothingToDo
 from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
-from cifake_ray.storage.files import read_json
+from cifake_ray.stages.shard_worker import Orders, ShardWorker, count_retryable
+from cifake_ray.stages.watchdog import watch_progress
+from cifake_ray.storage.attempts import clear_attempts
+from cifake_ray.storage.files import exists, read_json
 from cifake_ray.storage.listing import Source
-from cifake_ray.storage.manifest import choose_shard_rows, read_shard
-from cifake_ray.storage.parts import commit_part, inspect_part
-from cifake_ray.storage.runs import PartFacts, Run, finish_run
+from cifake_ray.storage.manifest import choose_shard_rows
+from cifake_ray.storage.places import Place
+from cifake_ray.storage.runs import PartFacts, Run, finish_run, reopen_run
 
 SHORT_LISTING_S = 0.5
-MAX_BATCH_BYTES = 256 * 2**20  # encoded images that a worker holds at once
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
 BLOCKS_PER_WORKER = 4  # at least, where there are so many shards: the last ones end together
 MAX_BLOCKS = 4_096
@@ -91,7 +92,7 @@ class BatchPlan:
     """What a verb hands to the spine."""
 
     config: BatchConfig
-    out: Path
+    out: Place
     device: str
     open_run: Callable[[], Run]
     source: Source
@@ -101,50 +102,6 @@ class BatchPlan:
     before_success: Callable[[Run], None] = lambda run: (
         None
     )  # all shards are there, no _SUCCESS yet
-
-
-class ShardWorker:
-    """One actor of the pool: takes shard numbers, leaves committed shards."""
-
-    def __init__(
-        self, run: Run, source: Source, make_work: Callable[[Placement], Work], placement: Placement
-    ) -> None:
-        self.run = run
-        self.source = source
-        self.make_work = make_work
-        self.placement = placement
-        self.work: Work | None = None
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"report": [json.dumps(self._report_shard(int(shard))) for shard in batch["shard"]]}
-
-    def _report_shard(self, shard: int) -> dict[str, Any]:
-        """What the driver learns of a shard: its facts, or why the run must end."""
-        part = inspect_part(self.run, shard)
-        resumed = part is not None
-        try:
-            if part is None and self.work is None:
-                self.work = self.make_work(self.placement)  # seconds, and only if there is work
-            started_s = time.time()
-            part = part or self._make_shard(shard)
-        except CifakeError as error:  # Ray would wrap it up beyond recognition
-            return {"failure": type(error).__name__, "message": str(error)}
-        return {
-            "part": asdict(part),
-            "resumed": resumed,
-            "started_s": started_s,
-            "finished_s": time.time(),
-        }
-
-    def _make_shard(self, shard: int) -> PartFacts:
-        work = self.work
-        assert work is not None
-        rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
-        tables = []
-        for some in slice_rows(rows, work.batch_size):
-            images: list[bytes | ImageError] = list(self.source.read_images(some))
-            tables.append(work(some, images))
-        return commit_part(self.run, shard, pa.concat_tables(tables), work.facts)
 
 
 def plan_batch(plan: BatchPlan, command: str) -> DryRun:
@@ -168,19 +125,6 @@ def plan_batch(plan: BatchPlan, command: str) -> DryRun:
     )
 
 
-def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
-    """Slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
-    start = size_bytes = 0
-    for row, size in enumerate(rows.column("size_bytes").to_pylist()):
-        if row > start and (
-            row - start == batch_size or size_bytes + (size or 0) > MAX_BATCH_BYTES
-        ):
-            yield rows.slice(start, row - start)
-            start, size_bytes = row, 0
-        size_bytes += size or 0
-    yield rows.slice(start)
-
-
 @dataclass
 class _Account:
     """Adds up what the workers report."""
@@ -199,9 +143,9 @@ class _Account:
         self.parts.append(part)
         self.errors.update(part.errors)
         self.rows += part.rows
-        self.resumed += report["resumed"]
-        if not report["resumed"]:
-            self.worked_rows += part.rows
+        self.resumed += not report["worked"]
+        if report["worked"]:
+            self.worked_rows += report["worked"]
             self.first_s = min(self.first_s or report["started_s"], report["started_s"])
             self.last_s = max(self.last_s, report["finished_s"])
 
@@ -240,7 +184,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         wait([opening], timeout=SHORT_LISTING_S)
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
-            if (summary := read_summary(plan.out)) is not None:
+            if (summary := find_result(plan)) is not None:
                 return summary
         resources = stack.enter_context(
             connect_cluster(plan.config.address, plan.config.num_workers)
@@ -254,12 +198,17 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
         )
         run = opening.result()
-        if (summary := read_summary(plan.out)) is not None:  # somebody else finished it meanwhile
+        if (summary := find_result(plan)) is not None:  # somebody else finished it meanwhile
             return summary
+        if plan.config.retry_errors:
+            reopen_run(run)
+        orders = Orders(secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s)
         account = _Account(listed=run.manifest.num_rows)
-        for report in _stream_shards(run, plan, placement):
-            account.add(report)
-            plan.on_progress(account.progress())
+        with watch_progress(run, orders.session, orders.stall_timeout_s) as watchdog:
+            for report in _stream_shards(run, plan, placement, orders):
+                watchdog.beat()
+                account.add(report)
+                plan.on_progress(account.progress())
     elapsed_s = time.time() - plan.started_s
     summary = BatchSummary(
         command=run.command,
@@ -276,6 +225,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         steady_images_per_s=round(account.rate(account.last_s), 1),
     )
     plan.before_success(run)
+    clear_attempts(run)
     finish_run(run, account.parts, asdict(summary))
     return summary
 
@@ -286,10 +236,14 @@ def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
     return min(num_shards, wanted, MAX_BLOCKS)
 
 
-def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[dict[str, Any]]:
+def _stream_shards(
+    run: Run, plan: BatchPlan, placement: Placement, orders: Orders
+) -> Iterator[dict[str, Any]]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray gives up after half an hour without a finished block, and cannot see that it is worked on.
+    context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
     num_actors = min(placement.num_workers, len(shards))
@@ -297,7 +251,7 @@ def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[
     # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
     results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
         ShardWorker,
-        fn_constructor_args=(run, plan.source, plan.make_work, placement),
+        fn_constructor_args=(run, plan.source, plan.make_work, placement, orders),
         batch_size=None,
         num_cpus=placement.cpus_per_worker,
         num_gpus=placement.gpus_per_worker,
@@ -310,10 +264,18 @@ def _stream_shards(run: Run, plan: BatchPlan, placement: Placement) -> Iterator[
         yield report
 
 
-def read_summary(out: Path) -> BatchSummary | None:
+def find_result(plan: BatchPlan) -> BatchSummary | None:
+    """The account of a run that has ended and has nothing to try again, else None."""
+    summary = read_summary(plan.out)
+    if summary and plan.config.retry_errors and count_retryable(summary.errors):
+        return None
+    return summary
+
+
+def read_summary(out: Place) -> BatchSummary | None:
     """The account of a finished run, or None when it has not finished."""
     path = out / "_SUCCESS"
-    if not path.exists():
+    if not exists(path):
         return None
     record = read_json(path)
     return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})

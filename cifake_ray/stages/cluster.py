@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,7 +91,9 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     try:
-        yield read_resources()
+        # Ray tells of workers that died on stdout, which is for results.
+        with redirect_stdout(sys.stderr):
+            yield read_resources()
     finally:
         ray.shutdown()
 

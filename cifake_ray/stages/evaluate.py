@@ -45,7 +45,11 @@ def evaluate_detector(
     """Score `config.shards`, measure, and write the report into `config.out`."""
     root = resolve_path(config.shards, config.store)
     out = resolve_path(config.out, config.store)
-    bundle = read_bundle_facts(locate_bundle(config.bundle, config.store))
+    bundle = read_bundle_facts(
+        locate_bundle(config.bundle, config.store),
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+    )
     splits = find_splits(root)
     split = config.split or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
@@ -69,6 +73,7 @@ def evaluate_detector(
                 "shards": str(root),
                 "bundle": config.bundle and str(bundle.path),
                 "max_error_rate": config.max_error_rate,
+                "allow_pickle": config.allow_pickle,
             },
             list_source=source.list_images,
             shard_rows=config.shard_size,
@@ -80,7 +85,7 @@ def evaluate_detector(
         config.device,
         open_this,
         source,
-        MakeScoreWork(bundle.path, bundle.threshold(None), config.batch_size),
+        MakeScoreWork(bundle, bundle.threshold(None), config.batch_size),
         on_progress,
         started_s,
         before_success=lambda run: write_report(run, source, bundle, config, split),

@@ -14,8 +14,8 @@ from cifake_ray.config import ScoreConfig, effective_settings
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.workers import keep_freed_memory
-from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
-from cifake_ray.storage.places import Place, resolve_path
+from cifake_ray.storage.bundle import BundleFacts, load_bundle, locate_bundle, read_bundle_facts
+from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.runs import Run, open_run
 from cifake_ray.storage.sources import open_source
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class MakeScoreWork:
     """Loads the bundle inside the worker; this recipe is all that travels there."""
 
-    bundle_path: Place
+    bundle: BundleFacts
     threshold: float
     batch_size: int
 
@@ -35,7 +35,12 @@ class MakeScoreWork:
         from cifake_ray.core.scoring import ScoreWork  # torch: only the workers need it
 
         keep_freed_memory()
-        detector, bundle = load_bundle(self.bundle_path)
+        # The very bytes that the driver saw, or none: a bundle may be replaced meanwhile.
+        detector, bundle = load_bundle(
+            self.bundle.path,
+            expect_sha256=self.bundle.fingerprint,
+            allow_pickle=self.bundle.is_pickle,
+        )
         return ScoreWork(
             detector,
             bundle.calibration,
@@ -57,7 +62,11 @@ def score_images(
     """Score every image of `config.src` into `config.out`. The same call again resumes."""
     source, out = open_source(config), resolve_path(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
-    bundle = read_bundle_facts(locate_bundle(config.bundle, config.store))
+    bundle = read_bundle_facts(
+        locate_bundle(config.bundle, config.store),
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+    )
 
     def open_this() -> Run:
         return open_run(
@@ -74,13 +83,14 @@ def score_images(
                 "src": src,
                 "bundle": config.bundle and str(bundle.path),
                 "max_error_rate": config.max_error_rate,
+                "allow_pickle": config.allow_pickle,
             },
             list_source=source.list_images,
             shard_rows=config.shard_size,
         )
 
     make_work = MakeScoreWork(
-        bundle_path=bundle.path,
+        bundle=bundle,
         threshold=bundle.threshold(config.target_fpr),
         batch_size=config.batch_size,
     )

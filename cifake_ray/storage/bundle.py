@@ -46,6 +46,11 @@ class BundleFacts:
     calibration: Calibration
     training: dict[str, Any]  # settings and counts of the run that made it
 
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights come from a file that --allow-pickle let in."""
+        return self.weights_name != WEIGHTS_NAME
+
     def threshold(self, target_fpr: float | None) -> float:
         """The stored threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
         return {

@@ -21,8 +21,19 @@ from cifake_ray.storage.places import Place, is_inside, resolve_path
 from cifake_ray.storage.runs import read_run
 
 PART_NAME = re.compile(r"part-\d+\.parquet")
-# A cell that starts with one of these is a formula to a spreadsheet. Source: OWASP, CSV injection.
-FORMULA_START = r"^([=+\-@\t\r])"
+# A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
+# blanks or in full width. Source: OWASP, CSV injection.
+FORMULA_START = r"^([\t\r\n]|[\s\v\x00\x{a0}\x{feff}]*[=+\-@\x{ff1d}\x{ff0b}\x{ff0d}\x{ff20}])"
+
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+PLAIN = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_temporal,
+    pa.types.is_null,
+)
 
 
 def export_scores(config: ExportConfig) -> int:
@@ -51,10 +62,13 @@ def _encode_parts(paths: list[Place], counts: list[int]) -> Iterator[bytes]:
         for field, column in zip(table.schema, table.columns, strict=True):
             if pa.types.is_dictionary(field.type):
                 column = column.cast(field.type.value_type)
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            if any(is_text(column.type) for is_text in TEXT):
                 column = _escape(column.cast(pa.string()))
-            elif pa.types.is_nested(column.type) or pa.types.is_fixed_size_binary(column.type):
-                raise StorageError(f"{path}: the column {field.name} does not fit into CSV")
+            elif not any(is_plain(column.type) for is_plain in PLAIN):
+                raise StorageError(
+                    f"{path}: the column {field.name} ({column.type}) does not fit into CSV; read"
+                    " the Parquet files instead"
+                )
             columns.append(column)
         names = _escape(pa.array(table.column_names)).to_pylist()
         buffer = io.BytesIO()

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from cifake_ray.storage.places import SCHEMES, Place, resolve_path
+from cifake_ray.storage.places import SCHEMES, Place, refuse_credentials, resolve_path
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_CREDENTIALS = re.compile(
-    r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=)", re.IGNORECASE
-)
 
 
 def is_uri(path: str) -> bool:
@@ -65,7 +62,9 @@ class Fence:
         if os.path.islink(real):
             real = os.path.realpath(real)
         if not any(_is_below(real, allowed) for allowed in self.folders):
-            self._refuse(path if real == path else f"{path} (that is {real})", os.path.dirname(real))
+            self._refuse(
+                path if real == path else f"{path} (that is {real})", os.path.dirname(real)
+            )
         return path
 
     def _check_remote(self, uri: str) -> str:
@@ -88,11 +87,8 @@ class Fence:
 
 def check_uri(uri: str) -> None:
     """ValueError for a scheme that is never fetched, and for credentials (which are not shown)."""
+    refuse_credentials(uri)
     scheme = uri.partition("://")[0]
-    if _CREDENTIALS.search(uri):
-        raise ValueError(
-            f"a {scheme}:// URI holds credentials; leave them out: they come from the environment"
-        )
     if scheme in ("http", "https"):
         raise ValueError(
             f"{scheme}:// is never fetched, whatever is allowed; copy the images to a folder or a"

@@ -87,17 +87,20 @@ def open_ranges(place: Place) -> IO[bytes]:
     What `open_file` gives reads ahead: good for a text, but a Parquet file would come whole.
     """
     with explain_errors(place):
-        options = {} if isinstance(place, Path) else {"cache_type": "none"}
-        file: IO[bytes] = place.open("rb", **options)
-        return file
+        if isinstance(place, Path):
+            return place.open("rb")
+        return place.open("rb", cache_type="none")
 
 
 def list_folder(folder: Place) -> list[Place]:
     """What stands directly in a folder, by name; nothing when it does not exist."""
+    missing = (
+        FileNotFoundError if isinstance(folder, Path) else (FileNotFoundError, NotADirectoryError)
+    )
     with explain_errors(folder):
         try:
             return sorted(folder.iterdir(), key=lambda place: place.name)
-        except FileNotFoundError:
+        except missing:
             return []
 
 
@@ -142,7 +145,12 @@ def move(place: Place, target: Place) -> None:
             place.fs.mv(place.path, target.path)  # type: ignore[union-attr]
 
 
-def _write_then(path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None]) -> None:
+def _write_then(
+    path: Path,
+    chunks: Iterable[bytes],
+    publish: Callable[[Path, Path], None],
+    durable: bool = True,
+) -> None:
     """Write beside `path`, force to disk, then make it visible under its name in one step."""
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     make_folder(path.parent)
@@ -151,10 +159,13 @@ def _write_then(path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Pa
             with open(temporary, "xb") as file:
                 file.writelines(chunks)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        if not durable:
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -180,6 +191,14 @@ def write_chunks(place: Place, chunks: Iterable[bytes]) -> None:
     else:
         with explain_errors(place):
             _put(place, b"".join(chunks), "overwrite")
+
+
+def write_note(place: Place, data: bytes) -> None:
+    """As `write_bytes`, but not forced to disk: it survives a process, not a machine."""
+    if isinstance(place, Path):
+        _write_then(place, [data], os.replace, durable=False)
+    else:
+        write_bytes(place, data)
 
 
 def create_bytes(place: Place, data: bytes) -> bool:

@@ -39,6 +39,7 @@ class FolderSource:
     root: Path
     class_names: dict[str, int]
     key_filter: KeyFilter = KEEP_ALL
+    follow_symlinks: bool = False  # else only links to files below the root count as files
 
     def list_images(self) -> Listing:
         left_out: Counter[str] = Counter()
@@ -46,14 +47,19 @@ class FolderSource:
 
     def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
         rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
-        pending: list[tuple[str, ...]] = [()]
+        root = os.path.realpath(self.root)
+        # Names of the folders on the way, and their identities where links are followed.
+        pending: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
         while pending:
-            folders = pending.pop()
+            folders, above = pending.pop()
             facts = read_path(folders, self.class_names)
             prefix = "".join(f"{folder}/" for folder in folders)
+            if self.follow_symlinks:
+                status = self._stat(prefix)
+                above |= {(status.st_dev, status.st_ino)}
             for entry in self._scan(prefix):
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append((*folders, entry.name))
+                    pending.append(((*folders, entry.name), above))
                     continue
                 key = prefix + entry.name
                 if not self.key_filter.keeps(key):
@@ -67,32 +73,38 @@ class FolderSource:
                     pass  # a dangling link: stays listed, reading it gives the row its error
                 else:
                     if stat.S_ISDIR(status.st_mode):
-                        left_out["link to a folder"] += 1
+                        if not self.follow_symlinks:
+                            left_out["link to a folder"] += 1
+                        elif (status.st_dev, status.st_ino) in above:
+                            left_out["link to a folder above it"] += 1
+                        else:
+                            pending.append(((*folders, entry.name), above))
                         continue
                     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         left_out["not a regular file"] += 1
+                        continue
+                    if entry.is_symlink() and not (
+                        self.follow_symlinks or lies_below(os.path.realpath(entry.path), root)
+                    ):
+                        left_out["link out of the folder"] += 1
                         continue
                 escaped = escape_key(key)
                 if escaped is None:
                     rows.append(key, key, None, size_bytes, mtime_ns, None, *facts, None)
                 else:
-                    label = facts.label
-                    rows.append(
-                        escaped,
-                        None,
-                        None,
-                        size_bytes,
-                        mtime_ns,
-                        None,
-                        label,
-                        None,
-                        None,
-                        "bad_key",
-                    )
+                    known = (None, None, size_bytes, mtime_ns, None, facts.label, None, None)
+                    rows.append(escaped, *known, "bad_key")
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
         if len(rows):
             yield rows.drain()
+
+    def _stat(self, prefix: str) -> os.stat_result:
+        folder = self.root / prefix
+        try:
+            return os.stat(folder)
+        except OSError as error:
+            raise explain_os_error(error, folder) from error
 
     def _scan(self, prefix: str) -> Iterator[os.DirEntry[str]]:
         folder = self.root / prefix
@@ -103,6 +115,7 @@ class FolderSource:
             raise explain_os_error(error, folder) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        fence = None if self.follow_symlinks else os.path.realpath(self.root)
         columns = ("location", "size_bytes", "mtime_ns", "error")
         for location, size_bytes, mtime_ns, error in zip(
             *(rows.column(name).to_pylist() for name in columns), strict=True
@@ -110,17 +123,38 @@ class FolderSource:
             if error is not None:
                 yield ImageError(error, "the file name is not valid UTF-8; rename the file")
             else:
-                yield read_file(os.path.join(self.root, location), size_bytes, mtime_ns)
+                yield read_file(os.path.join(self.root, location), size_bytes, mtime_ns, fence)
+
+
+def lies_below(path: str, root: str) -> bool:
+    """Whether a path lies in a folder; both are free of links."""
+    return path.startswith(root.rstrip("/") + "/")
+
+
+def _find_real_path(descriptor: int, path: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # no /proc: a link that is swapped in this very moment goes unnoticed
+        return os.path.realpath(path)
 
 
 def read_file(
-    path: str, size_bytes: int | None = None, mtime_ns: int | None = None
+    path: str,
+    size_bytes: int | None = None,
+    mtime_ns: int | None = None,
+    fence: str | None = None,
 ) -> bytes | ImageError:
-    """A file's bytes if it is still what was listed, else the error its row gets."""
+    """A file's bytes if it is still what was listed, else the error its row gets.
+
+    `fence` is a folder, free of links, that what is read must lie in.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
+            # Asked of the open file: names on the way may become links at any time.
+            if fence is not None and not lies_below(_find_real_path(descriptor, path), fence):
+                return ImageError("denied", "a link leads out of the folder; --follow-symlinks")
             if not stat.S_ISREG(status.st_mode):
                 return ImageError("not_an_image", "not a regular file")
             if size_bytes is not None and (status.st_size, status.st_mtime_ns) != (

@@ -1,7 +1,7 @@
 """The objects that an S3 Inventory names: AWS lists the bucket, nobody else has to.
 
-Floor: storage. An inventory is a `manifest.json` and parts, CSV (gzip, no header, keys URL-encoded),
-Parquet or ORC, all described at
+Floor: storage. An inventory is a `manifest.json` and its parts: CSV (gzip, no header, keys
+URL-encoded, a space as `+`), Parquet or ORC. Described at
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html
 """
 
@@ -24,18 +24,18 @@ import pyarrow.orc as orc
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import read_path
+from cifake_ray.core.labels import PathFacts, read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError
-from cifake_ray.storage.buckets import read_objects
 from cifake_ray.storage.files import open_file, read_json
 from cifake_ray.storage.listing import KEEP_ALL, LISTING_BATCH_ROWS, KeyFilter, Listing, RowBuffer
-from cifake_ray.storage.lists import parse_size, quote_etag
+from cifake_ray.storage.lists import quote_etag, read_told_objects
 from cifake_ray.storage.places import Place, explain_errors, resolve_path
 
 INVENTORY_NAME = "manifest.json"
 FORMATS = ("CSV", "Parquet", "ORC")
 COPY_BYTES = 8 * 2**20
+UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, pa.ArrowException)
 _COLUMNS = ("bucket", "key", "size", "etag", "islatest", "isdeletemarker")
 
 
@@ -101,6 +101,7 @@ class InventorySource:
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
         inventory = read_inventory(self.place)
         rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+        known_folder, facts = "", PathFacts(None, None, None)
         for part in inventory.parts:
             for bucket, key, size, etag, is_latest, is_deleted in self._read_part(inventory, part):
                 if bucket != inventory.bucket:
@@ -113,17 +114,19 @@ class InventorySource:
                     reason = "delete marker"
                 elif str(is_latest).lower() == "false":
                     reason = "old version"
-                elif key.endswith("/"):
+                elif key.endswith("/") and not size:
                     reason = "folder marker"
                 elif not self.key_filter.keeps(key):
                     reason = "excluded"
                 if reason:
                     listing.left_out[reason] += 1
                     continue
-                facts = read_path(key.split("/")[:-1], self.class_names)
+                folder = key.rpartition("/")[0]
+                if folder != known_folder:  # neighbours lie in the same one
+                    names = [name for name in folder.split("/") if name]
+                    known_folder, facts = folder, read_path(names, self.class_names)
                 location = f"s3://{bucket}/{key}"
-                stamp = (parse_size(size), None, quote_etag(etag))
-                rows.append(key, location, None, *stamp, *facts, None)
+                rows.append(key, location, None, size, None, quote_etag(etag), *facts, None)
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
         if len(rows):
@@ -135,7 +138,14 @@ class InventorySource:
         with self._fetch_part(part) as file:
             try:
                 yield from readers[inventory.format](file, inventory.columns)
-            except (OSError, EOFError, zlib.error, csv.Error, ValueError, pa.ArrowException) as error:
+            except (
+                OSError,
+                EOFError,
+                zlib.error,
+                csv.Error,
+                ValueError,
+                pa.ArrowException,
+            ) as error:
                 raise StorageError(
                     f"{part.uri}: not readable as a part of an inventory ({error}); give another"
                     " day's manifest.json"
@@ -160,8 +170,9 @@ class InventorySource:
             yield copy
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+
         columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
-        return read_objects(self.store, *columns)
+        return read_told_objects(self.store, *columns)
 
 
 def _check_columns(names: Sequence[str]) -> None:
@@ -171,14 +182,15 @@ def _check_columns(names: Sequence[str]) -> None:
 
 def _read_csv(file: IO[bytes], names: list[str]) -> Iterator[Sequence[Any]]:
     _check_columns(names)
-    places = [names.index(name) if name in names else None for name in _COLUMNS]
+    positions = [names.index(name) if name in names else None for name in _COLUMNS]
     key_place = names.index("key")
     with gzip.open(file) as data, io.TextIOWrapper(data, "utf-8", newline="") as text:
         for values in csv.reader(text, strict=True):
             if len(values) != len(names):
                 raise ValueError(f"{len(values)} values for {len(names)} columns")
             values[key_place] = unquote_plus(values[key_place], errors="strict")
-            yield [None if place is None else values[place] for place in places]
+            bucket, key, size, *others = (None if p is None else values[p] for p in positions)
+            yield bucket, key, int(size) if size else None, *others
 
 
 def _read_parquet(file: IO[bytes], _: list[str]) -> Iterator[Sequence[Any]]:

@@ -37,7 +37,9 @@ S3_CONFIG = {
     "read_timeout": 30,
     "retries": {"mode": "standard", "max_attempts": 5},
 }
-_SECRETS = re.compile(r"//[^/]*@|access_key|secret|X-Amz-|[?&]sig(nature)?=", re.IGNORECASE)
+_CREDENTIALS = re.compile(
+    r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=)", re.IGNORECASE
+)
 
 
 def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
@@ -52,11 +54,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
         raise ValueError("an empty path was given; name a folder or file")
     if scheme == "file":
         return Path(os.path.abspath(os.path.expanduser(rest)))
-    if _SECRETS.search(uri):
-        raise ValueError(
-            f"a {scheme}:// URI holds credentials; leave them out: they come from the environment"
-            " (the AWS chain, --s3-profile)"
-        )
+    refuse_credentials(uri)
     if scheme not in SCHEMES:
         raise ValueError(
             f"{scheme}:// is not supported: {uri!r}; give a local path or one of"
@@ -71,6 +69,15 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
     except ImportError as error:
         raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
     return place
+
+
+def refuse_credentials(uri: str) -> None:
+    """ValueError, which does not repeat them, when a URI holds credentials."""
+    if _CREDENTIALS.search(uri):
+        raise ValueError(
+            f"a {uri.partition('://')[0]}:// URI holds credentials; leave them out: they come from"
+            " the environment (the AWS chain, --s3-profile)"
+        )
 
 
 def is_inside(place: Place, folder: Place) -> bool:

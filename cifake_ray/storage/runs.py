@@ -29,6 +29,7 @@ from cifake_ray.storage.files import (
     move,
     read_bytes,
     read_json,
+    remove,
     remove_leftovers,
     stamp_file,
     write_bytes,
@@ -184,6 +185,12 @@ class PartFacts:
     errors: dict[str, int]
     size_bytes: int
     sha256: str
+
+
+def reopen_run(run: Run) -> None:
+    """Withdraw what says that a run is complete, before any of its shards is made anew."""
+    remove(run.out / "_SUCCESS")  # first: without it nobody relies on the other
+    remove(run.out / "_files.parquet")
 
 
 def finish_run(run: Run, parts: list[PartFacts], summary: dict[str, Any]) -> None:

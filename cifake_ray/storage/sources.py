@@ -5,59 +5,134 @@ Floor: storage.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from upath import UPath
 
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.storage.buckets import BucketSource
+from cifake_ray.storage.files import exists, is_file
 from cifake_ray.storage.folders import FolderSource
+from cifake_ray.storage.inventories import INVENTORY_NAME, InventorySource
 from cifake_ray.storage.listing import KeyFilter, Source
 from cifake_ray.storage.lists import ListSource
-from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.tables import TableSource
+from cifake_ray.storage.places import Place, explain_errors, resolve_path
+from cifake_ray.storage.stores import StoreSource
+from cifake_ray.storage.tables import TableSource, open_parquet
 
 LIST_SUFFIXES = (".csv", ".txt", ".parquet")
+GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 
 
-def detect_kind(path: Path) -> str:
-    """folder, list or shards. ValueError when it is none of them."""
-    if path.is_dir():
-        if (path / "_run.json").exists():
+def split_prefix(uri: str) -> tuple[str, str]:
+    """Bucket and prefix of s3://BUCKET/PREFIX, byte for byte; the prefix ends with a slash."""
+    bucket, _, prefix = uri.partition("://")[2].partition("/")
+    return bucket, prefix if not prefix or prefix.endswith("/") else prefix + "/"
+
+
+def iterate_names(place: Place, uri: str) -> Iterator[str]:
+    """Paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
+    with explain_errors(place):
+        if isinstance(place, Path):
+            yield from (path.name for path in place.iterdir())
+        elif uri.startswith("s3://"):
+            bucket, prefix = split_prefix(uri)
+            page = place.fs.call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
+            )
+            yield from (entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
+        else:
+            own = place.path.rstrip("/")  # some stores list a file or folder within itself
+            names = (name.rstrip("/") for name in place.fs.ls(own, detail=False))
+            yield from (name.rpartition("/")[2] for name in names if name != own)
+
+
+def check_there(place: Place, uri: str) -> bool:
+    """Whether a place is a file, True, or a folder. StorageError when there is nothing."""
+    if isinstance(place, Path):
+        if not exists(place):
+            raise StorageError(f"{place}: no such file or folder; check the path")
+        return not place.is_dir()
+    if not uri.endswith("/") and is_file(place):
+        return True
+    try:
+        is_empty = next(iterate_names(place, uri), None) is None
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and not uri.startswith("s3://"):
+            is_empty = True  # S3 says this of a bucket, the others of a folder
+        else:
+            raise
+    if is_empty:
+        bucket, prefix = split_prefix(uri)
+        raise NothingToDo(
+            f"{uri}: the bucket {bucket!r} holds nothing below {prefix!r}; check the bucket and the"
+            " prefix"
+        )
+    return False
+
+
+def detect_kind(place: Place, uri: str) -> str:
+    """folder, list, inventory or shards. ValueError when it is none of them."""
+    if not check_there(place, uri):
+        if exists(place / "_run.json"):
             return "shards"
-        if any(path.glob("*.parquet")):
-            return "shards"
-        return "folder"
-    if path.suffix.lower() == ".parquet":
-        try:
-            return "shards" if "image" in pq.read_schema(path).names else "list"
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{path}: not a readable Parquet file ({error})") from error
-    if path.suffix.lower() in LIST_SUFFIXES:
+        names = iterate_names(place, uri)
+        has_tables = any(name.endswith(".parquet") and "/" not in name for name in names)
+        return "shards" if has_tables else "folder"
+    suffix = place.suffix.lower()
+    if suffix == ".parquet":
+        with open_parquet(place) as table:
+            return "shards" if "image" in table.schema_arrow.names else "list"
+    if suffix in LIST_SUFFIXES:
         return "list"
-    raise ValueError(f"{path}: neither a folder nor a .csv, .txt or .parquet file")
+    if place.name == INVENTORY_NAME:
+        return "inventory"
+    raise ValueError(
+        f"{place}: neither a folder nor a .csv, .txt or .parquet file, nor the {INVENTORY_NAME} of"
+        " an S3 Inventory"
+    )
+
+
+def check_outside(out: Place, source: Place) -> None:
+    """ValueError when the output would lie inside the source."""
+    if isinstance(out, Path) and isinstance(source, Path):
+        is_inside = out.resolve().is_relative_to(source.resolve())
+    elif isinstance(out, UPath) and isinstance(source, UPath) and type(out.fs) is type(source.fs):
+        is_inside = f"{out.path.rstrip('/')}/".startswith(f"{source.path.rstrip('/')}/")
+    else:
+        is_inside = False
+    if is_inside:
+        raise ValueError(
+            f"the output {out} lies inside the source {source}; choose a folder outside it, or the"
+            " output would become input"
+        )
 
 
 def open_source(config: SourceConfig) -> Source:
     """The source `config.src` names. StorageError or ValueError when there is none."""
-    path, out = resolve_path(config.src), resolve_path(config.out)
-    if not path.exists():
-        raise StorageError(f"{path}: no such file or folder; check the path")
-    kind = detect_kind(path) if config.source_kind == "auto" else config.source_kind
+    store = config.store
+    place, out = resolve_path(config.src, store), resolve_path(config.out, store)
+    kind: str = config.source_kind
+    if kind == "auto":
+        kind = detect_kind(place, config.src)
+    elif check_there(place, config.src) and kind == "folder":
+        raise ValueError(f"{place} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
     if kind == "shards":
-        return TableSource(path, key_filter=key_filter, min_shard_rows=config.shard_size)
+        return TableSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)
     if kind == "list":
-        return ListSource(
-            path, config.path_column, config.label_column, config.source_column, key_filter
-        )
-    if not path.is_dir():
-        raise ValueError(f"{path} is a file; --source-kind folder needs a folder")
-    if out.resolve().is_relative_to(path.resolve()):
-        raise ValueError(
-            f"the output {out} lies inside the source {path}; choose a folder outside it, or the"
-            " output would become input"
-        )
+        columns = (config.path_column, config.label_column, config.source_column)
+        return ListSource(place, *columns, key_filter, config.allow_prefix, store)
     class_names = make_class_names(config.real_name, config.fake_name)
-    return FolderSource(path, class_names, key_filter)
+    if kind == "inventory":
+        return InventorySource(place, class_names, store, key_filter)
+    check_outside(out, place)
+    if isinstance(place, Path):
+        return FolderSource(place, class_names, key_filter, config.follow_symlinks)
+    if config.src.startswith("s3://"):
+        bucket, prefix = split_prefix(config.src)
+        return BucketSource(bucket, prefix, store, class_names, key_filter)
+    return StoreSource(place, class_names, store, key_filter)

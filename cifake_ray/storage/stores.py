@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -32,7 +33,12 @@ _STAMPS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "last_mo
 
 def stamp_entry(info: dict[str, Any]) -> str | None:
     """An etag, a generation or a time out of fsspec's facts of a file, if the store tells one."""
-    return next((str(info[name]) for name in _STAMPS if info.get(name)), None)
+    value = next((info[name] for name in _STAMPS if info.get(name)), None)
+    if isinstance(value, datetime):  # in one answer; seconds in another answer of the same store
+        value = value.timestamp()
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return None if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def read_store_files(
         if scheme not in systems:
             systems[scheme] = resolve_path(f"{scheme}://{rest.partition('/')[0]}", store).fs  # type: ignore[union-attr]
     calls = (
-        partial(_read_store_file, systems[location.partition("://")[0]], location, size, stamp)
+        partial(read_file, systems[location.partition("://")[0]], location, size, stamp)
         for location, size, stamp in zip(locations, sizes, stamps, strict=True)
     )
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as threads:
@@ -117,9 +123,10 @@ def read_store_files(
             waiting.extend(threads.submit(call) for call in islice(calls, 1))
 
 
-def _read_store_file(
+def read_file(
     system: Any, location: str, size_bytes: int | None, stamp: str | None
 ) -> bytes | ImageError:
+    """A file's bytes if it is still what was listed, else the error its row gets."""
     path = system._strip_protocol(location)  # what fsspec's own `url_to_fs` does
     try:
         info = system.info(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,47 +22,86 @@ from cifake_ray.core.images import MAX_IMAGE_BYTES
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.files import exists, find_files, is_file, open_ranges
 from cifake_ray.storage.listing import KEEP_ALL, KeyFilter, Listing
 from cifake_ray.storage.manifest import MIN_SHARD_ROWS
+from cifake_ray.storage.places import Place, explain_errors
 
 OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
-def find_tables(root: Path) -> list[Path]:
+def find_tables(root: Place) -> list[Place]:
     """The Parquet files of convert's output, its `shards/`, any folder, or one file, by name."""
-    if root.is_file():
+    if is_file(root):
         return [root]
-    folder = root / "shards" if (root / "_run.json").exists() else root
-    paths = sorted(
-        path for path in folder.rglob("*.parquet") if not path.name.startswith((".", "_"))
-    )
+    folder = root / "shards" if exists(root / "_run.json") else root
+    paths = [
+        folder / name
+        for name in find_files(folder)
+        if name.endswith(".parquet") and not name.rpartition("/")[2].startswith((".", "_"))
+    ]
     if not paths:
         raise StorageError(f"{folder}: no Parquet files; give the output of convert")
-    return paths
+    return sorted(paths)
 
 
-def open_table(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Place) -> pq.ParquetFile:
+    """Any Parquet file; of one in a store, only what is read is fetched. StorageError otherwise."""
+    with explain_errors(path):
+        try:
+            # Arrow reads local files by itself; from a store it gathers ranges into few reads.
+            file = path if isinstance(path, Path) else open_ranges(path)
+            return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+
+
+def open_table(path: Place) -> pq.ParquetFile:
     """A Parquet file with an `image` column. StorageError otherwise."""
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(
-            f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a damaged"
-            " shard"
-        ) from error
+    table = open_parquet(path)
     if "image" not in table.schema_arrow.names:
+        table.close(force=True)
         raise StorageError(f"{path}: no column `image`; give the output of convert")
     return table
 
 
+@contextmanager
+def use_table(path: Place) -> Iterator[pq.ParquetFile]:
+    """What `open_table` gives, closed at the end of the block."""
+    table = open_table(path)
+    try:
+        yield table
+    finally:
+        table.close(force=True)
+
+
 def read_columns(
-    table: pq.ParquetFile, path: Path, groups: list[int], columns: list[str]
+    table: pq.ParquetFile, path: Place, groups: list[int], columns: list[str]
 ) -> pa.Table:
     """Some columns of some row groups. StorageError when the file is damaged."""
-    try:
-        return table.read_row_groups(groups, columns=columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
+    with explain_errors(path):
+        try:
+            return table.read_row_groups(groups, columns=columns)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"{path}: damaged ({error}); `cifake-ray repair` redoes it"
+            ) from error
+
+
+def name_table(path: Place, root: Place) -> str:
+    """The path of a table below the root; its name when it is the root itself."""
+    if path == root:
+        return path.name
+    if isinstance(path, Path):
+        return path.relative_to(str(root)).as_posix()
+    return str(path).removeprefix(str(root).rstrip("/") + "/")
 
 
 def read_label_names(schema: pa.Schema) -> list[str] | None:
@@ -72,17 +112,17 @@ def read_label_names(schema: pa.Schema) -> list[str] | None:
     return names
 
 
-def find_splits(root: Path) -> set[str]:
+def find_splits(root: Place) -> set[str]:
     """The splits that occur in Parquet files with images."""
     splits = set()
     for path in find_tables(root):
-        table = open_table(path)
-        if "split" in table.schema_arrow.names:
-            groups = list(range(table.num_row_groups))
-            found = read_columns(table, path, groups, ["split"]).column("split").unique()
-            splits |= {split for value in found.to_pylist() if (split := parse_split(value))}
-        elif split := SPLIT_NAMES.get(path.stem.split("-")[0].lower()):
-            splits.add(split)
+        with use_table(path) as table:
+            if "split" in table.schema_arrow.names:
+                groups = list(range(table.num_row_groups))
+                found = read_columns(table, path, groups, ["split"]).column("split").unique()
+                splits |= {split for value in found.to_pylist() if (split := parse_split(value))}
+            elif split := SPLIT_NAMES.get(path.stem.split("-")[0].lower()):
+                splits.add(split)
     return splits
 
 
@@ -90,12 +130,13 @@ def find_splits(root: Path) -> set[str]:
 class TableSource:
     """Parquet files with images inside."""
 
-    root: Path
+    root: Place
     split: str | None = None  # only rows of this split
     labelled: bool = False  # only rows with a label
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
     _path: str | None = None
+    _place: Place = Path()
     _table: pq.ParquetFile | None = None
     _group_ends: np.ndarray[Any, np.dtype[np.int64]] = field(
         default_factory=lambda: np.zeros(0, np.int64)
@@ -112,20 +153,22 @@ class TableSource:
         carried = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
         fields: list[pa.Field] = []
         for path in paths:
-            table = open_table(path)
-            extra = [f for f in table.schema_arrow if f.name not in carried]
-            if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
-                raise ValueError(f"{path}: the output uses the column name {clash[0]!r}; rename it")
-            if path == paths[0]:
-                fields = [*MANIFEST_FIELDS, *extra]
-            elif extra != fields[len(MANIFEST_FIELDS) :]:
-                raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
-            for groups in self._group_rows(table):
-                batch = self._read_facts(path, table, groups, pa.schema(fields))
-                kept = self._select(batch)
-                listing.left_out["excluded"] += batch.num_rows - kept.num_rows
-                if kept.num_rows:
-                    yield kept
+            with use_table(path) as table:
+                extra = [f for f in table.schema_arrow if f.name not in carried]
+                if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
+                    raise ValueError(
+                        f"{path}: the output uses the column name {clash[0]!r}; rename it"
+                    )
+                if path == paths[0]:
+                    fields = [*MANIFEST_FIELDS, *extra]
+                elif extra != fields[len(MANIFEST_FIELDS) :]:
+                    raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
+                for groups in self._group_rows(table):
+                    batch = self._read_facts(path, table, groups, pa.schema(fields))
+                    kept = self._select(batch)
+                    listing.left_out["excluded"] += batch.num_rows - kept.num_rows
+                    if kept.num_rows:
+                        yield kept
 
     def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
         """Neighbouring row groups, together at least a shard."""
@@ -141,13 +184,13 @@ class TableSource:
             yield groups
 
     def _read_facts(
-        self, path: Path, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
+        self, path: Place, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
     ) -> pa.RecordBatch:
         names = [n for n in schema.names if n in table.schema_arrow.names]
         rows = read_columns(table, path, groups, names)
         start = sum(table.metadata.row_group(g).num_rows for g in range(groups[0]))
         indices = range(start, start + rows.num_rows)
-        name = path.relative_to(self.root).as_posix() if path != self.root else path.name
+        name = name_table(path, self.root)
         columns: dict[str, Any] = {n: rows.column(n).combine_chunks() for n in names}
         if "key" not in columns:
             columns["key"] = [f"{name}#{index}" for index in indices]
@@ -204,9 +247,11 @@ class TableSource:
 
     def _find_row(self, location: str, row: int) -> tuple[pa.Table, int]:
         """The row group that holds a row, and the row's place in it. Holds one group at a time."""
-        path = self.root if self.root.is_file() else self.root / location
         if location != self._path or self._table is None:
-            self._table = open_table(path)
+            if self._table is not None:
+                self._table.close(force=True)
+            self._place = self.root if is_file(self.root) else self.root / location
+            self._table = open_table(self._place)
             meta = self._table.metadata
             counts = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
             self._group_ends = np.cumsum(counts)
@@ -215,6 +260,6 @@ class TableSource:
         if self._group is None or self._group[0] != index:
             names = self._table.schema_arrow.names
             columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
-            self._group = (index, read_columns(self._table, path, [index], columns))
+            self._group = (index, read_columns(self._table, self._place, [index], columns))
         start = int(self._group_ends[index - 1]) if index else 0
         return self._group[1], row - start

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pickle
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def check_weights(place: Place, data: bytes, architecture: str) -> None:
         return
     try:
         written_for = _check_header(data)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{place}: damaged ({type(error).__name__}: {error}); copy or train the bundle again"
         ) from error
@@ -80,7 +81,7 @@ def _check_header(data: bytes) -> str | None:
     if len(data) < 8 or not 2 <= size_bytes <= min(len(data) - 8, MAX_HEADER_BYTES):
         raise ValueError(f"no header in {len(data)} bytes")
     header = json.loads(data[8 : 8 + size_bytes])
-    metadata = header.pop("__metadata__", {})
+    architecture: str | None = header.pop("__metadata__", {}).get("architecture")
     end = 0
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = tensor["data_offsets"]
@@ -90,7 +91,7 @@ def _check_header(data: bytes) -> str | None:
         end = stop
     if 8 + size_bytes + end != len(data):
         raise ValueError(f"{len(data)} bytes, {8 + size_bytes + end} expected")
-    return metadata.get("architecture")
+    return architecture
 
 
 def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
@@ -105,7 +106,8 @@ def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(state, Mapping) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in state.values()
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in state.items()
         ):
             raise ValueError("not a mapping of names to tensors")
     except (
@@ -121,6 +123,7 @@ def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
         RuntimeError,
         TypeError,
         ValueError,
+        struct.error,
     ) as error:
         raise BundleError(
             f"{place}: damaged, or not weights alone ({_first_line(error)});"

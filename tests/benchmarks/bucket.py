@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.s3_server import S3Server, find_binary, run_server
+from s3_server import S3Server, find_binary, run_server
 
 SCORE_TOLERANCE = 1e-5
 SAMPLING_S = 0.5

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from cifake_ray.core import images
+from cifake_ray.core import containers, images
 from cifake_ray.core.images import ImageFacts, Preprocessing, decode_image, fit_image, inspect_image
-from cifake_ray.core.jpeg import scan_jpeg
+from cifake_ray.core.jpeg import count_scans, scan_jpeg
 from cifake_ray.core.schema import IMAGE_ERRORS
 from cifake_ray.errors import ImageError
 
@@ -444,6 +444,112 @@ def test_random_damage_gives_pixels_or_a_defined_error(format: str) -> None:
 
 def test_what_pillow_logs_stays_off_the_terminal() -> None:
     assert any(isinstance(h, logging.NullHandler) for h in logging.getLogger("PIL").handlers)
+
+
+# Files that cost time instead of memory
+
+
+def flood(format: str, count: int) -> bytes:
+    """A good small file with `count` pieces more that say nothing."""
+    good = encode(make_pixels(16, 16), format)
+    if format == "PNG":
+        return good[:33] + make_chunk(b"teSt", b"") * count + good[33:]
+    if format == "GIF":
+        return good[:-1] + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0" * count + b";"
+    return good[:20] + {"JPEG": b"\xff", "MPO": b"\xff\xfe\0\2"}[format] * count + good[20:]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "GIF"])
+def test_millions_of_tiny_pieces_are_refused(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB of them kept Pillow busy for 9 to 60 seconds."""
+    monkeypatch.setattr(containers, "MAX_READS", 10_000)
+    error = refuse(flood(format, 12_000), inspect_image)
+    assert error.error == "decode_failed"
+    assert "more than 10000 pieces" in error.detail
+    if format != "GIF":  # only the count of its frames is long
+        assert "more than 10000 pieces" in refuse(flood(format, 12_000)).detail
+    assert inspect_image(flood(format, 1000)).width == 16
+    assert decode_image(flood(format, 1000)).shape == (16, 16, 3)
+
+
+def test_the_pieces_of_a_real_file_are_refused_in_seconds() -> None:
+    start_s = time.perf_counter()
+    assert "more than 1000000 pieces" in refuse(flood("JPEG", 2_000_000)).detail
+    assert time.perf_counter() - start_s < 10
+
+
+def make_scans(num_scans: int, size: int) -> bytes:
+    """A progressive JPEG that repeats its last scan."""
+    data = encode(Image.new("RGB", (size, size), (9, 99, 199)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (num_scans - 10) + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_and_an_optimised_one_is_not() -> None:
+    data = make_scans(500, 8000)
+    assert len(data) < 500_000
+    start_s = time.perf_counter()
+    error = refuse(data)
+    assert time.perf_counter() - start_s < 2  # decoding takes over a minute
+    assert (error.error, error.detail) == ("decode_failed", "500 scans of 8000 x 8000 pixels")
+    assert images._decode_fast(data) is None
+    assert decode_image(make_scans(64, 1000)).shape == (1000, 1000, 3)
+
+
+def test_scans_are_counted_to_the_end_marker() -> None:
+    data = make_scans(12, 64)
+    assert count_scans(data) == 12
+    assert count_scans(encode(make_pixels(), "JPEG")) == 1
+    assert count_scans(data + b"\xff\xda" * 99) == 12  # a film after a still, say
+    hidden = data[:2] + b"\xff\xfe\0\x0a" + b"\xff\xda\xff\xd9" * 2 + data[2:]
+    assert count_scans(hidden) == 12  # inside a comment
+    assert count_scans(data[:2] + b"\xff\xfe\0\2" * 9999 + data[2:]) == 4096
+    for cut in range(0, len(data), 3):
+        assert count_scans(data[:cut]) <= 12
+
+
+def test_runs_of_a_bmp_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "MAX_READS", 10_000)
+    palette, body = bytes(1024), b"\1\1" * 20_000
+    header = struct.pack("<IiiHHIIiiII", 40, 200, 100, 1, 8, 1, len(body), 0, 0, 256, 0)
+    start = 14 + len(header) + len(palette)
+    data = b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + header + palette + body
+    assert "more than 10000 pieces" in refuse(data).detail
+
+
+def test_a_claim_of_more_frames_than_a_table_can_hold_is_refused() -> None:
+    data = encode(make_pixels(), "PNG")
+    claim = make_chunk(b"acTL", struct.pack(">II", 2**31, 0))
+    assert "2147483649 frames" in refuse(data[:33] + claim + data[33:], inspect_image).detail
+
+
+@pytest.mark.parametrize("big_tiff", [False, True])
+def test_pages_of_a_tiff_are_counted_once_each(big_tiff: bool) -> None:
+    pages = [Image.new("L", (5, 4)) for _ in range(7)]
+    data = encode(pages[0], "TIFF", save_all=True, append_images=pages[1:], big_tiff=big_tiff)
+    assert inspect_image(data).num_frames == 7
+    still = encode(pages[0], "TIFF", big_tiff=big_tiff)
+    assert inspect_image(still).num_frames == 1
+    if not big_tiff:  # a directory whose next one is itself
+        (start,) = struct.unpack_from("<I", still, 4)
+        (count,) = struct.unpack_from("<H", still, start)
+        link = start + 2 + 12 * count
+        loop = still[:link] + struct.pack("<I", start) + still[link + 4 :]
+        beyond = still[:link] + struct.pack("<I", 2**31) + still[link + 4 :]
+        assert inspect_image(loop).num_frames == inspect_image(beyond).num_frames == 1
+
+
+def test_a_hundred_thousand_pages_are_counted_in_time() -> None:
+    tags = {256: 1, 257: 1, 258: 8, 262: 1, 273: 8, 279: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    size = 2 + len(entries) + 4
+    pages = [
+        struct.pack("<H", len(tags)) + entries + struct.pack("<I", 8 + size * (n + 1))
+        for n in range(100_000)
+    ]
+    start_s = time.perf_counter()
+    assert inspect_image(b"II*\0\x08\0\0\0" + b"".join(pages)).num_frames == 100_000
+    assert time.perf_counter() - start_s < 3
 
 
 # Fast path and quality

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults.command import run_command
+from s3_server import S3Server
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.samples import write_sample
-from tests.s3_server import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_IMAGES = 240
-
-
-def run_cli(arguments: list[str], env: dict[str, str]) -> tuple[int, dict[str, Any], str]:
-    """Exit code, the JSON object and everything else that was said."""
-    process = subprocess.run(
-        [sys.executable, "-m", "cifake_ray", *arguments, "--json"],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert process.stdout, process.stderr
-    return process.returncode, json.loads(process.stdout), process.stderr
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +29,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def env(s3_env: S3Server, tmp_path: Path) -> dict[str, str]:
+def env(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A process of its own, whose Ray writes its logs where the test can read them."""
-    folder = tmp_path / "ray"
-    folder.mkdir()
-    cache = str(tmp_path / "cache")
-    return {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_TMPDIR": str(folder),
-        "XDG_CACHE_HOME": cache,
-    }
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # names of sockets must be short
+        yield {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TMPDIR": folder,
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        }
 
 
 def upload(server: S3Server, bucket: str, folder: Path, prefix: str) -> None:
@@ -79,7 +62,7 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     root = f"s3://{bucket}/all of it"
     said = []
 
-    code, result, errors = run_cli(
+    code, result, errors = run_command(
         ["pipeline", f"s3://{bucket}/in put", root, "--epochs", "1", "--num-workers", "1"], env
     )
     said.append(errors)
@@ -96,7 +79,9 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
 
     # The same images scored from the folder on this machine, with the bundle in the bucket.
     local = tmp_path / "scores"
-    code, _, errors = run_cli(["score", str(images), str(local), "--bundle", f"{root}/run"], env)
+    code, _, errors = run_command(
+        ["score", str(images), str(local), "--bundle", f"{root}/run"], env
+    )
     said.append(errors)
     assert code == 0, errors
     here = pa.concat_tables([pq.read_table(p) for p in local.glob("scores/part-*")])
@@ -112,9 +97,9 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
 
     # A finished run again: the same summary. Other settings: refused, with the difference.
     score = ["score", f"s3://{bucket}/in put", f"{root}/scores", "--bundle", f"{root}/run"]
-    code, again, errors = run_cli(score, env)
+    code, again, errors = run_command(score, env)
     assert (code, again["done"]) == (0, NUM_IMAGES), errors
-    code, refusal, _ = run_cli([*score, "--shard-size", "7"], env)
+    code, refusal, _ = run_command([*score, "--shard-size", "7"], env)
     assert code == 2
     assert "shard_size: None there, 7 here" in refusal["error"]
 
@@ -122,18 +107,18 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     part = "all of it/scores/scores/part-00000.parquet"
     good = s3_env.get(bucket, part)
     s3_env.put(bucket, part, good[:50] + bytes([good[50] ^ 1]) + good[51:])
-    code, verdict, _ = run_cli(["verify", f"{root}/scores"], env)
+    code, verdict, _ = run_command(["verify", f"{root}/scores"], env)
     assert code == 4
     assert verdict["damaged"] == {"scores/part-00000.parquet": "sha256 differs"}
-    code, repaired, errors = run_cli(["repair", f"{root}/scores"], env)
+    code, repaired, errors = run_command(["repair", f"{root}/scores"], env)
     said.append(errors)
     assert code == 0, errors
     assert repaired["shards_resumed"] == repaired["shards_total"] - 1
     assert read_table(s3_env, bucket, "all of it/scores/") == scores
-    code, verdict, _ = run_cli(["verify", f"{root}/scores"], env)
+    code, verdict, _ = run_command(["verify", f"{root}/scores"], env)
     assert (code, verdict["damaged"]) == (0, {})
 
-    code, exported, _ = run_cli(["export", f"{root}/scores", f"s3://{bucket}/scores.csv"], env)
+    code, exported, _ = run_command(["export", f"{root}/scores", f"s3://{bucket}/scores.csv"], env)
     assert (code, exported["rows"]) == (0, NUM_IMAGES)
     assert s3_env.get(bucket, "scores.csv").count(b"\n") == NUM_IMAGES + 1
 
@@ -141,7 +126,8 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     secret = s3_env.secret_key.encode()
     for key in s3_env.list_keys(bucket):
         assert secret not in s3_env.get(bucket, key), key
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    folders = (tmp_path, Path(env["RAY_TMPDIR"]))
+    files = [p for f in folders for p in f.rglob("*") if p.is_file() and not p.is_symlink()]
     assert [path for path in files if "session_" in str(path)], "Ray left no log to search"
     for path in files:
         assert secret not in path.read_bytes(), path
@@ -163,8 +149,8 @@ def test_a_source_that_cannot_be_read_is_refused_before_ray_starts(
         (f"s3://{bucket}/x", outsider, 4, bucket),
         (f"s3://{bucket}/x", {**env, "AWS_SECRET_ACCESS_KEY": "CANARY-wrong"}, 4, bucket),
     ):
-        found, result, errors = run_cli(["score", source, str(tmp_path / "out")], environment)
+        found, result, errors = run_command(["score", source, str(tmp_path / "out")], environment)
         assert found == code, errors
         assert words in result["error"]
         assert "CANARY" not in errors + result["error"]
-        assert not list((tmp_path / "ray").iterdir()), "Ray was started"
+        assert not list(Path(env["RAY_TMPDIR"]).iterdir()), "Ray was started"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import re
 from html import unescape
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -83,8 +84,90 @@ def test_hostile_keys_are_shown_and_do_nothing(page):
     page.encode("utf-8")  # lone surrogates could not be written
 
 
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "</style><style>@import url(//evil)</style>",
+    "</title><base href=//evil>",
+    '<meta http-equiv="refresh" content="0;url=//evil">',
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;script&gt; &amp; &#60;",
+    "\u202egpj.exe\u2066\u2069\u200f",
+    "\x00\x08\x1b]0;title\x07\r\n\x85\u2028",
+    "\ud800\udc80",
+]
+
+
+class Elements(HTMLParser):
+    """Every element of a page, and the text outside of its style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_nothing_that_others_named_becomes_an_element(metrics):
+    """The same elements with hostile names as with harmless ones, wherever a name can stand."""
+    png = encode_thumbnail()
+
+    def render(names: list[str]) -> Elements:
+        return Elements(
+            render_report(
+                title=names[0],
+                metrics=metrics,
+                figures=dict.fromkeys(names, png),
+                mistakes=[Mistake(key=name, label=REAL, p_fake=0.9, png=png) for name in names],
+                facts={f"{name}.": name for name in names},
+                errors=dict.fromkeys(names, 1),
+                slices=dict.fromkeys(names, metrics),
+            )
+        )
+
+    harmless = render([f"name {n}" for n in range(len(HOSTILE))])
+    for turn in range(len(HOSTILE)):
+        page = render(HOSTILE[turn:] + HOSTILE[:turn])
+        assert [(tag, set(attributes)) for tag, attributes in page.elements] == [
+            (tag, set(attributes)) for tag, attributes in harmless.elements
+        ]
+        assert all(c.isprintable() or c == "\n" for c in page.text)
+        for name in HOSTILE[:9]:
+            assert page.text.count(name) >= 5
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "iframe", "object", "embed", "base", "link", "form", "svg"}
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+        for name in {"src", "href", "action"} & set(attributes):
+            assert str(attributes[name]).startswith("data:image/png;base64,")
+
+
+def test_the_policy_of_the_page_allows_its_own_style_and_images_and_nothing_else(page):
+    (policy,) = [
+        str(attributes["content"])
+        for tag, attributes in Elements(page).elements
+        if tag == "meta" and attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    rules = dict(rule.split(maxsplit=1) for rule in policy.split("; "))
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    # A policy counts for what comes after it.
+    assert page.index("Content-Security-Policy") < min(page.index("<title"), page.index("<style"))
+
+
 def test_page_asks_for_nothing_outside_itself(page):
-    assert re.search(r"""http-equiv="Content-Security-Policy" content="default-src 'none'""", page)
     sources = re.findall(r"""(?:src|href|action|srcset)\s*=\s*["']?([^"'> ]{0,30})""", page)
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)

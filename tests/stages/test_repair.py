@@ -8,9 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cifake_ray.config import ConvertConfig
+from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.errors import StorageError
-from cifake_ray.config import RepairConfig
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.storage.runs import find_damage

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
+from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.calibration import Calibration
 from cifake_ray.core.models import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
@@ -23,6 +26,8 @@ from cifake_ray.storage.bundle import (
     read_history,
     write_bundle,
 )
+from cifake_ray.storage.files import write_bytes
+from cifake_ray.storage.places import Place, resolve_path
 
 CALIBRATION = Calibration(
     temperature=1.5, threshold=0.4, threshold_fpr_1=0.9, threshold_fpr_01=0.99
@@ -109,6 +114,11 @@ def set_architecture(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda config: config.update(architecture=name)
 
 
+def append(path: Path, data: bytes) -> None:
+    with open(path / "model.safetensors", "ab") as file:
+        file.write(data)
+
+
 @dataclass(frozen=True)
 class Wrong:
     name: str
@@ -133,6 +143,41 @@ WRONGS = [
         "other architecture",
         lambda b: edit_config(b, set_architecture("test_resnet")),
         "not the weights of test_resnet",
+    ),
+    Wrong("weights with a tail", lambda b: append(b, b"more"), "model.safetensors: damaged"),
+    Wrong(
+        "weights without their tail",
+        lambda b: os.truncate(
+            b / "model.safetensors", (b / "model.safetensors").stat().st_size - 1
+        ),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "no safetensors",
+        lambda b: (b / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 9999),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "a header without end",
+        lambda b: (b / "model.safetensors").write_bytes(
+            (50_000).to_bytes(8, "little") + b"[" * 50_000
+        ),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "a temperature of nothing",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"]["calibration"].update(temperature=0)),
+        "temperature is 0",
+    ),
+    Wrong(
+        "a threshold in words",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"]["calibration"].update(threshold="x")),
+        "not a bundle",
+    ),
+    Wrong(
+        "an architecture that lies elsewhere",
+        lambda b: edit_config(b, set_architecture("hf-hub:someone/model")),
+        "not the weights of hf-hub",
     ),
     Wrong(
         "unknown architecture",
@@ -171,10 +216,12 @@ def test_a_bundle_that_is_incomplete_or_altered_is_refused_by_name(
 ) -> None:
     bundle = write(tmp_path / "b", make_detector())
     wrong.damage(bundle)
-    with pytest.raises(BundleError) as failure:
-        load_bundle(bundle)
-    assert wrong.says in str(failure.value)
-    assert str(bundle) in str(failure.value)
+    for read in (read_bundle_facts, load_bundle):  # noticed before any work is scheduled
+        with pytest.raises(BundleError) as failure:
+            read(bundle)
+        assert wrong.says in str(failure.value)
+        assert str(bundle) in str(failure.value)
+        assert "\n" not in str(failure.value)
 
 
 def test_a_config_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
@@ -182,6 +229,175 @@ def test_a_config_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
     (bundle / "config.json").write_text("{")
     with pytest.raises(CifakeError, match=r"config\.json"):
         load_bundle(bundle)
+
+
+def test_a_header_of_other_tensors_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """A bundle of an older version or of timm does not say in its weights whose they are."""
+    bundle = write(tmp_path / "b", make_detector())
+    state = make_detector("test_resnet", 32).network.state_dict()
+    (bundle / "model.safetensors").write_bytes(save(state))
+    with pytest.raises(BundleError, match=r"model\.safetensors: not the weights of cnn"):
+        load_bundle(bundle)
+
+
+def test_the_bundle_in_the_box_is_read_and_loaded() -> None:
+    detector, facts = load_bundle(locate_bundle(None))
+    assert facts == read_bundle_facts(locate_bundle(None))
+    assert detector.architecture == facts.architecture
+
+
+# --- which bundle it is --------------------------------------------------------------------------
+
+
+def test_the_expected_bundle_is_read_and_no_other(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    found = read_bundle_facts(bundle).fingerprint
+    assert read_bundle_facts(bundle, expect_sha256=found.upper()).fingerprint == found
+    assert load_bundle(bundle, expect_sha256=found)[1].fingerprint == found
+    for read in (read_bundle_facts, load_bundle):
+        with pytest.raises(BundleError) as failure:
+            read(bundle, expect_sha256="0" * 64)
+        assert found in str(failure.value)
+        assert "0" * 64 in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_bundle_that_is_replaced_after_the_start_is_refused(tmp_path: Path, name: str) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    facts = read_bundle_facts(bundle)
+    torch.manual_seed(1)
+    other = build_detector("cnn", fit="resize")
+    new = write(tmp_path / "new", other)
+    (new / name).replace(bundle / name)
+    with pytest.raises(BundleError, match=facts.fingerprint):
+        load_bundle(bundle, expect_sha256=facts.fingerprint)
+
+
+@pytest.mark.parametrize("value", ["", "abc", "g" * 64, "0" * 63, "0" * 65, f"{'0' * 64}\n"])
+def test_an_expected_sha256_is_64_hex_digits(value: str) -> None:
+    with pytest.raises(ValueError, match="--expect-sha256"):
+        ScoreConfig(src="a", out="b", expect_sha256=value)
+    with pytest.raises(ValueError, match="--expect-sha256"):
+        EvaluateConfig(shards="a", out="b", expect_sha256=value)
+
+
+# --- weights that could run code -----------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def replace_weights(bundle: Path, name: str, state: Any) -> None:
+    (bundle / "model.safetensors").unlink()
+    if name.endswith(".pkl"):
+        (bundle / name).write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, bundle / name)
+
+
+NAMES = ["pytorch_model.bin", "model.pt", "model.PTH", "last.ckpt", "model.pkl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_never_runs_code_with_or_without_permission(tmp_path: Path, name: str) -> None:
+    bundle, mark = write(tmp_path / "b", make_detector()), tmp_path / "ran"
+    replace_weights(bundle, name, {"weight": Bomb(mark)})
+    for read in (read_bundle_facts, load_bundle):
+        with pytest.raises(BundleError, match=rf"{name}, a pickle.*--allow-pickle"):
+            read(bundle)
+    with pytest.raises(BundleError, match=f"{name}: damaged, or not weights alone"):
+        load_bundle(bundle, allow_pickle=True)
+    assert not mark.exists()
+    with open(bundle / name, "rb") as file:  # it is one that works
+        assert file.read(2) in (b"PK", b"\x80\x04", b"\x80\x05")
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_a_pickle_of_weights_alone_is_taken_with_permission(tmp_path: Path, name: str) -> None:
+    detector = make_detector()
+    bundle = write(tmp_path / "b", detector)
+    safe = read_bundle_facts(bundle)
+    replace_weights(bundle, name, detector.network.state_dict())
+    again, facts = load_bundle(bundle, allow_pickle=True)
+    assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
+    assert facts.is_pickle
+    assert not safe.is_pickle
+    assert facts.fingerprint != safe.fingerprint
+    with open(bundle / name, "ab") as file:
+        file.write(b"x")
+    assert read_bundle_facts(bundle, allow_pickle=True).fingerprint != facts.fingerprint
+
+
+def test_safetensors_go_before_pickles_and_two_pickles_are_one_too_many(tmp_path: Path) -> None:
+    bundle, mark = write(tmp_path / "b", make_detector()), tmp_path / "ran"
+    for name in ("a.pt", "b.pt"):
+        torch.save({"weight": Bomb(mark)}, bundle / name)
+    assert load_bundle(bundle, allow_pickle=True)[1].weights_name == "model.safetensors"
+    (bundle / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"a\.pt, b\.pt"):
+        load_bundle(bundle, allow_pickle=True)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"a": 1}, {1: torch.zeros(2)}, torch.zeros(3), None])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, state: Any) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    replace_weights(bundle, "model.pt", state)
+    with pytest.raises(BundleError, match=r"model\.pt"):
+        load_bundle(bundle, allow_pickle=True)
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"PK\3\4 no archive", b"\x80\x02."])
+def test_a_damaged_pickle_is_refused(tmp_path: Path, data: bytes) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "model.safetensors").unlink()
+    (bundle / "model.pt").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.pt: damaged"):
+        load_bundle(bundle, allow_pickle=True)
+
+
+# --- in a bucket ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> Iterator[Place]:
+    place = resolve_path("memory://bundles")
+    yield place
+    place.fs.store.clear()  # type: ignore[union-attr]
+
+
+def test_a_bundle_in_a_store_is_found_written_and_loaded(store: Place) -> None:
+    detector = make_detector()
+    write(store / "run" / "bundle", detector)  # type: ignore[arg-type]
+    place = locate_bundle(f"{store}/run", StoreConfig())
+    assert place == store / "run" / "bundle" == locate_bundle(f"{store}/run/bundle")
+    again, facts = load_bundle(place)
+    assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
+    assert read_history(place) == HISTORY
+    with pytest.raises(BundleError, match=facts.fingerprint):
+        load_bundle(place, expect_sha256="0" * 64)
+    (place / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"no model\.safetensors"):
+        read_bundle_facts(place)
+    write_bytes(place / "model.pt", b"x")
+    with pytest.raises(BundleError, match="--allow-pickle"):
+        read_bundle_facts(place)
+    with pytest.raises(BundleError, match=r"no config\.json"):
+        read_bundle_facts(store / "nowhere")
+
+
+def test_a_damaged_history_is_named(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "history.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(BundleError, match=r"history\.jsonl: damaged"):
+        read_history(bundle)
 
 
 def test_the_fingerprint_follows_weights_and_config_alone(tmp_path: Path) -> None:

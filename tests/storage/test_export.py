@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cifake_ray.errors import StorageError
 from cifake_ray.config import ExportConfig
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.export import export_scores
 
 
@@ -42,7 +43,25 @@ def test_all_parts_become_one_table_with_one_header(tmp_path: Path) -> None:
     assert float(export(folder)[0]["logit"]) == -1.5
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+STARTS = [
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    " =",
+    "  \n\t@",
+    "\u00a0+",
+    "\ufeff=",
+    "\v-",
+    "\0=",
+    "\uff1d",
+]
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_text_that_a_spreadsheet_would_run_is_escaped(tmp_path: Path, start: str) -> None:
     formula = f"{start}cmd|' /C calc'!A0"
     table = make_scores([formula, "a=b"], source=[formula, None])
@@ -67,9 +86,34 @@ def test_categories_are_escaped_too(tmp_path: Path) -> None:
     assert export(write_parts(tmp_path / "s", table))[0]["title"] == "'=1+1"
 
 
-def test_the_name_of_a_column_is_escaped_too(tmp_path: Path) -> None:
-    table = make_scores(["a"], **{"=1+1": ["x"]})
-    assert "'=1+1" in export(write_parts(tmp_path / "s", table))[0]
+@pytest.mark.parametrize("start", STARTS)
+def test_the_name_of_a_column_is_escaped_too(tmp_path: Path, start: str) -> None:
+    table = make_scores(["a"], **{f"{start}1+1": ["x"]})
+    assert f"'{start}1+1" in export(write_parts(tmp_path / "s", table))[0]
+
+
+def test_views_of_text_are_escaped_too(tmp_path: Path) -> None:
+    table = make_scores(["a"], title=pa.array(["=1+1"], pa.string_view()))
+    assert export(write_parts(tmp_path / "s", table))[0]["title"] == "'=1+1"
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4)])
+def test_raw_bytes_do_not_fit(tmp_path: Path, kind: pa.DataType) -> None:
+    table = make_scores(["a"], title=pa.array([b"=1+1"], kind))
+    with pytest.raises(StorageError, match="title"):
+        export(write_parts(tmp_path / "s", table))
+
+
+def test_dates_decimals_and_truths_fit(tmp_path: Path) -> None:
+    day, money = pa.array([0], pa.date32()), pa.array([Decimal("-1.00")])
+    table = make_scores(["a"], day=day, money=money, truth=[True], nothing=pa.nulls(1))
+    row = export(write_parts(tmp_path / "s", table))[0]
+    assert [row[name] for name in ("day", "money", "truth", "nothing")] == [
+        "1970-01-01",
+        "-1.00",
+        "true",
+        "",
+    ]
 
 
 def test_odd_keys_survive_the_round_trip(tmp_path: Path) -> None:

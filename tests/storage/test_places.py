@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from s3_server import S3Server, find_ports
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.errors import StorageError
@@ -26,7 +27,6 @@ from cifake_ray.storage.files import (
     write_bytes,
 )
 from cifake_ray.storage.places import Place, is_inside, resolve_local, resolve_path
-from tests.s3_server import S3Server, find_ports
 
 ODD_NAMES = ["a b.txt", "ä%20+.txt", "q?x=1#y.txt", "[x]{y}*.txt", "'\"<&>.txt", "e\u0301.txt"]
 

@@ -192,20 +192,101 @@ def test_a_link_that_leads_to_itself_is_listed_and_not_found(tmp_path: Path) -> 
     assert error_of(read_all(tmp_path / "images")["loop.jpg"]) == "not_found"
 
 
-def test_a_link_to_a_file_is_an_image(tmp_path: Path) -> None:
-    target = put(tmp_path / "elsewhere.jpg", b"linked")
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "link.jpg").symlink_to(target)
-    assert read_all(tmp_path / "images") == {"link.jpg": b"linked"}
+def test_a_link_to_a_file_of_the_folder_is_an_image(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "real" / "a.jpg", b"linked")
+    (tmp_path / "images" / "link.jpg").symlink_to("real/a.jpg")
+    (tmp_path / "images" / "absolute.jpg").symlink_to(tmp_path / "images" / "real" / "a.jpg")
+    assert read_all(tmp_path / "images") == {
+        "real/a.jpg": b"linked",
+        "link.jpg": b"linked",
+        "absolute.jpg": b"linked",
+    }
+
+
+def test_a_link_out_of_the_folder_is_counted_and_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "a.jpg")
+    (folder / "absolute.jpg").symlink_to(put(tmp_path / "secret"))
+    (folder / "relative.jpg").symlink_to("../images-beside/b.jpg")
+    put(tmp_path / "images-beside" / "b.jpg")  # the folder's name is the beginning of this one
+    (tmp_path / "hop").symlink_to(folder / "a.jpg")
+    (folder / "out-and-in.jpg").symlink_to("../hop")
+    listing = open_images(folder).list_images()
+    assert set(gather(listing).column("key").to_pylist()) == {"a.jpg", "out-and-in.jpg"}
+    assert listing.left_out == {"link out of the folder": 2}
 
 
 def test_a_link_to_a_folder_is_counted_and_not_followed(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     put(folder / "real" / "a.jpg")
     (folder / "real" / "again").symlink_to(folder)
+    (folder / "out").symlink_to(put(tmp_path / "outside" / "b.jpg").parent)
     listing = open_images(folder).list_images()
     assert gather(listing).column("key").to_pylist() == ["real/a.jpg"]
-    assert listing.left_out == {"link to a folder": 1}
+    assert listing.left_out == {"link to a folder": 2}
+
+
+def test_links_are_followed_when_asked_and_loops_end(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "real" / "a.jpg", b"a")
+    put(tmp_path / "outside" / "deep" / "b.jpg", b"b")
+    (folder / "fake").symlink_to(tmp_path / "outside")
+    (folder / "real" / "up").symlink_to("..")
+    (tmp_path / "outside" / "deep" / "self").symlink_to(".")
+    (folder / "file.jpg").symlink_to(tmp_path / "outside" / "deep" / "b.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    listing = open_images(folder, follow_symlinks=True).list_images()
+    keys = ["fake/deep/b.jpg", "file.jpg", "gone.jpg", "real/a.jpg"]
+    assert sorted(gather(listing).column("key").to_pylist()) == keys
+    assert listing.left_out == {"link to a folder above it": 2}
+    images = read_all(folder, follow_symlinks=True)
+    assert error_of(images.pop("gone.jpg")) == "not_found"
+    assert images == {"fake/deep/b.jpg": b"b", "file.jpg": b"b", "real/a.jpg": b"a"}
+    assert list_rows(folder, follow_symlinks=True)["fake/deep/b.jpg"]["label"] == FAKE
+
+
+def test_two_links_to_one_folder_are_two_sets_of_keys(tmp_path: Path) -> None:
+    put(tmp_path / "outside" / "a.jpg", b"a")
+    (tmp_path / "images").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).symlink_to(tmp_path / "outside")
+    images = read_all(tmp_path / "images", follow_symlinks=True)
+    assert images == {"one/a.jpg": b"a", "two/a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("swapped", ["file", "folder", "link"])
+def test_what_became_a_link_out_after_the_listing_is_denied(tmp_path: Path, swapped: str) -> None:
+    secret = put(tmp_path / "secret" / "a.jpg", b"12345")
+    path = put(tmp_path / "images" / "set" / "a.jpg", b"12345")
+    if swapped == "link":
+        os.rename(path, tmp_path / "images" / "b.jpg")
+        path.symlink_to("../b.jpg")
+    source = open_images(tmp_path / "images", include=("set/*",))
+    rows = gather(source.list_images())
+    for column in (path, secret):
+        os.utime(column, ns=(7, 7))
+    status = os.stat(secret)  # as like as the one that was listed
+    rows = rows.set_column(
+        rows.schema.get_field_index("mtime_ns"), "mtime_ns", pa.array([status.st_mtime_ns])
+    )
+    (image,) = source.read_images(rows)
+    assert image == b"12345"
+    path.unlink()
+    if swapped == "folder":
+        path.parent.rmdir()
+        path.parent.symlink_to(secret.parent)
+    else:
+        path.symlink_to(secret)
+    (image,) = source.read_images(rows)
+    assert error_of(image) == "denied"
+    (image,) = open_images(tmp_path / "images", follow_symlinks=True).read_images(rows)
+    assert image == b"12345"
+
+
+def test_a_folder_that_is_named_by_a_link_is_a_folder(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg", b"a")
+    (tmp_path / "link").symlink_to("images")
+    assert read_all(tmp_path / "link") == {"a.jpg": b"a"}
 
 
 def test_a_pipe_is_counted_and_never_opened(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""How many requests may be in flight at once, as the store bears it.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+HALVE_EVERY_S = 1.0  # answers to what was sent before the halving say nothing new
+
+
+class Throttle:
+    """How many requests may be in flight: half as many when the store asks to slow down, then one
+    more for each round that went well."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.limit = float(most)
+        self.in_flight = 0
+        self.halved_at_s = 0.0
+        self.changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self.changed:
+            while self.in_flight >= int(self.limit):
+                self.changed.wait()
+            self.in_flight += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.changed:
+            self.in_flight -= 1
+            self.changed.notify_all()
+
+    def slow_down(self) -> None:
+        with self.changed:
+            now_s = time.monotonic()
+            if now_s - self.halved_at_s >= HALVE_EVERY_S:
+                self.limit = max(1.0, self.limit / 2)
+                self.halved_at_s = now_s
+
+    def speed_up(self) -> None:
+        if self.limit < self.most:
+            with self.changed:
+                self.limit = min(float(self.most), self.limit + 1 / self.limit)
+                self.changed.notify_all()

@@ -1,0 +1,184 @@
+"""Listing a large bucket into a manifest: keys per second and the peak memory of the lister.
+
+    python tests/benchmarks/listing.py [--keys 100000 1000000] [--latency-ms 20]
+
+A server on loopback, in a process of its own, makes up the pages of ListObjectsV2 as they are asked
+for: no key is stored anywhere. `nested` has 200 folders below six, `flat` is one folder. The
+lister runs in a fresh process for each number of keys; memory that stays level from the first
+number to the second is the point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qs, quote, urlsplit
+
+Shape = Literal["nested", "flat"]
+FOLDERS = [f"{split}/{label}/" for split in ("test", "train", "val") for label in ("FAKE", "REAL")]
+SUBFOLDERS = 200
+BUCKET = "benchmark"
+TIMEOUT_S = 3600.0
+
+
+class Keys(Sequence[str]):
+    """All keys in order, each made when it is looked at."""
+
+    def __init__(self, shape: Shape, num_keys: int) -> None:
+        self.shape = shape
+        self.num_keys = num_keys
+
+    def __len__(self) -> int:
+        return self.num_keys
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        if self.shape == "flat":
+            return f"images/img_{index:09d}.jpg"
+        folder, rest = divmod(index, -(-self.num_keys // len(FOLDERS)))
+        sub, number = divmod(rest, -(-self.num_keys // (len(FOLDERS) * SUBFOLDERS)))
+        return f"{FOLDERS[folder]}source-{sub:03d}/{number:07d}.jpg"
+
+
+class ListingServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, keys: Keys, latency_s: float) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.keys = keys
+        self.latency_s = latency_s
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    server: ListingServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        time.sleep(self.server.latency_s)
+        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        keys, prefix = self.server.keys, query.get("prefix", "")
+        start, end = bisect_left(keys, prefix), bisect_right(keys, prefix + "\U0010ffff")
+        if token := query.get("continuation-token"):
+            start = int(token)
+        elif after := query.get("start-after"):
+            start = max(start, bisect_right(keys, after))
+        stop = min(start + int(query.get("max-keys", 1000)), end)
+        contents = "".join(
+            f"<Contents><Key>{quote(keys[index])}</Key>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>&quot;{index:032x}&quot;</ETag><Size>1000</Size>"
+            "<StorageClass>STANDARD</StorageClass></Contents>"
+            for index in range(start, stop)
+        )
+        following = f"<NextContinuationToken>{stop}</NextContinuationToken>" if stop < end else ""
+        body = (
+            '<?xml version="1.0" encoding="UTF-8"?>'
+            '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<EncodingType>url</EncodingType><IsTruncated>{str(stop < end).lower()}</IsTruncated>"
+            f"{following}{contents}</ListBucketResult>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+
+def serve(shape: Shape, num_keys: int, latency_s: float, ready: Connection) -> None:
+    with ListingServer(Keys(shape, num_keys), latency_s) as server:
+        ready.send(server.server_address[1])
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ready.recv()  # until the benchmark is over
+
+
+def list_bucket() -> None:
+    """The process that is measured: list, sort, write the manifest."""
+    from cifake_ray.config import StoreConfig
+    from cifake_ray.core.labels import make_class_names
+    from cifake_ray.storage.buckets import BucketSource
+    from cifake_ray.storage.manifest import write_manifest
+
+    idle_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    source = BucketSource(BUCKET, "", StoreConfig(), make_class_names())
+    started_s, cpu_s = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_manifest(Path(folder), "run", source.list_images(), None)
+    facts = {
+        "keys": manifest.num_rows,
+        "elapsed_s": time.perf_counter() - started_s,
+        "cpu_s": time.process_time() - cpu_s,
+        "idle_mb": idle_kb / 1024,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    print(json.dumps(facts))
+
+
+def measure(shape: Shape, num_keys: int, latency_s: float) -> dict[str, float]:
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    server = context.Process(target=serve, args=(shape, num_keys, latency_s, theirs))
+    server.start()
+    try:
+        env = {
+            **os.environ,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+        }
+        output = subprocess.run(
+            [sys.executable, __file__, "--child"],
+            env=env,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        ).stdout
+        facts: dict[str, float] = json.loads(output.splitlines()[-1])
+        return facts
+    finally:
+        ours.send("over")
+        server.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keys", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--latency-ms", type=float, default=20.0)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return list_bucket()
+    print("           keys   seconds      keys/s   CPU us each   idle MB   peak MB")
+    for shape in ("nested", "flat"):
+        for num_keys in options.keys:
+            facts = measure(shape, num_keys, options.latency_ms / 1000)
+            assert facts["keys"] == num_keys
+            print(
+                f"{shape:7s} {num_keys:8d} {facts['elapsed_s']:9.1f} "
+                f"{num_keys / facts['elapsed_s']:11.0f} {1e6 * facts['cpu_s'] / num_keys:13.1f} "
+                f"{facts['idle_mb']:9.0f} {facts['peak_mb']:9.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Nodes and whole clusters that die: what is in storage is enough to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.storage.samples import write_sample
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_IMAGES = 3_000
+SHARD_SIZE = 25
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str]:
+    return {**os.environ, "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(
+        SampleConfig(out=str(tmp_path_factory.mktemp("nodes") / "images"), images=NUM_IMAGES)
+    )
+
+
+def start(verb: str, source: Path, out: Path, env: dict[str, str], *options: str) -> Any:
+    words = [sys.executable, "-m", "cifake_ray", verb, str(source), str(out), *options]
+    return subprocess.Popen(
+        [*words, "--shard-size", str(SHARD_SIZE), "--json"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: Any, code: int = 0, timeout_s: float = 300) -> dict[str, Any]:
+    output, errors = process.communicate(timeout=timeout_s)
+    assert process.returncode == code, errors
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def count_parts(out: Path) -> int:
+    return len(list(out.glob("*/part-*")))
+
+
+def read_parts(out: Path) -> dict[str, Any]:
+    return {path.name: pq.read_table(path) for path in sorted(out.glob("*/part-*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, env: dict[str, str]) -> dict[str, Any]:
+    """The shards of an undisturbed run."""
+    out = images.parent / "whole"
+    assert finish(start("score", images, out, env))["done"] == NUM_IMAGES
+    return read_parts(out)
+
+
+@pytest.fixture
+def two_nodes(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with one CPU; a test adds the second node, and may kill it."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_node_that_dies_takes_no_row_with_it(
+    images: Path, whole: dict[str, Any], two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+) -> None:
+    node = two_nodes.add_node(num_cpus=1)
+    two_nodes.wait_for_nodes()
+    out = tmp_path / "out"
+    process = start("score", images, out, env, "--address", two_nodes.address)
+    wait_until(lambda: count_parts(out) >= 10)
+    two_nodes.remove_node(node, allow_graceful=False)
+    summary = finish(process)
+    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert read_parts(out) == whole
+
+
+def test_a_run_whose_cluster_is_lost_goes_on_in_another(
+    images: Path, whole: dict[str, Any], two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+) -> None:
+    two_nodes.add_node(num_cpus=1)
+    two_nodes.wait_for_nodes()
+    out = tmp_path / "out"
+    process = start("score", images, out, env, "--address", two_nodes.address)
+    wait_until(lambda: count_parts(out) >= 10)
+    for node in [*two_nodes.worker_nodes, two_nodes.head_node]:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    process.kill()
+    process.communicate()
+    done = count_parts(out)
+    assert not (out / "_SUCCESS").exists()
+    summary = finish(start("score", images, out, env, "--num-workers", "1"))
+    assert summary["shards_resumed"] >= min(done, 10)
+    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert read_parts(out) == whole
+
+
+def test_a_run_that_cannot_be_placed_any_more_ends_and_says_so(
+    images: Path, whole: dict[str, Any], env: dict[str, str], tmp_path: Path
+) -> None:
+    """All CPUs are on the node that dies."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        node = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        out = tmp_path / "out"
+        options = ("--address", cluster.address, "--stall-timeout-s", "15")
+        process = start("score", images, out, env, *options)
+        wait_until(lambda: count_parts(out) >= 10)
+        cluster.remove_node(node, allow_graceful=False)
+        summary = finish(process, code=6, timeout_s=120)
+    finally:
+        cluster.shutdown()
+    assert "no progress for 15 s" in summary["error"]
+    assert "1 nodes alive with 0 CPUs" in summary["error"]
+    assert "Run the same command again" in summary["error"]
+    assert finish(start("score", images, out, env))["done"] == NUM_IMAGES
+    assert read_parts(out) == whole
+
+
+def test_a_cluster_whose_cpus_are_taken_is_waited_for_only_so_long(
+    images: Path, env: dict[str, str], tmp_path: Path, two_nodes: Cluster
+) -> None:
+    hog = """
+import ray, sys, time
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+def hold():
+    print("held", flush=True)
+    open(sys.argv[2], "w").close()
+    time.sleep(600)
+
+ray.get(hold.remote())
+"""
+    held = tmp_path / "held"
+    script = hog.replace("sys.argv[2]", repr(str(held)))
+    other = subprocess.Popen([sys.executable, "-c", script, two_nodes.address], env=env)
+    try:
+        wait_until(held.exists)
+        options = ("--address", two_nodes.address, "--stall-timeout-s", "10")
+        summary = finish(start("convert", images, tmp_path / "out", env, *options), code=6)
+    finally:
+        other.kill()
+        other.wait()
+    assert "no worker is at work on a shard" in summary["error"]
+    assert "1 nodes alive with 1 CPUs, 0 of them free" in summary["error"]

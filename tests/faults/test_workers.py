@@ -1,0 +1,309 @@
+"""Workers that die, once or at every attempt: no row is lost or doubled, no run goes on for ever.
+
+The images that kill are planted from outside: a `sitecustomize` on PYTHONPATH makes the decoder of
+every process kill or block itself when it meets a marker, as a bug in a codec would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.storage.samples import write_sample
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_IMAGES = 200
+SHARD_SIZE = 40
+RESULTS = {"convert": "shards", "score": "scores"}
+
+SITECUSTOMIZE = '''
+import importlib.util, os, signal, sys
+
+class Poisoner:
+    """Wraps the decoder once its module has been imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "cifake_ray.core.images":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            decode = module._call_decoder
+            module._call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def poison(data):
+    import ctypes
+
+    if b"POISON-KILL" in data:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if b"POISON-SEGV" in data:
+        ctypes.string_at(0)
+    if b"POISON-EXIT" in data:
+        os._exit(3)
+    if b"POISON-HANG" in data:
+        ctypes.PyDLL(None).sleep(3600)  # with the interpreter lock, so that no thread goes on
+
+
+sys.meta_path.insert(0, Poisoner())
+'''
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(
+        SampleConfig(out=str(tmp_path_factory.mktemp("workers") / "images"), images=NUM_IMAGES)
+    )
+
+
+def make_command(verb: str, source: Path, out: Path, *options: str) -> list[str]:
+    words = [sys.executable, "-m", "cifake_ray", verb, str(source), str(out), *options, "--json"]
+    return [*words, "--shard-size", str(SHARD_SIZE)]
+
+
+def run_verb(command: list[str], env: dict[str, str]) -> dict[str, Any]:
+    process = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    result: dict[str, Any] = json.loads(process.stdout)
+    assert result["exit_code"] == process.returncode
+    return {**result, "stderr": process.stderr}
+
+
+def read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Every row by its key, whichever verb wrote it."""
+    rows = [row for path in sorted(out.glob("*/part-*")) for row in pq.read_table(path).to_pylist()]
+    keyed = {row["key"]: row for row in rows}
+    assert len(keyed) == len(rows), "a key stands twice"
+    return keyed
+
+
+def find_shards(out: Path) -> list[list[str]]:
+    return [pq.read_table(path)["key"].to_pylist() for path in sorted(out.glob("*/part-*"))]
+
+
+@pytest.fixture(scope="module")
+def clean(images: Path, env: dict[str, str]) -> dict[str, Path]:
+    """Undisturbed runs, by verb."""
+    outs = {}
+    for verb in RESULTS:
+        outs[verb] = images.parent / f"clean-{verb}"
+        summary = run_verb(make_command(verb, images, outs[verb]), env)
+        assert summary["done"] == summary["listed"] == NUM_IMAGES
+    return outs
+
+
+def plant(images: Path, target: Path, poisons: dict[str, str]) -> Path:
+    """A copy of the images in which some end with a marker."""
+    shutil.copytree(images, target)
+    for key, marker in poisons.items():
+        with open(target / key, "ab") as file:
+            file.write(f"POISON-{marker}".encode())
+    return target
+
+
+def check_rows(out: Path, clean: Path, poisons: dict[str, str]) -> None:
+    """The planted images are worker_crash; the rows of all others equal the undisturbed run's."""
+    rows, expected = read_rows(out), read_rows(clean)
+    assert rows.keys() == expected.keys()
+    for key, row in rows.items():
+        if key in poisons:
+            assert row["error"] == "worker_crash", row
+            assert row["error_detail"].startswith("the decoder ")
+        elif row.get("p_fake") is None:
+            assert row == expected[key]
+        else:  # a batch that lacks an image may be summed in another order
+            for name in ("logit", "p_fake"):
+                assert row.pop(name) == pytest.approx(expected[key].pop(name), abs=1e-5)
+            assert row == expected[key]
+    assert not (out / "attempts").exists()
+
+
+@pytest.mark.parametrize("cpus", ["0", "0,1"])
+@pytest.mark.parametrize("verb", ["convert", "score"])
+def test_images_that_kill_their_worker_become_rows(
+    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path, verb: str, cpus: str
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2 and cpus != "0":
+        pytest.skip("this machine has one CPU")
+    shards = find_shards(clean[verb])
+    poisons = {shards[1][0]: "KILL", shards[1][20]: "SEGV", shards[3][39]: "EXIT"}
+    source = plant(images, tmp_path / "images", poisons)
+    command = make_command(verb, source, tmp_path / "out", "--max-error-rate", "0.015")
+    summary = run_verb(["taskset", "-c", cpus, *command], env)
+    assert summary["exit_code"] == 0, summary
+    assert summary["errors"] == {"worker_crash": 3}
+    assert (summary["listed"], summary["done"]) == (NUM_IMAGES, NUM_IMAGES - 3)
+    check_rows(tmp_path / "out", clean[verb], poisons)
+    details = {key: read_rows(tmp_path / "out")[key]["error_detail"] for key in poisons}
+    assert list(details.values()) == [
+        "the decoder died with signal 9",
+        "the decoder died with signal 11",
+        "the decoder ended its process with exit code 3",
+    ]
+    # Over the budget the rows are the same and the exit code tells; trying again is no crash loop.
+    command = make_command(verb, source, tmp_path / "out", "--max-error-rate", "0")
+    summary = run_verb([*command, "--retry-errors"], env)
+    assert (summary["exit_code"], summary["shards_resumed"]) == (3, 3)
+    check_rows(tmp_path / "out", clean[verb], poisons)
+
+
+def test_images_that_killed_their_worker_are_tried_again_with_a_mended_decoder(
+    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path
+) -> None:
+    shards = find_shards(clean["score"])
+    poisons = {shards[0][0]: "KILL", shards[4][1]: "SEGV"}
+    source = plant(images, tmp_path / "images", poisons)
+    command = make_command("score", source, tmp_path / "out")
+    assert run_verb(command, env)["failed"] == 2
+    mended = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    if "PYTHONPATH" in os.environ:
+        mended["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    summary = run_verb([*command, "--retry-errors"], mended)
+    assert (summary["failed"], summary["shards_resumed"]) == (0, 3)
+    check_rows(tmp_path / "out", clean["score"], {})
+
+
+@pytest.mark.parametrize("verb", ["convert", "score"])
+def test_an_image_that_hangs_becomes_a_row_and_the_run_goes_on(
+    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path, verb: str
+) -> None:
+    shards = find_shards(clean[verb])
+    poisons = {shards[2][7]: "HANG", shards[2][8]: "KILL"}
+    source = plant(images, tmp_path / "images", poisons)
+    command = make_command(verb, source, tmp_path / "out", "--stall-timeout-s", "40")
+    summary = run_verb([*command, "--num-workers", "1"], env)
+    assert (summary["exit_code"], summary["errors"]) == (0, {"worker_crash": 2}), summary
+    check_rows(tmp_path / "out", clean[verb], poisons)
+    row = read_rows(tmp_path / "out")[shards[2][7]]
+    assert row["error_detail"] == "the decoder gave no answer within 5 s"
+
+
+def test_a_run_with_poison_can_be_killed_and_resumed(
+    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path
+) -> None:
+    shards = find_shards(clean["convert"])
+    poisons = {shard[number]: "SEGV" for number, shard in enumerate(shards)}
+    source = plant(images, tmp_path / "images", poisons)
+    command = make_command("convert", source, tmp_path / "out", "--max-error-rate", "0.1")
+    for num_parts in (0, 2, 4):
+        process = start_group(command, env)
+        wait_until(
+            lambda process=process, wanted=num_parts: (
+                process.poll() is not None
+                or (
+                    (tmp_path / "out" / "attempts").exists()
+                    and len(list((tmp_path / "out").glob("*/part-*"))) >= wanted
+                )
+            )
+        )
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    summary = run_verb(command, env)
+    assert summary["errors"] == {"worker_crash": len(shards)}
+    check_rows(tmp_path / "out", clean["convert"], poisons)
+
+
+def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    """The command with a process group of its own; Ray's daemons are in it too."""
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def find_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The actors of a command that runs."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any("ShardWorker" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("verb", ["convert", "score"])
+def test_each_worker_may_be_killed_once(env: dict[str, str], tmp_path: Path, verb: str) -> None:
+    images = write_sample(SampleConfig(out=str(tmp_path / "images"), images=3000))
+    whole = run_verb(make_command(verb, images, tmp_path / "whole"), env)
+    process = start_group(make_command(verb, images, tmp_path / "out"), env)
+    killed: set[int] = set()
+    parts = RESULTS[verb]
+    for number in range(whole["shards_total"] and min(2, len(os.sched_getaffinity(0)))):
+        wanted = 5 + 20 * number
+        wait_until(
+            lambda wanted=wanted: len(list((tmp_path / "out" / parts).glob("part-*"))) >= wanted
+        )
+        wait_until(lambda: [w for w in find_workers(process) if w.pid not in killed])
+        victim = next(w for w in find_workers(process) if w.pid not in killed)
+        victim.kill()
+        killed.add(victim.pid)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert killed
+    summary = json.loads(output)
+    assert summary["listed"] == summary["done"] == whole["done"] == 3000
+    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
+
+
+def test_a_worker_that_always_dies_ends_the_run_with_a_remedy(
+    images: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    patch = SITECUSTOMIZE.replace("cifake_ray.core.images", "cifake_ray.core.scoring").replace(
+        "decode = module._call_decoder\n", "module.predict_logit = lambda *_: os._exit(1)\n"
+    )
+    lines = [line for line in patch.splitlines() if "module._call_decoder = " not in line]
+    (site / "sitecustomize.py").write_text("\n".join(lines))
+    process_env = {**env, "PYTHONPATH": os.pathsep.join([str(site), env["PYTHONPATH"]])}
+    summary = run_verb(
+        make_command("score", images, tmp_path / "out", "--num-workers", "1"), process_env
+    )
+    assert summary["exit_code"] == 6
+    assert "has ended its worker 5 times" in summary["error"]
+    assert "--batch-size" in summary["error"]
+    # Where it has what it lacked, the same command goes on.
+    summary = run_verb(make_command("score", images, tmp_path / "out"), env)
+    assert summary["done"] == NUM_IMAGES
