@@ -288,6 +288,19 @@ def test_files_stay_short_because_they_hold_one_idea() -> None:
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
 
 
+def test_every_test_that_the_page_of_faults_names_exists() -> None:
+    page = (PACKAGE / "FAULTS.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 40
+    wrong = []
+    for file, name in named:
+        path = PROJECT / file
+        functions = [n.name for n in ast.walk(parse(path)) if isinstance(n, ast.FunctionDef)]
+        if name not in functions:
+            wrong.append(f"{file}::{name}")
+    assert wrong == []
+
+
 def test_every_module_says_its_floor() -> None:
     wrong = []
     for module, path in MODULES.items():

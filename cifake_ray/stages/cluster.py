@@ -90,12 +90,12 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
-    try:
-        # Ray tells of workers that died on stdout, which is for results.
-        with redirect_stdout(sys.stderr):
+    # Ray tells of workers that died on stdout, which is for results; at the latest in its shutdown.
+    with redirect_stdout(sys.stderr):
+        try:
             yield read_resources()
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _check_address(address: str) -> None:
