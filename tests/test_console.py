@@ -187,7 +187,12 @@ def run_body(
 ) -> subprocess.CompletedProcess[bytes]:
     script = RUN.format(body=body, json_output=json_output, debug=debug)
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        # in the background of a shell SIGINT is ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

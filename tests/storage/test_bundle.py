@@ -297,7 +297,7 @@ class Bomb:
 def replace_weights(bundle: Path, name: str, state: Any) -> None:
     (bundle / "model.safetensors").unlink()
     if name.endswith(".pkl"):
-        (bundle / name).write_bytes(pickle.dumps(state))
+        (bundle / name).write_bytes(pickle.dumps(state, protocol=2))  # torch's own protocol
     else:
         torch.save(state, bundle / name)
 
