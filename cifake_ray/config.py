@@ -65,9 +65,7 @@ class StoreConfig:
     s3_profile: Annotated[
         str | None, Doc("Profile in the AWS configuration (default: AWS_PROFILE)", effect=False)
     ] = None
-    s3_anonymous: Annotated[bool, Doc("Read public buckets without credentials", effect=False)] = (
-        False
-    )
+    s3_anonymous: Annotated[bool, Doc("Use no credentials: public buckets", effect=False)] = False
 
     def __post_init__(self) -> None:
         check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
@@ -139,9 +137,7 @@ class SourceConfig(BatchConfig):
     ] = ()
     path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
     label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
-    source_column: Annotated[str, Doc("Column of a list that names generator or camera set")] = (
-        "source"
-    )
+    source_column: Annotated[str, Doc("Column of a list that names its sources")] = "source"
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[
         tuple[str, ...],

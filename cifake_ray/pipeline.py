@@ -130,12 +130,10 @@ def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.buckets import open_place
     from cifake_ray.storage.damage import set_damage_aside
-    from cifake_ray.storage.runs import read_run
+    from cifake_ray.storage.runs import require_run
 
     path = open_place(config.out, config.store)
-    run = read_run(path)
-    if run is None:
-        raise StorageError(f"{path}: no _run.json; give the output of convert, score or evaluate")
+    run = require_run(path)
     verbs: dict[str, Any] = {
         "convert": ConvertConfig,
         "score": ScoreConfig,

@@ -212,24 +212,24 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
                 watchdog.beat()
                 account.add(report)
                 plan.on_progress(account.progress())
-    elapsed_s = time.time() - plan.started_s
-    summary = BatchSummary(
-        command=run.command,
-        out=str(run.out),
-        listed=run.manifest.num_rows,
-        done=account.rows - account.failed,
-        failed=account.failed,
-        errors=dict(account.errors.most_common()),
-        left_out=run.left_out,
-        shards_total=run.manifest.num_shards,
-        shards_resumed=account.resumed,
-        elapsed_s=round(elapsed_s, 3),
-        images_per_s=round(account.worked_rows / elapsed_s, 1),
-        steady_images_per_s=round(account.rate(account.last_s), 1),
-    )
-    plan.before_success(run)
-    clear_attempts(run)
-    finish_run(run, account.parts, asdict(summary))
+        elapsed_s = time.time() - plan.started_s
+        summary = BatchSummary(
+            command=run.command,
+            out=str(run.out),
+            listed=run.manifest.num_rows,
+            done=account.rows - account.failed,
+            failed=account.failed,
+            errors=dict(account.errors.most_common()),
+            left_out=run.left_out,
+            shards_total=run.manifest.num_shards,
+            shards_resumed=account.resumed,
+            elapsed_s=round(elapsed_s, 3),
+            images_per_s=round(account.worked_rows / elapsed_s, 1),
+            steady_images_per_s=round(account.rate(account.last_s), 1),
+        )
+        plan.before_success(run)
+        clear_attempts(run)
+        finish_run(run, account.parts, asdict(summary))
     return summary
 
 

@@ -30,7 +30,6 @@ from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_fa
 from cifake_ray.storage.files import write_bytes, write_json
 from cifake_ray.storage.manifest import read_shard
 from cifake_ray.storage.parts import read_part
-from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.runs import Run, RunPlan
 from cifake_ray.storage.tables import TableSource, find_splits
 
@@ -119,7 +118,7 @@ def write_report(
         "Threshold": f"{bundle.calibration.threshold:.6f}",
     }
     page = render_report(
-        title=f"{bundle.architecture} on {resolve_path(config.shards, config.store).name}"
+        title=f"{bundle.architecture} on {source.root.name}"
         + (f", split {split}" if split else ""),
         metrics=metrics,
         figures=figures,

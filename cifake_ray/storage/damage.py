@@ -26,7 +26,7 @@ from cifake_ray.storage.files import (
     stamp_file,
 )
 from cifake_ray.storage.places import Place
-from cifake_ray.storage.runs import FILES_FIELDS, Run, read_run
+from cifake_ray.storage.runs import FILES_FIELDS, Run, require_run
 
 PART_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -41,9 +41,7 @@ class Damage:
 
 def open_finished(out: Place) -> Run:
     """The run of a folder that has one which has finished. StorageError otherwise."""
-    run = read_run(out)
-    if run is None:
-        raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
+    run = require_run(out)
     if not exists(out / "_SUCCESS"):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     return run

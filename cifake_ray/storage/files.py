@@ -42,12 +42,6 @@ def exists(place: Place) -> bool:
         return place.exists()
 
 
-def is_folder(place: Place) -> bool:
-    """Whether a place is a folder: in a bucket, a prefix of some key."""
-    with explain_errors(place):
-        return place.is_dir()
-
-
 def is_file(place: Place) -> bool:
     """Whether a place is a file. StorageError when that cannot be told."""
     with explain_errors(place):

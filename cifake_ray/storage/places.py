@@ -108,7 +108,7 @@ def is_inside(place: Place, folder: Place) -> bool:
             and isinstance(folder, Path)
             and place.resolve().is_relative_to(folder.resolve())
         )
-    return f"{place}/".startswith(f"{str(folder).rstrip('/')}/")
+    return f"{str(place).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
 def resolve_local(uri: str, what: str) -> Path:

@@ -130,6 +130,14 @@ def read_run(out: Place) -> Run | None:
         ) from error
 
 
+def require_run(out: Place) -> Run:
+    """The run of an output folder. StorageError when there is none."""
+    run = read_run(out)
+    if run is None:
+        raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
+    return run
+
+
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """`epochs: 5 there, 6 here` for every setting that differs."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

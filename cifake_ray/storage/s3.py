@@ -16,6 +16,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
@@ -190,11 +191,10 @@ class S3Client:
                 decode_content=False,
             )
             max_bytes = request.max_bytes if response.status == 200 else MAX_ANSWER_BYTES
-            try:
+            with ExitStack() as stack:
+                stack.callback(response.close)  # else its rest would be read as the next answer
                 data = _read_body(response, max_bytes, deadline_s)
-            except BaseException:
-                response.close()  # what is left of it would be read as the next answer
-                raise
+                stack.pop_all()
             response.release_conn()
             if response.status == 200:
                 return parse(data)

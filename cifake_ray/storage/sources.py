@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from upath import UPath
-
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError
@@ -19,7 +17,7 @@ from cifake_ray.storage.folders import FolderSource
 from cifake_ray.storage.inventories import INVENTORY_NAME, InventorySource
 from cifake_ray.storage.listing import KeyFilter, Source
 from cifake_ray.storage.lists import ListSource
-from cifake_ray.storage.places import Place, explain_errors, resolve_path
+from cifake_ray.storage.places import Place, explain_errors, is_inside, resolve_path
 from cifake_ray.storage.stores import StoreSource
 from cifake_ray.storage.tables import TableSource, open_parquet
 
@@ -98,13 +96,7 @@ def detect_kind(place: Place, uri: str) -> str:
 
 def check_outside(out: Place, source: Place) -> None:
     """ValueError when the output would lie inside the source."""
-    if isinstance(out, Path) and isinstance(source, Path):
-        is_inside = out.resolve().is_relative_to(source.resolve())
-    elif isinstance(out, UPath) and isinstance(source, UPath) and type(out.fs) is type(source.fs):
-        is_inside = f"{out.path.rstrip('/')}/".startswith(f"{source.path.rstrip('/')}/")
-    else:
-        is_inside = False
-    if is_inside:
+    if is_inside(out, source):
         raise ValueError(
             f"the output {out} lies inside the source {source}; choose a folder outside it, or the"
             " output would become input"

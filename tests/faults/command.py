@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.storage.samples import write_sample
+
+
+def make_images(factory: pytest.TempPathFactory, num_images: int) -> Path:
+    """A folder with a sample of images."""
+    folder = factory.mktemp("sample") / "images"
+    return write_sample(SampleConfig(out=str(folder), images=num_images))
+
+
+def make_env(**variables: str) -> dict[str, str]:
+    """The environment of this moment, for a process of its own."""
+    return {**os.environ, "RAY_AUTH_MODE": "disabled", **variables}
 
 
 def start_command(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import run_command
+from faults.command import make_env, make_images, run_command
 from s3_server import S3Server
-
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,20 +20,14 @@ NUM_IMAGES = 240
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("s3") / "images"
-    return write_sample(SampleConfig(out=str(folder), images=NUM_IMAGES))
+    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 @pytest.fixture
 def env(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A process of its own, whose Ray writes its logs where the test can read them."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # names of sockets must be short
-        yield {
-            **os.environ,
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_TMPDIR": folder,
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        }
+        yield make_env(RAY_TMPDIR=folder, XDG_CACHE_HOME=str(tmp_path / "cache"))
 
 
 def upload(server: S3Server, bucket: str, folder: Path, prefix: str) -> None:

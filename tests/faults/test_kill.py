@@ -7,16 +7,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
+from faults.command import make_images, run_command, start_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,21 +21,9 @@ NUM_IMAGES = 3_000
 NUM_KILLS = 3
 
 
-def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cifake_ray", *arguments, "--json"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def finish(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
-    process = start(arguments, env)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    result: dict[str, Any] = json.loads(output)
+    code, result, errors = run_command(arguments, env)
+    assert code == 0, errors
     return result
 
 
@@ -50,15 +35,8 @@ def kill_in(process: subprocess.Popen[str], seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def env() -> dict[str, str]:
-    return {**os.environ, "RAY_AUTH_MODE": "disabled"}
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(
-        SampleConfig(out=str(tmp_path_factory.mktemp("kill") / "images"), images=NUM_IMAGES)
-    )
+    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +59,7 @@ def disturb(
     finished = 0
     for number in range(NUM_KILLS):
         share = (number + rng.random()) / NUM_KILLS  # early, in the middle, late
-        kill_in(start(arguments, env), share * elapsed_s)
+        kill_in(start_command(arguments, env), share * elapsed_s)
         parts = list(out.glob("*/part-*"))
         assert all(path.stat().st_size for path in parts), "half a shard is visible"
         assert len(parts) >= finished, "a finished shard is gone"
@@ -120,7 +98,7 @@ def test_a_killed_training_takes_the_same_steps(
     whole = finish(arguments(tmp_path / "whole", "0"), env)
     run = tmp_path / "run"
     for epochs in kills:  # once so many are committed, somewhere in the next
-        process = start(arguments(run, workers), env)
+        process = start_command(arguments(run, workers), env)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:
             history = run / "history.jsonl"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -13,10 +11,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from faults.command import end_command, make_images, start_command
 from ray.cluster_utils import Cluster
-
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,32 +21,18 @@ SHARD_SIZE = 25
 
 
 @pytest.fixture(scope="module")
-def env() -> dict[str, str]:
-    return {**os.environ, "RAY_AUTH_MODE": "disabled"}
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(
-        SampleConfig(out=str(tmp_path_factory.mktemp("nodes") / "images"), images=NUM_IMAGES)
-    )
+    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 def start(verb: str, source: Path, out: Path, env: dict[str, str], *options: str) -> Any:
-    words = [sys.executable, "-m", "cifake_ray", verb, str(source), str(out), *options]
-    return subprocess.Popen(
-        [*words, "--shard-size", str(SHARD_SIZE), "--json"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [verb, str(source), str(out), "--shard-size", str(SHARD_SIZE), *options]
+    return start_command(words, env)
 
 
 def finish(process: Any, code: int = 0, timeout_s: float = 300) -> dict[str, Any]:
-    output, errors = process.communicate(timeout=timeout_s)
-    assert process.returncode == code, errors
-    result: dict[str, Any] = json.loads(output)
+    found, result, errors = end_command(process, timeout_s)
+    assert found == code, errors
     return result
 
 

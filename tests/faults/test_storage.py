@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import end_command, run_command, start_command
+from faults.command import end_command, make_images, run_command, start_command
 from faults.proxy import run_proxy
 from s3_server import S3Server
-
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,8 +22,7 @@ NUM_IMAGES = 120
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage") / "images"
-    return write_sample(SampleConfig(out=str(folder), images=NUM_IMAGES))
+    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 def read_rows(tables: list[pa.Table]) -> dict[str, dict[str, object]]:
@@ -54,14 +49,13 @@ def same_scores(first: dict[str, dict[str, object]], second: dict[str, dict[str,
 
 
 def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
-    s3_env: S3Server, images: Path, tmp_path: Path
+    s3_env: S3Server, store_env: dict[str, str], images: Path, tmp_path: Path
 ) -> None:
     bucket = s3_env.make_bucket()
     keys = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
     for key in keys:
         s3_env.put(bucket, f"in/{key}", (images / key).read_bytes())
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    code, _, errors = run_command(["score", str(images), str(tmp_path / "whole")], env)
+    code, _, errors = run_command(["score", str(images), str(tmp_path / "whole")], store_env)
     assert code == 0, errors
     whole = read_folder(tmp_path / "whole" / "scores")
 
@@ -76,7 +70,7 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
         proxy.fail("status", status=500, times=8, path=".jpg")
         out = str(tmp_path / "out")
         arguments = ["score", f"s3://{bucket}/in", out, "--s3-endpoint-url", proxy.endpoint]
-        code, summary, errors = run_command(arguments, env)
+        code, summary, errors = run_command(arguments, store_env)
         assert code == 3, errors  # 4 of 120 are more than the default budget
         expected = {"not_found": 1, "changed": 1, "io_throttled": 1, "denied": 1}
         assert summary["errors"] == expected
@@ -94,7 +88,7 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
         # The store is well again: what may have passed is tried again, and only that.
         proxy.faults.clear()
         proxy.seen.clear()
-        code, summary, errors = run_command([*arguments, "--retry-errors"], env)
+        code, summary, errors = run_command([*arguments, "--retry-errors"], store_env)
         assert code == 3, errors
         assert summary["errors"] == {"not_found": 1, "changed": 1}
         fetched = {seen.target.partition("/in/")[2] for seen in proxy.requests(".jpg")}
@@ -107,13 +101,12 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
 
 @pytest.mark.parametrize("where", ["bucket", "folder"])
 def test_two_runs_on_one_output_leave_one_set_of_rows(
-    s3_env: S3Server, images: Path, tmp_path: Path, where: str
+    s3_env: S3Server, store_env: dict[str, str], images: Path, tmp_path: Path, where: str
 ) -> None:
     bucket = s3_env.make_bucket()
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     out = f"s3://{bucket}/out" if where == "bucket" else str(tmp_path / "out")
     arguments = ["score", str(images), out, "--shard-size", "20", "--num-workers", "1"]
-    processes = [start_command(arguments, env) for _ in range(2)]
+    processes = [start_command(arguments, store_env) for _ in range(2)]
     for process in processes:
         code, summary, errors = end_command(process)
         assert code == 0, errors
@@ -124,7 +117,7 @@ def test_two_runs_on_one_output_leave_one_set_of_rows(
         else read_folder(tmp_path / "out" / "scores")
     )
     assert len(rows) == NUM_IMAGES
-    code, verdict, _ = run_command(["verify", out], env)
+    code, verdict, _ = run_command(["verify", out], store_env)
     assert (code, verdict["damaged"]) == (0, {})
 
 
@@ -145,9 +138,8 @@ def remount(folder: Path, options: str) -> None:
 
 
 def test_a_full_disk_ends_the_run_and_more_space_lets_it_go_on(
-    images: Path, small_disk: Path
+    env: dict[str, str], images: Path, small_disk: Path
 ) -> None:
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     arguments = ["convert", str(images), str(small_disk / "out"), "--shard-size", "20"]
     code, result, _ = run_command(arguments, env)
     assert code == 4
@@ -161,8 +153,9 @@ def test_a_full_disk_ends_the_run_and_more_space_lets_it_go_on(
     assert len(read_folder(small_disk / "out" / "shards")) == NUM_IMAGES
 
 
-def test_a_read_only_output_is_refused_at_once(images: Path, small_disk: Path) -> None:
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+def test_a_read_only_output_is_refused_at_once(
+    env: dict[str, str], images: Path, small_disk: Path
+) -> None:
     remount(small_disk, "ro")
     code, result, _ = run_command(["convert", str(images), str(small_disk / "out")], env)
     assert code == 4

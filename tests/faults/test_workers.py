@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from faults.command import make_env, make_images
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.samples import write_sample
@@ -74,14 +75,12 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(paths)}
+    return make_env(PYTHONPATH=os.pathsep.join(paths))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(
-        SampleConfig(out=str(tmp_path_factory.mktemp("workers") / "images"), images=NUM_IMAGES)
-    )
+    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 def make_command(verb: str, source: Path, out: Path, *options: str) -> list[str]:
