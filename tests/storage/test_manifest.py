@@ -176,7 +176,7 @@ def test_many_shards_span_several_files_and_each_is_found(tmp_path: Path) -> Non
     assert [file.num_shards for file in manifest.files] == [SHARDS_PER_FILE, SHARDS_PER_FILE, 10]
     assert [file.first_shard for file in manifest.files] == [0, 256, 512]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f.name for f in manifest.files]
-    run = Run(tmp_path, "score", "scores", {}, {}, manifest, {})
+    run = Run(tmp_path, "score", {}, {}, manifest, {})
     for shard in (0, 1, 255, 256, 300, 511, 512, 521):
         rows = read_shard(tmp_path, run.find_file(shard), shard)
         assert rows.column("key").to_pylist() == [f"{shard:04}"]
