@@ -232,7 +232,9 @@ class TrainConfig(ClusterConfig):
     weight_decay: Annotated[float, Doc("AdamW weight decay, on weights with 2 axes or more")] = 0.01
     warmup: Annotated[float, Doc("Share of the steps in which the rate rises, 0 to 1")] = 0.2
     label_smoothing: Annotated[float, Doc("0 to 1")] = 0.0
-    flip: Annotated[bool, Doc("Mirror half of the images, drawn anew each epoch")] = True
+    augment: Annotated[
+        str, Doc("Augmentation: none, flip, seed, strong, or a YAML file of its steps")
+    ] = "flip"
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cifake_ray.config import TrainConfig
+from cifake_ray.core.augmentation import POLICIES, Augmentation, augment, draw_augmentation
 from cifake_ray.core.models import Detector, to_logit
 from cifake_ray.core.schema import FAKE
 from cifake_ray.errors import CifakeError
@@ -121,6 +122,7 @@ class Trainer:
         train: Images,
         val: Images,
         numerics: Numerics,
+        augmentation: Augmentation = POLICIES["flip"],
     ) -> None:
         """`wrapped` is the detector itself, or the detector in DistributedDataParallel."""
         is_distributed = dist.is_available() and dist.is_initialized()
@@ -128,6 +130,7 @@ class Trainer:
         self.num_ranks = dist.get_world_size() if is_distributed else 1
         self.detector, self.wrapped, self.config = detector, wrapped, config
         self.train_images, self.val_images, self.numerics = train, val, numerics
+        self.augmentation = augmentation
         self.batch_size = min(config.batch_size, len(train.labels))
         self.steps_per_epoch = count_steps(len(train.labels), self.batch_size)
         self.optimizer = make_optimizer(detector.network, config)
@@ -194,17 +197,18 @@ class Trainer:
         """This rank's share of each global batch: images, labels, size of the global batch."""
         rng = np.random.default_rng((self.config.seed, self.state.epoch))
         order = self.train_images.order_epoch(rng)
-        flips = rng.random(len(order)) < (0.5 if self.config.flip else 0.0)
+        mirrored = rng.random(len(order)) < self.augmentation.flip
         for step in range(self.steps_per_epoch):
-            start = step * self.batch_size
-            share = slice(start + self.rank, start + self.batch_size, self.num_ranks)
+            start, stop = step * self.batch_size, (step + 1) * self.batch_size
+            share = slice(start + self.rank, stop, self.num_ranks)
             indices = order[share]
             images = self._to_device(torch.from_numpy(self.train_images.read(indices)))
             labels = self._to_device(torch.from_numpy(self.train_images.labels[indices]))
-            if self.config.flip:
-                mirrored = self._to_device(torch.from_numpy(flips[share]))
-                images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-            yield images, labels, self.batch_size
+            # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
+            step_rng = np.random.default_rng((self.config.seed, self.state.epoch, step + 1))
+            draws = draw_augmentation(step_rng, mirrored[start:stop])
+            dealt = draws.deal(self.rank, self.num_ranks)
+            yield augment(images, self.augmentation, dealt), labels, self.batch_size
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.numerics.device == "cpu":

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.core.augmentation import Augmentation, parse_augmentation
 from cifake_ray.core.calibration import calibrate
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
@@ -35,6 +36,7 @@ from cifake_ray.stages.cluster import (
     place_workers,
 )
 from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
 from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.training import (
@@ -86,7 +88,12 @@ def train_detector(
     )
     run = TrainingRun(resolve_path(config.run, config.store))
     rows = read_training_rows(config)
-    settings = {**effective_settings(config), "rows": rows.hash_rows()}
+    augmentation = read_augmentation(config)
+    settings = {
+        **effective_settings(config),
+        "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
+        "rows": rows.hash_rows(),
+    }
     torch.manual_seed(config.seed)
     detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
     if config.dry_run:
@@ -109,15 +116,16 @@ def train_detector(
                 config.device == "auto" and torch.cuda.is_available()
             )
             threads = config.cpus_per_worker or count_local_cpus()
-            train_worker({"config": asdict(config), "use_gpu": use_gpu, "num_threads": threads})
+            payload = {"config": asdict(config), "augmentation": augmentation.to_dict()}
+            train_worker({**payload, "use_gpu": use_gpu, "num_threads": threads})
         else:
-            _train_on_ray(config, run)
+            _train_on_ray(config, run, augmentation)
     summary = _summarise(config, run, resumed, detector.num_parameters, started_s)
     run.write_success(asdict(summary))
     return asdict(summary)
 
 
-def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
+def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentation) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -136,6 +144,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
             train_worker,
             train_loop_config={
                 "config": asdict(config),
+                "augmentation": augmentation.to_dict(),
                 "use_gpu": use_gpu,
                 "num_threads": placement.cpus_per_worker,
             },
@@ -190,7 +199,13 @@ def train_worker(payload: dict[str, Any]) -> None:
     data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
     wrapped, report = _join_group(config, detector, device)
     trainer = Trainer(
-        detector, wrapped, config, data.train, data.val, choose_numerics(device, config.precision)
+        detector,
+        wrapped,
+        config,
+        data.train,
+        data.val,
+        choose_numerics(device, config.precision),
+        parse_augmentation(payload["augmentation"]),
     )
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(_load_checkpoint(checkpoint, run))
@@ -246,6 +261,7 @@ def _write_best(
     shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
     training = {
         **settings,
+        "augment": trainer.augmentation.to_dict(),
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
         "best_epoch": best_epoch(state.history),

@@ -18,6 +18,7 @@ import torch.multiprocessing
 from torch import nn
 
 from cifake_ray.config import TrainConfig
+from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps, make_optimizer
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
@@ -69,6 +70,7 @@ def make_trainer(
     train: ArrayImages | None = None,
     val: ArrayImages | None = None,
     numerics: Numerics = CPU,
+    augmentation: Augmentation = POLICIES["flip"],
     **settings: Any,
 ) -> Trainer:
     values = {"epochs": 3, "batch_size": 16, "lr": 0.01, **settings}
@@ -81,6 +83,7 @@ def make_trainer(
         ArrayImages(100) if train is None else train,
         ArrayImages(40, seed=1) if val is None else val,
         numerics,
+        augmentation,
     )
 
 
@@ -253,7 +256,7 @@ def find_flips(trainer: Trainer) -> dict[bytes, bool]:
 
 
 def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
-    trainer = make_trainer(flip=True)
+    trainer = make_trainer()
     first = find_flips(trainer)
     trainer.state.epoch = 1
     second = find_flips(trainer)
@@ -263,7 +266,42 @@ def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
 
 
 def test_no_image_is_mirrored_unless_asked() -> None:
-    assert not any(find_flips(make_trainer(flip=False)).values())
+    assert not any(find_flips(make_trainer(augmentation=POLICIES["none"])).values())
+
+
+def draw_pixels(trainer: Trainer) -> torch.Tensor:
+    """All images of the epoch, as the network would see them."""
+    return torch.cat([batch[0] for batch in trainer._draw_batches()])
+
+
+def test_flips_are_those_of_the_epoch_generator() -> None:
+    """The stream of numbers that makes an old recipe give its old weights."""
+    trainer = make_trainer(seed=3)
+    rng = np.random.default_rng((3, 0))
+    order = trainer.train_images.order_epoch(rng)
+    mirrored = rng.random(len(order)) < 0.5
+    pixels = trainer.train_images.read(order[:96])
+    pixels[mirrored[:96]] = pixels[mirrored[:96], :, ::-1]
+    assert np.array_equal(draw_pixels(trainer).numpy(), pixels)
+
+
+def test_each_epoch_and_seed_augments_anew_and_the_same_ones_alike() -> None:
+    trainers = [make_trainer(augmentation=POLICIES["strong"], seed=seed) for seed in (1, 1, 2)]
+    first = [draw_pixels(trainer) for trainer in trainers]
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+    trainers[1].state.epoch = 1
+    assert not torch.equal(draw_pixels(trainers[1]), first[0])
+
+
+def test_ranks_are_dealt_the_augmented_batch_of_one() -> None:
+    whole, *ranks = (make_trainer(augmentation=POLICIES["strong"]) for _ in range(3))
+    for rank, trainer in enumerate(ranks):
+        trainer.rank, trainer.num_ranks = rank, 2
+    batches = zip(*(t._draw_batches() for t in (whole, *ranks)), strict=True)
+    for one, left, right in batches:
+        assert torch.equal(one[0][0::2], left[0])
+        assert torch.equal(one[0][1::2], right[0])
 
 
 def test_labels_stay_with_their_images() -> None:

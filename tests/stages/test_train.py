@@ -65,6 +65,22 @@ def test_another_config_on_the_same_run_is_refused(shards: Path, tmp_path: Path)
         run_train(shards, tmp_path / "run", lr=0.1)
 
 
+def test_augmentation_is_what_its_file_holds(shards: Path, tmp_path: Path) -> None:
+    policy, moved = tmp_path / "policy.yaml", tmp_path / "moved.yaml"
+    policy.write_text("flip: 0.5\nrotation: 10\nshift: 0.1\n")
+    moved.write_text("shift: 0.1\nflip: 0.5\nrotation: 10\n")
+    run = tmp_path / "run"
+    run_train(shards, run, epochs=1, augment=str(policy))
+    run_train(shards, run, epochs=1, augment=str(moved))
+    run_train(shards, run, epochs=1, augment="seed")
+    with pytest.raises(RunMismatch, match="augment"):
+        run_train(shards, run, epochs=1, augment="flip")
+    facts = load_bundle(run / "bundle")[1]
+    assert facts.training["augment"] == {"flip": 0.5, "rotation": 10, "shift": 0.1}
+    run_train(shards, tmp_path / "plain", epochs=1, augment="none")
+    assert read_losses(run) != read_losses(tmp_path / "plain")
+
+
 def test_a_run_killed_before_its_bundle_ends_with_the_same_bundle(
     shards: Path, tmp_path: Path
 ) -> None:
