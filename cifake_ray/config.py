@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 Fit = Literal["resize", "crop"]
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+Monitor = Literal["val_accuracy", "val_loss", "val_auroc"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 
@@ -235,6 +236,13 @@ class TrainConfig(ClusterConfig):
     augment: Annotated[
         str, Doc("Augmentation: none, flip, seed, strong, or a YAML file of its steps")
     ] = "flip"
+    monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
+    patience: Annotated[
+        int | None, Doc("Stop after so many epochs without a better one (default: never)")
+    ] = None
+    min_delta: Annotated[
+        float, Doc("What must be gained for --patience to count an epoch as better")
+    ] = 0.0
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
@@ -266,8 +274,12 @@ class TrainConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker")
-        _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures")
+        _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience")
+        _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
+        _check(
+            self.min_delta == 0 or self.patience is not None,
+            "--min-delta needs --patience: without it no epoch is counted",
+        )
         _check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
         for name in ("warmup", "label_smoothing"):
             value = getattr(self, name)

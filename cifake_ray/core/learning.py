@@ -11,18 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation, augment, draw_augmentation
 from cifake_ray.core.models import Detector, to_logit
 from cifake_ray.core.schema import FAKE
+from cifake_ray.core.stopping import Patience, to_score
 from cifake_ray.errors import CifakeError
 
 EVAL_BATCH_SIZE = 512
@@ -49,7 +51,7 @@ class TrainState:
     epoch: int = 0  # epochs finished
     step: int = 0  # optimiser steps taken
     history: list[dict[str, Any]] = field(default_factory=list)
-    best_accuracy: float = -1.0
+    patience: Patience = field(default_factory=Patience)
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     best_logit: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -141,9 +143,12 @@ class Trainer:
     def fit(self, save: Callable[[], None]) -> None:
         """Train the epochs that are left; `save` is called after each, on every rank.
 
-        CifakeError when the loss is no longer finite.
+        Ends before the last epoch when `--patience` is over. CifakeError when the loss is no
+        longer finite.
         """
-        while self.state.epoch < self.config.epochs:
+        while self.state.epoch < self.config.epochs and not self.state.patience.is_over(
+            self.config.patience
+        ):
             started_s = time.perf_counter()
             train_loss = self._train_epoch()
             trained_s = time.perf_counter()
@@ -155,8 +160,8 @@ class Trainer:
             row["images_per_s"] = round(self.steps_per_epoch * self.batch_size / train_s, 1)
             self.state.epoch += 1
             self.state.history.append(row)
-            if row["val_accuracy"] > self.state.best_accuracy:
-                self.state.best_accuracy = row["val_accuracy"]
+            score = self._agree(to_score(row, self.config.monitor))
+            if self.state.patience.watch(score, self.config.min_delta):
                 self.state.best_logit = logit
                 self.state.best_weights = {
                     name: t.detach().cpu().clone()
@@ -210,6 +215,14 @@ class Trainer:
             dealt = draws.deal(self.rank, self.num_ranks)
             yield augment(images, self.augmentation, dealt), labels, self.batch_size
 
+    def _agree(self, value: float) -> float:
+        """Rank 0's value: another processor may round the last digit of its own differently."""
+        if self.num_ranks == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.numerics.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.numerics.device == "cpu":
             return tensor
@@ -236,7 +249,11 @@ class Trainer:
         return logit.cpu()
 
     def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
-        """A row of the history."""
+        """A row of the history. CifakeError when there is nothing to measure."""
+        if not logit.isfinite().all():
+            raise CifakeError(
+                f"validation outputs became infinite in epoch {self.state.epoch + 1}; lower --lr"
+            )
         is_fake = torch.from_numpy(self.val_images.labels == FAKE)
         loss = nn.functional.binary_cross_entropy_with_logits(logit, is_fake.float())
         return {
@@ -245,6 +262,7 @@ class Trainer:
             "train_loss": round(train_loss, 6),
             "val_loss": round(float(loss), 6),
             "val_accuracy": round(float(((logit >= 0) == is_fake).double().mean()), 6),
+            "val_auroc": round(float(roc_auc_score(is_fake, logit)), 6),
             "lr": self.schedule.get_last_lr()[0],
         }
 
@@ -255,7 +273,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "state": dict(self.state.__dict__),
+            "state": {**self.state.__dict__, "patience": asdict(self.state.patience)},
             "rng": torch.get_rng_state(),
         }
 
@@ -265,5 +283,6 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        self.state = TrainState(**checkpoint["state"])
+        state = checkpoint["state"]
+        self.state = TrainState(**{**state, "patience": Patience(**state["patience"])})
         torch.set_rng_state(checkpoint["rng"])

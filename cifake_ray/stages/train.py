@@ -26,6 +26,7 @@ from cifake_ray.core.calibration import calibrate
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.models import Detector, build_detector
+from cifake_ray.core.stopping import best_epoch, explain_end
 from cifake_ray.errors import CifakeError, StorageError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.cluster import (
@@ -64,6 +65,7 @@ class TrainSummary:
     unusable: dict[str, int]
     epochs: int
     epochs_resumed: int
+    stopped: str  # why it ended
     steps: int
     best_epoch: int
     val_accuracy: float
@@ -264,7 +266,7 @@ def _write_best(
         "augment": trainer.augmentation.to_dict(),
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
-        "best_epoch": best_epoch(state.history),
+        "best_epoch": best_epoch(state.history, config.monitor),
         "steps": state.step,
     }
     card = model_card(
@@ -288,18 +290,13 @@ def _write_best(
     )
 
 
-def best_epoch(history: list[dict[str, Any]]) -> int:
-    """The first epoch with the highest validation accuracy."""
-    return int(max(history, key=lambda row: (row["val_accuracy"], -row["epoch"]))["epoch"])
-
-
 def _summarise(
     config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
 ) -> TrainSummary:
     history = run.read_history()
     bundle = read_bundle_facts(run.bundle_path)
     training = bundle.training
-    best = best_epoch(history)
+    best = best_epoch(history, config.monitor)
     train_s = sum(row["train_s"] for row in history)
     images = sum(row["images_per_s"] * row["train_s"] for row in history)
     return TrainSummary(
@@ -313,6 +310,7 @@ def _summarise(
         unusable=training["unusable"],
         epochs=len(history),
         epochs_resumed=resumed,
+        stopped=explain_end(history, config),
         steps=history[-1]["step"],
         best_epoch=best,
         val_accuracy=history[best - 1]["val_accuracy"],

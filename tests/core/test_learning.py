@@ -23,6 +23,7 @@ from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps, make_optimizer
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
 from cifake_ray.core.schema import FAKE
+from cifake_ray.core.stopping import best_epoch, explain_end
 from cifake_ray.errors import CifakeError
 
 SIZE = 8
@@ -155,7 +156,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped() -> None:
     assert fit(resumed) == expected
     assert_equal(weights_of(resumed), weights_of(whole))
     assert torch.equal(resumed.state.best_logit, whole.state.best_logit)
-    assert resumed.state.best_accuracy == whole.state.best_accuracy
+    assert resumed.state.patience == whole.state.patience
 
 
 def test_a_checkpoint_is_not_changed_by_training_on() -> None:
@@ -179,7 +180,7 @@ def test_the_best_epoch_is_kept_not_the_last() -> None:
     accuracy, weights = max(seen, key=lambda pair: pair[0])  # the first of the highest
     assert accuracy > seen[-1][0]
     assert_equal(list(trainer.state.best_weights.values()), weights)
-    assert trainer.state.best_accuracy == accuracy
+    assert trainer.state.patience.best_score == accuracy
 
 
 def test_a_loss_that_is_no_number_ends_training_with_a_remedy() -> None:
@@ -220,6 +221,104 @@ def test_decay_spares_biases_and_norms() -> None:
         "2.weight": 0.1,
         "2.bias": 0.0,
     }
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+class Scripted(Trainer):
+    """Trains as ever, but validation says what the script says."""
+
+    script: tuple[float, ...] = ()
+
+    def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
+        row = super()._measure(logit, train_loss)
+        return {**row, self.config.monitor: self.script[self.state.epoch]}
+
+
+def make_scripted(*script: float, **settings: Any) -> Trainer:
+    trainer = make_trainer(epochs=len(script), **settings)
+    trainer.__class__ = Scripted
+    trainer.script = script  # type: ignore[attr-defined]
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "epochs"),
+    [
+        ((0.5, 0.6, 0.6, 0.5, 0.7), {"patience": 2}, 4),
+        ((0.5, 0.6, 0.6, 0.7, 0.7), {"patience": 2}, 5),
+        ((0.5, 0.6, 0.6, 0.5, 0.7), {}, 5),
+        ((0.5, 0.4, 0.9), {"patience": 1}, 2),
+        ((0.5, 0.52, 0.54, 0.9), {"patience": 2, "min_delta": 0.05}, 3),
+        ((0.5, 0.53, 0.56, 0.9), {"patience": 2, "min_delta": 0.05}, 4),
+        ((0.5, 0.6, 0.7, 0.4), {"patience": 2, "monitor": "val_loss"}, 3),
+        ((0.7, 0.6, 0.5, 0.4), {"patience": 1, "monitor": "val_loss"}, 4),
+        ((0.7, 0.6, 0.8), {"patience": 1, "monitor": "val_auroc"}, 2),
+    ],
+)
+def test_patience_ends_training_when_nothing_better_came(
+    script: tuple[float, ...], settings: dict[str, Any], epochs: int
+) -> None:
+    trainer = make_scripted(*script, **settings)
+    history = fit(trainer)
+    assert len(history) == epochs
+    all_done = epochs == len(script)
+    end = explain_end(history, trainer.config)
+    assert end == (
+        f"all {epochs} epochs done"
+        if all_done
+        else f"{trainer.config.monitor} no better for {trainer.config.patience} epochs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"), [("val_accuracy", 2), ("val_auroc", 2), ("val_loss", 3)]
+)
+def test_the_monitor_says_which_epoch_is_kept(monitor: str, best: int) -> None:
+    trainer = make_scripted(0.5, 0.9, 0.3, 0.9, monitor=monitor)
+    seen: list[list[torch.Tensor]] = []
+    fit(trainer, lambda: seen.append(weights_of(trainer)))
+    assert best_epoch(trainer.state.history, trainer.config.monitor) == best
+    assert_equal(list(trainer.state.best_weights.values()), seen[best - 1])
+
+
+def test_a_resumed_wait_goes_on_counting_and_a_finished_one_stays_finished() -> None:
+    settings = {"patience": 3}
+    whole = make_scripted(0.8, 0.7, 0.7, 0.7, 0.9, **settings)
+    checkpoints: list[bytes] = []
+
+    def save() -> None:
+        buffer = io.BytesIO()
+        torch.save(whole.to_checkpoint(), buffer)
+        checkpoints.append(buffer.getvalue())
+
+    torch.manual_seed(3)
+    expected = fit(whole, save)
+    assert len(checkpoints) == 4
+    for checkpoint in (checkpoints[1], checkpoints[3]):
+        resumed = make_scripted(0.8, 0.7, 0.7, 0.7, 0.9, **settings)
+        resumed.resume(torch.load(io.BytesIO(checkpoint), weights_only=True))
+        assert fit(resumed) == expected
+        assert_equal(weights_of(resumed), weights_of(whole))
+
+
+def test_the_history_holds_the_area_under_the_curve() -> None:
+    trainer = make_trainer()
+    logit = torch.tensor(trainer.val_images.labels - 0.5, dtype=torch.float32)
+    assert trainer._measure(logit, 0.0)["val_auroc"] == 1.0
+    assert trainer._measure(-logit, 0.0)["val_auroc"] == 0.0
+
+
+def test_outputs_that_are_no_numbers_end_training_with_a_remedy() -> None:
+    trainer = make_trainer()
+    with pytest.raises(CifakeError, match="outputs became infinite in epoch 1; lower --lr"):
+        trainer._measure(torch.full((40,), torch.nan), 0.0)
+
+
+def test_a_gain_without_patience_is_refused() -> None:
+    with pytest.raises(ValueError, match="--min-delta needs --patience"):
+        TrainConfig(shards="s", run="r", min_delta=0.1)
 
 
 # --- batches -------------------------------------------------------------------------------------

@@ -125,6 +125,21 @@ def test_the_bundle_is_the_best_epoch(shards: Path, tmp_path: Path) -> None:
     assert detector.num_parameters == 39_132
 
 
+def test_early_stopping_is_said_and_keeps_the_best(shards: Path, tmp_path: Path) -> None:
+    """A rate of almost nothing: the first epoch stays the best by the digits that are kept."""
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 9, "lr": 1e-12, "patience": 2, "augment": "none"}
+    summary = run_train(shards, run, **options)
+    assert summary["stopped"] == "val_accuracy no better for 2 epochs"
+    assert (summary["epochs"], summary["best_epoch"]) == (3, 1)
+    weights = (run / "bundle" / "model.safetensors").read_bytes()
+    (run / "_SUCCESS").unlink()
+    shutil.rmtree(run / "bundle")
+    again = run_train(shards, run, **options)
+    assert (again["epochs"], again["stopped"]) == (3, summary["stopped"])
+    assert (run / "bundle" / "model.safetensors").read_bytes() == weights
+
+
 def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
     summary = run_train(
         shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers=1
