@@ -124,12 +124,12 @@ class Draws:
     uniform: dict[str, np.ndarray]  # float64[B] in [0, 1), by the names in DRAWN
     noise_seed: np.ndarray  # int64[B]
 
-    def deal(self, rank: int, num_ranks: int) -> Draws:
-        """The share of one rank."""
+    def take(self, places: np.ndarray) -> Draws:
+        """Those of some images: `places` int64[N] in the batch."""
         return Draws(
-            self.mirrored[rank::num_ranks],
-            {name: values[rank::num_ranks] for name, values in self.uniform.items()},
-            self.noise_seed[rank::num_ranks],
+            self.mirrored[places],
+            {name: values[places] for name, values in self.uniform.items()},
+            self.noise_seed[places],
         )
 
 

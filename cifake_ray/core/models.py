@@ -7,6 +7,7 @@ seconds to import, so it is imported only when one of its networks is asked for.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,14 +74,20 @@ def to_logit(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def build_detector(
-    architecture: str, *, image_size: int | None = None, fit: Fit = "resize"
+    architecture: str,
+    *,
+    image_size: int | None = None,
+    fit: Fit = "resize",
+    drop_path: float = 0.0,
 ) -> Detector:
     """A detector with fresh weights, drawn from torch's global generator.
 
-    `image_size` None is the architecture's own. ValueError for an unknown architecture or a size it
-    cannot take.
+    `image_size` None is the architecture's own. ValueError for an unknown architecture, or a size
+    or a `drop_path` it cannot take.
     """
     if architecture == "cnn":
+        if drop_path:
+            raise ValueError("--drop-path: cnn has no paths to drop; leave it out")
         if image_size not in (None, 32):
             raise ValueError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
         preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
@@ -97,10 +104,13 @@ def build_detector(
     size = image_size or own_size
     if cfg and cfg.fixed_input_size and size != own_size:
         options["img_size"] = size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
         network = timm.create_model(architecture, **options)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"--model {architecture} with --image-size {size}: {error}") from error
+        asked = f"--image-size {size}" + (f" and --drop-path {drop_path}" if drop_path else "")
+        raise ValueError(f"--model {architecture} with {asked}: {error}") from error
     (r, g, b), (r_std, g_std, b_std) = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
     preprocessing = Preprocessing(
         image_size=size, fit=fit, mean=(r, g, b), std=(r_std, g_std, b_std)
@@ -108,6 +118,14 @@ def build_detector(
     detector = Detector(architecture, network, preprocessing)
     check_size(detector)
     return detector
+
+
+def find_head(network: nn.Module) -> nn.Module:
+    """The classifier: timm's own word for it, else the last linear layer."""
+    find: Callable[[], nn.Module] | None = getattr(network, "get_classifier", None)
+    if find is not None:
+        return find()
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def list_architectures(pattern: str) -> dict[str, str]:

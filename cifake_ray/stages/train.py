@@ -25,7 +25,8 @@ from cifake_ray.core.augmentation import Augmentation, parse_augmentation
 from cifake_ray.core.calibration import calibrate
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
-from cifake_ray.core.models import Detector, build_detector
+from cifake_ray.core.models import Detector
+from cifake_ray.core.recipe import build_trainee, make_optimizer
 from cifake_ray.core.stopping import best_epoch, explain_end
 from cifake_ray.errors import CifakeError, StorageError
 from cifake_ray.report.text import model_card
@@ -97,7 +98,8 @@ def train_detector(
         "rows": rows.hash_rows(),
     }
     torch.manual_seed(config.seed)
-    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    detector = build_trainee(config)
+    make_optimizer(detector.network, config)  # refused here, not in every worker
     if config.dry_run:
         return {
             "command": "train",
@@ -196,7 +198,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(payload["num_threads"])
     torch.manual_seed(config.seed)
     device = "cuda" if payload["use_gpu"] else "cpu"
-    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    detector = build_trainee(config)
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
     wrapped, report = _join_group(config, detector, device)

@@ -20,8 +20,9 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.images import Preprocessing
-from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps, make_optimizer
+from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
+from cifake_ray.core.recipe import make_optimizer
 from cifake_ray.core.schema import FAKE
 from cifake_ray.core.stopping import best_epoch, explain_end
 from cifake_ray.errors import CifakeError
@@ -526,14 +527,14 @@ def test_architectures_are_listed_by_glob() -> None:
 # --- several ranks -------------------------------------------------------------------------------
 
 
-def make_ddp_trainer(train: ArrayImages, val: ArrayImages) -> Trainer:
-    trainer = make_trainer(train, val, epochs=2, batch_size=15, label_smoothing=0.1)
+def make_ddp_trainer(train: ArrayImages, val: ArrayImages, options: dict[str, Any]) -> Trainer:
+    trainer = make_trainer(train, val, epochs=2, batch_size=15, label_smoothing=0.1, **options)
     trainer.detector.network[3].p = 0.0  # type: ignore[index, union-attr]
     trainer.wrapped = nn.parallel.DistributedDataParallel(trainer.detector)
     return trainer
 
 
-def run_rank(rank: int, num_ranks: int, folder: str) -> None:
+def run_rank(rank: int, num_ranks: int, folder: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # where the host's own name need not resolve
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -542,7 +543,7 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
     )
     try:
         train, val = ArrayImages(50), ArrayImages(31, seed=1)
-        trainer = make_ddp_trainer(train, val)
+        trainer = make_ddp_trainer(train, val, options)
         gradients: list[list[torch.Tensor]] = []
         step = trainer.optimizer.step
 
@@ -567,10 +568,18 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grad_accum": 2, "grad_clip": 0.1, "ema_decay": 0.9, "freeze_epochs": 1, "patience": 1},
+    ],
+    ids=["plain", "all at once"],
+)
+def test_two_ranks_train_as_one_does(tmp_path: Path, options: dict[str, Any]) -> None:
     results: dict[int, list[dict[str, Any]]] = {}
     for num_ranks in (1, 2):
-        torch.multiprocessing.spawn(run_rank, (num_ranks, str(tmp_path)), nprocs=num_ranks)
+        torch.multiprocessing.spawn(run_rank, (num_ranks, str(tmp_path), options), nprocs=num_ranks)
         results[num_ranks] = [
             torch.load(tmp_path / f"{num_ranks}-{rank}.pt", weights_only=True)
             for rank in range(num_ranks)
