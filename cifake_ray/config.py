@@ -229,6 +229,10 @@ class TrainConfig(ClusterConfig):
         str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
     ]
     model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    weights: Annotated[
+        str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
+    ] = None
+    pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimiser step, all workers together")] = 128
     optimizer: Annotated[Optimizer, Doc("What takes the steps; muon is for hidden layers")] = (
@@ -302,6 +306,14 @@ class TrainConfig(ClusterConfig):
         _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
         _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
         _check_least(self, 0, "mixup", "cutmix", "freeze_epochs")
+        _check(
+            self.weights is None or not self.pretrained,
+            "--weights and --pretrained: give one of them",
+        )
+        _check(
+            self.pretrained is False or self.model != "cnn",
+            "--pretrained: timm has no weights of cnn; give --weights, or leave it out",
+        )
         _check(
             self.min_delta == 0 or self.patience is not None,
             "--min-delta needs --patience: without it no epoch is counted",

@@ -122,9 +122,10 @@ def build_detector(
 
 def find_head(network: nn.Module) -> nn.Module:
     """The classifier: timm's own word for it, else the last linear layer."""
-    find: Callable[[], nn.Module] | None = getattr(network, "get_classifier", None)
+    find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
     if find is not None:
-        return find()
+        found: nn.Module | tuple[nn.Module, ...] = find()
+        return nn.ModuleList(found) if isinstance(found, tuple) else found
     return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
 
 

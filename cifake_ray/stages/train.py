@@ -9,7 +9,6 @@ alike, and does not need to know which it was.
 from __future__ import annotations
 
 import io
-import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.models import Detector
 from cifake_ray.core.recipe import build_trainee, make_optimizer
 from cifake_ray.core.stopping import best_epoch, explain_end
-from cifake_ray.errors import CifakeError, StorageError
+from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.cluster import (
     Placement,
@@ -41,6 +40,7 @@ from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
 from cifake_ray.storage.places import resolve_path, to_arrow
+from cifake_ray.storage.starting_weights import load_starting_weights
 from cifake_ray.storage.training import (
     TrainingData,
     locate_cache,
@@ -73,20 +73,26 @@ class TrainSummary:
     train_s: float  # in training epochs, over all attempts
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
+    weights: str | None = None  # what it started from, if not from fresh ones
 
 
 def train_detector(
-    config: TrainConfig, on_epoch: Callable[[dict[str, Any], int], None], started_s: float
+    config: TrainConfig,
+    on_epoch: Callable[[dict[str, Any], int], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    `on_epoch(row, epochs)` is called once for every finished epoch.
+    `on_epoch(row, epochs)` is called once for every finished epoch; `say` gets what a person should
+    know beside.
     """
     # Absolute before it travels: a Ray worker has another working folder.
     config = replace(
         config,
         shards=str(resolve_path(config.shards, config.store)),
         run=str(resolve_path(config.run, config.store)),
+        weights=config.weights and str(resolve_path(config.weights, config.store)),
         cache_dir=str(locate_cache(config.cache_dir)),
     )
     run = TrainingRun(resolve_path(config.run, config.store))
@@ -99,7 +105,10 @@ def train_detector(
     }
     torch.manual_seed(config.seed)
     detector = build_trainee(config)
-    make_optimizer(detector.network, config)  # refused here, not in every worker
+    # What does not fit is refused here, not in every worker.
+    make_optimizer(detector.network, config)
+    if (weights := load_starting_weights(config, detector)) is not None:
+        settings["weights"] = weights.digest  # another name for the same weights is the same run
     if config.dry_run:
         return {
             "command": "train",
@@ -113,6 +122,8 @@ def train_detector(
     run.open(settings, asdict(config))
     if (success := run.read_success()) is not None:
         return success
+    if weights:
+        say(f"train: starting from {weights}")
     resumed = len(run.read_history())
     with _watch_history(run, resumed, config.epochs, on_epoch):
         if config.num_workers == 0:
@@ -124,7 +135,10 @@ def train_detector(
             train_worker({**payload, "use_gpu": use_gpu, "num_threads": threads})
         else:
             _train_on_ray(config, run, augmentation)
-    summary = _summarise(config, run, resumed, detector.num_parameters, started_s)
+    summary = replace(
+        _summarise(config, run, resumed, detector.num_parameters, started_s),
+        weights=str(weights) if weights else None,
+    )
     run.write_success(asdict(summary))
     return asdict(summary)
 
@@ -199,6 +213,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     device = "cuda" if payload["use_gpu"] else "cpu"
     detector = build_trainee(config)
+    load_starting_weights(config, detector)
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
     wrapped, report = _join_group(config, detector, device)
@@ -212,7 +227,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         parse_augmentation(payload["augmentation"]),
     )
     if (checkpoint := run.read_checkpoint()) is not None:
-        trainer.resume(_load_checkpoint(checkpoint, run))
+        trainer.resume(checkpoint)
 
     def save() -> None:
         if trainer.rank == 0:
@@ -224,18 +239,6 @@ def train_worker(payload: dict[str, Any]) -> None:
     trainer.fit(save)
     if trainer.rank == 0:
         _write_best(config, run, trainer, data)
-
-
-def _load_checkpoint(data: bytes, run: TrainingRun) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(
-            io.BytesIO(data), map_location="cpu", weights_only=True
-        )
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise StorageError(
-            f"{run.checkpoint_path}: damaged; delete the folder {run.path} to start again"
-        ) from error
-    return checkpoint
 
 
 def _join_group(
@@ -266,6 +269,7 @@ def _write_best(
     training = {
         **settings,
         "augment": trainer.augmentation.to_dict(),
+        "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
         "best_epoch": best_epoch(state.history, config.monitor),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifake_ray.config import ConvertConfig, TrainConfig
 from cifake_ray.errors import ResourceError, RunMismatch
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
+    say = options.pop("say", lambda message: None)
     options = {
         "epochs": 2,
         "batch_size": 16,
@@ -30,7 +32,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time())
+    return train_detector(config, lambda row, epochs: None, time.time(), say)
 
 
 def read_losses(run: Path) -> list[float]:
@@ -146,6 +148,26 @@ def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: 
     )
     assert summary["model"] == "test_resnet"
     assert load_bundle(tmp_path / "run" / "bundle")[0].preprocessing.image_size == 32
+
+
+def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) -> None:
+    run_train(shards, tmp_path / "first", epochs=1)
+    said: list[str] = []
+    options: dict[str, Any] = {"epochs": 1, "lr": 1e-12, "say": said.append}
+    run = tmp_path / "second"
+    summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers=1, **options)
+    bundle = tmp_path / "first" / "bundle"
+    assert summary["weights"] == f"10 tensors from {bundle}, the classifier too"
+    assert said == [f"train: starting from {summary['weights']}"]
+    first, second = (load_bundle(path / "bundle")[0] for path in (tmp_path / "first", run))
+    for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    bundle.rename(tmp_path / "moved")  # the same weights under another name are the same run
+    moved = run_train(shards, run, weights=str(tmp_path / "moved"), **options)
+    assert moved["weights"] == summary["weights"]
+    assert len(said) == 1
+    with pytest.raises(RunMismatch, match="weights"):
+        run_train(shards, run, **options)
 
 
 def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path: Path) -> None:
