@@ -228,7 +228,7 @@ class TrainConfig(ClusterConfig):
     run: Annotated[
         str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
     ]
-    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
         str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
     ] = None
@@ -357,7 +357,7 @@ class PipelineConfig(ClusterConfig):
 
     src: Annotated[str, Doc("Folder of labelled images", positional=True)]
     root: Annotated[str, Doc("Folder for everything", positional=True)]
-    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     num_workers: Annotated[
