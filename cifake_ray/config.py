@@ -46,6 +46,15 @@ def _check_least(config: object, least: int, *names: str) -> None:
         )
 
 
+def check_endpoint(url: str | None, name: str) -> None:
+    """ValueError, which does not repeat it, for a URL that is no bare address of a server."""
+    _check(
+        url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
+        f"{name}: give http://HOST:PORT or https://HOST; credentials come from the AWS chain, never"
+        " from a URL",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """How buckets are reached. Credentials come from the AWS chain and are never among these."""
@@ -64,12 +73,7 @@ class StoreConfig:
     )
 
     def __post_init__(self) -> None:
-        url = self.s3_endpoint_url
-        _check(
-            url is None or (url.startswith(("http://", "https://")) and "@" not in url),
-            "--s3-endpoint-url: give http://HOST:PORT or https://HOST; credentials come from the"
-            " AWS chain, never from a URL",
-        )
+        check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
 
     @property
     def store(self) -> StoreConfig:

@@ -117,9 +117,10 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
 
 
 def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
-    from cifake_ray.storage.runs import find_damage
+    from cifake_ray.storage.buckets import open_place
+    from cifake_ray.storage.damage import find_damage
 
-    damage = find_damage(resolve_path(config.out, config.store))
+    damage = find_damage(open_place(config.out, config.store))
     damaged = {item.name: item.reason for item in damage}
     result = {"command": "verify", "out": config.out, "damaged": damaged}
     return result, ExitCode.STORAGE if damage else ExitCode.OK
@@ -127,22 +128,31 @@ def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
 
 def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
-    from cifake_ray.storage.runs import read_run, set_damage_aside
+    from cifake_ray.storage.buckets import open_place
+    from cifake_ray.storage.damage import set_damage_aside
+    from cifake_ray.storage.runs import read_run
 
-    path = resolve_path(config.out, config.store)
+    path = open_place(config.out, config.store)
     run = read_run(path)
     if run is None:
         raise StorageError(f"{path}: no _run.json; give the output of convert, score or evaluate")
-    config_class: Any = {
+    verbs: dict[str, Any] = {
         "convert": ConvertConfig,
         "score": ScoreConfig,
         "evaluate": EvaluateConfig,
-    }[run.command]
+    }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
     here = {"out": config.out, "address": config.address, **asdict(config.store)}
+    try:
+        again = verbs[run.command](**values, **here)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path}/_run.json: not the papers of a run that can be repaired ({error}); was it"
+            " edited?"
+        ) from error
     aside = set_damage_aside(path)
     try:
-        result = run_verb(config_class(**values, **here), started_s)
+        result = run_verb(again, started_s)
         aside.discard()
     finally:
         aside.restore()  # if it could not be done, nothing is worse than before

@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from cifake_ray import errors
 from cifake_ray.config import BatchConfig
 from cifake_ray.core.work import Work
-from cifake_ray.errors import ExitCode, NothingToDo
+from cifake_ray.errors import ExitCode, NothingToDo, StorageError
 from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
 from cifake_ray.stages.shard_worker import Orders, ShardWorker, count_retryable
 from cifake_ray.stages.watchdog import watch_progress
@@ -34,7 +34,7 @@ from cifake_ray.storage.files import exists, read_json
 from cifake_ray.storage.listing import Source
 from cifake_ray.storage.manifest import choose_shard_rows
 from cifake_ray.storage.places import Place
-from cifake_ray.storage.runs import PartFacts, Run, finish_run, reopen_run
+from cifake_ray.storage.runs import PartFacts, Run, RunPlan, finish_run, reopen_run
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
@@ -92,9 +92,8 @@ class BatchPlan:
     """What a verb hands to the spine."""
 
     config: BatchConfig
-    out: Place
+    run: RunPlan
     device: str
-    open_run: Callable[[], Run]
     source: Source
     make_work: Callable[[Placement], Work]
     on_progress: Callable[[Progress], None]
@@ -106,6 +105,7 @@ class BatchPlan:
 
 def plan_batch(plan: BatchPlan, command: str) -> DryRun:
     """List the source and count; nothing is written and no Ray is started."""
+    plan.run.find()  # an output that belongs to another run is refused
     listing = plan.source.list_images()
     listed = size_bytes = num_batches = 0
     for batch in listing.batches:
@@ -117,7 +117,7 @@ def plan_batch(plan: BatchPlan, command: str) -> DryRun:
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
         command=command,
-        out=str(plan.out),
+        out=str(plan.run.out),
         listed=listed,
         size_bytes=size_bytes,
         left_out=dict(listing.left_out),
@@ -176,16 +176,19 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
 
     ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
     """
+    found = plan.run.find()
+    if found is None:
+        plan.run.check_new()
+    elif (summary := find_result(plan)) is not None:
+        return summary
     with ExitStack() as stack:
         lister = ThreadPoolExecutor(1)
         stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
-        opening = lister.submit(plan.open_run)
+        opening = lister.submit(lambda: found or plan.run.freeze())
         # Ray takes seconds to start: let it, while a long source is listed.
         wait([opening], timeout=SHORT_LISTING_S)
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
-            if (summary := find_result(plan)) is not None:
-                return summary
         resources = stack.enter_context(
             connect_cluster(plan.config.address, plan.config.num_workers)
         )
@@ -266,7 +269,7 @@ def _stream_shards(
 
 def find_result(plan: BatchPlan) -> BatchSummary | None:
     """The account of a run that has ended and has nothing to try again, else None."""
-    summary = read_summary(plan.out)
+    summary = read_summary(plan.run.out)
     if summary and plan.config.retry_errors and count_retryable(summary.errors):
         return None
     return summary
@@ -278,4 +281,9 @@ def read_summary(out: Place) -> BatchSummary | None:
     if not exists(path):
         return None
     record = read_json(path)
-    return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+    try:
+        return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+    except KeyError as error:
+        raise StorageError(
+            f"{path}: no {error} in it; was it edited? `cifake-ray repair` makes it anew"
+        ) from error

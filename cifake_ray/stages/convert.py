@@ -11,8 +11,9 @@ from cifake_ray.config import ConvertConfig, effective_settings
 from cifake_ray.core.converting import ConvertWork
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
+from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.runs import RunPlan
 from cifake_ray.storage.sources import open_source
 
 
@@ -25,23 +26,21 @@ def convert_images(
     config: ConvertConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Turn `config.src` into shards below `config.out`. The same call again resumes."""
-    source, out = open_source(config), resolve_path(config.out, config.store)
+    source, out = open_source(config), open_place(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
 
-    def open_this() -> Run:
-        return open_run(
-            out,
-            command="convert",
-            results="shards",
-            settings={**effective_settings(config), "src": src},
-            config={
-                **effective_settings(config),
-                "src": src,
-                "max_error_rate": config.max_error_rate,
-            },
-            list_source=source.list_images,
-            shard_rows=config.shard_size,
-        )
+    run_plan = RunPlan(
+        out=out,
+        command="convert",
+        settings={**effective_settings(config), "src": src},
+        config={
+            **effective_settings(config),
+            "src": src,
+            "max_error_rate": config.max_error_rate,
+        },
+        list_source=source.list_images,
+        shard_rows=config.shard_size,
+    )
 
-    plan = BatchPlan(config, out, "cpu", open_this, source, make_work, on_progress, started_s)
+    plan = BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, started_s)
     return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)

@@ -25,12 +25,13 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.score import MakeScoreWork
+from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_facts, read_history
 from cifake_ray.storage.files import write_bytes, write_json
 from cifake_ray.storage.manifest import read_shard
 from cifake_ray.storage.parts import read_part
 from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.runs import Run, RunPlan
 from cifake_ray.storage.tables import TableSource, find_splits
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
@@ -43,8 +44,8 @@ def evaluate_detector(
     config: EvaluateConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Score `config.shards`, measure, and write the report into `config.out`."""
-    root = resolve_path(config.shards, config.store)
-    out = resolve_path(config.out, config.store)
+    root = open_place(config.shards, config.store)
+    out = open_place(config.out, config.store)
     bundle = read_bundle_facts(
         locate_bundle(config.bundle, config.store),
         expect_sha256=config.expect_sha256,
@@ -57,33 +58,30 @@ def evaluate_detector(
         raise ValueError(f"--split {split}: {root} has no such split, it has {names}")
     source = TableSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
 
-    def open_this() -> Run:
-        return open_run(
-            out,
-            command="evaluate",
-            results="predictions",
-            settings={
-                **effective_settings(config),
-                "shards": str(root),
-                "split": split,
-                "bundle": bundle.fingerprint,
-            },
-            config={
-                **effective_settings(config),
-                "shards": str(root),
-                "bundle": config.bundle and str(bundle.path),
-                "max_error_rate": config.max_error_rate,
-                "allow_pickle": config.allow_pickle,
-            },
-            list_source=source.list_images,
-            shard_rows=config.shard_size,
-        )
+    run_plan = RunPlan(
+        out=out,
+        command="evaluate",
+        settings={
+            **effective_settings(config),
+            "shards": str(root),
+            "split": split,
+            "bundle": bundle.fingerprint,
+        },
+        config={
+            **effective_settings(config),
+            "shards": str(root),
+            "bundle": config.bundle and str(bundle.path),
+            "max_error_rate": config.max_error_rate,
+            "allow_pickle": config.allow_pickle,
+        },
+        list_source=source.list_images,
+        shard_rows=config.shard_size,
+    )
 
     plan = BatchPlan(
         config,
-        out,
+        run_plan,
         config.device,
-        open_this,
         source,
         MakeScoreWork(bundle, bundle.threshold(None), config.batch_size),
         on_progress,

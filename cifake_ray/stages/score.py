@@ -14,9 +14,10 @@ from cifake_ray.config import ScoreConfig, effective_settings
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.bundle import BundleFacts, load_bundle, locate_bundle, read_bundle_facts
 from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.runs import Run, open_run
+from cifake_ray.storage.runs import RunPlan
 from cifake_ray.storage.sources import open_source
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def score_images(
     config: ScoreConfig, on_progress: Callable[[Progress], None], started_s: float
 ) -> BatchSummary | DryRun:
     """Score every image of `config.src` into `config.out`. The same call again resumes."""
-    source, out = open_source(config), resolve_path(config.out, config.store)
+    source, out = open_source(config), open_place(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
     bundle = read_bundle_facts(
         locate_bundle(config.bundle, config.store),
@@ -68,33 +69,29 @@ def score_images(
         allow_pickle=config.allow_pickle,
     )
 
-    def open_this() -> Run:
-        return open_run(
-            out,
-            command="score",
-            results="scores",
-            settings={
-                **effective_settings(config),
-                "src": src,
-                "bundle": bundle.fingerprint,
-            },
-            config={
-                **effective_settings(config),
-                "src": src,
-                "bundle": config.bundle and str(bundle.path),
-                "max_error_rate": config.max_error_rate,
-                "allow_pickle": config.allow_pickle,
-            },
-            list_source=source.list_images,
-            shard_rows=config.shard_size,
-        )
+    run_plan = RunPlan(
+        out=out,
+        command="score",
+        settings={
+            **effective_settings(config),
+            "src": src,
+            "bundle": bundle.fingerprint,
+        },
+        config={
+            **effective_settings(config),
+            "src": src,
+            "bundle": config.bundle and str(bundle.path),
+            "max_error_rate": config.max_error_rate,
+            "allow_pickle": config.allow_pickle,
+        },
+        list_source=source.list_images,
+        shard_rows=config.shard_size,
+    )
 
     make_work = MakeScoreWork(
         bundle=bundle,
         threshold=bundle.threshold(config.target_fpr),
         batch_size=config.batch_size,
     )
-    plan = BatchPlan(
-        config, out, config.device, open_this, source, make_work, on_progress, started_s
-    )
+    plan = BatchPlan(config, run_plan, config.device, source, make_work, on_progress, started_s)
     return plan_batch(plan, "score") if config.dry_run else run_batch(plan)

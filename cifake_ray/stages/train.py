@@ -38,6 +38,7 @@ from cifake_ray.stages.cluster import (
 )
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.augmentations import read_augmentation
+from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
 from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.starting_weights import load_starting_weights
@@ -90,9 +91,9 @@ def train_detector(
     # Absolute before it travels: a Ray worker has another working folder.
     config = replace(
         config,
-        shards=str(resolve_path(config.shards, config.store)),
-        run=str(resolve_path(config.run, config.store)),
         weights=config.weights and str(resolve_path(config.weights, config.store)),
+        shards=str(open_place(config.shards, config.store)),
+        run=str(open_place(config.run, config.store)),
         cache_dir=str(locate_cache(config.cache_dir)),
     )
     run = TrainingRun(resolve_path(config.run, config.store))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from cifake_ray.errors import StorageError
 from cifake_ray.storage.files import discard, list_folder, read_if_exists, write_note
 from cifake_ray.storage.places import Place
 from cifake_ray.storage.runs import Run
+
+NOTE_NAME = re.compile(r"(\d{5,})\.json")
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def remove_attempt(run: Run, shard: int) -> None:
 
 def list_attempts(run: Run, session: str) -> list[Attempt]:
     """The attempts of a session that have not ended well, or not yet."""
-    shards = [place.stem for place in list_folder(find_folder(run)) if place.suffix == ".json"]
-    attempts = (read_attempt(run, int(shard)) for shard in shards if shard.isdigit())
+    names = (NOTE_NAME.fullmatch(place.name) for place in list_folder(find_folder(run)))
+    attempts = (read_attempt(run, int(name[1])) for name in names if name)
     return [a for a in attempts if a is not None and a.session == session]
 
 
@@ -92,7 +95,8 @@ def clear_attempts(run: Run) -> None:
     """Remove all notes: the run is complete."""
     folder = find_folder(run)
     for place in list_folder(folder):
-        discard(place)
+        if NOTE_NAME.fullmatch(place.name):
+            discard(place)
     if isinstance(folder, Path):
         with suppress(OSError):
             folder.rmdir()

@@ -21,6 +21,7 @@ from cifake_ray.storage.fetching import StoredObject, fetch_objects, open_client
 from cifake_ray.storage.folders import escape_key
 from cifake_ray.storage.keyspace import KeyLister, Query
 from cifake_ray.storage.listing import KEEP_ALL, LISTING_BATCH_ROWS, KeyFilter, Listing, RowBuffer
+from cifake_ray.storage.places import Place, resolve_path
 from cifake_ray.storage.refusals import S3Error, explain_refusal
 from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Limits
 
@@ -91,6 +92,17 @@ class BucketSource:
         names = ("location", "size_bytes", "etag")
         locations, sizes, etags = (rows.column(name).to_pylist() for name in names)
         return read_objects(self.store, locations, sizes, etags, self.limits)
+
+
+def open_place(uri: str, store: StoreConfig) -> Place:
+    """The place a URI names; one in S3 is asked for first, which tells in seconds what is wrong.
+
+    ValueError for what cannot be a place, StorageError when the bucket cannot be reached.
+    """
+    place = resolve_path(uri, store)
+    if uri.startswith(SCHEME):
+        check_bucket(store, *split_location(uri))
+    return place
 
 
 def check_bucket(

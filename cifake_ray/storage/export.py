@@ -6,7 +6,6 @@ Floor: storage.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -15,12 +14,12 @@ import pyarrow.csv
 
 from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError
+from cifake_ray.storage.buckets import open_place
+from cifake_ray.storage.damage import PART_NAME, open_finished, read_files
 from cifake_ray.storage.files import exists, list_folder, write_chunks
 from cifake_ray.storage.parts import read_part
 from cifake_ray.storage.places import Place, is_inside, resolve_path
-from cifake_ray.storage.runs import read_run
 
-PART_NAME = re.compile(r"part-\d+\.parquet")
 # A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
 # blanks or in full width. Source: OWASP, CSV injection.
 FORMULA_START = r"^([\t\r\n]|[\s\v\x00\x{a0}\x{feff}]*[=+\-@\x{ff1d}\x{ff0b}\x{ff0d}\x{ff20}])"
@@ -38,17 +37,17 @@ PLAIN = (
 
 def export_scores(config: ExportConfig) -> int:
     """Write the scores of a run as CSV and return the number of rows."""
-    out = resolve_path(config.scores, config.store)
-    run = read_run(out)
-    if run is not None and not exists(out / "_SUCCESS"):
-        raise StorageError(f"{out}: the run has not finished; run its command again first")
-    folder = out if run is None else run.results_folder
+    out = open_place(config.scores, config.store)
     target = resolve_path(config.file, config.store)
-    if run is not None and is_inside(target, out):
-        raise ValueError(f"{target} lies inside {out}; choose a file outside it")
-    paths = [path for path in list_folder(folder) if PART_NAME.fullmatch(path.name)]
+    if exists(out / "_run.json"):
+        run = open_finished(out)
+        if is_inside(target, out):
+            raise ValueError(f"{target} lies inside {out}; choose a file outside it")
+        paths = [out / row["name"] for row in read_files(run)]
+    else:
+        paths = [path for path in list_folder(out) if PART_NAME.fullmatch(path.name)]
     if not paths:
-        raise StorageError(f"{folder}: no part-*.parquet; give the output of score or evaluate")
+        raise StorageError(f"{out}: no part-*.parquet; give the output of score or evaluate")
     counts: list[int] = []
     write_chunks(target, _encode_parts(paths, counts))
     return sum(counts)

@@ -17,20 +17,35 @@ from typing import Any, TypeAlias
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConfigParseError,
     ConnectTimeoutError,
     EndpointConnectionError,
+    InvalidRegionError,
     NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
     ProfileNotFound,
+    SSLError,
 )
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from upath import UPath
 
-from cifake_ray.config import StoreConfig
+from cifake_ray.config import StoreConfig, check_endpoint
 from cifake_ray.errors import StorageError
 
 Place: TypeAlias = Path | UPath
 
 SCHEMES = ("s3", "gs", "az", "abfs", "hf", "memory")  # beside file; no http: see README, Security
+REMEDIES: dict[type[Exception], str] = {
+    ParamValidationError: "give s3://BUCKET/PREFIX with a valid name of a bucket",
+    ProfileNotFound: "check --s3-profile and AWS_PROFILE",
+    ConfigParseError: "mend the AWS configuration, or name another by AWS_CONFIG_FILE",
+    PartialCredentialsError: "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither",
+    InvalidRegionError: "check --s3-region and AWS_REGION",
+    SSLError: "check --s3-endpoint-url: http:// or https://, and its certificate",
+    EndpointConnectionError: "check --s3-endpoint-url and the network",
+    ConnectTimeoutError: "check --s3-endpoint-url and the network",
+}
 # Retries with growing pauses are botocore's; s3fs tries again on top of them.
 S3_CONFIG = {
     "connect_timeout": 5,
@@ -38,7 +53,8 @@ S3_CONFIG = {
     "retries": {"mode": "standard", "max_attempts": 5},
 }
 _CREDENTIALS = re.compile(
-    r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=)", re.IGNORECASE
+    r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=|pass(word)?=|token=)",
+    re.IGNORECASE,
 )
 
 
@@ -62,7 +78,11 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
         )
     if scheme == "s3" and not rest.partition("/")[0]:
         raise ValueError(f"{uri!r} names no bucket; give s3://BUCKET/PREFIX")
-    options = _s3_options(store or StoreConfig()) if scheme == "s3" else {}
+    options = {}
+    if scheme == "s3":
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            check_endpoint(os.environ.get(name), name)
+        options = _s3_options(store or StoreConfig())
     try:
         place: UPath = UPath(f"{scheme}://{rest.rstrip('/')}", **options)
         _ = place.fs  # imports what the scheme needs
@@ -156,11 +176,10 @@ def explain_os_error(error: OSError, place: Place | str) -> StorageError:
 
 def explain_store_error(error: BotoCoreError | ClientError, place: Place | str) -> StorageError:
     """One line for what botocore raises before or without an answer of the store."""
+    for kind, remedy in REMEDIES.items():
+        if isinstance(error, kind):
+            return StorageError(f"{place}: {' '.join(str(error).split())}; {remedy}")
     if isinstance(error, NoCredentialsError):
         remedy = "set up the AWS chain (variables, --s3-profile, a role) or give --s3-anonymous"
         return StorageError(f"{place}: no AWS credentials found; {remedy}")
-    if isinstance(error, ProfileNotFound):
-        return StorageError(f"{place}: {error}; check --s3-profile and AWS_PROFILE")
-    if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
-        return StorageError(f"{place}: {error}; check --s3-endpoint-url and the network")
     return StorageError(f"{place}: {error}; run the same command again")

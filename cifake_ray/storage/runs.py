@@ -6,6 +6,7 @@ created it first: whoever loses the race works on the winner's manifest.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,20 +19,17 @@ from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.files import (
+    TEMPORARY_PREFIX,
     check_writable,
     create_bytes,
     discard,
     encode_json,
     exists,
-    hash_file,
     hash_json,
     list_folder,
-    move,
-    read_bytes,
     read_json,
     remove,
     remove_leftovers,
-    stamp_file,
     write_bytes,
     write_json,
 )
@@ -39,6 +37,8 @@ from cifake_ray.storage.listing import Listing
 from cifake_ray.storage.manifest import Manifest, ManifestFile, write_manifest
 from cifake_ray.storage.places import Place
 
+RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 FILES_FIELDS = [
     pa.field("name", pa.string()),
     pa.field("size_bytes", pa.int64()),
@@ -50,11 +50,10 @@ FILES_FIELDS = [
 
 @dataclass(frozen=True)
 class Run:
-    """An output folder whose plan is frozen. `results` is shards, scores or predictions."""
+    """An output folder whose plan is frozen."""
 
     out: Place
     command: str
-    results: str
     settings: dict[str, Any]
     config: dict[str, Any]
     manifest: Manifest
@@ -68,6 +67,11 @@ class Run:
     def identity(self) -> str:
         """sha256 of the settings and the listing: only its own shards are taken for a run's."""
         return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
+
+    @property
+    def results(self) -> str:
+        """shards, scores or predictions."""
+        return RESULTS[self.command]
 
     @property
     def results_folder(self) -> Place:
@@ -103,20 +107,27 @@ def read_run(out: Place) -> Run | None:
         raise RunMismatch(
             f"{out} belongs to a {record.get('command')} run; choose a new output folder"
         )
-    manifest = record["manifest"]
-    return Run(
-        out=out,
-        command=record["command"],
-        results=record["results"],
-        settings=record["settings"],
-        config=record["config"],
-        manifest=Manifest(
-            files=tuple(ManifestFile(**file) for file in manifest["files"]),
-            num_rows=manifest["num_rows"],
-            size_bytes=manifest["size_bytes"],
-        ),
-        left_out=record["left_out"],
-    )
+    try:
+        manifest = record["manifest"]
+        command = str(record["command"])
+        if command not in RESULTS:
+            raise ValueError(f"no command {command!r}")
+        return Run(
+            out=out,
+            command=command,
+            settings=dict(record["settings"]),
+            config=dict(record["config"]),
+            manifest=Manifest(
+                files=tuple(ManifestFile(**file) for file in manifest["files"]),
+                num_rows=manifest["num_rows"],
+                size_bytes=manifest["size_bytes"],
+            ),
+            left_out=record["left_out"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path}: not the papers of a run ({type(error).__name__}: {error}); was it edited?"
+        ) from error
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -134,34 +145,55 @@ def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) 
         )
 
 
-def open_run(
-    out: Place,
-    *,
-    command: str,
-    results: str,
-    settings: dict[str, Any],
-    config: dict[str, Any],
-    list_source: Callable[[], Listing],
-    shard_rows: int | None,
-) -> Run:
-    """Resume the run of `out`, or list the source and freeze a new one.
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is to be, before it is frozen."""
 
-    RunMismatch when `out` belongs to other settings; StorageError when it cannot be written.
-    """
-    settings = {"command": command, "schema_version": SCHEMA_VERSION, **settings}
-    run = read_run(out)
-    if run is None:
-        check_writable(out)
-        listing = list_source()
-        manifest = write_manifest(out / "manifest", secrets.token_hex(4), listing, shard_rows)
+    out: Place
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    list_source: Callable[[], Listing]
+    shard_rows: int | None
+
+    def find(self) -> Run | None:
+        """The run of `out`. RunMismatch when it has other settings."""
+        run = read_run(self.out)
+        if run is not None:
+            refuse_other_settings(self.out, run.settings, self._settings)
+        return run
+
+    def check_new(self) -> None:
+        """Fail now, not after a long listing: ValueError, RunMismatch or StorageError."""
+        if str(self.out).startswith("memory://"):
+            raise ValueError(f"{self.out}: memory is that of one process, the workers are others")
+        folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
+        foreign = [
+            place
+            for folder in folders
+            for place in list_folder(folder)
+            if not place.name.startswith(TEMPORARY_PREFIX)
+            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(place.name))
+        ]
+        if foreign and self.find() is None:  # else another process has just frozen it
+            raise RunMismatch(
+                f"{foreign[0]} stands where a run would write, and no run is there; choose a new"
+                " output folder"
+            )
+        check_writable(self.out)
+
+    def freeze(self) -> Run:
+        """List the source and freeze the plan, or take the one that was frozen meanwhile."""
+        listing = self.list_source()
+        folder = self.out / "manifest"
+        manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
         record = {
             "schema_version": SCHEMA_VERSION,
             "tool_version": __version__,
-            "command": command,
-            "results": results,
-            "fingerprint": hash_json(settings),
-            "settings": settings,
-            "config": config,
+            "command": self.command,
+            "fingerprint": hash_json(self._settings),
+            "settings": self._settings,
+            "config": self.config,
             "manifest": {
                 "num_rows": manifest.num_rows,
                 "size_bytes": manifest.size_bytes,
@@ -169,11 +201,22 @@ def open_run(
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
         }
-        create_bytes(out / "_run.json", encode_json(record))
-        run = read_run(out)
+        create_bytes(self.out / "_run.json", encode_json(record))
+        run = self.find()
         assert run is not None
-    refuse_other_settings(out, run.settings, settings)
-    return run
+        return run
+
+    def open(self) -> Run:
+        """Resume the run of `out`, or list the source and freeze a new one."""
+        run = self.find()
+        if run is None:
+            self.check_new()
+            run = self.freeze()
+        return run
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"command": self.command, "schema_version": SCHEMA_VERSION, **self.settings}
 
 
 @dataclass(frozen=True)
@@ -214,70 +257,10 @@ def finish_run(run: Run, parts: list[PartFacts], summary: dict[str, Any]) -> Non
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
     remove_leftovers(run.results_folder)
+    remove_leftovers(run.manifest_folder)
     named = {file.name for file in run.manifest.files}
     for path in list_folder(run.manifest_folder):  # listings that were killed, or lost the race
-        if path.name not in named:
+        if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
             discard(path)
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     write_json(run.out / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A result file that is not what was committed."""
-
-    name: str
-    reason: str
-
-
-def find_damage(out: Place) -> list[Damage]:
-    """Compare every result file with `_files.parquet`. StorageError when that is missing."""
-    path = out / "_files.parquet"
-    if not exists(path):
-        raise StorageError(f"{out}: no _files.parquet; the run has not finished, run it again")
-    try:
-        listed = pq.read_table(pa.BufferReader(read_bytes(path))).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(
-            f"{path}: damaged ({error}); `cifake-ray repair` makes it anew"
-        ) from error
-    damage = []
-    for row in listed:
-        file = out / row["name"]
-        if not exists(file):
-            damage.append(Damage(row["name"], "missing"))
-        elif (size_bytes := stamp_file(file)[0]) != row["size_bytes"]:
-            damage.append(Damage(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
-        elif hash_file(file) != row["sha256"]:
-            damage.append(Damage(row["name"], "sha256 differs"))
-    return damage
-
-
-@dataclass(frozen=True)
-class Aside:
-    """Files of a run that were renamed out of the way: name -> name while aside."""
-
-    files: dict[Place, Place]
-
-    def restore(self) -> None:
-        """Put back what has not been made again."""
-        for path, aside in self.files.items():
-            if exists(aside) and not exists(path):
-                move(aside, path)
-
-    def discard(self) -> None:
-        for aside in self.files.values():
-            discard(aside)
-
-
-def set_damage_aside(out: Place) -> Aside:
-    """Rename damaged result files and `_SUCCESS`: the run's command then makes them again."""
-    try:
-        damage = find_damage(out)
-    except StorageError:  # no readable _files.parquet: every shard proves itself when it is resumed
-        damage = []
-    paths: list[Place] = [*(out / item.name for item in damage), out / "_SUCCESS"]
-    files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}
-    for path, aside in files.items():
-        move(path, aside)
-    return Aside(files)

@@ -13,7 +13,7 @@ from upath import UPath
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError
-from cifake_ray.storage.buckets import BucketSource
+from cifake_ray.storage.buckets import BucketSource, open_place
 from cifake_ray.storage.files import exists, is_file
 from cifake_ray.storage.folders import FolderSource
 from cifake_ray.storage.inventories import INVENTORY_NAME, InventorySource
@@ -91,8 +91,8 @@ def detect_kind(place: Place, uri: str) -> str:
     if place.name == INVENTORY_NAME:
         return "inventory"
     raise ValueError(
-        f"{place}: neither a folder nor a .csv, .txt or .parquet file, nor the {INVENTORY_NAME} of"
-        " an S3 Inventory"
+        f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
+        " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
     )
 
 
@@ -114,7 +114,7 @@ def check_outside(out: Place, source: Place) -> None:
 def open_source(config: SourceConfig) -> Source:
     """The source `config.src` names. StorageError or ValueError when there is none."""
     store = config.store
-    place, out = resolve_path(config.src, store), resolve_path(config.out, store)
+    place, out = open_place(config.src, store), resolve_path(config.out, store)
     kind: str = config.source_kind
     if kind == "auto":
         kind = detect_kind(place, config.src)

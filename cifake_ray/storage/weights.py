@@ -126,14 +126,10 @@ def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
         struct.error,
     ) as error:
         raise BundleError(
-            f"{place}: damaged, or not weights alone ({_first_line(error)});"
-            " copy or train the bundle again"
+            f"{place}: damaged, or not weights alone ({type(error).__name__}); copy or train the"
+            " bundle again, or save its weights as safetensors"
         ) from error
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def encode_weights(detector: Detector) -> bytes:

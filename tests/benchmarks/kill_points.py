@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -91,9 +90,9 @@ def main() -> None:
             for _ in range(min(rng.choice((1, 1, 2, 3)), options.kills - kills)):
                 process = start(commands[verb])
                 time.sleep(rng.random() * elapsed_s[verb])
-                was_alive = process.poll() is None
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 process.communicate()
+                was_alive = process.returncode < 0
                 kills += was_alive
                 total["kills"] += was_alive
                 total["kills with shards done and shards to do"] += was_alive and (

@@ -23,9 +23,10 @@ from cifake_ray.stages.convert import make_work
 from cifake_ray.stages.shard_worker import replace_rows, slice_rows
 from cifake_ray.stages.watchdog import watch_progress
 from cifake_ray.storage.attempts import follow_attempt, write_attempt
+from cifake_ray.storage.damage import find_damage
 from cifake_ray.storage.listing import Listing
 from cifake_ray.storage.manifest import Manifest
-from cifake_ray.storage.runs import Run, find_damage, open_run
+from cifake_ray.storage.runs import Run, RunPlan
 from cifake_ray.storage.samples import write_sample
 from cifake_ray.storage.sources import open_source
 
@@ -67,21 +68,16 @@ class Bench:
         source = FlakySource(open_source(config), errors, self.log)
         self.log.write_text("")
 
-        def open_this() -> Run:
-            return open_run(
-                self.out,
-                command="convert",
-                results="shards",
-                settings={},
-                config={},
-                list_source=source.list_images,
-                shard_rows=20,
-            )
-
+        run_plan = RunPlan(
+            out=self.out,
+            command="convert",
+            settings={},
+            config={},
+            list_source=source.list_images,
+            shard_rows=20,
+        )
         return run_batch(
-            BatchPlan(
-                config, self.out, "cpu", open_this, source, make_work, on_progress, time.time()
-            )
+            BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, time.time())
         )
 
     def read_keys(self) -> list[str]:
@@ -190,7 +186,7 @@ def test_a_finished_run_leaves_no_notes(bench: Bench) -> None:
 
 
 def make_run(out: Path) -> Run:
-    return Run(out, "convert", "shards", {}, {}, Manifest((), 0, 0), {})
+    return Run(out, "convert", {}, {}, Manifest((), 0, 0), {})
 
 
 def test_a_run_that_stands_still_ends_and_names_what_it_waited_for(

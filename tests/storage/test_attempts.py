@@ -25,7 +25,7 @@ from cifake_ray.storage.runs import Run
 
 
 def make_run(out: Place) -> Run:
-    return Run(out, "score", "scores", {}, {}, Manifest((), 0, 0), {})
+    return Run(out, "score", {}, {}, Manifest((), 0, 0), {})
 
 
 @pytest.fixture(params=["disk", "bucket"])

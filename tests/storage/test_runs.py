@@ -17,11 +17,12 @@ import pytest
 
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
+from cifake_ray.storage.damage import Damage, find_damage, set_damage_aside
 from cifake_ray.storage.files import create_bytes, remove_leftovers, write_bytes, write_chunks
 from cifake_ray.storage.listing import Listing, RowBuffer
 from cifake_ray.storage.manifest import read_shard
 from cifake_ray.storage.parts import FACTS_KEY, commit_part, inspect_part
-from cifake_ray.storage.runs import Damage, PartFacts, Run, find_damage, finish_run, open_run
+from cifake_ray.storage.runs import PartFacts, Run, RunPlan, finish_run
 
 
 def list_keys(num_keys: int = 10, prefix: str = "") -> Listing:
@@ -36,15 +37,14 @@ def fail_to_list() -> NoReturn:
 
 
 def open_here(out: Path, list_source: Callable[[], Listing] = list_keys, **settings: Any) -> Run:
-    return open_run(
-        out,
+    return RunPlan(
+        out=out,
         command="score",
-        results="scores",
         settings=settings,
         config={"out": str(out)},
         list_source=list_source,
         shard_rows=4,
-    )
+    ).open()
 
 
 def make_result(run: Run, shard: int) -> pa.Table:
@@ -98,15 +98,14 @@ def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> Non
 def test_another_command_is_refused(tmp_path: Path) -> None:
     open_here(tmp_path)
     with pytest.raises(RunMismatch, match="command: 'score' there, 'convert' here"):
-        open_run(
-            tmp_path,
+        RunPlan(
+            out=tmp_path,
             command="convert",
-            results="shards",
             settings={},
             config={},
             list_source=fail_to_list,
             shard_rows=None,
-        )
+        ).open()
 
 
 def test_the_output_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -449,3 +448,71 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "part-00000.parquet"]
+
+
+# --- what others wrote ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["manifest/photo.jpg", "attempts/a", "scores/part-00000.parquet"])
+def test_files_of_others_are_never_taken_for_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(RunMismatch, match=f"{name} stands where a run would write"):
+        open_here(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_what_a_person_leaves_in_a_run_survives_its_end(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    notes = [tmp_path / "notes.txt", run.manifest_folder / "notes.txt"]
+    for note in notes:
+        note.write_bytes(b"mine")
+    finish_run(run, parts, {})
+    assert all(note.read_bytes() == b"mine" for note in notes)
+
+
+def test_a_list_of_files_that_names_others_is_refused(tmp_path: Path) -> None:
+    run = open_here(tmp_path / "out")
+    finish_run(run, commit_all(run), {})
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    files = tmp_path / "out" / "_files.parquet"
+    table = pq.read_table(files)
+    row = {**table.to_pylist()[0], "name": "../victim"}
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), files)
+    with pytest.raises(StorageError, match="does not name the shards of the run"):
+        find_damage(tmp_path / "out")
+    set_damage_aside(tmp_path / "out").discard()
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_part_that_nobody_committed_is_damage(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    extra = run.results_folder / "part-99999.parquet"
+    extra.write_bytes(run.part_path(0).read_bytes())
+    assert find_damage(tmp_path) == [
+        Damage("scores/part-99999.parquet", "not committed by this run")
+    ]
+
+
+def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    file = run.manifest.files[0].name
+    flip_byte(run.manifest_folder / file, 0.5)
+    assert find_damage(tmp_path) == [Damage(f"manifest/{file}", "sha256 differs")]
+    with pytest.raises(StorageError, match="start again in a new folder"):
+        set_damage_aside(tmp_path)
+    assert (tmp_path / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("name", ["config", "settings", "manifest", "command"])
+def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
+    open_here(tmp_path)
+    papers = json.loads((tmp_path / "_run.json").read_text())
+    papers[name] = [7]
+    (tmp_path / "_run.json").write_text(json.dumps(papers))
+    with pytest.raises(CifakeError, match=r"_run\.json: .*was it edited"):
+        find_damage(tmp_path)

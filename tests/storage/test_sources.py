@@ -25,7 +25,7 @@ from cifake_ray.errors import ImageError, NothingToDo, StorageError
 from cifake_ray.storage.listing import Listing, Source
 from cifake_ray.storage.manifest import read_shard, write_manifest
 from cifake_ray.storage.parts import commit_part
-from cifake_ray.storage.runs import open_run
+from cifake_ray.storage.runs import RunPlan
 from cifake_ray.storage.sources import open_source
 
 Row = dict[str, Any]
@@ -870,15 +870,14 @@ def test_our_own_shards_come_back_with_keys_labels_and_errors(tmp_path: Path) ->
     put(folder / "broken.png", b"no image")
     gone = put(folder / "gone.png", make_png(3))
     source = open_images(folder)
-    run = open_run(
-        tmp_path / "shards",
+    run = RunPlan(
+        out=tmp_path / "shards",
         command="convert",
-        results="shards",
         settings={},
         config={},
         list_source=source.list_images,
         shard_rows=None,
-    )
+    ).open()
     gone.unlink()
     rows = read_shard(run.manifest_folder, run.find_file(0), 0)
     images = list(source.read_images(rows))

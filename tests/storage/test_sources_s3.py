@@ -196,7 +196,7 @@ def test_output_inside_the_source_is_refused(s3_env: S3Server, bucket: str) -> N
 
 def test_a_file_of_another_kind_is_no_source(s3_env: S3Server, bucket: str) -> None:
     s3_env.put(bucket, "images.zip", b"PK")
-    with pytest.raises(ValueError, match=r"images\.zip: neither"):
+    with pytest.raises(ValueError, match=r"images\.zip is one file, neither"):
         open_images(f"s3://{bucket}/images.zip")
     with pytest.raises(ValueError, match="needs a folder"):
         open_images(f"s3://{bucket}/images.zip", source_kind="folder")

@@ -201,7 +201,7 @@ def test_output_inside_the_source_is_refused(root: UPath) -> None:
 
 def test_a_file_of_another_kind_is_no_source(root: UPath) -> None:
     put(root / "images.zip")
-    with pytest.raises(ValueError, match=r"images\.zip: neither"):
+    with pytest.raises(ValueError, match=r"images\.zip is one file, neither"):
         open_images(root / "images.zip")
     with pytest.raises(ValueError, match="needs a folder"):
         open_images(root / "images.zip", source_kind="folder")
