@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 Fit = Literal["resize", "crop"]
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+Optimizer = Literal["adamw", "sgd", "muon"]
+Schedule = Literal["onecycle", "cosine", "constant"]
+Monitor = Literal["val_accuracy", "val_loss", "val_auroc"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 
@@ -225,14 +228,50 @@ class TrainConfig(ClusterConfig):
     run: Annotated[
         str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
     ]
-    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
+    weights: Annotated[
+        str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
+    ] = None
+    pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimiser step, all workers together")] = 128
-    lr: Annotated[float, Doc("Peak learning rate of the one-cycle schedule")] = 0.003
-    weight_decay: Annotated[float, Doc("AdamW weight decay, on weights with 2 axes or more")] = 0.01
+    optimizer: Annotated[Optimizer, Doc("What takes the steps; muon is for hidden layers")] = (
+        "adamw"
+    )
+    lr: Annotated[float, Doc("Peak learning rate")] = 0.003
+    momentum: Annotated[float, Doc("Of sgd and muon, first beta of adamw; 0 to 1")] = 0.9
+    weight_decay: Annotated[float, Doc("Weight decay, on weights with 2 axes or more")] = 0.01
+    schedule: Annotated[Schedule, Doc("How the rate moves after the warm-up")] = "onecycle"
     warmup: Annotated[float, Doc("Share of the steps in which the rate rises, 0 to 1")] = 0.2
+    layer_decay: Annotated[
+        float | None, Doc("Factor of the rate from each layer to the one before it (timm's)")
+    ] = None
+    freeze_epochs: Annotated[int, Doc("Epochs at the start in which only the head learns")] = 0
+    grad_clip: Annotated[float | None, Doc("Longest gradient, as an L2 norm over all weights")] = (
+        None
+    )
+    grad_accum: Annotated[
+        int, Doc("Pieces in which a batch goes through the network, to save memory")
+    ] = 1
+    ema_decay: Annotated[
+        float | None,
+        Doc("Validate and keep a moving average of the weights; its decay per step, below 1"),
+    ] = None
     label_smoothing: Annotated[float, Doc("0 to 1")] = 0.0
-    flip: Annotated[bool, Doc("Mirror half of the images, drawn anew each epoch")] = True
+    mixup: Annotated[float, Doc("Alpha of mixup; 0 is none")] = 0.0
+    cutmix: Annotated[float, Doc("Alpha of CutMix; 0 is none")] = 0.0
+    drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
+    channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
+    augment: Annotated[
+        str, Doc("Augmentation: none, flip, seed, strong, or a YAML file of its steps")
+    ] = "flip"
+    monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
+    patience: Annotated[
+        int | None, Doc("Stop after so many epochs without a better one (default: never)")
+    ] = None
+    min_delta: Annotated[
+        float, Doc("What must be gained for --patience to count an epoch as better")
+    ] = 0.0
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
@@ -264,10 +303,35 @@ class TrainConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker")
-        _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures")
+        _check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
+        _check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
+        _check_least(self, 0, "mixup", "cutmix", "freeze_epochs")
+        _check(
+            self.weights is None or not self.pretrained,
+            "--weights and --pretrained: give one of them",
+        )
+        _check(
+            self.pretrained is False or self.model != "cnn",
+            "--pretrained: timm has no weights of cnn; give --weights, or leave it out",
+        )
+        _check(
+            self.min_delta == 0 or self.patience is not None,
+            "--min-delta needs --patience: without it no epoch is counted",
+        )
         _check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
-        for name in ("warmup", "label_smoothing"):
+        for name in ("grad_clip", "layer_decay", "ema_decay"):
+            value = getattr(self, name)
+            highest = math.inf if name == "grad_clip" else 1
+            _check(
+                value is None or 0 < value < highest,
+                f"--{name.replace('_', '-')} is {value}; give a number above 0"
+                + (", below 1" if highest == 1 else ""),
+            )
+        _check(
+            self.freeze_epochs <= self.epochs,
+            f"--freeze-epochs is {self.freeze_epochs} of {self.epochs} epochs",
+        )
+        for name in ("warmup", "label_smoothing", "momentum", "drop_path"):
             value = getattr(self, name)
             _check(
                 0 <= value < 1, f"--{name.replace('_', '-')} is {value}; give 0 or more, below 1"
@@ -293,7 +357,7 @@ class PipelineConfig(ClusterConfig):
 
     src: Annotated[str, Doc("Folder of labelled images", positional=True)]
     root: Annotated[str, Doc("Folder for everything", positional=True)]
-    model: Annotated[str, Doc("cnn, or any timm architecture")] = "cnn"
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     num_workers: Annotated[

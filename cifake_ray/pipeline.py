@@ -38,7 +38,7 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     if isinstance(config, TrainConfig):
         from cifake_ray.stages.train import train_detector
 
-        return train_detector(config, show_epoch, started_s), ExitCode.OK
+        return train_detector(config, show_epoch, started_s, say), ExitCode.OK
     if isinstance(config, VerifyConfig):
         return _verify_run(config)
     if isinstance(config, RepairConfig):

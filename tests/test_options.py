@@ -101,10 +101,12 @@ def test_numbers_in_the_notation_of_yaml_are_numbers(write_file: Any) -> None:
 
 
 def test_a_switch_can_be_turned_off_everywhere(write_file: Any) -> None:
-    assert parse(TrainConfig, "s", "r").flip
-    assert not parse(TrainConfig, "s", "r", "--no-flip").flip
-    assert not parse(TrainConfig, "s", "r", env={"CIFAKE_RAY_FLIP": "0"}).flip
-    assert not parse(TrainConfig, "s", "r", "--config", write_file("flip: no\n")).flip
+    on = write_file("dry_run: yes\n")
+    assert parse(TrainConfig, "s", "r", "--config", on).dry_run
+    assert not parse(TrainConfig, "s", "r", "--config", on, "--no-dry-run").dry_run
+    variable = {"CIFAKE_RAY_DRY_RUN": "0"}
+    assert not parse(TrainConfig, "s", "r", "--config", on, env=variable).dry_run
+    assert not parse(TrainConfig, "s", "r", "--config", write_file("dry_run: no\n")).dry_run
 
 
 def test_an_option_given_twice_is_both(write_file: Any) -> None:

@@ -7,6 +7,7 @@ seconds to import, so it is imported only when one of its networks is asked for.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from torch import nn
 
 from cifake_ray.config import Fit
 from cifake_ray.core.images import Preprocessing
+from cifake_ray.core.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small
 
-OWN_ARCHITECTURES = {"cnn": "3 convolutions, 39,132 parameters, native 32x32: the CIFAKE baseline"}
+OWN_ARCHITECTURES = {
+    "cnn": "3 convolutions, 39,132 parameters, native 32x32: the CIFAKE baseline",
+    **DESCRIPTIONS,
+}
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -73,18 +78,31 @@ def to_logit(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def build_detector(
-    architecture: str, *, image_size: int | None = None, fit: Fit = "resize"
+    architecture: str,
+    *,
+    image_size: int | None = None,
+    fit: Fit = "resize",
+    drop_path: float = 0.0,
 ) -> Detector:
     """A detector with fresh weights, drawn from torch's global generator.
 
-    `image_size` None is the architecture's own. ValueError for an unknown architecture or a size it
-    cannot take.
+    `image_size` None is the architecture's own. ValueError for an unknown architecture, or a size
+    or a `drop_path` it cannot take.
     """
     if architecture == "cnn":
+        if drop_path:
+            raise ValueError("--drop-path: cnn has no paths to drop; leave it out")
         if image_size not in (None, 32):
             raise ValueError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
         preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
         return Detector("cnn", build_cnn(), preprocessing)
+    if architecture in DESCRIPTIONS:
+        size = image_size or SMALL_SIZE
+        preprocessing = Preprocessing(image_size=size, fit=fit, mean=HALF, std=HALF)
+        network = build_small(architecture, size, drop_path)
+        detector = Detector(architecture, network, preprocessing)
+        check_size(detector)
+        return detector
     import timm
 
     if not timm.is_model(architecture):
@@ -97,10 +115,13 @@ def build_detector(
     size = image_size or own_size
     if cfg and cfg.fixed_input_size and size != own_size:
         options["img_size"] = size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
         network = timm.create_model(architecture, **options)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"--model {architecture} with --image-size {size}: {error}") from error
+        asked = f"--image-size {size}" + (f" and --drop-path {drop_path}" if drop_path else "")
+        raise ValueError(f"--model {architecture} with {asked}: {error}") from error
     (r, g, b), (r_std, g_std, b_std) = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
     preprocessing = Preprocessing(
         image_size=size, fit=fit, mean=(r, g, b), std=(r_std, g_std, b_std)
@@ -108,6 +129,15 @@ def build_detector(
     detector = Detector(architecture, network, preprocessing)
     check_size(detector)
     return detector
+
+
+def find_head(network: nn.Module) -> nn.Module:
+    """The classifier: timm's own word for it, else the last linear layer."""
+    find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
+    if find is not None:
+        found: nn.Module | tuple[nn.Module, ...] = find()
+        return nn.ModuleList(found) if isinstance(found, tuple) else found
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def list_architectures(pattern: str) -> dict[str, str]:

@@ -9,7 +9,6 @@ alike, and does not need to know which it was.
 from __future__ import annotations
 
 import io
-import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +20,14 @@ import torch
 from torch import nn
 
 from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.core.augmentation import Augmentation, parse_augmentation
 from cifake_ray.core.calibration import calibrate
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
-from cifake_ray.core.models import Detector, build_detector
-from cifake_ray.errors import CifakeError, StorageError
+from cifake_ray.core.models import Detector
+from cifake_ray.core.recipe import build_trainee, make_optimizer
+from cifake_ray.core.stopping import best_epoch, explain_end
+from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.cluster import (
     Placement,
@@ -35,9 +37,11 @@ from cifake_ray.stages.cluster import (
     place_workers,
 )
 from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
 from cifake_ray.storage.places import resolve_path, to_arrow
+from cifake_ray.storage.starting_weights import load_starting_weights
 from cifake_ray.storage.training import (
     TrainingData,
     locate_cache,
@@ -63,33 +67,49 @@ class TrainSummary:
     unusable: dict[str, int]
     epochs: int
     epochs_resumed: int
+    stopped: str  # why it ended
     steps: int
     best_epoch: int
     val_accuracy: float
     train_s: float  # in training epochs, over all attempts
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
+    weights: str | None = None  # what it started from, if not from fresh ones
 
 
 def train_detector(
-    config: TrainConfig, on_epoch: Callable[[dict[str, Any], int], None], started_s: float
+    config: TrainConfig,
+    on_epoch: Callable[[dict[str, Any], int], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    `on_epoch(row, epochs)` is called once for every finished epoch.
+    `on_epoch(row, epochs)` is called once for every finished epoch; `say` gets what a person should
+    know beside.
     """
     # Absolute before it travels: a Ray worker has another working folder.
     config = replace(
         config,
+        weights=config.weights and str(resolve_path(config.weights, config.store)),
         shards=str(open_place(config.shards, config.store)),
         run=str(open_place(config.run, config.store)),
         cache_dir=str(locate_cache(config.cache_dir)),
     )
     run = TrainingRun(resolve_path(config.run, config.store))
     rows = read_training_rows(config)
-    settings = {**effective_settings(config), "rows": rows.hash_rows()}
+    augmentation = read_augmentation(config)
+    settings = {
+        **effective_settings(config),
+        "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
+        "rows": rows.hash_rows(),
+    }
     torch.manual_seed(config.seed)
-    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    detector = build_trainee(config)
+    # What does not fit is refused here, not in every worker.
+    make_optimizer(detector.network, config)
+    if (weights := load_starting_weights(config, detector)) is not None:
+        settings["weights"] = weights.digest  # another name for the same weights is the same run
     if config.dry_run:
         return {
             "command": "train",
@@ -103,6 +123,8 @@ def train_detector(
     run.open(settings, asdict(config))
     if (success := run.read_success()) is not None:
         return success
+    if weights:
+        say(f"train: starting from {weights}")
     resumed = len(run.read_history())
     with _watch_history(run, resumed, config.epochs, on_epoch):
         if config.num_workers == 0:
@@ -110,15 +132,19 @@ def train_detector(
                 config.device == "auto" and torch.cuda.is_available()
             )
             threads = config.cpus_per_worker or count_local_cpus()
-            train_worker({"config": asdict(config), "use_gpu": use_gpu, "num_threads": threads})
+            payload = {"config": asdict(config), "augmentation": augmentation.to_dict()}
+            train_worker({**payload, "use_gpu": use_gpu, "num_threads": threads})
         else:
-            _train_on_ray(config, run)
-    summary = _summarise(config, run, resumed, detector.num_parameters, started_s)
+            _train_on_ray(config, run, augmentation)
+    summary = replace(
+        _summarise(config, run, resumed, detector.num_parameters, started_s),
+        weights=str(weights) if weights else None,
+    )
     run.write_success(asdict(summary))
     return asdict(summary)
 
 
-def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
+def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentation) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -137,6 +163,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun) -> None:
             train_worker,
             train_loop_config={
                 "config": asdict(config),
+                "augmentation": augmentation.to_dict(),
                 "use_gpu": use_gpu,
                 "num_threads": placement.cpus_per_worker,
             },
@@ -186,15 +213,22 @@ def train_worker(payload: dict[str, Any]) -> None:
     torch.set_num_threads(payload["num_threads"])
     torch.manual_seed(config.seed)
     device = "cuda" if payload["use_gpu"] else "cpu"
-    detector = build_detector(config.model, image_size=config.image_size, fit=config.fit)
+    detector = build_trainee(config)
+    load_starting_weights(config, detector)
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
     wrapped, report = _join_group(config, detector, device)
     trainer = Trainer(
-        detector, wrapped, config, data.train, data.val, choose_numerics(device, config.precision)
+        detector,
+        wrapped,
+        config,
+        data.train,
+        data.val,
+        choose_numerics(device, config.precision),
+        parse_augmentation(payload["augmentation"]),
     )
     if (checkpoint := run.read_checkpoint()) is not None:
-        trainer.resume(_load_checkpoint(checkpoint, run))
+        trainer.resume(checkpoint)
 
     def save() -> None:
         if trainer.rank == 0:
@@ -206,18 +240,6 @@ def train_worker(payload: dict[str, Any]) -> None:
     trainer.fit(save)
     if trainer.rank == 0:
         _write_best(config, run, trainer, data)
-
-
-def _load_checkpoint(data: bytes, run: TrainingRun) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(
-            io.BytesIO(data), map_location="cpu", weights_only=True
-        )
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise StorageError(
-            f"{run.checkpoint_path}: damaged; delete the folder {run.path} to start again"
-        ) from error
-    return checkpoint
 
 
 def _join_group(
@@ -247,9 +269,11 @@ def _write_best(
     shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
     training = {
         **settings,
+        "augment": trainer.augmentation.to_dict(),
+        "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
-        "best_epoch": best_epoch(state.history),
+        "best_epoch": best_epoch(state.history, config.monitor),
         "steps": state.step,
     }
     card = model_card(
@@ -273,18 +297,13 @@ def _write_best(
     )
 
 
-def best_epoch(history: list[dict[str, Any]]) -> int:
-    """The first epoch with the highest validation accuracy."""
-    return int(max(history, key=lambda row: (row["val_accuracy"], -row["epoch"]))["epoch"])
-
-
 def _summarise(
     config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
 ) -> TrainSummary:
     history = run.read_history()
     bundle = read_bundle_facts(run.bundle_path)
     training = bundle.training
-    best = best_epoch(history)
+    best = best_epoch(history, config.monitor)
     train_s = sum(row["train_s"] for row in history)
     images = sum(row["images_per_s"] * row["train_s"] for row in history)
     return TrainSummary(
@@ -298,6 +317,7 @@ def _summarise(
         unusable=training["unusable"],
         epochs=len(history),
         epochs_resumed=resumed,
+        stopped=explain_end(history, config),
         steps=history[-1]["step"],
         best_epoch=best,
         val_accuracy=history[best - 1]["val_accuracy"],

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
 from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION
-from cifake_ray.errors import RunMismatch
+from cifake_ray.errors import RunMismatch, StorageError
 from cifake_ray.storage.bundle import read_history
 from cifake_ray.storage.files import (
     create_bytes,
@@ -68,9 +69,22 @@ class TrainingRun:
             else:  # refused or killed before its first epoch: there is nothing to lose
                 write_json(papers, record)
 
-    def read_checkpoint(self) -> bytes | None:
-        """The latest checkpoint, or None before the first."""
-        return read_if_exists(self.checkpoint_path)
+    def read_checkpoint(self) -> dict[str, Any] | None:
+        """The latest checkpoint, or None before the first. StorageError when it is damaged."""
+        import torch
+
+        data = read_if_exists(self.checkpoint_path)
+        if data is None:
+            return None
+        try:
+            checkpoint: dict[str, Any] = torch.load(
+                io.BytesIO(data), map_location="cpu", weights_only=True
+            )
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise StorageError(
+                f"{self.checkpoint_path}: damaged; delete the folder {self.path} to start again"
+            ) from error
+        return checkpoint
 
     def write_checkpoint(self, data: bytes, history: list[dict[str, Any]]) -> None:
         """Commit a checkpoint, then show its history."""

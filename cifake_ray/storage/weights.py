@@ -60,7 +60,7 @@ def check_weights(place: Place, data: bytes, architecture: str) -> None:
 
     Pickles are not looked into: that takes torch.
     """
-    if place.name != WEIGHTS_NAME:
+    if place.suffix != ".safetensors":
         return
     try:
         written_for = _check_header(data)
@@ -101,7 +101,7 @@ def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
     from safetensors.torch import load
 
     try:
-        if place.name == WEIGHTS_NAME:
+        if place.suffix == ".safetensors":
             state: Any = load(data)
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -18,10 +18,13 @@ import torch.multiprocessing
 from torch import nn
 
 from cifake_ray.config import TrainConfig
+from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.images import Preprocessing
-from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps, make_optimizer
+from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
+from cifake_ray.core.recipe import make_optimizer
 from cifake_ray.core.schema import FAKE
+from cifake_ray.core.stopping import best_epoch, explain_end
 from cifake_ray.errors import CifakeError
 
 SIZE = 8
@@ -69,6 +72,7 @@ def make_trainer(
     train: ArrayImages | None = None,
     val: ArrayImages | None = None,
     numerics: Numerics = CPU,
+    augmentation: Augmentation = POLICIES["flip"],
     **settings: Any,
 ) -> Trainer:
     values = {"epochs": 3, "batch_size": 16, "lr": 0.01, **settings}
@@ -81,6 +85,7 @@ def make_trainer(
         ArrayImages(100) if train is None else train,
         ArrayImages(40, seed=1) if val is None else val,
         numerics,
+        augmentation,
     )
 
 
@@ -152,7 +157,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped() -> None:
     assert fit(resumed) == expected
     assert_equal(weights_of(resumed), weights_of(whole))
     assert torch.equal(resumed.state.best_logit, whole.state.best_logit)
-    assert resumed.state.best_accuracy == whole.state.best_accuracy
+    assert resumed.state.patience == whole.state.patience
 
 
 def test_a_checkpoint_is_not_changed_by_training_on() -> None:
@@ -176,7 +181,7 @@ def test_the_best_epoch_is_kept_not_the_last() -> None:
     accuracy, weights = max(seen, key=lambda pair: pair[0])  # the first of the highest
     assert accuracy > seen[-1][0]
     assert_equal(list(trainer.state.best_weights.values()), weights)
-    assert trainer.state.best_accuracy == accuracy
+    assert trainer.state.patience.best_score == accuracy
 
 
 def test_a_loss_that_is_no_number_ends_training_with_a_remedy() -> None:
@@ -219,6 +224,104 @@ def test_decay_spares_biases_and_norms() -> None:
     }
 
 
+# --- stopping ------------------------------------------------------------------------------------
+
+
+class Scripted(Trainer):
+    """Trains as ever, but validation says what the script says."""
+
+    script: tuple[float, ...] = ()
+
+    def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
+        row = super()._measure(logit, train_loss)
+        return {**row, self.config.monitor: self.script[self.state.epoch]}
+
+
+def make_scripted(*script: float, **settings: Any) -> Trainer:
+    trainer = make_trainer(epochs=len(script), **settings)
+    trainer.__class__ = Scripted
+    trainer.script = script  # type: ignore[attr-defined]
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "epochs"),
+    [
+        ((0.5, 0.6, 0.6, 0.5, 0.7), {"patience": 2}, 4),
+        ((0.5, 0.6, 0.6, 0.7, 0.7), {"patience": 2}, 5),
+        ((0.5, 0.6, 0.6, 0.5, 0.7), {}, 5),
+        ((0.5, 0.4, 0.9), {"patience": 1}, 2),
+        ((0.5, 0.52, 0.54, 0.9), {"patience": 2, "min_delta": 0.05}, 3),
+        ((0.5, 0.53, 0.56, 0.9), {"patience": 2, "min_delta": 0.05}, 4),
+        ((0.5, 0.6, 0.7, 0.4), {"patience": 2, "monitor": "val_loss"}, 3),
+        ((0.7, 0.6, 0.5, 0.4), {"patience": 1, "monitor": "val_loss"}, 4),
+        ((0.7, 0.6, 0.8), {"patience": 1, "monitor": "val_auroc"}, 2),
+    ],
+)
+def test_patience_ends_training_when_nothing_better_came(
+    script: tuple[float, ...], settings: dict[str, Any], epochs: int
+) -> None:
+    trainer = make_scripted(*script, **settings)
+    history = fit(trainer)
+    assert len(history) == epochs
+    all_done = epochs == len(script)
+    end = explain_end(history, trainer.config)
+    assert end == (
+        f"all {epochs} epochs done"
+        if all_done
+        else f"{trainer.config.monitor} no better for {trainer.config.patience} epochs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"), [("val_accuracy", 2), ("val_auroc", 2), ("val_loss", 3)]
+)
+def test_the_monitor_says_which_epoch_is_kept(monitor: str, best: int) -> None:
+    trainer = make_scripted(0.5, 0.9, 0.3, 0.9, monitor=monitor)
+    seen: list[list[torch.Tensor]] = []
+    fit(trainer, lambda: seen.append(weights_of(trainer)))
+    assert best_epoch(trainer.state.history, trainer.config.monitor) == best
+    assert_equal(list(trainer.state.best_weights.values()), seen[best - 1])
+
+
+def test_a_resumed_wait_goes_on_counting_and_a_finished_one_stays_finished() -> None:
+    settings = {"patience": 3}
+    whole = make_scripted(0.8, 0.7, 0.7, 0.7, 0.9, **settings)
+    checkpoints: list[bytes] = []
+
+    def save() -> None:
+        buffer = io.BytesIO()
+        torch.save(whole.to_checkpoint(), buffer)
+        checkpoints.append(buffer.getvalue())
+
+    torch.manual_seed(3)
+    expected = fit(whole, save)
+    assert len(checkpoints) == 4
+    for checkpoint in (checkpoints[1], checkpoints[3]):
+        resumed = make_scripted(0.8, 0.7, 0.7, 0.7, 0.9, **settings)
+        resumed.resume(torch.load(io.BytesIO(checkpoint), weights_only=True))
+        assert fit(resumed) == expected
+        assert_equal(weights_of(resumed), weights_of(whole))
+
+
+def test_the_history_holds_the_area_under_the_curve() -> None:
+    trainer = make_trainer()
+    logit = torch.tensor(trainer.val_images.labels - 0.5, dtype=torch.float32)
+    assert trainer._measure(logit, 0.0)["val_auroc"] == 1.0
+    assert trainer._measure(-logit, 0.0)["val_auroc"] == 0.0
+
+
+def test_outputs_that_are_no_numbers_end_training_with_a_remedy() -> None:
+    trainer = make_trainer()
+    with pytest.raises(CifakeError, match="outputs became infinite in epoch 1; lower --lr"):
+        trainer._measure(torch.full((40,), torch.nan), 0.0)
+
+
+def test_a_gain_without_patience_is_refused() -> None:
+    with pytest.raises(ValueError, match="--min-delta needs --patience"):
+        TrainConfig(shards="s", run="r", min_delta=0.1)
+
+
 # --- batches -------------------------------------------------------------------------------------
 
 
@@ -253,7 +356,7 @@ def find_flips(trainer: Trainer) -> dict[bytes, bool]:
 
 
 def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
-    trainer = make_trainer(flip=True)
+    trainer = make_trainer()
     first = find_flips(trainer)
     trainer.state.epoch = 1
     second = find_flips(trainer)
@@ -263,7 +366,42 @@ def test_half_of_the_images_are_mirrored_anew_each_epoch() -> None:
 
 
 def test_no_image_is_mirrored_unless_asked() -> None:
-    assert not any(find_flips(make_trainer(flip=False)).values())
+    assert not any(find_flips(make_trainer(augmentation=POLICIES["none"])).values())
+
+
+def draw_pixels(trainer: Trainer) -> torch.Tensor:
+    """All images of the epoch, as the network would see them."""
+    return torch.cat([batch[0] for batch in trainer._draw_batches()])
+
+
+def test_flips_are_those_of_the_epoch_generator() -> None:
+    """The stream of numbers that makes an old recipe give its old weights."""
+    trainer = make_trainer(seed=3)
+    rng = np.random.default_rng((3, 0))
+    order = trainer.train_images.order_epoch(rng)
+    mirrored = rng.random(len(order)) < 0.5
+    pixels = trainer.train_images.read(order[:96])
+    pixels[mirrored[:96]] = pixels[mirrored[:96], :, ::-1]
+    assert np.array_equal(draw_pixels(trainer).numpy(), pixels)
+
+
+def test_each_epoch_and_seed_augments_anew_and_the_same_ones_alike() -> None:
+    trainers = [make_trainer(augmentation=POLICIES["strong"], seed=seed) for seed in (1, 1, 2)]
+    first = [draw_pixels(trainer) for trainer in trainers]
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+    trainers[1].state.epoch = 1
+    assert not torch.equal(draw_pixels(trainers[1]), first[0])
+
+
+def test_ranks_are_dealt_the_augmented_batch_of_one() -> None:
+    whole, *ranks = (make_trainer(augmentation=POLICIES["strong"]) for _ in range(3))
+    for rank, trainer in enumerate(ranks):
+        trainer.rank, trainer.num_ranks = rank, 2
+    batches = zip(*(t._draw_batches() for t in (whole, *ranks)), strict=True)
+    for one, left, right in batches:
+        assert torch.equal(one[0][0::2], left[0])
+        assert torch.equal(one[0][1::2], right[0])
 
 
 def test_labels_stay_with_their_images() -> None:
@@ -389,14 +527,14 @@ def test_architectures_are_listed_by_glob() -> None:
 # --- several ranks -------------------------------------------------------------------------------
 
 
-def make_ddp_trainer(train: ArrayImages, val: ArrayImages) -> Trainer:
-    trainer = make_trainer(train, val, epochs=2, batch_size=15, label_smoothing=0.1)
+def make_ddp_trainer(train: ArrayImages, val: ArrayImages, options: dict[str, Any]) -> Trainer:
+    trainer = make_trainer(train, val, epochs=2, batch_size=15, label_smoothing=0.1, **options)
     trainer.detector.network[3].p = 0.0  # type: ignore[index, union-attr]
     trainer.wrapped = nn.parallel.DistributedDataParallel(trainer.detector)
     return trainer
 
 
-def run_rank(rank: int, num_ranks: int, folder: str) -> None:
+def run_rank(rank: int, num_ranks: int, folder: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # where the host's own name need not resolve
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -405,7 +543,7 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
     )
     try:
         train, val = ArrayImages(50), ArrayImages(31, seed=1)
-        trainer = make_ddp_trainer(train, val)
+        trainer = make_ddp_trainer(train, val, options)
         gradients: list[list[torch.Tensor]] = []
         step = trainer.optimizer.step
 
@@ -430,10 +568,18 @@ def run_rank(rank: int, num_ranks: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grad_accum": 2, "grad_clip": 0.1, "ema_decay": 0.9, "freeze_epochs": 1, "patience": 1},
+    ],
+    ids=["plain", "all at once"],
+)
+def test_two_ranks_train_as_one_does(tmp_path: Path, options: dict[str, Any]) -> None:
     results: dict[int, list[dict[str, Any]]] = {}
     for num_ranks in (1, 2):
-        torch.multiprocessing.spawn(run_rank, (num_ranks, str(tmp_path)), nprocs=num_ranks)
+        torch.multiprocessing.spawn(run_rank, (num_ranks, str(tmp_path), options), nprocs=num_ranks)
         results[num_ranks] = [
             torch.load(tmp_path / f"{num_ranks}-{rank}.pt", weights_only=True)
             for rank in range(num_ranks)

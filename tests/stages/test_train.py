@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifake_ray.config import ConvertConfig, TrainConfig
 from cifake_ray.errors import ResourceError, RunMismatch
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
+    say = options.pop("say", lambda message: None)
     options = {
         "epochs": 2,
         "batch_size": 16,
@@ -30,7 +32,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time())
+    return train_detector(config, lambda row, epochs: None, time.time(), say)
 
 
 def read_losses(run: Path) -> list[float]:
@@ -63,6 +65,22 @@ def test_another_config_on_the_same_run_is_refused(shards: Path, tmp_path: Path)
     run_train(shards, tmp_path / "run")
     with pytest.raises(RunMismatch, match=r"lr: 0.003 there, 0.1 here"):
         run_train(shards, tmp_path / "run", lr=0.1)
+
+
+def test_augmentation_is_what_its_file_holds(shards: Path, tmp_path: Path) -> None:
+    policy, moved = tmp_path / "policy.yaml", tmp_path / "moved.yaml"
+    policy.write_text("flip: 0.5\nrotation: 10\nshift: 0.1\n")
+    moved.write_text("shift: 0.1\nflip: 0.5\nrotation: 10\n")
+    run = tmp_path / "run"
+    run_train(shards, run, epochs=1, augment=str(policy))
+    run_train(shards, run, epochs=1, augment=str(moved))
+    run_train(shards, run, epochs=1, augment="seed")
+    with pytest.raises(RunMismatch, match="augment"):
+        run_train(shards, run, epochs=1, augment="flip")
+    facts = load_bundle(run / "bundle")[1]
+    assert facts.training["augment"] == {"flip": 0.5, "rotation": 10, "shift": 0.1}
+    run_train(shards, tmp_path / "plain", epochs=1, augment="none")
+    assert read_losses(run) != read_losses(tmp_path / "plain")
 
 
 def test_a_run_killed_before_its_bundle_ends_with_the_same_bundle(
@@ -109,12 +127,47 @@ def test_the_bundle_is_the_best_epoch(shards: Path, tmp_path: Path) -> None:
     assert detector.num_parameters == 39_132
 
 
+def test_early_stopping_is_said_and_keeps_the_best(shards: Path, tmp_path: Path) -> None:
+    """A rate of almost nothing: the first epoch stays the best by the digits that are kept."""
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 9, "lr": 1e-12, "patience": 2, "augment": "none"}
+    summary = run_train(shards, run, **options)
+    assert summary["stopped"] == "val_accuracy no better for 2 epochs"
+    assert (summary["epochs"], summary["best_epoch"]) == (3, 1)
+    weights = (run / "bundle" / "model.safetensors").read_bytes()
+    (run / "_SUCCESS").unlink()
+    shutil.rmtree(run / "bundle")
+    again = run_train(shards, run, **options)
+    assert (again["epochs"], again["stopped"]) == (3, summary["stopped"])
+    assert (run / "bundle" / "model.safetensors").read_bytes() == weights
+
+
 def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
     summary = run_train(
         shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers=1
     )
     assert summary["model"] == "test_resnet"
     assert load_bundle(tmp_path / "run" / "bundle")[0].preprocessing.image_size == 32
+
+
+def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) -> None:
+    run_train(shards, tmp_path / "first", epochs=1)
+    said: list[str] = []
+    options: dict[str, Any] = {"epochs": 1, "lr": 1e-12, "say": said.append}
+    run = tmp_path / "second"
+    summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers=1, **options)
+    bundle = tmp_path / "first" / "bundle"
+    assert summary["weights"] == f"10 tensors from {bundle}, the classifier too"
+    assert said == [f"train: starting from {summary['weights']}"]
+    first, second = (load_bundle(path / "bundle")[0] for path in (tmp_path / "first", run))
+    for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    bundle.rename(tmp_path / "moved")  # the same weights under another name are the same run
+    moved = run_train(shards, run, weights=str(tmp_path / "moved"), **options)
+    assert moved["weights"] == summary["weights"]
+    assert len(said) == 1
+    with pytest.raises(RunMismatch, match="weights"):
+        run_train(shards, run, **options)
 
 
 def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def train_share(rank: int) -> Share:
     import torch.distributed as dist
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.learning import make_optimizer, make_schedule
     from cifake_ray.core.models import build_detector
+    from cifake_ray.core.recipe import make_optimizer, make_schedule
     from cifake_ray.storage.training import open_training_data, read_training_rows
 
     shards, out, cache = sys.argv[1:4]

@@ -1,0 +1,275 @@
+"""Augmentation of training images: a policy is data, and what it does to an image is drawn first.
+
+Floor: core. What happens to an image depends on the seed, the epoch, the step and its place in the
+global batch alone: the numbers are drawn for whole batches and then dealt to the ranks with the
+images. So one worker or two see the same pixels, and so does a run that was killed and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import numpy as np
+import simplejpeg
+import torch
+from torch.nn import functional as F
+
+from cifake_ray.config import Doc
+
+# In degraded photographs of the wild. Source: Wang et al. 2020, CNNDetection, section 4.1: blur and
+# JPEG on a tenth of the images each.
+DEGRADED_SHARE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to training images, in this order. 0 leaves a step out; 100 does for JPEG."""
+
+    flip: Annotated[float, Doc("Share of the images that are mirrored, 0 to 1")] = 0.0
+    rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
+    shift: Annotated[float, Doc("Furthest shift along each axis, share of the side")] = 0.0
+    crop: Annotated[float, Doc("Largest share of the area that is cut away")] = 0.0
+    brightness: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
+    contrast: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
+    saturation: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
+    rescale: Annotated[float, Doc("Largest share of the side lost by shrinking and back")] = 0.0
+    rescale_share: Annotated[float, Doc("Share of the images that are rescaled")] = 0.0
+    blur: Annotated[float, Doc("Largest deviation of the Gaussian, pixels")] = 0.0
+    blur_share: Annotated[float, Doc("Share of the images that are blurred")] = 0.0
+    noise: Annotated[float, Doc("Largest deviation of Gaussian noise, grey levels of 255")] = 0.0
+    noise_share: Annotated[float, Doc("Share of the images that get noise")] = 0.0
+    jpeg_quality: Annotated[int, Doc("Lowest quality of a JPEG in between, 1 to 100")] = 100
+    jpeg_share: Annotated[float, Doc("Share of the images that go through a JPEG")] = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, highest = getattr(self, field.name), LIMITS.get(field.name, 1.0)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= highest:
+                raise ValueError(f"augmentation: {field.name} is {value}; give 0 to {highest:g}")
+        if not isinstance(self.jpeg_quality, int) or self.jpeg_quality < 1:
+            raise ValueError(f"augmentation: jpeg_quality is {self.jpeg_quality}; give 1 to 100")
+        for step, is_off in (
+            ("rescale", self.rescale == 0),
+            ("blur", self.blur == 0),
+            ("noise", self.noise == 0),
+            ("jpeg", self.jpeg_quality == 100),
+        ):
+            if is_off != (getattr(self, f"{step}_share") == 0):
+                strength = "jpeg_quality" if step == "jpeg" else step
+                raise ValueError(f"augmentation: give {strength} and {step}_share, or neither")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The steps that are taken; `parse_augmentation` reads them."""
+        nothing = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != nothing[name]}
+
+    @property
+    def moves(self) -> bool:
+        """Whether pixels change their place, mirrors apart."""
+        return max(self.rotation, self.shift, self.crop) > 0
+
+
+LIMITS = {"rotation": 180.0, "crop": 0.95, "rescale": 0.95, "blur": 10.0, "noise": 255.0} | {
+    "jpeg_quality": 100.0
+}
+
+POLICIES: dict[str, Augmentation] = {
+    "none": Augmentation(),
+    "flip": Augmentation(flip=0.5),
+    # Source: the Keras notebooks on CIFAKE: rotation_range=10, shifts of 0.1, horizontal_flip.
+    "seed": Augmentation(flip=0.5, rotation=10, shift=0.1),
+    "strong": Augmentation(
+        flip=0.5,
+        rotation=10,
+        shift=0.1,
+        crop=0.3,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        rescale=0.5,
+        rescale_share=DEGRADED_SHARE,
+        blur=3.0,
+        blur_share=DEGRADED_SHARE,
+        noise=10.0,
+        noise_share=DEGRADED_SHARE,
+        jpeg_quality=30,
+        jpeg_share=DEGRADED_SHARE,
+    ),
+}
+
+
+def parse_augmentation(values: Mapping[str, Any]) -> Augmentation:
+    """A policy from a mapping of its fields. ValueError for names and values it does not have."""
+    known = get_type_hints(Augmentation)
+    if unknown := sorted(str(name) for name in values if name not in known):
+        raise ValueError(f"augmentation: no step {', '.join(unknown)}; it has {', '.join(known)}")
+    return Augmentation(**values)
+
+
+DRAWN = (
+    *("rotation", "shift_x", "shift_y", "crop", "crop_x", "crop_y"),
+    *("brightness", "contrast", "saturation", "rescale_share", "rescale", "blur_share", "blur"),
+    *("noise_share", "noise", "jpeg_share", "jpeg"),
+)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decided about each of B images."""
+
+    mirrored: np.ndarray  # bool[B]
+    uniform: dict[str, np.ndarray]  # float64[B] in [0, 1), by the names in DRAWN
+    noise_seed: np.ndarray  # int64[B]
+
+    def take(self, places: np.ndarray) -> Draws:
+        """Those of some images: `places` int64[N] in the batch."""
+        return Draws(
+            self.mirrored[places],
+            {name: values[places] for name, values in self.uniform.items()},
+            self.noise_seed[places],
+        )
+
+
+def draw_augmentation(rng: np.random.Generator, mirrored: np.ndarray) -> Draws:
+    """Draws for a global batch; `mirrored` bool[B] has been drawn with the order of the epoch.
+
+    Every number is drawn whatever the policy, so that one step more leaves the others as they are.
+    """
+    table = rng.random((len(DRAWN), len(mirrored)))
+    seeds = rng.integers(2**62, size=len(mirrored))
+    return Draws(mirrored, dict(zip(DRAWN, table, strict=True)), seeds)
+
+
+def augment(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """uint8[B, S, S, 3] -> uint8[B, S, S, 3], on the device of `images`."""
+    if policy.flip:
+        mirrored = torch.from_numpy(draws.mirrored).to(images.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    if policy in (POLICIES["none"], POLICIES["flip"]):
+        return images
+    values = images.permute(0, 3, 1, 2).float()  # [B, 3, S, S], 0..255
+    if policy.moves:
+        values = _move(values, policy, draws)
+    values = _change_colours(values, policy, draws)
+    values = _rescale(values, policy, draws)
+    values = _blur(values, policy, draws)
+    values = _add_noise(values, policy, draws)
+    pixels = values.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
+    return _compress(pixels.contiguous(), policy, draws)
+
+
+def _both_ways(uniform: np.ndarray, reach: float) -> np.ndarray:
+    """[0, 1) -> [-reach, reach)."""
+    spread: np.ndarray = (2 * uniform - 1) * reach
+    return spread
+
+
+def _to_column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """float64[B] -> float32[B, 1, 1, 1] on the device of `like`."""
+    return torch.from_numpy(values.astype(np.float32)).to(like.device)[:, None, None, None]
+
+
+def _move(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Rotation, shift and crop in one bilinear sampling; beyond the border its pixels go on.
+
+    The border is that of Keras' ImageDataGenerator, fill_mode="nearest".
+    """
+    u, (count, _, size, _) = draws.uniform, values.shape
+    angle = np.deg2rad(_both_ways(u["rotation"], policy.rotation))
+    side = np.sqrt(1 - u["crop"] * policy.crop)  # of what is kept; 1 is the whole image
+    offset_x = _both_ways(u["crop_x"], 1.0) * (1 - side) + 2 * _both_ways(
+        u["shift_x"], policy.shift
+    )
+    offset_y = _both_ways(u["crop_y"], 1.0) * (1 - side) + 2 * _both_ways(
+        u["shift_y"], policy.shift
+    )
+    # Written out, not affine_grid's matrix product: that rounds by the size of the batch, which
+    # is another one on two ranks.
+    axis = (torch.arange(size, device=values.device) * 2 + 1) / size - 1
+    x, y = axis[None, None, :, None], axis[None, :, None, None]
+    cos, sin = (_to_column(f(angle) * side, values) for f in (np.cos, np.sin))
+    grid_x = x * cos - y * sin + _to_column(offset_x, values)
+    grid_y = x * sin + y * cos + _to_column(offset_y, values)
+    grid = torch.cat([grid_x, grid_y], dim=3).expand(count, size, size, 2)
+    return F.grid_sample(values, grid, padding_mode="border", align_corners=False)
+
+
+def _change_colours(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Brightness, contrast and saturation, as torchvision's ColorJitter blends them."""
+    for name in ("brightness", "contrast", "saturation"):
+        if reach := getattr(policy, name):
+            factor = _to_column(1 + _both_ways(draws.uniform[name], reach), values)
+            base = _find_base(name, values)
+            values = (factor * values + (1 - factor) * base).clamp(0, 255)
+    return values
+
+
+def _find_base(name: str, values: torch.Tensor) -> torch.Tensor:
+    """What is blended in: black, the mean grey, or each pixel's grey (ITU-R 601)."""
+    if name == "brightness":
+        return torch.zeros((), device=values.device)
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=values.device)[None, :, None, None]
+    grey = (values * weights).sum(dim=1, keepdim=True)
+    if name == "saturation":
+        return grey
+    # Whole numbers add up alike in any order, so for batches of any size.
+    return grey.round().double().mean(dim=(1, 2, 3), keepdim=True).float()
+
+
+def _choose(draws: Draws, step: str, share: float) -> np.ndarray:
+    """int64: the images that a step strikes."""
+    return np.flatnonzero(draws.uniform[f"{step}_share"] < share)
+
+
+def _rescale(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Shrunk with antialias and enlarged again: what a copy on a web page has been through."""
+    size = values.shape[-1]
+    for i in _choose(draws, "rescale", policy.rescale_share):
+        smaller = max(1, round(size * (1 - policy.rescale * float(draws.uniform["rescale"][i]))))
+        small = F.interpolate(values[i : i + 1], smaller, mode="bilinear", antialias=True)
+        values[i : i + 1] = F.interpolate(small, size, mode="bilinear", antialias=True)
+    return values
+
+
+def _blur(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Gaussian, each image with its own deviation; the kernel ends at three of the largest."""
+    chosen = _choose(draws, "blur", policy.blur_share)
+    if not len(chosen):
+        return values
+    sigma = np.maximum(draws.uniform["blur"][chosen] * policy.blur, 1e-3)
+    radius = int(np.ceil(3 * policy.blur))
+    offsets = np.arange(-radius, radius + 1)
+    kernels = np.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernels /= kernels.sum(axis=1, keepdims=True)
+    struck, size = values[chosen], values.shape[-1]
+    for axis in (2, 3):
+        pad = (radius, radius, 0, 0) if axis == 3 else (0, 0, radius, radius)
+        padded = F.pad(struck, pad, mode="replicate")
+        struck = torch.zeros_like(struck)
+        for k in range(len(offsets)):
+            struck += _to_column(kernels[:, k], values) * padded.narrow(axis, k, size)
+    values[chosen] = struck
+    return values
+
+
+def _add_noise(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Gaussian noise, drawn on the CPU so that a GPU trains on the same pixels."""
+    for i in _choose(draws, "noise", policy.noise_share):
+        rng = torch.Generator().manual_seed(int(draws.noise_seed[i]))
+        noise = torch.randn(values.shape[1:], generator=rng).to(values.device)
+        values[i] += noise * (policy.noise * float(draws.uniform["noise"][i]))
+    return values
+
+
+def _compress(pixels: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Through libjpeg-turbo, on the CPU, with the half colour resolution of most JPEGs."""
+    reach = 101 - policy.jpeg_quality
+    for i in _choose(draws, "jpeg", policy.jpeg_share):
+        quality = policy.jpeg_quality + int(draws.uniform["jpeg"][i] * reach)
+        rows = np.ascontiguousarray(pixels[i].cpu().numpy())
+        data = simplejpeg.encode_jpeg(rows, quality, colorsubsampling="420")
+        pixels[i] = torch.from_numpy(simplejpeg.decode_jpeg(data)).to(pixels.device)
+    return pixels

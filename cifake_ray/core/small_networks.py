@@ -1,0 +1,88 @@
+"""Networks of timm fitted to small images, and one made of two of them.
+
+Floor: core. timm's stems shrink an image by 4 to 16 before the first block: of 32 x 32 pixels too
+little is left, and what tells generated images lies in the finest of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+SMALL_SIZE = 32
+NUM_HIDDEN = 256
+
+# Name -> timm's network, and the options that make its patches small.
+SMALL_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small_resnet18": ("resnet18", {}),
+    "small_resnet34": ("resnet34", {}),
+    "small_resnet50": ("resnet50", {}),
+    "small_convnext_atto": ("convnext_atto", {"patch_size": 1}),  # from 2 on it halves twice
+    "small_vit_tiny": ("vit_tiny_patch16_224", {"patch_size": 4}),
+    "small_vit_small": ("vit_small_patch16_224", {"patch_size": 4}),
+}
+STEMS = {"resnet": "3x3 stem of stride 1", "convnext": "stem of stride 1", "vit": "patches of 4"}
+FUSION = ("small_vit_tiny", "small_resnet18")
+
+DESCRIPTIONS = {
+    name: f"timm's {timm_name}, {STEMS[name.split('_')[1].rstrip('0123456789')]},"
+    f" native {SMALL_SIZE}x{SMALL_SIZE}"
+    for name, (timm_name, _) in SMALL_NETWORKS.items()
+} | {
+    "fusion": f"{FUSION[0]} and {FUSION[1]}, a learned head on both,"
+    f" native {SMALL_SIZE}x{SMALL_SIZE}"
+}
+
+
+def build_small(name: str, image_size: int, drop_path: float, num_classes: int = 2) -> nn.Module:
+    """float[B, 3, S, S] -> float[B, 2], or features for `num_classes` 0.
+
+    ValueError for an image size or a drop_path it cannot take.
+    """
+    if name == "fusion":
+        return Fusion(image_size, drop_path)
+    import timm
+
+    timm_name, patches = SMALL_NETWORKS[name]
+    options: dict[str, Any] = {**patches, "num_classes": num_classes, "drop_path_rate": drop_path}
+    if "vit" in name:
+        if image_size % patches["patch_size"]:
+            raise ValueError(
+                f"--image-size {image_size}: {name} takes multiples of {patches['patch_size']}"
+            )
+        options["img_size"] = image_size
+    network: nn.Module = timm.create_model(timm_name, pretrained=False, **options)
+    if "resnet" in name:
+        # Source: He et al. 2016, section 4.2: the networks for CIFAR begin with a 3x3 convolution
+        # and have no pooling before the first block.
+        stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        network.conv1, network.maxpool = stem, nn.Identity()
+    return network
+
+
+class Fusion(nn.Module):
+    """A ViT and a CNN side by side; the head sees both feature vectors."""
+
+    def __init__(self, image_size: int, drop_path: float) -> None:
+        super().__init__()
+        self.vit = build_small(FUSION[0], image_size, drop_path, num_classes=0)
+        self.cnn = build_small(FUSION[1], image_size, drop_path, num_classes=0)
+        num_features = int(self.vit.num_features) + int(self.cnn.num_features)  # type: ignore[arg-type]
+        self.head = nn.Sequential(
+            nn.LayerNorm(num_features),
+            nn.Linear(num_features, NUM_HIDDEN),
+            nn.GELU(),
+            nn.Linear(NUM_HIDDEN, 2),
+        )
+
+    def get_classifier(self) -> nn.Module:
+        """As timm's networks call it."""
+        return self.head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float[B, 3, S, S] -> float[B, 2]."""
+        outputs: torch.Tensor = self.head(torch.cat([self.vit(images), self.cnn(images)], dim=1))
+        return outputs

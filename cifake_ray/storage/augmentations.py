@@ -1,0 +1,35 @@
+"""Augmentation policies by name or out of a YAML file.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.augmentation import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.storage.files import read_if_exists
+from cifake_ray.storage.places import resolve_path
+
+
+def read_augmentation(config: TrainConfig) -> Augmentation:
+    """The policy that `--augment` names. ValueError when there is no such name, file or step."""
+    if config.augment in POLICIES:
+        return POLICIES[config.augment]
+    data = read_if_exists(resolve_path(config.augment, config.store))
+    if data is None:
+        raise ValueError(
+            f"--augment {config.augment}: no such policy or file; there are {', '.join(POLICIES)}"
+        )
+    try:
+        values = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--augment {config.augment}: not readable as YAML ({reason})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--augment {config.augment}: holds no mapping, one `step: value` a line")
+    try:
+        return parse_augmentation(values)
+    except ValueError as error:
+        raise ValueError(f"--augment {config.augment}: {error}") from error
