@@ -37,8 +37,16 @@ DOOR_RANK = 4
 
 STAGE_VERBS = ("convert", "train", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
-MACHINERY = {"batch", "cluster", "quarantine", "shard_worker", "watchdog"}
-NOT_VERBS = {*MACHINERY, "doctor", "__init__", "workers"}
+MACHINERY = {
+    "batch",
+    "cluster",
+    "quarantine",
+    "shard_worker",
+    "train_worker",
+    "watchdog",
+    "workers",
+}
+NOT_VERBS = {*MACHINERY, "doctor", "__init__"}
 # The one name that one verb takes from another, and the verbs that stand on a whole other one.
 SHARED_WITH = {("evaluate", "score"): {"MakeScoreWork"}, ("tune", "train"): None}
 MAX_LINES = 360

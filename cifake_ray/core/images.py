@@ -147,6 +147,7 @@ class Preprocessing:
     fit: Fit  # "resize" or "crop", see `fit_image`
     mean: tuple[float, float, float]  # RGB mean in [0, 1] units, as timm's
     std: tuple[float, float, float]  # RGB deviation in [0, 1] units, as timm's
+    test_time_flip: bool = False  # the detector sees the mirror image too, see `find_logit`
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
@@ -156,6 +157,8 @@ class Preprocessing:
             )
         if self.fit not in get_args(Fit):
             raise ValueError(f"fit={self.fit!r} must be one of {get_args(Fit)}; choose one of them")
+        if type(self.test_time_flip) is not bool:
+            raise ValueError(f"test_time_flip={self.test_time_flip!r} must be true or false")
         for name, lowest in (("mean", "0 <= v"), ("std", "0 < v")):
             values = getattr(self, name)
             if (
@@ -181,6 +184,7 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`. Raises ValueError for missing, unknown or impossible values."""
         names = set(cls.__dataclass_fields__)
+        values = {"test_time_flip": False, **values}  # bundles older than the field
         if set(values) != names:
             raise ValueError(
                 f"preprocessing has the keys {sorted(values)}, must have exactly {sorted(names)}; "
@@ -189,7 +193,7 @@ class Preprocessing:
         mean, std = (
             tuple(v) if isinstance(v, list) else v for v in (values["mean"], values["std"])
         )
-        return cls(image_size=values["image_size"], fit=values["fit"], mean=mean, std=std)
+        return cls(**{**values, "mean": mean, "std": std})
 
 
 def _crop_center(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

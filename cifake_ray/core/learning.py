@@ -9,10 +9,10 @@ whole batch whatever the number of ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +21,15 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.augmentation import POLICIES, Augmentation, Draws, augment, draw_augmentation
-from cifake_ray.core.mixing import draw_mix, mix_images, mix_labels
-from cifake_ray.core.models import Detector, find_head, to_logit
+from cifake_ray.core.augmentation import POLICIES, Augmentation
+from cifake_ray.core.batches import Batch, Batches, Images, to_device
+from cifake_ray.core.models import Detector, find_head
 from cifake_ray.core.recipe import make_optimizer, make_schedule
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.stopping import Patience, to_score
+from cifake_ray.core.stopping import KeptEpoch, Patience, average_weights, keep_best, to_score
 from cifake_ray.errors import CifakeError
 
 EVAL_BATCH_SIZE = 512
-
-
-class Images(Protocol):
-    """Decoded, labelled images by number."""
-
-    labels: np.ndarray  # int64[N], REAL or FAKE
-
-    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """int64[N]: a fresh permutation, in which reading is cheap."""
-        ...
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8[len(indices), S, S, 3]."""
-        ...
 
 
 @dataclass
@@ -54,8 +40,11 @@ class TrainState:
     step: int = 0  # optimiser steps taken
     history: list[dict[str, Any]] = field(default_factory=list)
     patience: Patience = field(default_factory=Patience)
-    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    best_logit: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    kept: list[KeptEpoch] = field(default_factory=list)  # best first
+    # Of the epoch under way, when it was saved:
+    batch: int = 0  # optimiser steps taken
+    loss_sum: float = 0.0  # over the images of all ranks
+    train_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,6 @@ def choose_numerics(device: str, precision: str) -> Numerics:
     return Numerics(device, dtypes[precision])
 
 
-def count_steps(num_images: int, batch_size: int) -> int:
-    """Optimiser steps in an epoch: whole batches only, unless there is not one."""
-    return max(1, num_images // batch_size)
-
-
 def _make_ema(detector: Detector, decay: float) -> Any:
     """timm's moving average: its decay rises to `decay` as the steps go on, so short runs gain."""
     from timm.utils.model_ema import ModelEmaV3
@@ -115,12 +99,14 @@ class Trainer:
         self.rank = dist.get_rank() if is_distributed else 0
         self.num_ranks = dist.get_world_size() if is_distributed else 1
         self.detector, self.wrapped, self.config = detector, wrapped, config
-        self.train_images, self.val_images, self.numerics = train, val, numerics
-        self.augmentation = augmentation
-        self.batch_size = min(config.batch_size, len(train.labels))
-        self.steps_per_epoch = count_steps(len(train.labels), self.batch_size)
+        self.val_images, self.numerics = val, numerics
+        self.batches = Batches(
+            train, config, augmentation, numerics.device, self.rank, self.num_ranks
+        )
         self.optimizer = make_optimizer(detector.network, config)
-        self.schedule = make_schedule(self.optimizer, config, self.steps_per_epoch * config.epochs)
+        self.schedule = make_schedule(
+            self.optimizer, config, self.batches.steps_per_epoch * config.epochs
+        )
         self.scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.dtype is torch.float16)
         self.ema = None if config.ema_decay is None else _make_ema(detector, config.ema_decay)
         # Whose weights are validated and kept.
@@ -128,44 +114,46 @@ class Trainer:
         self.state = TrainState()
 
     def fit(self, save: Callable[[], None]) -> None:
-        """Train the epochs that are left; `save` is called after each, on every rank.
+        """Train the epochs that are left; `save` is called on every rank when it is time to.
 
-        Ends before the last epoch when `--patience` is over. CifakeError when the loss is no
-        longer finite.
+        That is after each epoch, and after every `--checkpoint-steps` within one. Ends before the
+        last epoch when `--patience` is over. CifakeError when the loss is no longer finite.
         """
-        while self.state.epoch < self.config.epochs and not self.state.patience.is_over(
-            self.config.patience
-        ):
-            started_s = time.perf_counter()
-            train_loss = self._train_epoch()
-            trained_s = time.perf_counter()
+        state = self.state
+        while state.epoch < self.config.epochs and not state.patience.is_over(self.config.patience):
+            train_loss = self._train_epoch(save)
+            validation_started_s = time.perf_counter()
             logit = self.predict(self.val_images)
             row = self._measure(logit, train_loss)
-            train_s = trained_s - started_s
-            row["train_s"] = round(train_s, 3)
-            row["val_s"] = round(time.perf_counter() - trained_s, 3)
-            row["images_per_s"] = round(self.steps_per_epoch * self.batch_size / train_s, 1)
-            self.state.epoch += 1
-            self.state.history.append(row)
+            row["workers"] = self.num_ranks
+            row["train_s"] = round(state.train_s, 3)
+            row["val_s"] = round(time.perf_counter() - validation_started_s, 3)
+            num_images = self.batches.steps_per_epoch * self.batches.batch_size
+            row["images_per_s"] = round(num_images / state.train_s, 1)
+            state.epoch += 1
+            state.batch, state.loss_sum, state.train_s = 0, 0.0, 0.0
+            state.history.append(row)
             score = self._agree(to_score(row, self.config.monitor))
-            if self.state.patience.watch(score, self.config.min_delta):
-                self.state.best_logit = logit
-                self.state.best_weights = {
-                    name: t.detach().cpu().clone()
-                    for name, t in self.judged.network.state_dict().items()
-                }
+            state.patience.watch(score, self.config.min_delta)
+            state.kept = keep_best(
+                state.kept, score, state.epoch, logit, self.judged.network, self.config.keep_epochs
+            )
             save()
 
-    def _train_epoch(self) -> float:
-        """One pass over the training images: the mean loss over all ranks."""
-        is_frozen = self.state.epoch < self.config.freeze_epochs
+    def _train_epoch(self, save: Callable[[], None]) -> float:
+        """What is left of a pass over the training images: the mean loss of all of it."""
+        state = self.state
+        is_frozen = state.epoch < self.config.freeze_epochs
         self.wrapped.train()
         if is_frozen:  # norms and drop-outs of the body stand still too
             self.detector.network.eval()
             find_head(self.detector.network).train()
+        started_s = time.perf_counter() - state.train_s
         total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
-        for images, labels, batch_size in self._draw_batches():
-            total += self._find_gradient(images, labels, batch_size)
+        if self.rank == 0:
+            total += state.loss_sum
+        for batch in self.batches.draw(state.epoch, state.batch):
+            total += self._find_gradient(batch)
             if is_frozen:  # not requires_grad: DDP waits for every gradient it was born with
                 self._drop_gradients_of_the_body()
             if self.config.grad_clip is not None:
@@ -174,26 +162,41 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
-            self.state.step += 1
+            state.step += 1
+            state.batch += 1
             if self.ema is not None:
-                self.ema.update(self.detector, self.state.step)
-        if self.num_ranks > 1:
-            dist.all_reduce(total)
-        mean = float(total) / (self.steps_per_epoch * self.batch_size)
+                self.ema.update(self.detector, state.step)
+            is_last = state.batch == self.batches.steps_per_epoch
+            if is_last or self._is_time_to_save():
+                state.loss_sum = self._add_up(total)
+                state.train_s = time.perf_counter() - started_s
+                if not is_last:
+                    save()
+        mean = state.loss_sum / (self.batches.steps_per_epoch * self.batches.batch_size)
         if not np.isfinite(mean):
             raise CifakeError(
-                f"the training loss became {mean} in epoch {self.state.epoch + 1}; lower --lr"
+                f"the training loss became {mean} in epoch {state.epoch + 1}; lower --lr"
             )
         return mean
 
-    def _find_gradient(
-        self, images: torch.Tensor, labels: torch.Tensor, batch_size: int
-    ) -> torch.Tensor:
+    def _is_time_to_save(self) -> bool:
+        steps = self.config.checkpoint_steps
+        return steps is not None and self.state.batch % steps == 0
+
+    def _add_up(self, value: torch.Tensor) -> float:
+        """The sum over all ranks."""
+        total = value.clone()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        return float(total)
+
+    def _find_gradient(self, batch: Batch) -> torch.Tensor:
         """The gradient of a global batch, in pieces; gives the sum of this rank's losses."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
-        num_pieces = max(1, min(self.config.grad_accum, batch_size // self.num_ranks))
-        pieces = zip(images.tensor_split(num_pieces), labels.tensor_split(num_pieces), strict=True)
+        num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
+        split = (tensor.tensor_split(num_pieces) for tensor in (batch.images, batch.labels))
+        pieces = zip(*split, strict=True)
         for number, (piece, piece_labels) in enumerate(pieces, start=1):
             with self._synchronised(number == num_pieces):
                 with self.numerics.autocast:
@@ -206,7 +209,7 @@ class Trainer:
                 )
                 # DDP divides the sum of the ranks' gradients by their number; this makes it the
                 # gradient of the mean over the whole batch, however it was dealt.
-                loss = losses * (self.num_ranks / batch_size)
+                loss = losses * (self.num_ranks / batch.size)
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += losses.detach()
         return total
@@ -224,34 +227,6 @@ class Trainer:
             if id(parameter) not in head:
                 parameter.grad = None
 
-    def _draw_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """This rank's share of each global batch: images, labels, size of the global batch."""
-        rng = np.random.default_rng((self.config.seed, self.state.epoch))
-        order = self.train_images.order_epoch(rng)
-        mirrored = rng.random(len(order)) < self.augmentation.flip
-        for step in range(self.steps_per_epoch):
-            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
-            step_rng = np.random.default_rng((self.config.seed, self.state.epoch, step + 1))
-            draws = draw_augmentation(step_rng, mirrored[batch])
-            places = np.arange(self.rank, self.batch_size, self.num_ranks)
-            images, labels = self._read(order[batch], draws, places)
-            mix = draw_mix(step_rng, self.config, images.shape[1])
-            if mix is not None:  # partners are read too: they may be another rank's
-                others = self._read(order[batch], draws, self.batch_size - 1 - places)
-                images = mix_images(images, others[0], mix)
-                labels = mix_labels(labels, others[1], mix)
-            yield images, labels, self.batch_size
-
-    def _read(
-        self, batch: np.ndarray, draws: Draws, places: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented images and labels at some places of a global batch."""
-        indices = batch[places]
-        images = self._to_device(torch.from_numpy(self.train_images.read(indices)))
-        labels = self._to_device(torch.from_numpy(self.train_images.labels[indices]))
-        return augment(images, self.augmentation, draws.take(places)), labels
-
     def _agree(self, value: float) -> float:
         """Rank 0's value: another processor may round the last digit of its own differently."""
         if self.num_ranks == 1:
@@ -259,11 +234,6 @@ class Trainer:
         shared = torch.tensor(value, dtype=torch.float64, device=self.numerics.device)
         dist.broadcast(shared, 0)
         return float(shared)
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.numerics.device == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.numerics.device, non_blocking=True)
 
     @torch.inference_mode()
     def predict(self, images: Images) -> torch.Tensor:
@@ -277,10 +247,10 @@ class Trainer:
             stop = min(start + EVAL_BATCH_SIZE * self.num_ranks, len(logit))
             indices = np.arange(start + self.rank, stop, self.num_ranks)
             if len(indices):
-                batch = self._to_device(torch.from_numpy(images.read(indices)))
+                batch = to_device(images.read(indices), self.numerics.device)
                 with self.numerics.autocast:
-                    outputs = self.judged(batch)
-                logit[start + self.rank : stop : self.num_ranks] = to_logit(outputs)
+                    found = self.judged.find_logit(batch)
+                logit[start + self.rank : stop : self.num_ranks] = found
         if self.num_ranks > 1:
             dist.all_reduce(logit)  # every image is non-zero on one rank only
         return logit.cpu()
@@ -303,16 +273,40 @@ class Trainer:
             "lr": max(self.schedule.get_last_lr()),
         }
 
+    def choose_best(self) -> tuple[KeptEpoch, list[int]]:
+        """The best weights, and the epochs they are the mean of; called by every rank.
+
+        With `--keep-epochs` the mean of the kept epochs' weights, if it is better than the best of
+        them (Izmailov et al. 2018; timm's avg_checkpoints, which takes the mean unseen).
+        """
+        best, *others = self.state.kept
+        if not others:
+            return best, [best.epoch]
+        mean = average_weights([epoch.weights for epoch in self.state.kept])
+        self.judged.network.load_state_dict(mean)
+        logit = self.predict(self.val_images)
+        score = self._agree(to_score(self._measure(logit, 0.0), self.config.monitor))
+        if score > best.score:
+            epochs = sorted(epoch.epoch for epoch in self.state.kept)
+            return KeptEpoch(best.epoch, score, logit, mean), epochs
+        return best, [best.epoch]
+
     def to_checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs: tensors and plain values only."""
+        """Everything `resume` needs: tensors and plain values only.
+
+        No state of a random generator: every step seeds its own.
+        """
         return {
             "network": self.detector.network.state_dict(),
             "ema": self.ema.module.network.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "state": {**self.state.__dict__, "patience": asdict(self.state.patience)},
-            "rng": torch.get_rng_state(),
+            "state": {
+                **self.state.__dict__,
+                "patience": asdict(self.state.patience),
+                "kept": [epoch._asdict() for epoch in self.state.kept],
+            },
         }
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -323,6 +317,8 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["schedule"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        state = checkpoint["state"]
-        self.state = TrainState(**{**state, "patience": Patience(**state["patience"])})
-        torch.set_rng_state(checkpoint["rng"])
+        state = dict(checkpoint["state"])
+        patience, kept = Patience(**state.pop("patience")), state.pop("kept")
+        self.state = TrainState(
+            **state, patience=patience, kept=[KeptEpoch(**epoch) for epoch in kept]
+        )

@@ -67,13 +67,23 @@ class Detector(nn.Module):
         outputs: torch.Tensor = self.network(normalised)
         return outputs.float()
 
+    def find_logit(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8[B, S, S, 3] -> float32[B]: z_FAKE - z_REAL, uncalibrated; above 0 speaks for FAKE.
+
+        With test-time flip the mean of an image's and its mirror image's.
+        """
+        logit = to_logit(self(images))
+        if self.preprocessing.test_time_flip:
+            logit = (logit + to_logit(self(images.flip(2)))) / 2
+        return logit
+
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.network.parameters())
 
 
 def to_logit(outputs: torch.Tensor) -> torch.Tensor:
-    """float32[B, 2] -> float32[B]: z_FAKE - z_REAL, uncalibrated; above 0 speaks for FAKE."""
+    """float32[B, 2] -> float32[B]: z_FAKE - z_REAL."""
     return outputs[:, 1] - outputs[:, 0]
 
 

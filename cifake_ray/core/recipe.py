@@ -6,6 +6,7 @@ Floor: core. timm's optimiser and layer groups are imported only when they are a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,9 +20,24 @@ def build_trainee(config: TrainConfig) -> Detector:
     detector = build_detector(
         config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
     )
+    if config.test_time_flip:
+        detector.set_preprocessing(replace(detector.preprocessing, test_time_flip=True))
     if config.channels_last:
         detector.network.to(memory_format=torch.channels_last)
     return detector
+
+
+def share_norms(network: nn.Module, device: str) -> nn.Module:
+    """Batch norms whose statistics are those of all ranks' images, where torch has them: on GPUs.
+
+    Names of weights stay as they are.
+    """
+    if device == "cpu":
+        return network
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    shared: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return shared
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

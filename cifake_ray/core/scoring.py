@@ -14,7 +14,7 @@ import torch
 
 from cifake_ray.core.calibration import Calibration, compute_p_fake
 from cifake_ray.core.images import inspect_image
-from cifake_ray.core.models import Detector, to_logit
+from cifake_ray.core.models import Detector
 from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.core.work import assemble_rows
 from cifake_ray.errors import ImageError
@@ -89,5 +89,5 @@ def predict_logit(detector: Detector, images: torch.Tensor, device: str) -> np.n
     """uint8[N, S, S, 3] -> float32[N] logits, in one forward pass."""
     if device != "cpu":
         images = images.pin_memory().to(device, non_blocking=True)
-    logit: np.ndarray = to_logit(detector(images)).cpu().numpy()
+    logit: np.ndarray = detector.find_logit(images).cpu().numpy()
     return logit

@@ -1,4 +1,4 @@
-"""Which epoch is the best, and when to stop waiting for a better one.
+"""Which epochs are the best, and when to stop waiting for a better one.
 
 Floor: core.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from cifake_ray.config import Monitor, TrainConfig
 
@@ -18,29 +21,52 @@ def to_score(row: dict[str, Any], monitor: Monitor) -> float:
     return -value if monitor == "val_loss" else value
 
 
-def best_epoch(history: list[dict[str, Any]], monitor: Monitor) -> int:
-    """The first epoch of the highest score."""
-    best = max(history, key=lambda row: (to_score(row, monitor), -row["epoch"]))
-    return int(best["epoch"])
+class KeptEpoch(NamedTuple):
+    """An epoch's weights, and what they gave on validation."""
+
+    epoch: int  # from 1
+    score: float
+    logit: torch.Tensor  # float32[N]
+    weights: dict[str, torch.Tensor]  # on the CPU
+
+
+def keep_best(
+    kept: list[KeptEpoch],
+    score: float,
+    epoch: int,
+    logit: torch.Tensor,
+    network: nn.Module,
+    num_kept: int,
+) -> list[KeptEpoch]:
+    """The best `num_kept` epochs, best first and of equals the earliest, the new one among them."""
+    if len(kept) == num_kept and score <= kept[-1].score:
+        return kept
+    weights = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+    new = KeptEpoch(epoch, score, logit, weights)
+    return sorted([*kept, new], key=lambda e: (-e.score, e.epoch))[:num_kept]
+
+
+def average_weights(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of each tensor; counters, which are whole numbers, are the first one's."""
+    return {
+        name: torch.stack([each[name] for each in weights]).mean(0) if t.is_floating_point() else t
+        for name, t in weights[0].items()
+    }
 
 
 @dataclass
 class Patience:
     """How long the wait has been: plain numbers, a part of the checkpoint."""
 
-    best_score: float = -math.inf  # of any epoch
     mark: float = -math.inf  # what the next epoch must exceed, by --min-delta, to end the wait
     num_waited: int = 0  # epochs since one did
 
-    def watch(self, score: float, min_delta: float) -> bool:
-        """Take notice of an epoch; whether it is the best so far."""
+    def watch(self, score: float, min_delta: float) -> None:
+        """Take notice of an epoch."""
         if score > self.mark + min_delta:
             self.mark, self.num_waited = score, 0
         else:
             self.num_waited += 1
-        is_best = score > self.best_score
-        self.best_score = max(score, self.best_score)
-        return is_best
 
     def is_over(self, patience: int | None) -> bool:
         return patience is not None and self.num_waited >= patience

@@ -8,7 +8,6 @@ alike, and does not need to know which it was.
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable
@@ -17,18 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from cifake_ray.config import TrainConfig, effective_settings
-from cifake_ray.core.augmentation import Augmentation, parse_augmentation
-from cifake_ray.core.calibration import calibrate
-from cifake_ray.core.learning import Trainer, choose_numerics
-from cifake_ray.core.metrics import compute_metrics
-from cifake_ray.core.models import Detector
+from cifake_ray.core.augmentation import Augmentation
 from cifake_ray.core.recipe import build_trainee, make_optimizer
-from cifake_ray.core.stopping import best_epoch, explain_end
+from cifake_ray.core.stopping import explain_end
 from cifake_ray.errors import CifakeError
-from cifake_ray.report.text import model_card
 from cifake_ray.stages.cluster import (
     Placement,
     choose_gpu,
@@ -36,16 +29,14 @@ from cifake_ray.stages.cluster import (
     count_local_cpus,
     place_workers,
 )
-from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.stages.train_worker import train_worker
 from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.buckets import open_place
-from cifake_ray.storage.bundle import read_bundle_facts, write_bundle
+from cifake_ray.storage.bundle import read_bundle_facts
 from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.starting_weights import load_starting_weights
 from cifake_ray.storage.training import (
-    TrainingData,
     locate_cache,
-    open_training_data,
     read_training_rows,
 )
 from cifake_ray.storage.training_runs import TrainingRun
@@ -70,7 +61,8 @@ class TrainSummary:
     stopped: str  # why it ended
     steps: int
     best_epoch: int
-    val_accuracy: float
+    averaged_epochs: list[int]  # whose mean the weights of the bundle are
+    val_accuracy: float  # of the bundle
     train_s: float  # in training epochs, over all attempts
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
@@ -127,7 +119,7 @@ def train_detector(
         say(f"train: starting from {weights}")
     resumed = len(run.read_history())
     with _watch_history(run, resumed, config.epochs, on_epoch):
-        if config.num_workers == 0:
+        if config.worker_range == (0, 0):
             use_gpu = config.device == "cuda" or (
                 config.device == "auto" and torch.cuda.is_available()
             )
@@ -150,13 +142,15 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
 
     filesystem, storage_path = to_arrow(run.path)
     threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
-    with connect_cluster(config.address, config.num_workers) as resources:
+    least, most = config.worker_range or (None, None)
+    with connect_cluster(config.address, least) as resources:
         use_gpu = choose_gpu(config.device, resources)
         placement = place_workers(
             resources,
-            num_workers=config.num_workers,
+            num_workers=least,
             use_gpu=use_gpu,
-            cpus_per_worker=config.cpus_per_worker,
+            # Those that join later must find as much as those that were there.
+            cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
             default_workers=resources.num_gpus if use_gpu else 1,
         )
         trainer = TorchTrainer(
@@ -167,7 +161,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
                 "use_gpu": use_gpu,
                 "num_threads": placement.cpus_per_worker,
             },
-            scaling_config=_scale(placement),
+            scaling_config=_scale(placement, most or placement.num_workers),
             run_config=ray.train.RunConfig(
                 name="ray",
                 storage_path=storage_path,
@@ -186,11 +180,14 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
             threads.shutdown(wait=False)
 
 
-def _scale(placement: Placement) -> Any:
+def _scale(placement: Placement, most: int) -> Any:
+    """What Ray Train starts; when nodes come or go, it starts another number anew."""
     import ray.train
 
+    least = placement.num_workers
+    workers: Any = least if least == most else (least, most)
     return ray.train.ScalingConfig(
-        num_workers=placement.num_workers,
+        num_workers=workers,
         use_gpu=placement.gpus_per_worker > 0,
         resources_per_worker={
             "CPU": placement.cpus_per_worker,
@@ -205,105 +202,12 @@ def _first_cause(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """What each rank runs: read, resume, train; rank 0 writes."""
-    config = TrainConfig(**payload["config"])
-    run = TrainingRun(resolve_path(config.run, config.store))
-    keep_freed_memory()
-    torch.set_num_threads(payload["num_threads"])
-    torch.manual_seed(config.seed)
-    device = "cuda" if payload["use_gpu"] else "cpu"
-    detector = build_trainee(config)
-    load_starting_weights(config, detector)
-    rows = read_training_rows(config)
-    data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
-    wrapped, report = _join_group(config, detector, device)
-    trainer = Trainer(
-        detector,
-        wrapped,
-        config,
-        data.train,
-        data.val,
-        choose_numerics(device, config.precision),
-        parse_augmentation(payload["augmentation"]),
-    )
-    if (checkpoint := run.read_checkpoint()) is not None:
-        trainer.resume(checkpoint)
-
-    def save() -> None:
-        if trainer.rank == 0:
-            buffer = io.BytesIO()
-            torch.save(trainer.to_checkpoint(), buffer)
-            run.write_checkpoint(buffer.getvalue(), trainer.state.history)
-        report(trainer.state.history[-1])
-
-    trainer.fit(save)
-    if trainer.rank == 0:
-        _write_best(config, run, trainer, data)
-
-
-def _join_group(
-    config: TrainConfig, detector: Detector, device: str
-) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
-    """The detector as this rank trains it, and how the rank reports an epoch."""
-    if config.num_workers == 0:
-        return detector.to(device), lambda row: None
-    import ray.train
-    from ray.train.torch import prepare_model
-
-    return prepare_model(detector), ray.train.report
-
-
-def _write_best(
-    config: TrainConfig, run: TrainingRun, trainer: Trainer, data: TrainingData
-) -> None:
-    """The bundle: the best epoch's weights, calibrated on the validation images."""
-    state = trainer.state
-    trainer.detector.network.load_state_dict(state.best_weights)
-    logit, label = state.best_logit.numpy(), data.val.labels
-    calibration = calibrate(logit, label)
-    metrics = compute_metrics(
-        logit, label, temperature=calibration.temperature, threshold=calibration.threshold
-    )
-    settings = effective_settings(config)
-    shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
-    training = {
-        **settings,
-        "augment": trainer.augmentation.to_dict(),
-        "weights": config.weights and config.weights.rpartition("/")[2],
-        "train_images": len(data.train.labels),
-        "val_images": len(data.val.labels),
-        "best_epoch": best_epoch(state.history, config.monitor),
-        "steps": state.step,
-    }
-    card = model_card(
-        name=f"{config.model} trained by cifake-ray",
-        architecture=config.model,
-        num_parameters=trainer.detector.num_parameters,
-        trained_on=f"{len(data.train.labels):,} labelled images, REAL and FAKE ({shards}).",
-        preprocessing=trainer.detector.preprocessing.to_dict(),
-        training=training,
-        calibration=calibration,
-        metrics=metrics,
-    )
-    write_bundle(
-        run.bundle_path,
-        trainer.detector,
-        calibration,
-        training={**training, "unusable": data.unusable},
-        metrics=metrics,
-        history=state.history,
-        model_card=card,
-    )
-
-
 def _summarise(
     config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
 ) -> TrainSummary:
     history = run.read_history()
     bundle = read_bundle_facts(run.bundle_path)
     training = bundle.training
-    best = best_epoch(history, config.monitor)
     train_s = sum(row["train_s"] for row in history)
     images = sum(row["images_per_s"] * row["train_s"] for row in history)
     return TrainSummary(
@@ -319,8 +223,9 @@ def _summarise(
         epochs_resumed=resumed,
         stopped=explain_end(history, config),
         steps=history[-1]["step"],
-        best_epoch=best,
-        val_accuracy=history[best - 1]["val_accuracy"],
+        best_epoch=training["best_epoch"],
+        averaged_epochs=training["averaged_epochs"],
+        val_accuracy=round(training["val_accuracy"], 6),
         train_s=round(train_s, 1),
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
+from cifake_ray.core.batches import count_steps
 from cifake_ray.core.images import Preprocessing
-from cifake_ray.core.learning import Numerics, Trainer, choose_numerics, count_steps
+from cifake_ray.core.learning import Numerics, Trainer, choose_numerics
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
 from cifake_ray.core.recipe import make_optimizer
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.stopping import best_epoch, explain_end
+from cifake_ray.core.stopping import average_weights, explain_end
 from cifake_ray.errors import CifakeError
 
 SIZE = 8
@@ -133,31 +135,53 @@ def test_another_seed_gives_other_weights() -> None:
     assert not torch.equal(weights_of(one)[0], weights_of(two)[0])
 
 
-def test_going_on_from_a_checkpoint_equals_never_having_stopped() -> None:
-    """Dropout draws from the global generator, so its state has to travel too."""
-    whole = make_trainer()
-    checkpoints: list[bytes] = []
-
+def save_to(checkpoints: list[bytes], trainer: Trainer) -> Callable[[], None]:
     def save() -> None:
         buffer = io.BytesIO()
-        torch.save(whole.to_checkpoint(), buffer)
+        torch.save(trainer.to_checkpoint(), buffer)
         checkpoints.append(buffer.getvalue())
 
-    torch.manual_seed(3)
-    expected = fit(whole, save)
-    assert len(checkpoints) == 3
+    return save
 
-    resumed = make_trainer()
-    torch.manual_seed(77)
-    with torch.no_grad():  # nothing of what it was born with may survive
-        for parameter in resumed.detector.network.parameters():
-            parameter.fill_(0.5)
-    resumed.resume(torch.load(io.BytesIO(checkpoints[0]), weights_only=True))
-    assert resumed.state.epoch == 1
-    assert fit(resumed) == expected
-    assert_equal(weights_of(resumed), weights_of(whole))
-    assert torch.equal(resumed.state.best_logit, whole.state.best_logit)
-    assert resumed.state.patience == whole.state.patience
+
+@pytest.mark.parametrize(
+    ("settings", "stands_at"),
+    [({}, [(1, 0), (2, 0), (3, 0)]), ({"checkpoint_steps": 4}, [(0, 4), (1, 0), (1, 4), (2, 0)])],
+    ids=["between epochs", "within one"],
+)
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(
+    settings: dict[str, Any], stands_at: list[tuple[int, int]]
+) -> None:
+    """Dropout draws from torch's global generator, which each step seeds."""
+    settings = {"ema_decay": 0.9, "keep_epochs": 2, **settings}
+    whole = make_trainer(**settings)
+    checkpoints: list[bytes] = []
+    expected = fit(whole, save_to(checkpoints, whole))
+    for checkpoint, (epoch, batch) in zip(checkpoints, stands_at, strict=False):
+        images = ArrayImages(100)
+        resumed = make_trainer(images, **settings)
+        torch.manual_seed(77)
+        with torch.no_grad():  # nothing of what it was born with may survive
+            for parameter in resumed.detector.network.parameters():
+                parameter.fill_(0.5)
+        resumed.resume(torch.load(io.BytesIO(checkpoint), weights_only=True))
+        assert (resumed.state.epoch, resumed.state.batch) == (epoch, batch)
+        assert fit(resumed) == expected
+        assert len(images.reads) == 18 - 6 * epoch - batch  # none twice, none left out
+        assert_equal(weights_of(resumed), weights_of(whole))
+        for again, kept in zip(resumed.state.kept, whole.state.kept, strict=True):
+            assert (again.epoch, again.score) == (kept.epoch, kept.score)
+            assert torch.equal(again.logit, kept.logit)
+            assert_equal(list(again.weights.values()), list(kept.weights.values()))
+        assert resumed.state.patience == whole.state.patience
+
+
+def test_saving_within_an_epoch_changes_nothing() -> None:
+    plain, saved = make_trainer(), make_trainer(checkpoint_steps=2)
+    checkpoints: list[bytes] = []
+    assert fit(saved, save_to(checkpoints, saved)) == fit(plain)
+    assert len(checkpoints) == 3 * 3  # after 2 and 4 steps, and at the end instead of after 6
+    assert_equal(weights_of(saved), weights_of(plain))
 
 
 def test_a_checkpoint_is_not_changed_by_training_on() -> None:
@@ -180,8 +204,59 @@ def test_the_best_epoch_is_kept_not_the_last() -> None:
     fit(trainer, save)
     accuracy, weights = max(seen, key=lambda pair: pair[0])  # the first of the highest
     assert accuracy > seen[-1][0]
-    assert_equal(list(trainer.state.best_weights.values()), weights)
-    assert trainer.state.patience.best_score == accuracy
+    assert_equal(list(trainer.state.kept[0].weights.values()), weights)
+    assert trainer.state.kept[0].score == accuracy
+
+
+def test_the_mean_of_the_best_epochs_is_kept_if_it_is_better() -> None:
+    trainer = make_trainer(keep_epochs=2, epochs=4, monitor="val_loss")
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def save() -> None:
+        state = trainer.detector.network.state_dict()
+        seen.append({name: tensor.clone() for name, tensor in state.items()})
+
+    history = fit(trainer, save)
+    order = sorted(range(4), key=lambda n: history[n]["val_loss"])
+    assert [kept.epoch for kept in trainer.state.kept] == [n + 1 for n in order[:2]]
+    best, averaged = trainer.choose_best()
+    assert averaged == [best.epoch]  # the loss fell all the way: a mean lags behind
+    # Where the last weights overshoot to both sides of a good place, their mean is that place.
+    good = seen[order[0]]
+    off = {
+        name: 3 * torch.randn(t.shape, generator=torch.manual_seed(0)) for name, t in good.items()
+    }
+    sides = [{n: good[n] + sign * off[n] for n in good} for sign in (1, -1)]
+    trainer.state.kept = [
+        kept._replace(weights=weights, score=-9.0)
+        for kept, weights in zip(trainer.state.kept, sides, strict=True)
+    ]
+    best, averaged = trainer.choose_best()
+    assert averaged == sorted(n + 1 for n in order[:2])
+    assert best.score == pytest.approx(-history[order[0]]["val_loss"], abs=1e-3)
+    for name, tensor in good.items():
+        assert torch.allclose(best.weights[name], tensor, atol=1e-5)
+
+
+def test_a_mean_of_weights_leaves_counters_alone() -> None:
+    weights = [
+        {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(7)},
+        {"w": torch.tensor([3.0, 5.0]), "n": torch.tensor(9)},
+    ]
+    mean = average_weights(weights)
+    assert mean["w"].tolist() == [2.0, 4.0]
+    assert mean["n"].item() == 7
+
+
+def test_the_test_time_flip_takes_the_mean_with_the_mirror_image() -> None:
+    plain, flipped = make_detector(), make_detector()
+    flipped.set_preprocessing(replace(flipped.preprocessing, test_time_flip=True))
+    plain.eval(), flipped.eval()
+    images = torch.from_numpy(ArrayImages(10).pixels)
+    logit, mirrored = plain.find_logit(images), plain.find_logit(images.flip(2))
+    assert not torch.allclose(logit, mirrored)
+    assert torch.allclose(flipped.find_logit(images), (logit + mirrored) / 2)
+    assert torch.equal(flipped(images), plain(images))  # training sees what it saw
 
 
 def test_a_loss_that_is_no_number_ends_training_with_a_remedy() -> None:
@@ -280,8 +355,8 @@ def test_the_monitor_says_which_epoch_is_kept(monitor: str, best: int) -> None:
     trainer = make_scripted(0.5, 0.9, 0.3, 0.9, monitor=monitor)
     seen: list[list[torch.Tensor]] = []
     fit(trainer, lambda: seen.append(weights_of(trainer)))
-    assert best_epoch(trainer.state.history, trainer.config.monitor) == best
-    assert_equal(list(trainer.state.best_weights.values()), seen[best - 1])
+    assert trainer.state.kept[0].epoch == best
+    assert_equal(list(trainer.state.kept[0].weights.values()), seen[best - 1])
 
 
 def test_a_resumed_wait_goes_on_counting_and_a_finished_one_stays_finished() -> None:
@@ -344,10 +419,10 @@ def test_fewer_images_than_a_batch_are_one_batch() -> None:
 
 def find_flips(trainer: Trainer) -> dict[bytes, bool]:
     """Which images of an epoch came mirrored, by their bytes."""
-    source = trainer.train_images
+    source = trainer.batches.images
     assert isinstance(source, ArrayImages)
     flips = {}
-    for images, _, _ in trainer._draw_batches():
+    for images, _, _ in trainer.batches.draw(trainer.state.epoch, 0):
         for given, number in zip(images.numpy(), source.reads[-1], strict=True):
             stored = source.pixels[number]
             assert np.array_equal(given, stored) or np.array_equal(given, stored[:, ::-1])
@@ -371,16 +446,16 @@ def test_no_image_is_mirrored_unless_asked() -> None:
 
 def draw_pixels(trainer: Trainer) -> torch.Tensor:
     """All images of the epoch, as the network would see them."""
-    return torch.cat([batch[0] for batch in trainer._draw_batches()])
+    return torch.cat([batch[0] for batch in trainer.batches.draw(trainer.state.epoch, 0)])
 
 
 def test_flips_are_those_of_the_epoch_generator() -> None:
     """The stream of numbers that makes an old recipe give its old weights."""
     trainer = make_trainer(seed=3)
     rng = np.random.default_rng((3, 0))
-    order = trainer.train_images.order_epoch(rng)
+    order = trainer.batches.images.order_epoch(rng)
     mirrored = rng.random(len(order)) < 0.5
-    pixels = trainer.train_images.read(order[:96])
+    pixels = trainer.batches.images.read(order[:96])
     pixels[mirrored[:96]] = pixels[mirrored[:96], :, ::-1]
     assert np.array_equal(draw_pixels(trainer).numpy(), pixels)
 
@@ -397,8 +472,8 @@ def test_each_epoch_and_seed_augments_anew_and_the_same_ones_alike() -> None:
 def test_ranks_are_dealt_the_augmented_batch_of_one() -> None:
     whole, *ranks = (make_trainer(augmentation=POLICIES["strong"]) for _ in range(3))
     for rank, trainer in enumerate(ranks):
-        trainer.rank, trainer.num_ranks = rank, 2
-    batches = zip(*(t._draw_batches() for t in (whole, *ranks)), strict=True)
+        trainer.batches.rank, trainer.batches.num_ranks = rank, 2
+    batches = zip(*(t.batches.draw(0, 0) for t in (whole, *ranks)), strict=True)
     for one, left, right in batches:
         assert torch.equal(one[0][0::2], left[0])
         assert torch.equal(one[0][1::2], right[0])
@@ -406,9 +481,9 @@ def test_ranks_are_dealt_the_augmented_batch_of_one() -> None:
 
 def test_labels_stay_with_their_images() -> None:
     trainer = make_trainer()
-    source = trainer.train_images
+    source = trainer.batches.images
     assert isinstance(source, ArrayImages)
-    for _, labels, batch_size in trainer._draw_batches():
+    for _, labels, batch_size in trainer.batches.draw(trainer.state.epoch, 0):
         assert labels.tolist() == source.labels[source.reads[-1]].tolist()
         assert batch_size == 16
 
@@ -424,7 +499,7 @@ class MeanDetector(nn.Module):
         return torch.stack([-lightness, lightness], dim=1)
 
 
-@pytest.mark.parametrize("num_images", [1, 3, 511, 512, 513, 1025])
+@pytest.mark.parametrize("num_images", [2, 3, 511, 512, 513, 1025])
 def test_every_validation_image_counts_once(num_images: int) -> None:
     val = ArrayImages(num_images, seed=2)
     trainer = make_trainer(val=val)
@@ -524,6 +599,22 @@ def test_architectures_are_listed_by_glob() -> None:
         list_architectures("nothing-of-the-kind")
 
 
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    plain, compiled = make_trainer(epochs=1), make_trainer(epochs=1)
+    for trainer in (plain, compiled):  # its random numbers are others
+        trainer.detector.network[3].p = 0.0  # type: ignore[index, union-attr]
+    compiled.detector.network.compile()
+    counters.clear()
+    expected = fit(plain)[0]
+    assert not counters["stats"]["unique_graphs"]
+    assert fit(compiled)[0]["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert compiled.state.kept[0].weights.keys() == plain.state.kept[0].weights.keys()
+
+
 # --- several ranks -------------------------------------------------------------------------------
 
 
@@ -559,7 +650,7 @@ def run_rank(rank: int, num_ranks: int, folder: str, options: dict[str, Any]) ->
             "val_reads": [indices.tolist() for indices in val.reads],
             "gradients": gradients[0],
             "weights": weights_of(trainer),
-            "logit": trainer.state.best_logit,
+            "logit": trainer.state.kept[0].logit,
             "history": history,
         }
         torch.save(result, f"{folder}/{num_ranks}-{rank}.pt")

@@ -61,8 +61,8 @@ def test_mixup_blends_in_the_share_it_drew() -> None:
 def test_ranks_are_dealt_the_mixed_batch_of_one(alphas: dict[str, float]) -> None:
     whole, *ranks = (make_trainer(augmentation=POLICIES["strong"], **alphas) for _ in range(3))
     for rank, trainer in enumerate(ranks):
-        trainer.rank, trainer.num_ranks = rank, 2
-    batches = zip(*(t._draw_batches() for t in (whole, *ranks)), strict=True)
+        trainer.batches.rank, trainer.batches.num_ranks = rank, 2
+    batches = zip(*(t.batches.draw(0, 0) for t in (whole, *ranks)), strict=True)
     for one, *shares in batches:
         for rank, share in enumerate(shares):
             assert torch.equal(one[0][rank::2], share[0])
@@ -71,8 +71,8 @@ def test_ranks_are_dealt_the_mixed_batch_of_one(alphas: dict[str, float]) -> Non
 
 @pytest.mark.parametrize("alphas", MIXES)
 def test_mixing_changes_batches_and_still_learns(alphas: dict[str, float]) -> None:
-    plain = next(make_trainer()._draw_batches())
-    mixed = next(make_trainer(**alphas)._draw_batches())
+    plain = next(make_trainer().batches.draw(0, 0))
+    mixed = next(make_trainer(**alphas).batches.draw(0, 0))
     assert mixed[1].shape == (16, 2)
     assert mixed[1].sum(dim=1).tolist() == pytest.approx([1.0] * 16)
     assert not torch.equal(plain[0].float(), mixed[0].float())

@@ -154,15 +154,15 @@ def test_each_option_changes_training_and_survives_a_kill(options: dict[str, Any
     resumed.resume(torch.load(io.BytesIO(checkpoints[0]), weights_only=True))
     assert fit(resumed) == expected
     assert_equal(weights_of(resumed), weights_of(whole))
-    kept, expected_kept = (list(t.state.best_weights.values()) for t in (resumed, whole))
+    kept, expected_kept = (list(t.state.kept[0].weights.values()) for t in (resumed, whole))
     assert_equal(kept, expected_kept)
 
 
 def find_first_gradients(**settings: Any) -> list[torch.Tensor]:
     trainer = make_trainer(**settings)
-    batch = next(trainer._draw_batches())
+    batch = next(trainer.batches.draw(trainer.state.epoch, 0))
     trainer.wrapped.eval()  # without dropout, which draws for each piece anew
-    trainer._find_gradient(*batch)
+    trainer._find_gradient(batch)
     return [p.grad for p in trainer.detector.parameters() if p.grad is not None]
 
 

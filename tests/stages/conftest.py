@@ -30,7 +30,7 @@ def bundle(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run=str(folder / "run"),
         epochs=1,
         batch_size=16,
-        num_workers=0,
+        num_workers="0",
         val_fraction=0.3,
         cache_dir=str(folder / "cache"),
     )

@@ -25,7 +25,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
     options = {
         "epochs": 2,
         "batch_size": 16,
-        "num_workers": 0,
+        "num_workers": "0",
         "val_fraction": 0.3,
         "cpus_per_worker": 1,
         "cache_dir": str(run.parent / "cache"),
@@ -42,14 +42,14 @@ def read_losses(run: Path) -> list[float]:
 
 def test_one_ray_worker_gives_what_this_process_gives(shards: Path, tmp_path: Path) -> None:
     here = run_train(shards, tmp_path / "here")
-    there = run_train(shards, tmp_path / "there", num_workers=1)
+    there = run_train(shards, tmp_path / "there", num_workers="1")
     assert read_losses(tmp_path / "here") == read_losses(tmp_path / "there")
     assert here["steps"] == there["steps"] == 2 * (here["train_images"] // 16)
 
 
 def test_two_workers_see_the_same_batches(shards: Path, tmp_path: Path) -> None:
     run_train(shards, tmp_path / "one", epochs=1)
-    run_train(shards, tmp_path / "two", epochs=1, num_workers=2)
+    run_train(shards, tmp_path / "two", epochs=1, num_workers="2")
     assert read_losses(tmp_path / "one") == pytest.approx(read_losses(tmp_path / "two"), abs=1e-4)
 
 
@@ -144,7 +144,7 @@ def test_early_stopping_is_said_and_keeps_the_best(shards: Path, tmp_path: Path)
 
 def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
     summary = run_train(
-        shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers=1
+        shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers="1"
     )
     assert summary["model"] == "test_resnet"
     assert load_bundle(tmp_path / "run" / "bundle")[0].preprocessing.image_size == 32
@@ -155,7 +155,7 @@ def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) 
     said: list[str] = []
     options: dict[str, Any] = {"epochs": 1, "lr": 1e-12, "say": said.append}
     run = tmp_path / "second"
-    summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers=1, **options)
+    summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers="1", **options)
     bundle = tmp_path / "first" / "bundle"
     assert summary["weights"] == f"10 tensors from {bundle}, the classifier too"
     assert said == [f"train: starting from {summary['weights']}"]
@@ -172,7 +172,7 @@ def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) 
 
 def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="need 3 CPUs, the cluster has 2"):
-        run_train(shards, tmp_path / "run", num_workers=3)
+        run_train(shards, tmp_path / "run", num_workers="3")
 
 
 def test_shards_without_labels_are_refused(sample_folder: Path, tmp_path: Path) -> None:

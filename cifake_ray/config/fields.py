@@ -1,0 +1,98 @@
+"""What every configuration is made of: documented fields, their checks, and where a command runs.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+Device = Literal["auto", "cpu", "cuda"]
+Fit = Literal["resize", "crop"]
+MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
+
+
+class Doc(NamedTuple):
+    """Help line of a field; `positional` makes it an argument, `effect=False` keeps it out of the
+    fingerprint because it changes how fast a run is, never a row of its result."""
+
+    help: str
+    positional: bool = False
+    effect: bool = True
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_least(config: object, least: int, *names: str) -> None:
+    """Fields that are left out (None) or finite and at least so much."""
+    for name in names:
+        value = getattr(config, name)
+        check(
+            value is None or least <= value < math.inf,
+            f"--{name.replace('_', '-')} is {value}; give {least} or more",
+        )
+
+
+def check_endpoint(url: str | None, name: str) -> None:
+    """ValueError, which does not repeat it, for a URL that is no bare address of a server."""
+    check(
+        url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
+        f"{name}: give http://HOST:PORT or https://HOST; credentials come from the AWS chain, never"
+        " from a URL",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How buckets are reached. Credentials come from the AWS chain and are never among these."""
+
+    s3_endpoint_url: Annotated[
+        str | None, Doc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)", effect=False)
+    ] = None
+    s3_region: Annotated[
+        str | None, Doc("Region of the bucket (default: AWS_REGION, else asked for)", effect=False)
+    ] = None
+    s3_profile: Annotated[
+        str | None, Doc("Profile in the AWS configuration (default: AWS_PROFILE)", effect=False)
+    ] = None
+    s3_anonymous: Annotated[bool, Doc("Use no credentials: public buckets", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
+
+    @property
+    def store(self) -> StoreConfig:
+        """These fields alone, as they travel to the workers."""
+        return StoreConfig(**{f.name: getattr(self, f.name) for f in fields(StoreConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(StoreConfig):
+    """Where a command runs."""
+
+    address: Annotated[
+        str | None,
+        Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", effect=False),
+    ] = None
+
+
+def doc_of(config_class: type, name: str) -> Doc:
+    """The `Doc` of a field."""
+    doc: Doc = get_type_hints(config_class, include_extras=True)[name].__metadata__[0]
+    return doc
+
+
+def effective_settings(config: Any) -> dict[str, Any]:
+    """The fields that change a row of the result: what a run's fingerprint covers."""
+    values = asdict(config)
+    return {
+        f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
+        for f in fields(config)
+        if doc_of(type(config), f.name).effect
+    }

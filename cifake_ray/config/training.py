@@ -1,0 +1,190 @@
+"""Every knob of `train` on one page.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cifake_ray.config.fields import (
+    MAX_IMAGE_SIZE,
+    ClusterConfig,
+    Device,
+    Doc,
+    Fit,
+    check,
+    check_least,
+)
+
+Optimizer = Literal["adamw", "sgd", "muon"]
+Schedule = Literal["onecycle", "cosine", "constant"]
+Monitor = Literal["val_accuracy", "val_loss", "val_auroc"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ClusterConfig):
+    """train: shards -> RUN/bundle, the best epoch by validation."""
+
+    shards: Annotated[str, Doc("Output of convert", positional=True)]
+    run: Annotated[
+        str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
+    ]
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
+    weights: Annotated[
+        str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
+    ] = None
+    pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
+    epochs: Annotated[int, Doc("Passes over the training images")] = 10
+    batch_size: Annotated[int, Doc("Images per optimiser step, all workers together")] = 128
+    optimizer: Annotated[Optimizer, Doc("What takes the steps; muon is for hidden layers")] = (
+        "adamw"
+    )
+    lr: Annotated[float, Doc("Peak learning rate")] = 0.003
+    momentum: Annotated[float, Doc("Of sgd and muon, first beta of adamw; 0 to 1")] = 0.9
+    weight_decay: Annotated[float, Doc("Weight decay, on weights with 2 axes or more")] = 0.01
+    schedule: Annotated[Schedule, Doc("How the rate moves after the warm-up")] = "onecycle"
+    warmup: Annotated[float, Doc("Share of the steps in which the rate rises, 0 to 1")] = 0.2
+    layer_decay: Annotated[
+        float | None, Doc("Factor of the rate from each layer to the one before it (timm's)")
+    ] = None
+    freeze_epochs: Annotated[int, Doc("Epochs at the start in which only the head learns")] = 0
+    grad_clip: Annotated[float | None, Doc("Longest gradient, as an L2 norm over all weights")] = (
+        None
+    )
+    grad_accum: Annotated[
+        int, Doc("Pieces in which a batch goes through the network, to save memory")
+    ] = 1
+    ema_decay: Annotated[
+        float | None,
+        Doc("Validate and keep a moving average of the weights; its decay per step, below 1"),
+    ] = None
+    label_smoothing: Annotated[float, Doc("0 to 1")] = 0.0
+    mixup: Annotated[float, Doc("Alpha of mixup; 0 is none")] = 0.0
+    cutmix: Annotated[float, Doc("Alpha of CutMix; 0 is none")] = 0.0
+    drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
+    channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
+    augment: Annotated[
+        str, Doc("Augmentation: none, flip, seed, strong, or a YAML file of its steps")
+    ] = "flip"
+    monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
+    patience: Annotated[
+        int | None, Doc("Stop after so many epochs without a better one (default: never)")
+    ] = None
+    min_delta: Annotated[
+        float, Doc("What must be gained for --patience to count an epoch as better")
+    ] = 0.0
+    keep_epochs: Annotated[
+        int, Doc("Keep the mean weights of so many best epochs, if better than the best one's")
+    ] = 1
+    seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
+    image_size: Annotated[
+        int | None, Doc("Side of the input in pixels (default: the architecture's own)")
+    ] = None
+    fit: Annotated[Fit, Doc("How other sizes are brought to it")] = "resize"
+    test_time_flip: Annotated[
+        bool, Doc("Mean output of an image and its mirror image, here and in the bundle")
+    ] = False
+    val_fraction: Annotated[float, Doc("Share of the train split kept for validation")] = 0.1
+    val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
+    num_workers: Annotated[
+        str | None,
+        Doc(
+            "Data-parallel workers, or MIN:MAX for as many as there is room for; 0 trains in this"
+            " process (default: the GPUs, else 1)",
+            effect=False,
+        ),
+    ] = None
+    cpus_per_worker: Annotated[
+        int | None,
+        Doc(
+            "CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)", effect=False
+        ),
+    ] = None
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    precision: Annotated[Precision, Doc("auto: bf16 or fp16 on GPU, float32 on CPU")] = "auto"
+    compile: Annotated[
+        bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")
+    ] = False
+    checkpoint_steps: Annotated[
+        int | None,
+        Doc("Save every so many steps within an epoch too (default: at its end)", effect=False),
+    ] = None
+    max_failures: Annotated[int, Doc("Worker failures survived before giving up", effect=False)] = 3
+    cache_dir: Annotated[
+        str | None,
+        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
+    ] = None
+    cache_gb: Annotated[
+        float, Doc("Decode into memory-mapped files up to this size; stream above", effect=False)
+    ] = 8.0
+    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
+        check_least(self, 1, "keep_epochs", "checkpoint_steps")
+        check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
+        check_least(self, 0, "mixup", "cutmix", "freeze_epochs")
+        check(
+            self.weights is None or not self.pretrained,
+            "--weights and --pretrained: give one of them",
+        )
+        check(
+            self.pretrained is False or self.model != "cnn",
+            "--pretrained: timm has no weights of cnn; give --weights, or leave it out",
+        )
+        check(
+            self.min_delta == 0 or self.patience is not None,
+            "--min-delta needs --patience: without it no epoch is counted",
+        )
+        check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
+        for name in ("grad_clip", "layer_decay", "ema_decay"):
+            value = getattr(self, name)
+            highest = math.inf if name == "grad_clip" else 1
+            check(
+                value is None or 0 < value < highest,
+                f"--{name.replace('_', '-')} is {value}; give a number above 0"
+                + (", below 1" if highest == 1 else ""),
+            )
+        check(
+            self.freeze_epochs <= self.epochs,
+            f"--freeze-epochs is {self.freeze_epochs} of {self.epochs} epochs",
+        )
+        for name in ("warmup", "label_smoothing", "momentum", "drop_path"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"--{name.replace('_', '-')} is {value}; give 0 or more, below 1")
+        check(
+            0 < self.val_fraction < 1,
+            f"--val-fraction is {self.val_fraction}; give a share between 0 and 1",
+        )
+        least, most = self.worker_range or (0, 0)
+        check(
+            least <= most <= self.batch_size,
+            f"--num-workers is {self.num_workers} with --batch-size {self.batch_size}; every"
+            " worker needs at least one image of each batch",
+        )
+        check(
+            self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
+            f"--image-size is {self.image_size}; give 8 to {MAX_IMAGE_SIZE}",
+        )
+
+    @property
+    def worker_range(self) -> tuple[int, int] | None:
+        """The least and the most workers, equal unless MIN:MAX was given; None leaves it open.
+
+        ValueError for what is neither.
+        """
+        if self.num_workers is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.num_workers)
+        least, most = map(int, match.groups(match[1])) if match else (0, -1)
+        check(
+            least <= most and (least > 0 or most == 0),
+            f"--num-workers is {self.num_workers}; give a number, or MIN:MAX from 1 on",
+        )
+        return least, most
