@@ -1,7 +1,7 @@
 """Turns a config dataclass into the options of a command.
 
 Floor: doors. Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
-in the order `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
+in the order `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
 """
 
 from __future__ import annotations
@@ -14,15 +14,37 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from cifake_ray.config import Config, Doc, doc_of
+from cifake_ray.config import Config, Doc, TrainConfig, doc_of
 
 PREFIX = "CIFAKE_RAY_"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML mapping the defaults of the command. BadParameter for keys it does not have."""
-    if path is None:
+    if path is not None:
+        context.default_map = {**(context.default_map or {}), **_read_values(context, path)}
+    return path
+
+
+def load_recipe(context: typer.Context, name: str | None) -> str | None:
+    """The same with a file of that name, or with a recipe in the box; `--config` goes before it.
+
+    BadParameter when there is neither.
+    """
+    if name is None:
         return None
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise typer.BadParameter(f"{name}: no such file, and no recipe in the box; it has {known}")
+    context.default_map = {**_read_values(context, path), **(context.default_map or {})}
+    return name
+
+
+def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -33,14 +55,13 @@ def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path}: holds no mapping; write one `name: value` a line")
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    known = {parameter.name for parameter in context.command.params} - {"config_file"}
+    known = {parameter.name for parameter in context.command.params} - {"config_file", "recipe"}
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path}: {', '.join(unknown)}: no such option of `{context.command.name}`;"
             f" it has {', '.join(sorted(name for name in known if name))}"
         )
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
+    return values
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
@@ -52,6 +73,15 @@ ConfigOption = Annotated[
         help="YAML file with defaults for these options",
         is_eager=True,
         callback=load_config_file,
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Recipe in the box, or a YAML file of one: defaults for these options",
+        is_eager=True,
+        callback=load_recipe,
     ),
 ]
 
@@ -71,10 +101,12 @@ def make_command(config_class: type[Config], run: Callable[..., None]) -> Callab
                 field.name, hints[field.name], field.default, doc_of(config_class, field.name)
             )
         )
+    recipe = [("recipe", RecipeOption, None)] if config_class is TrainConfig else []
     for name, annotation, default in (
         ("json_output", JsonOption, False),
         ("debug", DebugOption, False),
         ("config_file", ConfigOption, None),
+        *recipe,
     ):
         parameters.append(
             inspect.Parameter(
@@ -83,6 +115,7 @@ def make_command(config_class: type[Config], run: Callable[..., None]) -> Callab
         )
 
     def command(*, json_output: bool, debug: bool, config_file: Path | None, **values: Any) -> None:
+        values.pop("recipe", None)  # its callback has made it defaults
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         run(lambda: config_class(**values), json_output=json_output, debug=debug)
 

@@ -18,7 +18,8 @@ from cifake_ray.config import (
     TrainConfig,
     effective_settings,
 )
-from cifake_ray.options import PREFIX, make_command
+from cifake_ray.core.augmentation import POLICIES
+from cifake_ray.options import PREFIX, RECIPES, make_command
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,35 @@ def test_the_file_takes_every_field_in_either_spelling(write_file: Any) -> None:
         dry_run=True,
         shard_size=10,
     )
+
+
+def test_the_file_goes_before_the_recipe_wherever_they_stand(
+    write_file: Any, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("epochs: 9\nlr: 0.9\n")
+    file = write_file("epochs: 7\n")
+    for arguments in (
+        ("--recipe", str(recipe), "--config", file, "s", "r"),
+        ("--config", file, "s", "r", "--recipe", str(recipe)),
+    ):
+        config = parse(TrainConfig, *arguments)
+        assert (config.epochs, config.lr) == (7, 0.9)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_in_the_box_is_one(name: str) -> None:
+    config = parse(TrainConfig, "s", "r", "--recipe", name)
+    assert config != TrainConfig(shards="s", run="r")
+    assert config.augment in POLICIES
+    assert f"--recipe {name}" in (RECIPES / f"{name}.yaml").read_text()  # opens with its command
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_those_that_are() -> None:
+    said = refuse(TrainConfig, "s", "r", "--recipe", "fastest")
+    assert "fastest: no such file, and no recipe in the box" in said
+    assert "seed-v1.3" in said
+    assert "No such option: --recipe" in refuse(ConvertConfig, "s", "o", "--recipe", "seed-v1.3")
 
 
 def test_numbers_in_the_notation_of_yaml_are_numbers(write_file: Any) -> None:

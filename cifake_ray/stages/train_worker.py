@@ -55,18 +55,25 @@ def train_worker(payload: dict[str, Any]) -> None:
     )
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(checkpoint)
+        _show_history(run, trainer)  # the attempt before may have died between the two
 
     def save() -> None:
         if trainer.rank == 0:
             buffer = io.BytesIO()
             torch.save(trainer.to_checkpoint(), buffer)
-            run.write_checkpoint(buffer.getvalue(), trainer.state.history)
+            run.write_checkpoint(buffer.getvalue())
+            _show_history(run, trainer)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})
 
     trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         _write_best(config, run, trainer, data, best, averaged)
+
+
+def _show_history(run: TrainingRun, trainer: Trainer) -> None:
+    if trainer.rank == 0 and trainer.state.history:
+        run.write_history(trainer.state.history)
 
 
 def _join_group(

@@ -86,13 +86,16 @@ class TrainingRun:
             ) from error
         return checkpoint
 
-    def write_checkpoint(self, data: bytes, history: list[dict[str, Any]]) -> None:
-        """Commit a checkpoint, then show its history."""
+    def write_checkpoint(self, data: bytes) -> None:
+        """Commit a checkpoint."""
         write_bytes(self.checkpoint_path, data)
+
+    def write_history(self, history: list[dict[str, Any]]) -> None:
+        """Show the history of a committed checkpoint: one row or more."""
         lines = "".join(json.dumps(row) + "\n" for row in history)
         write_bytes(self.history_path, lines.encode())
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
+        writer = csv.DictWriter(table, fieldnames=list(history[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_bytes(self.path / "summary.csv", table.getvalue().encode())

@@ -26,6 +26,7 @@ from cifake_ray.core.learning import Numerics, Trainer, choose_numerics
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
 from cifake_ray.core.recipe import make_optimizer
 from cifake_ray.core.schema import FAKE
+from cifake_ray.core.scoring import predict_logit
 from cifake_ray.core.stopping import average_weights, explain_end
 from cifake_ray.errors import CifakeError
 
@@ -257,6 +258,8 @@ def test_the_test_time_flip_takes_the_mean_with_the_mirror_image() -> None:
     assert not torch.allclose(logit, mirrored)
     assert torch.allclose(flipped.find_logit(images), (logit + mirrored) / 2)
     assert torch.equal(flipped(images), plain(images))  # training sees what it saw
+    scored = predict_logit(flipped, images, "cpu")
+    assert np.allclose(scored, flipped.find_logit(images).detach().numpy(), atol=1e-6)
 
 
 def test_a_loss_that_is_no_number_ends_training_with_a_remedy() -> None:

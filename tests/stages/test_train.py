@@ -142,6 +142,13 @@ def test_early_stopping_is_said_and_keeps_the_best(shards: Path, tmp_path: Path)
     assert (run / "bundle" / "model.safetensors").read_bytes() == weights
 
 
+def test_the_test_time_flip_goes_into_the_bundle(shards: Path, tmp_path: Path) -> None:
+    summary = run_train(shards, tmp_path / "run", test_time_flip=True, keep_epochs=2)
+    detector, facts = load_bundle(tmp_path / "run" / "bundle")
+    assert detector.preprocessing.test_time_flip
+    assert facts.training["averaged_epochs"] == summary["averaged_epochs"]
+
+
 def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
     summary = run_train(
         shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers="1"

@@ -1,0 +1,119 @@
+"""Training whose workers or nodes die: the same steps on the same images, with who is left."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from faults.command import end_command, make_images, run_command, start_command
+from ray.cluster_utils import Cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_IMAGES = 1_000
+CHECKPOINT_STEPS = "7"  # of 45 in an epoch
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
+    images = make_images(tmp_path_factory, NUM_IMAGES)
+    out = images.parent / "shards"
+    code, _, errors = run_command(["convert", str(images), str(out)], env)
+    assert code == 0, errors
+    return out
+
+
+def make_arguments(shards: Path, run: Path, num_workers: str, *options: str) -> list[str]:
+    words = ["train", str(shards), str(run), "--num-workers", num_workers, *options]
+    words += ["--batch-size", "16", "--checkpoint-steps", CHECKPOINT_STEPS]
+    return [*words, "--cpus-per-worker", "1", "--cache-dir", str(shards.parent / "cache")]
+
+
+def finish(process: Any) -> dict[str, Any]:
+    code, result, errors = end_command(process)
+    assert code == 0, errors
+    return result
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    path = run / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def find_train_workers(pid: int) -> list[psutil.Process]:
+    """The processes of Ray Train's workers below a command."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if any("RayTrainWorker" in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def drop_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in history]
+
+
+def test_a_worker_killed_within_an_epoch_goes_on_from_there(
+    shards: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Equal weights are equal steps on equal images; the checkpoint says they were not redone."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = ("--epochs", "3")
+    finish(start_command(make_arguments(shards, whole, "2", *options), env))
+    process = start_command(make_arguments(shards, run, "2", *options), env)
+    checkpoint = run / "checkpoints" / "last.pt"
+    wait_until(checkpoint.exists)
+    first = find_train_workers(process.pid)
+    assert len(first) == 2
+    first[1].kill()
+    wait_until(lambda: {p.pid for p in find_train_workers(process.pid)} - {p.pid for p in first})
+    summary = finish(process)
+    assert summary["steps"] == json.loads((whole / "_SUCCESS").read_text())["steps"]
+    assert drop_timings(read_history(run)) == drop_timings(read_history(whole))
+    weights = [path / "bundle" / "model.safetensors" for path in (run, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two machines with one CPU each."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+def test_elastic_training_goes_on_with_the_node_that_is_left(
+    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+) -> None:
+    run, epochs = tmp_path / "run", 6
+    options = ("--epochs", str(epochs), "--address", two_nodes.address)
+    process = start_command(make_arguments(shards, run, "1:2", *options), env)
+    wait_until(lambda: read_history(run))
+    (node,) = two_nodes.worker_nodes
+    two_nodes.remove_node(node, allow_graceful=False)
+    summary = finish(process)
+    workers = [row["workers"] for row in read_history(run)]
+    assert workers[0] == 2
+    assert workers[-1] == 1
+    assert summary["epochs"] == epochs
+    assert summary["steps"] == epochs * (summary["train_images"] // 16)
