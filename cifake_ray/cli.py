@@ -25,7 +25,7 @@ from cifake_ray.config import (
     TrainConfig,
     VerifyConfig,
 )
-from cifake_ray.console import run_command
+from cifake_ray.console import run_command, say
 from cifake_ray.errors import ExitCode
 from cifake_ray.options import DebugOption, JsonOption, make_command
 
@@ -87,18 +87,38 @@ def demo(
 
 @app.command()
 def models(
-    pattern: Annotated[str, typer.Argument(help="Only names that match this glob")] = "*",
+    pattern: Annotated[
+        str | None,
+        typer.Argument(help="All of timm's too that match this glob (default: ours and a choice)"),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the input in pixels (default: each one's own)", min=1),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time training and scoring on this machine")
+    ] = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """The architectures that `--model` takes: our own, then timm's."""
+    """The architectures that `--model` takes: what they cost, how well they did on CIFAKE."""
 
     def body() -> tuple[Any, int]:
-        from cifake_ray.core.models import list_architectures
+        from cifake_ray.core.catalogue import list_catalogue
+        from cifake_ray.stages.workers import keep_freed_memory
+        from cifake_ray.storage.zoo import read_zoo
 
-        return list_architectures(pattern), ExitCode.OK
+        keep_freed_memory()  # as the workers of train and score do
+        zoo = read_zoo()
+        rows = list_catalogue(pattern, zoo["rows"], image_size=image_size, measure=measure, say=say)
+        return {"models": rows, "made_by": zoo["made_by"]}, ExitCode.OK
 
-    run_command(body, json_output=json_output, debug=debug)
+    def show(catalogue: dict[str, Any]) -> str:
+        from cifake_ray.report.catalogue import format_catalogue
+
+        return format_catalogue(catalogue)
+
+    run_command(body, json_output=json_output, debug=debug, show=show)
 
 
 @app.command()

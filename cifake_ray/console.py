@@ -33,8 +33,17 @@ def clean_text(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug: bool) -> None:
-    """Run a command's body, print what it gives, and leave with its exit code."""
+def run_command(
+    body: Callable[[], tuple[Any, int]],
+    *,
+    json_output: bool,
+    debug: bool,
+    show: Callable[[Any], str] | None = None,
+) -> None:
+    """Run a command's body, print what it gives, and leave with its exit code.
+
+    `show` makes the text for people; without it they see `name  value` lines.
+    """
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -72,7 +81,8 @@ def run_command(body: Callable[[], tuple[Any, int]], *, json_output: bool, debug
     if error:
         print(f"cifake-ray: {clean_text(error)}", file=sys.stderr)
     elif not json_output:
-        print(format_record(_to_record(result)))
+        text = show(result) if show else format_record(_to_record(result))
+        print("\n".join(map(clean_text, text.split("\n"))))
     sys.stdout.flush()
     sys.exit(int(code))
 

@@ -272,6 +272,18 @@ def test_values_are_written_for_people() -> None:
     ]
 
 
+def test_a_command_may_show_its_result_its_own_way(capsys: pytest.CaptureFixture[str]) -> None:
+    for json_output, expected in ((False, "a\nb\\x1b\n"), (True, '{"n": 1, "exit_code": 0}\n')):
+        with pytest.raises(SystemExit):
+            run_command(
+                lambda: ({"n": 1}, 0),
+                json_output=json_output,
+                debug=False,
+                show=lambda result: "a\nb\x1b",
+            )
+        assert capsys.readouterr().out == expected
+
+
 def make_progress(done: int, listed: int = 100) -> Progress:
     return Progress(done=done, failed=0, listed=listed, images_per_s=1234.5, eta_s=187.0)
 

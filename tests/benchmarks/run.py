@@ -29,6 +29,7 @@ from typing import Any
 from measure import Result, link_images, run_command, unpack_cifake
 
 HERE = Path(__file__).parent
+NUM_CORES = len(os.sched_getaffinity(0))
 EPOCHS = "2"  # the first warms up
 MEMORY_IMAGES = 10_000
 MEMORY_LIMIT_MB = 64
@@ -52,6 +53,15 @@ def run_ours(*arguments: str) -> Callable[[Path], list[str]]:
 def run_peer(script: str, source: Path, *arguments: str) -> Callable[[Path], list[str]]:
     path = str(HERE / "peers" / script)
     return lambda out: [sys.executable, path, str(source), str(out), *arguments]
+
+
+def share_cores(num_processes: int) -> tuple[str, str]:
+    """Computing threads and loading processes for each of timm's processes.
+
+    On two cores the fastest of 1 or 2 threads with 0, 1 or 2 loading processes.
+    """
+    cores = NUM_CORES // num_processes
+    return str(max(1, cores // 2)), str(cores if cores > 1 else 0)
 
 
 class Bench:
@@ -141,21 +151,26 @@ class Bench:
         self.compare("score", contenders)
 
     def train(self) -> None:
+        source = self.images(self.options.images)
         shards, cache = self.work / "shards", str(self.work / "cache")
         if not shards.exists():
             kept = self.work / "nothing"  # run_command removes its second argument
-            run_command(
-                run_ours("convert", str(self.images(self.options.images)), "{out}")(shards), kept
-            )
+            run_command(run_ours("convert", str(source), "{out}")(shards), kept)
         contenders = []
-        for n in ("1", "2"):
-            fixed = ("--epochs", EPOCHS, "--num-workers", n, "--cache-dir", cache)
+        for n in (1, 2):
+            fixed = ("--epochs", EPOCHS, "--num-workers", str(n), "--cache-dir", cache)
             ours = run_ours("train", str(shards), "{out}", *fixed)
-            bare = run_peer("train_bare.py", shards, cache, EPOCHS, n)
-            contenders.append(
-                Contender(f"cifake-ray train --num-workers {n}", ours, f"bare, {n} process")
-            )
-            contenders.append(Contender(f"bare, {n} process", bare, f"bare, {n} process"))
+            processes = "1 process" if n == 1 else f"{n} processes"
+            bare = f"bare, {processes}"
+            contenders += [
+                Contender(f"cifake-ray train --num-workers {n}", ours, bare),
+                Contender(bare, run_peer("train_bare.py", shards, cache, EPOCHS, str(n)), bare),
+            ]
+            for layout in ("default", "channels-last"):
+                timm = ("train_timm.py", source, EPOCHS, str(n), *share_cores(n), layout)
+                contenders.append(
+                    Contender(f"timm's loop, {processes}, {layout}", run_peer(*timm), bare)
+                )
         self.compare("train", contenders)
 
     def memory(self) -> None:
@@ -197,9 +212,9 @@ def format_rates(mine: list[Result], bare: list[Result], name: str) -> str:
 def describe_machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
-    packages = ("cifake-ray", "ray", "torch", "pyarrow", "pillow")
+    packages = ("cifake-ray", "ray", "torch", "timm", "pyarrow", "pillow")
     return {
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(NUM_CORES),
         "cpu": models[0] if models else platform.machine(),
         "load before": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),

@@ -46,6 +46,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "rotation": {"rotation": 20},
     "shift": {"shift": 0.2},
     "crop": {"crop": 0.5},
+    "move": {"rotation": 20, "move_share": 0.5},
     "brightness": {"brightness": 0.5},
     "contrast": {"contrast": 0.5},
     "saturation": {"saturation": 0.9},
@@ -77,7 +78,7 @@ def test_every_step_changes_pixels_and_not_its_input(step: str) -> None:
 def test_a_share_strikes_the_images_it_was_drawn_for_and_no_others(step: str) -> None:
     images, drawn = make_images(), make_draws()
     shares = {f"{step}_share": drawn.uniform[f"{step}_share"]}
-    draws = replace(drawn, uniform=set_draws(drawn).uniform | shares)
+    draws = replace(drawn, uniform=set_draws(drawn, rotation=0.9).uniform | shares)
     struck = augment(images, Augmentation(**STEPS[step]), draws)
     expected = draws.uniform[f"{step}_share"] < 0.5
     assert 0 < expected.sum() < len(expected)

@@ -20,8 +20,7 @@ def train_share(rank: int) -> Share:
     import torch.distributed as dist
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.models import build_detector
-    from cifake_ray.core.recipe import make_optimizer, make_schedule
+    from cifake_ray.core.recipe import build_trainee, make_optimizer, make_schedule
     from cifake_ray.storage.training import open_training_data, read_training_rows
 
     shards, out, cache = sys.argv[1:4]
@@ -30,7 +29,7 @@ def train_share(rank: int) -> Share:
     keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     torch.manual_seed(0)
     config = TrainConfig(shards=shards, run=out, cache_dir=cache, epochs=epochs)
-    detector = build_detector(config.model)
+    detector = build_trainee(config)
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, 1).train
     labels = torch.from_numpy(data.labels)
@@ -47,6 +46,8 @@ def train_share(rank: int) -> Share:
     num_images = 0
     for epoch in range(epochs):
         started_s, images_before = time.time(), num_images
+        model.train()
+        total = torch.zeros((), dtype=torch.float64)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
         for step in range(num_steps):
             start = step * config.batch_size
@@ -59,6 +60,7 @@ def train_share(rank: int) -> Share:
             loss.backward()
             optimizer.step()
             schedule.step()
+            total += loss.detach()
             num_images += len(share)
     finished_s = time.time()
     if num_ranks > 1:
