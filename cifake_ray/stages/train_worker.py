@@ -6,7 +6,8 @@ Floor: stages. Rank 0 keeps the run's papers.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.models import Detector
 from cifake_ray.core.recipe import build_trainee, share_norms
 from cifake_ray.core.stopping import KeptEpoch
+from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import write_bundle
@@ -65,10 +67,26 @@ def train_worker(payload: dict[str, Any]) -> None:
             _show_history(run, trainer)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})
 
-    trainer.fit(save)
+    with _explain_compiler(config):
+        trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         _write_best(config, run, trainer, data, best, averaged)
+
+
+@contextmanager
+def _explain_compiler(config: TrainConfig) -> Iterator[None]:
+    """CifakeError when `--compile` cannot, such as for want of a C++ compiler."""
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).splitlines()[0]
+        raise CifakeError(f"--compile: {reason}; install what it lacks, or leave it out") from error
 
 
 def _show_history(run: TrainingRun, trainer: Trainer) -> None:

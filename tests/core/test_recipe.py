@@ -14,7 +14,7 @@ from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models import build_cnn, build_detector, find_head
-from cifake_ray.core.recipe import build_trainee, make_optimizer, make_schedule
+from cifake_ray.core.recipe import build_trainee, make_optimizer, make_schedule, share_norms
 
 
 def make_config(**settings: Any) -> TrainConfig:
@@ -116,6 +116,21 @@ def test_layer_decay_slows_the_layers_before() -> None:
 def test_layer_decay_is_refused_where_no_layers_are_known() -> None:
     with pytest.raises(ValueError, match="--layer-decay: timm knows no layers of cnn"):
         make_optimizer(build_cnn(), make_config(layer_decay=0.5))
+
+
+@pytest.mark.parametrize("name", ["small_resnet18", "efficientnet_b0"])
+def test_norms_are_shared_by_the_ranks_on_gpus_only(name: str) -> None:
+    """timm's norms are classes of their own, with an activation inside."""
+    network = build_detector(name, image_size=32).network
+    names = list(network.state_dict())
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert share_norms(network, "cpu") is network
+    assert [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)] == norms
+    shared = share_norms(network, "cuda")
+    assert len([m for m in shared.modules() if isinstance(m, nn.SyncBatchNorm)]) == len(norms)
+    assert not [m for m in shared.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert list(shared.state_dict()) == names
 
 
 # --- the loop ------------------------------------------------------------------------------------

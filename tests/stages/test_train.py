@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cifake_ray.config import ConvertConfig, TrainConfig
-from cifake_ray.errors import ResourceError, RunMismatch
+from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.train import train_detector
 from cifake_ray.storage.bundle import load_bundle
@@ -140,6 +140,17 @@ def test_early_stopping_is_said_and_keeps_the_best(shards: Path, tmp_path: Path)
     again = run_train(shards, run, **options)
     assert (again["epochs"], again["stopped"]) == (3, summary["stopped"])
     assert (run / "bundle" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_machine_without_a_compiler_is_told_so(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    with pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave it out"):
+        run_train(shards, tmp_path / "run", compile=True)
 
 
 def test_the_test_time_flip_goes_into_the_bundle(shards: Path, tmp_path: Path) -> None:
