@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cifake_ray.config import ConvertConfig, TrainConfig
+from cifake_ray.core.augmentation import POLICIES
 from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.train import train_detector
@@ -69,8 +70,8 @@ def test_another_config_on_the_same_run_is_refused(shards: Path, tmp_path: Path)
 
 def test_augmentation_is_what_its_file_holds(shards: Path, tmp_path: Path) -> None:
     policy, moved = tmp_path / "policy.yaml", tmp_path / "moved.yaml"
-    policy.write_text("flip: 0.5\nrotation: 10\nshift: 0.1\n")
-    moved.write_text("shift: 0.1\nflip: 0.5\nrotation: 10\n")
+    policy.write_text("flip: 0.5\nrotation: 10\nshift: 0.1\nmove_share: 0.5\n")
+    moved.write_text("shift: 0.1\nmove_share: 0.5\nflip: 0.5\nrotation: 10\n")
     run = tmp_path / "run"
     run_train(shards, run, epochs=1, augment=str(policy))
     run_train(shards, run, epochs=1, augment=str(moved))
@@ -78,7 +79,7 @@ def test_augmentation_is_what_its_file_holds(shards: Path, tmp_path: Path) -> No
     with pytest.raises(RunMismatch, match="augment"):
         run_train(shards, run, epochs=1, augment="flip")
     facts = load_bundle(run / "bundle")[1]
-    assert facts.training["augment"] == {"flip": 0.5, "rotation": 10, "shift": 0.1}
+    assert facts.training["augment"] == POLICIES["seed"].to_dict()
     run_train(shards, tmp_path / "plain", epochs=1, augment="none")
     assert read_losses(run) != read_losses(tmp_path / "plain")
 
