@@ -148,9 +148,9 @@ def test_a_machine_without_a_compiler_is_told_so(
 ) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    with pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave it out"):
+    missing = config.patch({"cpp.cxx": (None, "/nonexistent")})
+    with missing, pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave it out"):
         run_train(shards, tmp_path / "run", compile=True)
 
 
