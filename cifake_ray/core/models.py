@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cifake_ray.config import Fit
-from cifake_ray.core.images import Preprocessing
+from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small
 
 OWN_ARCHITECTURES = {

@@ -17,8 +17,9 @@ from PIL import Image
 
 from cifake_ray import __version__
 from cifake_ray.config import EvaluateConfig, effective_settings
-from cifake_ray.core.images import decode_image, fit_image
+from cifake_ray.core.images import decode_image
 from cifake_ray.core.metrics import compute_metrics
+from cifake_ray.core.preprocessing import fit_image
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError
 from cifake_ray.report.figures import draw_figures

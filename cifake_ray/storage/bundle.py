@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.calibration import Calibration
-from cifake_ray.core.images import Preprocessing
+from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.files import encode_json, exists, read_bytes, write_bytes

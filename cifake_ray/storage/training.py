@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.files import make_folder, stamp_file, write_json

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifake_ray.core import images
-from cifake_ray.core.images import ImageFacts, Preprocessing, decode_image, inspect_image
+from cifake_ray.core.images import ImageFacts, decode_image, inspect_image
+from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.schema import IMAGE_ERRORS
 from cifake_ray.errors import ImageError
 

@@ -21,8 +21,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from cifake_ray.core import containers, images
-from cifake_ray.core.images import ImageFacts, Preprocessing, decode_image, fit_image, inspect_image
+from cifake_ray.core.images import ImageFacts, decode_image, inspect_image
 from cifake_ray.core.jpeg import count_scans, scan_jpeg
+from cifake_ray.core.preprocessing import Preprocessing, fit_image
 from cifake_ray.core.schema import IMAGE_ERRORS
 from cifake_ray.errors import ImageError
 

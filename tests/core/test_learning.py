@@ -21,9 +21,9 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.batches import count_steps
-from cifake_ray.core.images import Preprocessing
 from cifake_ray.core.learning import Numerics, Trainer, choose_numerics
 from cifake_ray.core.models import HALF, Detector, build_cnn, build_detector, list_architectures
+from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.recipe import make_optimizer
 from cifake_ray.core.schema import FAKE
 from cifake_ray.core.scoring import predict_logit

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cifake_ray.config import SampleConfig
@@ -47,3 +50,22 @@ def end_command(
 
 def run_command(arguments: list[str], env: dict[str, str]) -> tuple[int, dict[str, Any], str]:
     return end_command(start_command(arguments, env))
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+def find_workers(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
+    """The processes of Ray below a command whose names hold a word."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any(name in word for word in child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found

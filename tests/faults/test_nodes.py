@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from faults.command import end_command, make_images, start_command
+from faults.command import end_command, make_images, start_command, wait_until
 from ray.cluster_utils import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -34,13 +33,6 @@ def finish(process: Any, code: int = 0, timeout_s: float = 300) -> dict[str, Any
     found, result, errors = end_command(process, timeout_s)
     assert found == code, errors
     return result
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
 
 
 def count_parts(out: Path) -> int:

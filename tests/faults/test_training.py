@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from faults.command import end_command, make_images, run_command, start_command
+from faults.command import (
+    end_command,
+    find_workers,
+    make_images,
+    run_command,
+    start_command,
+    wait_until,
+)
 from ray.cluster_utils import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -45,25 +50,6 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-
-
-def find_train_workers(pid: int) -> list[psutil.Process]:
-    """The processes of Ray Train's workers below a command."""
-    found = []
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            if any("RayTrainWorker" in word for word in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
 def drop_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in history]
 
@@ -78,10 +64,12 @@ def test_a_worker_killed_within_an_epoch_goes_on_from_there(
     process = start_command(make_arguments(shards, run, "2", *options), env)
     checkpoint = run / "checkpoints" / "last.pt"
     wait_until(checkpoint.exists)
-    first = find_train_workers(process.pid)
+    first = find_workers(process, "RayTrainWorker")
     assert len(first) == 2
     first[1].kill()
-    wait_until(lambda: {p.pid for p in find_train_workers(process.pid)} - {p.pid for p in first})
+    wait_until(
+        lambda: {p.pid for p in find_workers(process, "RayTrainWorker")} - {p.pid for p in first}
+    )
     summary = finish(process)
     assert summary["steps"] == json.loads((whole / "_SUCCESS").read_text())["steps"]
     assert drop_timings(read_history(run)) == drop_timings(read_history(whole))

@@ -12,15 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
-from faults.command import make_env, make_images
+from faults.command import find_workers, make_env, make_images, wait_until
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.samples import write_sample
@@ -243,25 +240,6 @@ def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str
     )
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-
-
-def find_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The actors of a command that runs."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if any("ShardWorker" in word for word in child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.mark.parametrize("verb", ["convert", "score"])
 def test_each_worker_may_be_killed_once(env: dict[str, str], tmp_path: Path, verb: str) -> None:
     images = write_sample(SampleConfig(out=str(tmp_path / "images"), images=3000))
@@ -274,8 +252,8 @@ def test_each_worker_may_be_killed_once(env: dict[str, str], tmp_path: Path, ver
         wait_until(
             lambda wanted=wanted: len(list((tmp_path / "out" / parts).glob("part-*"))) >= wanted
         )
-        wait_until(lambda: [w for w in find_workers(process) if w.pid not in killed])
-        victim = next(w for w in find_workers(process) if w.pid not in killed)
+        wait_until(lambda: [w for w in find_workers(process, "ShardWorker") if w.pid not in killed])
+        victim = next(w for w in find_workers(process, "ShardWorker") if w.pid not in killed)
         victim.kill()
         killed.add(victim.pid)
     output, errors = process.communicate(timeout=300)
