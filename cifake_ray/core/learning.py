@@ -237,7 +237,10 @@ class Trainer:
 
     @torch.inference_mode()
     def predict(self, images: Images) -> torch.Tensor:
-        """float32[N] on the CPU, the same on every rank: each computes its share, once."""
+        """float32[N] on the CPU, the same on every rank: each computes its share, once.
+
+        In float32, as scoring does: the threshold and the temperature are for its numbers.
+        """
         self.judged.eval()
         if self.num_ranks > 1:  # batch-norm statistics are each rank's own until its next step
             for buffer in self.judged.network.buffers():
@@ -248,9 +251,7 @@ class Trainer:
             indices = np.arange(start + self.rank, stop, self.num_ranks)
             if len(indices):
                 batch = to_device(images.read(indices), self.numerics.device)
-                with self.numerics.autocast:
-                    found = self.judged.find_logit(batch)
-                logit[start + self.rank : stop : self.num_ranks] = found
+                logit[start + self.rank : stop : self.num_ranks] = self.judged.find_logit(batch)
         if self.num_ranks > 1:
             dist.all_reduce(logit)  # every image is non-zero on one rank only
         return logit.cpu()

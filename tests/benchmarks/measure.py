@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,12 +12,15 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 3600.0
+DAY_S = 24 * 3600.0
 SAMPLING_S = 0.05
+ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,9 @@ class Result:
 
 def run_command(command: list[str], out: Path) -> Result:
     """Run it, read its JSON line, remove what it wrote to `out`."""
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
     pipe = subprocess.PIPE
     started_s = time.perf_counter()
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
     peaks = [0.0]
     threading.Thread(target=_watch_memory, args=(process.pid, peaks), daemon=True).start()
     try:
@@ -52,6 +55,34 @@ def run_command(command: list[str], out: Path) -> Result:
     images, steady = _read_counts(record, out)
     shutil.rmtree(out, ignore_errors=True)
     return Result(images, elapsed_s, steady, peaks[-1])
+
+
+class Failure(Exception):
+    """A command did not do what it should."""
+
+
+def start_command(arguments: Iterable[object], log: Path) -> subprocess.Popen[str]:
+    """`cifake-ray ARGUMENTS --json`; what it says on the way goes to `log`."""
+    command = [sys.executable, "-m", "cifake_ray", *map(str, arguments), "--json"]
+    with log.open("w") as errors:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=ENVIRONMENT
+        )
+
+
+def finish_command(
+    process: subprocess.Popen[str], arguments: Sequence[object], log: Path
+) -> dict[str, Any]:
+    """What a command says of itself. Failure when it ends with another code than 0."""
+    try:
+        output, _ = process.communicate(timeout=DAY_S)
+    finally:
+        process.kill()
+    if process.returncode:
+        end = log.read_text()[-2000:]
+        raise Failure(f"{arguments[0]} ended with {process.returncode}:\n{end}")
+    record: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return record
 
 
 def _watch_memory(pid: int, peaks: list[float]) -> None:
@@ -92,7 +123,57 @@ def link_images(source: Path, folder: Path, num_images: int) -> Path:
     return folder
 
 
+def link_part(source: Path, folder: Path, num_images: int | None) -> int:
+    """A folder with so many images of each of `source`'s classes in equal parts, or with all.
+
+    Chosen by a hash of their names: CIFAKE numbers its images, one of each of ten subjects in turn,
+    so that every tenth file shows the same subject.
+    """
+    classes = [path for path in sorted(source.iterdir()) if path.is_dir()]
+    num_linked = 0
+    for place in classes:
+        paths = sorted(
+            place.iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest()
+        )
+        wanted = len(paths) if num_images is None else num_images // len(classes)
+        if wanted > len(paths):
+            sys.exit(f"{place} has {len(paths):,} images, {wanted:,} are needed")
+        (folder / place.name).mkdir(parents=True)
+        for path in paths[:wanted]:
+            target = folder / place.name / path.name
+            try:
+                os.link(path, target)
+            except OSError:  # another file system
+                shutil.copyfile(path, target)
+        num_linked += wanted
+    return num_linked
+
+
+def find_cifake(source: Path | None, work: Path) -> Path:
+    """CIFAKE's folder: as given, or unpacked from the archive that CIFAKE_TEST_DATA holds."""
+    if source is not None:
+        return source
+    archive = Path(os.environ.get("CIFAKE_TEST_DATA", "")) / "cifake.tar.xz"
+    if not archive.is_file():
+        sys.exit("give --source, or the folder of cifake.tar.xz as CIFAKE_TEST_DATA")
+    return unpack_cifake(archive, work / "cifake")
+
+
 def unpack_cifake(archive: Path, folder: Path) -> Path:
     with tarfile.open(archive, "r|xz") as members:
         members.extractall(folder, filter="data")
     return folder
+
+
+def format_table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown, padded so that it also reads well as plain text; the first line is the head."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(n) for c, n in zip(line, widths, strict=True)) + " |"
+        for line in (lines[0], rule, *lines[1:])
+    )
+
+
+def say(message: str) -> None:
+    print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)

