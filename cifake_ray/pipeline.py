@@ -57,7 +57,7 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     elif isinstance(config, ScoreConfig):
         from cifake_ray.stages.score import score_images
 
-        result = score_images(config, ProgressLine("score"), started_s)
+        result = score_images(config, ProgressLine("score"), started_s, say)
     else:
         from cifake_ray.stages.evaluate import evaluate_detector
 

@@ -57,6 +57,7 @@ def compute_metrics(
     - brier: mean (p_fake - label)^2. nll: mean negative log likelihood, nats
     - ece: sum of count/N * |mean p_fake - share of FAKE| over 15 equal-width bins of p_fake,
       ((i-1)/15, i/15], 0 in the first (Guo et al. 2017, eq. 3, on the probability of FAKE)
+    - ece_uncalibrated, reliability_bins_uncalibrated: the same at temperature 1
 
     Raises ValueError for an empty or non-finite input and for labels other than 0 and 1.
     """
@@ -82,6 +83,7 @@ def compute_metrics(
         **blocks,
         "roc_points": _thin_roc(logit, label) if 0 < num_fake < len(label) else None,
         "reliability_bins": _bin_reliability(p_fake, label),
+        "reliability_bins_uncalibrated": _bin_reliability(compute_p_fake(logit, 1.0), label),
         "score_histogram": _count_scores(p_fake, label),
     }
 
@@ -106,12 +108,17 @@ def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float 
         }
         for name, rate in RATES.items():
             ranking[name] = float(tpr[np.searchsorted(fpr, rate, side="right") - 1])
-    gap = np.bincount(_bin_index(p_fake), weights=p_fake - label)
     return ranking | {
         "brier": float(np.mean((p_fake - label) ** 2)),
-        "ece": float(np.abs(gap).sum() / len(label)),
+        "ece": _measure_ece(p_fake, label),
+        "ece_uncalibrated": _measure_ece(compute_p_fake(logit, 1.0).astype(np.float64), label),
         "nll": float(np.mean(_log_loss(logit, label, temperature))),
     }
+
+
+def _measure_ece(p_fake: npt.NDArray[np.float64], label: Ints) -> float:
+    gap = np.bincount(_bin_index(p_fake), weights=p_fake - label)
+    return float(np.abs(gap).sum() / len(label))
 
 
 class _Cells:
@@ -137,19 +144,23 @@ class _Cells:
 
         self.brier = average((p_fake - label) ** 2)
         self.nll = average(_log_loss(logit, label, temperature))
-        self.gap = average(p_fake - label)
-        self.bin = _bin_index(np.bincount(cell, weights=p_fake) / self.counts.sum(0))
+        self.gaps = {}  # of each ECE: the bin of a cell, and mean p_fake - label in its slots
+        for name, divisor in (("ece", temperature), ("ece_uncalibrated", 1.0)):
+            p_fake = compute_p_fake(logit, divisor).astype(np.float64)
+            index = _bin_index(np.bincount(cell, weights=p_fake) / self.counts.sum(0))
+            self.gaps[name] = (index, average(p_fake - label))
 
     def measure(self, counts: Ints) -> dict[str, float]:
         """The metrics when the cells hold `counts`, int[2, cells], with the same class totals."""
         num_real, num_fake = (int(total) for total in counts.sum(1))
         num = num_real + num_fake
-        gap = np.bincount(self.bin, weights=(counts * self.gap).sum(0))
         values = {
             "brier": float(np.vdot(counts, self.brier)) / num,
-            "ece": float(np.abs(gap).sum()) / num,
             "nll": float(np.vdot(counts, self.nll)) / num,
         }
+        for name, (index, gap) in self.gaps.items():
+            in_bin = np.bincount(index, weights=(counts * gap).sum(0))
+            values[name] = float(np.abs(in_bin).sum()) / num
         if not num_real or not num_fake:
             return values
         fp, tp = counts.cumsum(1)

@@ -70,7 +70,7 @@ SCORE_FIELDS = [
     pa.field("p_fake", pa.float32()),
     pa.field("is_fake", pa.bool_()),
     *ERROR_FIELDS,
-    *FACT_FIELDS[:3],
+    *FACT_FIELDS,
     *LABEL_FIELDS,
 ]
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 
 from cifake_ray.core.calibration import Calibration, compute_p_fake
-from cifake_ray.core.images import inspect_image
+from cifake_ray.core.domain import Domain
+from cifake_ray.core.images import ImageFacts, inspect_image
 from cifake_ray.core.models import Detector
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.schema import FACT_FIELDS, SCORE_FIELDS
 from cifake_ray.core.work import assemble_rows
 from cifake_ray.errors import ImageError
 
@@ -29,6 +30,7 @@ class ScoreWork:
         self,
         detector: Detector,
         calibration: Calibration,
+        domain: Domain | None,
         *,
         threshold: float,
         batch_size: int,
@@ -39,6 +41,7 @@ class ScoreWork:
         torch.set_num_threads(num_threads)
         self.detector = detector.to(device).eval()
         self.temperature = calibration.temperature
+        self.domain = domain
         self.threshold = threshold
         self.batch_size = batch_size
         self.device = device
@@ -65,15 +68,15 @@ class ScoreWork:
             "logit": pa.array(logit, pa.float32(), mask=failed),
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
             "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
-            "width": [f and f[0] for f in facts],
-            "height": [f and f[1] for f in facts],
-            "format": [f and f[2] for f in facts],
         }
+        for field in FACT_FIELDS:
+            columns[field.name] = [f and getattr(f, field.name) for f in facts]
         return assemble_rows(SCORE_FIELDS, rows, columns, errors)
 
-    def _load_image(
-        self, data: bytes | ImageError
-    ) -> tuple[np.ndarray, tuple[int, int, str]] | ImageError:
+    def count_unlike(self, rows: pa.Table) -> dict[str, int]:
+        return {} if self.domain is None else self.domain.count_unlike(rows)
+
+    def _load_image(self, data: bytes | ImageError) -> tuple[np.ndarray, ImageFacts] | ImageError:
         if isinstance(data, ImageError):
             return data
         try:
@@ -81,7 +84,7 @@ class ScoreWork:
             pixels = self.detector.preprocessing.load_image(data)
         except ImageError as error:
             return error
-        return pixels, (facts.width, facts.height, facts.format)
+        return pixels, facts
 
 
 @torch.inference_mode()

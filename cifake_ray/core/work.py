@@ -24,6 +24,10 @@ class Work(Protocol):
         """One row of the result for each row of the manifest, in the same order."""
         ...
 
+    def count_unlike(self, rows: pa.Table) -> dict[str, int]:
+        """Rows of a shard that are unlike the training images, by reason; empty if unknown."""
+        ...
+
 
 def assemble_rows(
     fields: Sequence[pa.Field],

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, Any]
 
 COLOURS = {"REAL": "#0072B2", "FAKE": "#D55E00"}
+BEFORE = "#009E73"  # the green: what calibration changed
 INK, MUTED, GRID = "#1a1a1a", "#5a5a5a", "#d9d9d9"
 MAX_SLICES = 40  # bars; more would make a figure nobody reads
 DPI = 160  # twice the size at which the page shows it
@@ -105,30 +106,40 @@ def draw_confusion(metrics: Metrics, block: str) -> bytes:
 
 
 def draw_reliability(metrics: Metrics) -> bytes:
-    """Share of FAKE against mean p_fake per bin, the images per bin below."""
+    """Share of FAKE against mean p_fake per bin, before and after the temperature.
+
+    Below, the images per bin: bars after it, an outline before.
+    """
     figure, (upper, lower) = _new_figure(height=5.2, height_ratios=(3, 1))
-    bins = [b for b in metrics["reliability_bins"] if b["count"]]
-    upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2, label="calibrated")
-    upper.plot(
-        [b["p_fake"] for b in bins],
-        [b["fake_fraction"] for b in bins],
-        "o-",
-        color=INK,
-        linewidth=1.5,
-        label="measured",
-    )
+    upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2)
+    for suffix, when, style, colour in (
+        ("_uncalibrated", "before: temperature 1", "s--", BEFORE),
+        ("", f"after: temperature {metrics['temperature']:.4g}", "o-", INK),
+    ):
+        bins = [b for b in metrics[f"reliability_bins{suffix}"] if b["count"]]
+        upper.plot(
+            [b["p_fake"] for b in bins],
+            [b["fake_fraction"] for b in bins],
+            style,
+            color=colour,
+            linewidth=1.5,
+            markersize=5,
+            label=f"{when}\nECE {format_interval(metrics[f'ece{suffix}'])}",
+        )
     upper.set_ylabel("Share that is FAKE")
     upper.set_ylim(-0.03, 1.03)
-    upper.legend(loc="upper left")
-    ece = format_interval(metrics["ece"])
-    upper.set_title(f"Reliability: ECE {ece}, {len(metrics['reliability_bins'])} bins")
+    upper.legend(loc="best", fontsize=9)
+    before, after = metrics["ece_uncalibrated"]["value"], metrics["ece"]["value"]
+    upper.set_title(f"Reliability: ECE {before:.3f} before calibration, {after:.3f} after")
     edges = [b["low"] for b in metrics["reliability_bins"]]
     counts = [b["count"] for b in metrics["reliability_bins"]]
     bars = lower.bar(edges, counts, width=0.9 / len(counts), align="edge", color=MUTED)
+    before_counts = [b["count"] for b in metrics["reliability_bins_uncalibrated"]]
+    lower.stairs(before_counts, [*edges, 1], color=BEFORE, linewidth=1.2, linestyle="--")
     texts = [_format_count(n) if n else "" for n in counts]
     lower.bar_label(bars, texts, fontsize=6.5, padding=1)
     lower.set_yscale("symlog", linthresh=1)
-    lower.set_ylim(0, max(counts) * 8)
+    lower.set_ylim(0, max(*counts, *before_counts) * 8)
     lower.set_ylabel("Images (log)")
     lower.set_xlabel("p_fake")
     for axes in (upper, lower):

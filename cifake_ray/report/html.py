@@ -33,7 +33,10 @@ CAPTIONS = {
     "confusion": "Confusion at 0.5: images by label and by what they were called.",
     "confusion_threshold": "Confusion at the threshold of the bundle.",
     "scores": "How p_fake spreads in each class, on log axes.",
-    "reliability": "Reliability: on the dotted line, p_fake can be read as a probability.",
+    "reliability": (
+        "Reliability before the bundle's temperature and after: on the dotted line, p_fake can be"
+        " read as a probability."
+    ),
     "loss": "Loss over the epochs of training.",
     "accuracy": "Accuracy on validation over the epochs of training.",
     "slices": "Accuracy at 0.5 per slice with 95% intervals, lowest first.",

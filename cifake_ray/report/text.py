@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.domain import Domain, Range
 from cifake_ray.core.schema import LABEL_NAMES
 
 # Key of the metrics, name for people, whether it reads as percent.
@@ -87,12 +88,46 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     )
 
 
+def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: Domain) -> str:
+    """The counts of `Domain.count_unlike` over `num_scored` images, as one sentence."""
+    there = {
+        "size": ("size", f"{_format_range(domain.sides)} pixels"),
+        "format": ("format", ", ".join(domain.formats)),
+        "jpeg_quality": ("JPEG quality", _format_range(domain.jpeg_qualities)),
+    }
+    reasons = ", ".join(
+        f"{counts[key]:,} by {name} ({value} there)"
+        for key, (name, value) in there.items()
+        if counts[key]
+    )
+    return (
+        f"{counts['any']:,} of {num_scored:,} images are unlike those the detector learned from:"
+        f" {reasons}; their scores may mean little"
+    )
+
+
+def describe_domain(domain: Domain | None) -> str:
+    """What the training images were, for a model card."""
+    if domain is None:
+        return "Sizes, formats and JPEG qualities of these images are not on record."
+    return (
+        f"Sides: {_format_range(domain.sides)} pixels; formats: {', '.join(domain.formats)};"
+        f" JPEG quality: {_format_range(domain.jpeg_qualities)}."
+    )
+
+
+def _format_range(bounds: Range | None) -> str:
+    """`32`, `32 to 1,024`, or a dash for None."""
+    return "-" if bounds is None else " to ".join(f"{bound:,}" for bound in dict.fromkeys(bounds))
+
+
 def model_card(
     *,
     name: str,
     architecture: str,
     num_parameters: int,
     trained_on: str,
+    domain: Domain | None,
     preprocessing: Mapping[str, object],
     training: Mapping[str, object],
     calibration: Calibration,
@@ -100,8 +135,9 @@ def model_card(
 ) -> str:
     """README.md of a bundle, with the YAML header of the Hugging Face Hub.
 
-    `trained_on` says in words what the training images were; `preprocessing` and `training` are
-    shown as they are; `metrics` were measured on validation, on which `calibration` was fitted.
+    `trained_on` says in words what the training images were, `domain` in numbers; `preprocessing`
+    and `training` are shown as they are; `metrics` were measured on validation, on which
+    `calibration` was fitted.
     """
     num_real = metrics["num_real"]
     points = [
@@ -114,6 +150,7 @@ def model_card(
         architecture=_flatten(architecture),
         num_parameters=f"{num_parameters:,}",
         trained_on=_flatten(trained_on),
+        domain=describe_domain(domain),
         preprocessing=_format_facts(preprocessing),
         training=_format_facts(training),
         metrics=format_metrics(metrics),
@@ -178,6 +215,7 @@ or the reason why it could not be read. `--target-fpr` picks another operating p
 ## Training data
 
 {trained_on}
+{domain}
 
 {training}
 

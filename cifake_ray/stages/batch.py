@@ -63,6 +63,7 @@ class BatchSummary:
     done: int
     failed: int
     errors: dict[str, int]
+    unlike_training: dict[str, int]  # images by reason; empty where no domain is known
     left_out: dict[str, int]
     shards_total: int
     shards_resumed: int
@@ -132,6 +133,7 @@ class _Account:
     listed: int
     parts: list[PartFacts] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    unlike_training: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     resumed: int = 0
     worked_rows: int = 0
@@ -142,6 +144,7 @@ class _Account:
         part = PartFacts(**report["part"])
         self.parts.append(part)
         self.errors.update(part.errors)
+        self.unlike_training.update(part.unlike_training)
         self.rows += part.rows
         self.resumed += not report["worked"]
         if report["worked"]:
@@ -220,6 +223,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             done=account.rows - account.failed,
             failed=account.failed,
             errors=dict(account.errors.most_common()),
+            unlike_training=dict(account.unlike_training),
             left_out=run.left_out,
             shards_total=run.manifest.num_shards,
             shards_resumed=account.resumed,
@@ -285,5 +289,6 @@ def read_summary(out: Place) -> BatchSummary | None:
         return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
     except KeyError as error:
         raise StorageError(
-            f"{path}: no {error} in it; was it edited? `cifake-ray repair` makes it anew"
+            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
+            " repair` makes it anew"
         ) from error

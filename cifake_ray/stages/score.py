@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig, effective_settings
+from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.workers import keep_freed_memory
@@ -45,6 +46,7 @@ class MakeScoreWork:
         return ScoreWork(
             detector,
             bundle.calibration,
+            bundle.domain,
             threshold=self.threshold,
             batch_size=self.batch_size,
             device="cuda" if placement.gpus_per_worker else "cpu",
@@ -58,9 +60,15 @@ class MakeScoreWork:
 
 
 def score_images(
-    config: ScoreConfig, on_progress: Callable[[Progress], None], started_s: float
+    config: ScoreConfig,
+    on_progress: Callable[[Progress], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
-    """Score every image of `config.src` into `config.out`. The same call again resumes."""
+    """Score every image of `config.src` into `config.out`. The same call again resumes.
+
+    `say` gets a warning when images are unlike those that the detector learned from.
+    """
     source, out = open_source(config), open_place(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
     bundle = read_bundle_facts(
@@ -94,4 +102,9 @@ def score_images(
         batch_size=config.batch_size,
     )
     plan = BatchPlan(config, run_plan, config.device, source, make_work, on_progress, started_s)
-    return plan_batch(plan, "score") if config.dry_run else run_batch(plan)
+    if config.dry_run:
+        return plan_batch(plan, "score")
+    summary = run_batch(plan)
+    if bundle.domain and summary.unlike_training["any"]:
+        say(f"score: {describe_unlike(summary.unlike_training, summary.done, bundle.domain)}")
+    return summary

@@ -142,7 +142,8 @@ class ShardWorker:
 
     def _commit(self, shard: int, table: pa.Table) -> PartFacts:
         assert self.work is not None
-        return commit_part(self.run, shard, table, self.work.facts)
+        unlike = self.work.count_unlike(table)
+        return commit_part(self.run, shard, table, self.work.facts, unlike)
 
     @contextmanager
     def _attempt(self, shard: int) -> Iterator[tuple[Pulse, bool]]:

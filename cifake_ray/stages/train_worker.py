@@ -16,6 +16,7 @@ from torch import nn
 from cifake_ray.config import TrainConfig, effective_settings
 from cifake_ray.core.augmentation import parse_augmentation
 from cifake_ray.core.calibration import calibrate
+from cifake_ray.core.domain import Domain
 from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.models import Detector
@@ -25,6 +26,7 @@ from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.bundle import write_bundle
+from cifake_ray.storage.domains import read_domain
 from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.starting_weights import load_starting_weights
 from cifake_ray.storage.training import TrainingData, open_training_data, read_training_rows
@@ -45,6 +47,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         detector.network.compile()
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
+    domain = read_domain(data.train)
     wrapped, report = _join_group(config, detector, device)
     trainer = Trainer(
         detector,
@@ -71,7 +74,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
-        _write_best(config, run, trainer, data, best, averaged)
+        _write_best(config, run, trainer, data, domain, best, averaged)
 
 
 @contextmanager
@@ -112,6 +115,7 @@ def _write_best(
     run: TrainingRun,
     trainer: Trainer,
     data: TrainingData,
+    domain: Domain | None,
     best: KeptEpoch,
     averaged: list[int],
 ) -> None:
@@ -141,6 +145,7 @@ def _write_best(
         architecture=config.model,
         num_parameters=trainer.detector.num_parameters,
         trained_on=f"{len(data.train.labels):,} labelled images, REAL and FAKE ({shards}).",
+        domain=domain,
         preprocessing=trainer.detector.preprocessing.to_dict(),
         training=training,
         calibration=calibration,
@@ -150,6 +155,7 @@ def _write_best(
         run.bundle_path,
         trainer.detector,
         calibration,
+        domain,
         training={**training, "unusable": data.unusable},
         metrics=metrics,
         history=state.history,

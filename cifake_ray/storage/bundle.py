@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.domain import Domain
 from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
 from cifake_ray.errors import BundleError
@@ -44,6 +45,7 @@ class BundleFacts:
     architecture: str
     preprocessing: Preprocessing
     calibration: Calibration
+    domain: Domain | None  # what it learned from; None in bundles that do not say
     training: dict[str, Any]  # settings and counts of the run that made it
 
     @property
@@ -144,6 +146,7 @@ def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str)
             raise ValueError("calibration holds a number that is not finite")
         if calibration.temperature <= 0:
             raise ValueError(f"temperature is {calibration.temperature}")
+        domain = ours.get("domain")
         return BundleFacts(
             path=path,
             weights_name=weights_name,
@@ -151,6 +154,7 @@ def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str)
             architecture=architecture,
             preprocessing=Preprocessing.from_dict(ours["preprocessing"]),
             calibration=calibration,
+            domain=None if domain is None else Domain.from_dict(domain),
             training=dict(ours["training"]),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -177,6 +181,7 @@ def write_bundle(
     path: Place,
     detector: Detector,
     calibration: Calibration,
+    domain: Domain | None = None,
     *,
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],
@@ -203,6 +208,7 @@ def write_bundle(
             "schema_version": SCHEMA_VERSION,
             "preprocessing": preprocessing.to_dict(),
             "calibration": asdict(calibration),
+            "domain": domain and asdict(domain),
             "training": dict(training),
         },
     }

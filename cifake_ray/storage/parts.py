@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,9 @@ from cifake_ray.storage.runs import PartFacts, Run
 FACTS_KEY = b"cifake_ray"
 
 
-def commit_part(run: Run, shard: int, table: pa.Table, facts: dict[str, str]) -> PartFacts:
+def commit_part(
+    run: Run, shard: int, table: pa.Table, facts: dict[str, str], unlike_training: dict[str, int]
+) -> PartFacts:
     """Write one result shard under its name and return what it says of itself."""
     errors = Counter(error for error in table.column("error").to_pylist() if error)
     footer = {
@@ -32,6 +35,7 @@ def commit_part(run: Run, shard: int, table: pa.Table, facts: dict[str, str]) ->
         "run": run.identity,
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
+        "unlike_training": unlike_training,
         **facts,
     }
     schema = table.schema.with_metadata(
@@ -56,9 +60,7 @@ def commit_part(run: Run, shard: int, table: pa.Table, facts: dict[str, str]) ->
     )
     data = sink.getvalue().to_pybytes()
     write_bytes(run.part_path(shard), data)
-    return PartFacts(
-        shard, table.num_rows, dict(errors), len(data), hashlib.sha256(data).hexdigest()
-    )
+    return _describe_part(shard, footer, data)
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -96,9 +98,17 @@ def inspect_part(run: Run, shard: int) -> PartFacts | None:
         if not isinstance(facts, dict) or facts.get("run") != run.identity:
             return None
         num_rows = sum(batch.num_rows for batch in part.iter_batches())
-    except (OSError, pa.ArrowInvalid, ValueError):
+        return _describe_part(shard, facts, data) if num_rows == facts["rows"] else None
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None
-    if num_rows != facts["rows"]:
-        return None
-    sha256 = hashlib.sha256(data).hexdigest()
-    return PartFacts(shard, num_rows, facts["errors"], len(data), sha256)
+
+
+def _describe_part(shard: int, footer: dict[str, Any], data: bytes) -> PartFacts:
+    return PartFacts(
+        shard=shard,
+        rows=footer["rows"],
+        errors=footer["errors"],
+        unlike_training=footer["unlike_training"],
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )

@@ -234,6 +234,7 @@ class PartFacts:
     shard: int
     rows: int
     errors: dict[str, int]
+    unlike_training: dict[str, int]
     size_bytes: int
     sha256: str
 

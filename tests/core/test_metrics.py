@@ -10,7 +10,16 @@ from cifake_ray.core import metrics as module
 from cifake_ray.core.calibration import calibrate, compute_p_fake
 from cifake_ray.core.metrics import compute_metrics
 
-INTERVALS = ("auroc", "average_precision", "eer", *module.RATES, "brier", "ece", "nll")
+INTERVALS = (
+    "auroc",
+    "average_precision",
+    "eer",
+    *module.RATES,
+    "brier",
+    "ece",
+    "ece_uncalibrated",
+    "nll",
+)
 
 
 def make_scores(num: int, seed: int = 0, separation: float = 2.0):
@@ -139,6 +148,24 @@ def test_ece_brier_and_nll_by_hand():
     filled = [b for b in result["reliability_bins"] if b["count"]]
     assert [b["count"] for b in filled] == [2, 2]
     assert [b["fake_fraction"] for b in filled] == [0, 0.5]
+    assert result["ece_uncalibrated"] == result["ece"], "at temperature 1"
+    assert result["reliability_bins_uncalibrated"] == result["reliability_bins"]
+
+
+def test_reliability_before_the_temperature_is_that_of_temperature_one():
+    scores = make_scores(500)
+    plain, calibrated = measure(*scores), measure(*scores, temperature=1.7)
+    assert calibrated["ece_uncalibrated"] == plain["ece"] != calibrated["ece"]
+    assert calibrated["reliability_bins_uncalibrated"] == plain["reliability_bins"]
+
+
+def test_a_temperature_mends_overconfident_scores():
+    rng = np.random.default_rng(1)
+    true_logit = rng.normal(0, 2, 20_000)
+    label = (rng.random(20_000) < expit(true_logit)).astype(np.int64)
+    result = measure(4 * true_logit, label, temperature=4.0, num_bootstrap=100)
+    assert result["ece"]["high"] < 0.02
+    assert result["ece_uncalibrated"]["low"] > 0.1
 
 
 def test_eer_and_tpr_by_hand():

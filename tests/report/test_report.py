@@ -10,12 +10,19 @@ import pytest
 from PIL import Image
 
 from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.domain import Domain
 from cifake_ray.core.metrics import compute_metrics
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.report.text import format_interval, format_metrics, model_card
+from cifake_ray.report.text import (
+    describe_domain,
+    describe_unlike,
+    format_interval,
+    format_metrics,
+    model_card,
+)
 
 HOSTILE_KEY = "<script>alert(1)</script>\n\x1b[31m"
 LONG_KEY = "a" * 250
@@ -23,6 +30,7 @@ HISTORY = [
     {"epoch": 1, "train_loss": 0.6, "val_loss": 0.5, "val_accuracy": 0.8, "lr": 1e-3, "x": "y"},
     {"epoch": 2, "train_loss": 0.4, "val_loss": float("nan"), "val_accuracy": 0.9, "lr": 1e-4},
 ]
+DOMAIN = Domain(sides=(32, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 75))
 ONLY_REAL = "camera $x$ 写真\n"
 
 
@@ -229,6 +237,11 @@ def test_every_figure_is_a_png_of_sensible_size(drawn):
         assert not image.info.keys() - {"dpi"}  # no date, no version
 
 
+def test_reliability_shows_the_curve_before_calibration_too(metrics):
+    before = {**metrics, "reliability_bins_uncalibrated": metrics["reliability_bins"]}
+    assert figures.draw_reliability(before) != figures.draw_reliability(metrics)
+
+
 def test_same_numbers_give_the_same_bytes(metrics, slices, drawn):
     assert draw_figures(metrics, history=HISTORY, slices=slices) == drawn
 
@@ -268,6 +281,7 @@ def test_model_card_has_a_hub_header_and_its_limits(metrics):
         architecture="resnet18",
         num_parameters=1_234_567,
         trained_on="CIFAKE,\n32x32",
+        domain=DOMAIN,
         preprocessing={"image_size": 32},
         training={"note": "a|b\nc"},
         calibration=Calibration(
@@ -283,3 +297,15 @@ def test_model_card_has_a_hub_header_and_its_limits(metrics):
     assert r"| a\|b c" in body
     assert "too few" in body  # about 100 REAL images promise nothing at 0.1%
     assert "## Limits" in body
+    assert "\nSides: 32 to 1,024 pixels; formats: JPEG, PNG; JPEG quality: 75.\n" in body
+
+
+def test_a_domain_in_words():
+    counts = {"size": 1502, "format": 0, "jpeg_quality": 7, "any": 1502}
+    assert describe_unlike(counts, 2000, DOMAIN) == (
+        "1,502 of 2,000 images are unlike those the detector learned from: 1,502 by size (32 to"
+        " 1,024 pixels there), 7 by JPEG quality (75 there); their scores may mean little"
+    )
+    no_jpeg = Domain(sides=(32, 32), formats=("PNG",), jpeg_qualities=None)
+    assert describe_domain(no_jpeg) == "Sides: 32 pixels; formats: PNG; JPEG quality: -."
+    assert "not on record" in describe_domain(None)

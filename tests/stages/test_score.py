@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from cifake_ray.config import ExportConfig, ScoreConfig
+from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
+from cifake_ray.core.domain import Domain
 from cifake_ray.errors import BundleError, RunMismatch
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch import BatchSummary
 from cifake_ray.stages.score import score_images
+from cifake_ray.storage.bundle import read_bundle_facts
 from cifake_ray.storage.export import export_scores
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
+def run_score(
+    src: Path, out: Path, say: Callable[[str], None] = print, **options: Any
+) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), **options)
-    summary = score_images(config, lambda progress: None, time.time())
+    summary = score_images(config, lambda progress: None, time.time(), say)
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -156,3 +165,104 @@ def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path)
         rows = {row["key"]: row for row in csv.DictReader(file)}
     for key, row in read_rows(tmp_path / "out").items():
         assert float(rows[key]["p_fake"]) == pytest.approx(row["p_fake"], abs=1e-6)
+
+
+# --- images unlike those of training -------------------------------------------------------------
+
+UNLIKE = {"size": 3, "format": 2, "jpeg_quality": 2, "any": 5}
+WARNING = (
+    "score: 5 of 11 images are unlike those the detector learned from: 3 by size (32 pixels there),"
+    " 2 by format (JPEG there), 2 by JPEG quality (75 there); their scores may mean little"
+)
+
+
+@pytest.fixture
+def mixed(sample_folder: Path, tmp_path: Path) -> Path:
+    """6 images as in training, 5 unlike them, 1 that is none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, path in enumerate(sorted(sample_folder.rglob("*.jpg"))[:6]):
+        (folder / f"{number}.jpg").write_bytes(path.read_bytes())
+    image = Image.open(folder / "0.jpg")
+    image.save(folder / "a.png")
+    image.resize((48, 48)).save(folder / "b.png")
+    image.save(folder / "c.jpg", quality=90)
+    image.resize((32, 33)).save(folder / "d.jpg", quality=75)
+    image.resize((16, 32)).save(folder / "e.jpg", quality=30)
+    (folder / "f.jpg").write_text("words")
+    return folder
+
+
+def test_a_bundle_says_what_it_learned_from(bundle: Path) -> None:
+    assert read_bundle_facts(bundle).domain == Domain(
+        sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75)
+    )
+    card = (bundle / "README.md").read_text()
+    assert "Sides: 32 pixels; formats: JPEG; JPEG quality: 75." in card
+
+
+def test_images_unlike_those_of_training_are_counted_and_warned_of_once(
+    mixed: Path, bundle: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"bundle": str(bundle), "shard_size": 4, "max_error_rate": 0.1}
+    first = run_score(mixed, tmp_path / "out", said.append, **options)
+    assert first.unlike_training == UNLIKE
+    assert said == [WARNING]
+    assert run_score(mixed, tmp_path / "out", said.append, **options) == first
+    assert said == [WARNING] * 2, "a finished run says the same"
+
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    (tmp_path / "out" / "scores" / "part-00001.parquet").unlink()
+    resumed = run_score(mixed, tmp_path / "out", said.append, **options)
+    assert (resumed.shards_resumed, resumed.unlike_training) == (2, UNLIKE)
+
+    with open(tmp_path / "out" / "scores" / "part-00002.parquet", "r+b") as file:
+        file.write(b"junk")
+    repaired, _ = run_verb(RepairConfig(out=str(tmp_path / "out")), time.time())
+    assert (repaired.shards_resumed, repaired.unlike_training) == (2, UNLIKE)
+    assert said == [WARNING] * 3
+
+
+def test_rows_that_are_mended_are_counted_with_the_others_of_their_shard(
+    mixed: Path, bundle: Path, tmp_path: Path
+) -> None:
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(mixed.iterdir())]
+    keys = [image["path"] for image in images]
+
+    def write_shard(late: set[str]) -> None:
+        errors = pa.array(["io_network" if key in late else None for key in keys], pa.string())
+        table = pa.table({"key": keys, "image": images, "error": errors})
+        pq.write_table(table, tmp_path / "shard.parquet")
+
+    def run(**options: Any) -> dict[str, int]:
+        options = {"bundle": str(bundle), "max_error_rate": 1.0, **options}
+        return run_score(tmp_path / "shard.parquet", tmp_path / "out", **options).unlike_training
+
+    write_shard({"1.jpg", "b.png", "c.jpg"})
+    assert run() == {"size": 2, "format": 1, "jpeg_quality": 1, "any": 3}
+    write_shard(set())
+    assert run(retry_errors=True) == UNLIKE
+
+
+def test_images_as_in_training_are_not_warned_of(
+    sample_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    summary = run_score(sample_folder, tmp_path / "out", said.append, bundle=str(bundle))
+    assert summary.unlike_training == {"size": 0, "format": 0, "jpeg_quality": 0, "any": 0}
+    assert said == []
+
+
+def test_a_bundle_that_does_not_say_what_it_learned_from_warns_of_nothing(
+    mixed: Path, bundle: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(bundle, older)
+    config = json.loads((older / "config.json").read_text())
+    del config["cifake_ray"]["domain"]
+    (older / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    summary = run_score(mixed, tmp_path / "out", said.append, bundle=str(older), max_error_rate=0.1)
+    assert summary.unlike_training == {}
+    assert said == []

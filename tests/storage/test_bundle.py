@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.calibration import Calibration
+from cifake_ray.core.domain import Domain
 from cifake_ray.core.models import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, CifakeError
@@ -32,6 +33,7 @@ from cifake_ray.storage.places import Place, resolve_path
 CALIBRATION = Calibration(
     temperature=1.5, threshold=0.4, threshold_fpr_1=0.9, threshold_fpr_01=0.99
 )
+DOMAIN = Domain(sides=(32, 64), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
 HISTORY = [{"epoch": 1, "val_loss": 0.5}, {"epoch": 2, "val_loss": 0.25}]
 
 
@@ -42,6 +44,7 @@ def make_detector(architecture: str = "cnn", image_size: int | None = None) -> D
 
 def write(path: Path, detector: Detector, **changes: Any) -> Path:
     values: dict[str, Any] = {
+        "domain": DOMAIN,
         "training": {"epochs": 2},
         "metrics": {"accuracy": 0.9},
         "history": HISTORY,
@@ -74,6 +77,7 @@ def test_a_bundle_scores_as_the_detector_that_was_written(
     assert facts.preprocessing == again.preprocessing == detector.preprocessing
     assert facts.preprocessing.fit == "crop"
     assert facts.calibration == CALIBRATION
+    assert facts.domain == DOMAIN
     assert facts.training == {"epochs": 2}
     assert read_history(tmp_path / "b") == HISTORY
 
@@ -108,6 +112,24 @@ def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     config = json.loads((path / "config.json").read_bytes())
     change(config)
     (path / "config.json").write_text(json.dumps(config))
+
+
+def test_a_bundle_need_not_say_what_it_learned_from(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector(), domain=None)
+    assert read_bundle_facts(bundle).domain is None
+    edit_config(bundle, lambda config: config["cifake_ray"].pop("domain"))  # an older one
+    assert read_bundle_facts(bundle).domain is None
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [{}, "JPEG", {"sides": [64, 32], "formats": ["JPEG"], "jpeg_qualities": None}],
+)
+def test_an_impossible_domain_is_refused(tmp_path: Path, domain: object) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    edit_config(bundle, lambda config: config["cifake_ray"].update(domain=domain))
+    with pytest.raises(BundleError, match="not a bundle of cifake-ray"):
+        read_bundle_facts(bundle)
 
 
 def set_architecture(name: str) -> Callable[[dict[str, Any]], None]:
@@ -243,6 +265,7 @@ def test_a_header_of_other_tensors_is_refused_when_it_is_loaded(tmp_path: Path) 
 def test_the_bundle_in_the_box_is_read_and_loaded() -> None:
     detector, facts = load_bundle(locate_bundle(None))
     assert facts == read_bundle_facts(locate_bundle(None))
+    assert facts.domain == Domain(sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75))
     assert detector.architecture == facts.architecture
 
 

@@ -55,7 +55,7 @@ def make_result(run: Run, shard: int) -> pa.Table:
 
 def commit_all(run: Run) -> list[PartFacts]:
     shards = range(run.manifest.num_shards)
-    return [commit_part(run, shard, make_result(run, shard), {}) for shard in shards]
+    return [commit_part(run, shard, make_result(run, shard), {}, {}) for shard in shards]
 
 
 def flip_byte(path: Path, place: float) -> None:
@@ -224,7 +224,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path
 def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     table = make_result(run, 1)
-    part = commit_part(run, 1, table, {"bundle": "b1"})
+    part = commit_part(run, 1, table, {"bundle": "b1"}, {"size": 2})
     assert part.rows == 4
     assert part.errors == ({"empty": 1} if "3" in table["key"].to_pylist() else {})
     assert part.size_bytes == run.part_path(1).stat().st_size
@@ -234,13 +234,26 @@ def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> Non
     assert found.to_pylist() == table.to_pylist()
     facts = json.loads(pq.read_schema(run.part_path(1)).metadata[FACTS_KEY])
     assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
+    assert part.unlike_training == facts["unlike_training"] == {"size": 2}
+
+
+def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> None:
+    """An older version of the program counted less."""
+    run = open_here(tmp_path)
+    commit_part(run, 0, make_result(run, 0), {}, {})
+    table = pq.read_table(run.part_path(0))
+    facts = json.loads(table.schema.metadata[FACTS_KEY])
+    del facts["unlike_training"]
+    metadata = {FACTS_KEY: json.dumps(facts).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), run.part_path(0))
+    assert inspect_part(run, 0) is None
 
 
 def test_errors_are_counted_by_class(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     errors = ["empty", None, "truncated", "empty"]
     table = pa.table({"key": list("abcd"), "error": pa.array(errors, pa.string())})
-    assert commit_part(run, 0, table, {}).errors == {"empty": 2, "truncated": 1}
+    assert commit_part(run, 0, table, {}, {}).errors == {"empty": 2, "truncated": 1}
     found = inspect_part(run, 0)
     assert found is not None
     assert found.errors == {"empty": 2, "truncated": 1}
@@ -253,7 +266,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_part_of_another_run_is_not_accepted(tmp_path: Path) -> None:
     run, other = open_here(tmp_path / "one", a=1), open_here(tmp_path / "two", a=2)
-    commit_part(other, 0, make_result(other, 0), {})
+    commit_part(other, 0, make_result(other, 0), {}, {})
     run.results_folder.mkdir()
     run.part_path(0).write_bytes(other.part_path(0).read_bytes())
     assert inspect_part(run, 0) is None
@@ -272,7 +285,7 @@ def test_a_file_that_we_did_not_write_is_not_accepted(
 
 def test_a_truncated_or_empty_part_is_not_accepted(tmp_path: Path) -> None:
     run = open_here(tmp_path)
-    commit_part(run, 0, make_result(run, 0), {})
+    commit_part(run, 0, make_result(run, 0), {}, {})
     data = run.part_path(0).read_bytes()
     for end in (0, 4, len(data) // 2, len(data) - 1):
         run.part_path(0).write_bytes(data[:end])
@@ -283,7 +296,7 @@ def test_a_part_with_a_flipped_byte_is_not_accepted(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     keys = [f"{n:05}" for n in range(5000)]
     table = pa.table({"key": keys, "error": pa.nulls(5000, pa.string())})
-    commit_part(run, 0, table, {})
+    commit_part(run, 0, table, {}, {})
     flip_byte(run.part_path(0), 0.3)
     assert inspect_part(run, 0) is None
 
@@ -317,7 +330,7 @@ def test_a_lost_or_doubled_row_is_refused(tmp_path: Path) -> None:
     parts = commit_all(run)
     for rows in (parts[0].rows - 1, parts[0].rows + 1):
         table = pa.table({"key": ["x"] * rows, "error": pa.nulls(rows, pa.string())})
-        wrong = commit_part(run, 0, table, {})
+        wrong = commit_part(run, 0, table, {}, {})
         with pytest.raises(CifakeError, match=f"10 images listed, {6 + rows} rows written"):
             finish_run(run, [wrong, *parts[1:]], {})
     assert not (tmp_path / "_SUCCESS").exists()

@@ -1,0 +1,83 @@
+"""The domain of a detector: what the headers of its training images say, and who is unlike them.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Range = tuple[int, int]  # lowest and highest, both inside
+
+DOMAIN_FACTS = ["width", "height", "format", "jpeg_quality"]  # of FACT_FIELDS, what a domain is of
+QUALITIES = (1, 100)  # IJG
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """What images a detector learned from. Ranges, so that no training image is unlike them."""
+
+    sides: Range  # pixels: the smallest and the largest width or height
+    formats: tuple[str, ...]  # Pillow's names, sorted
+    jpeg_qualities: Range | None  # see `estimate_quality`; None where no image was a JPEG
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (
+            ("sides", self.sides),
+            ("jpeg_qualities", self.jpeg_qualities or QUALITIES),
+        ):
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} from {low} to {high} must be 1 or more, in this order")
+        if not all(isinstance(name, str) for name in self.formats):
+            raise ValueError(f"formats {self.formats} must be names")
+
+    def count_unlike(self, rows: pa.Table) -> dict[str, int]:
+        """Scored images that are unlike the training images, by what tells them apart.
+
+        `rows` are SCORE_FIELDS; those with an error do not count. `any` counts each image once. An
+        image that is no JPEG has no JPEG quality to be unlike.
+        """
+        scored = rows.filter(pc.is_null(rows.column("error")))
+        width, height, name, quality = (scored.column(fact) for fact in DOMAIN_FACTS)
+        unlike = {
+            "size": pc.or_(_is_outside(width, self.sides), _is_outside(height, self.sides)),
+            "format": pc.invert(pc.is_in(name, pa.array(self.formats, pa.string()))),
+            "jpeg_quality": pc.fill_null(
+                _is_outside(quality, self.jpeg_qualities or QUALITIES), False
+            ),
+        }
+        by_size_or_format = pc.or_(unlike["size"], unlike["format"])
+        unlike["any"] = pc.or_(by_size_or_format, unlike["jpeg_quality"])
+        return {reason: pc.sum(column).as_py() or 0 for reason, column in unlike.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Domain:
+        """From the config of a bundle. KeyError, TypeError or ValueError when it cannot be."""
+        qualities = values["jpeg_qualities"]
+        return cls(
+            sides=tuple(values["sides"]),
+            formats=tuple(values["formats"]),
+            jpeg_qualities=qualities and tuple(qualities),
+        )
+
+
+def _is_outside(values: pa.ChunkedArray, bounds: Range) -> pa.ChunkedArray:
+    low, high = bounds
+    return pc.or_(pc.less(values, low), pc.greater(values, high))
+
+
+def find_domain(facts: pa.Table) -> Domain:
+    """The domain of images from their headers: DOMAIN_FACTS, at least one row."""
+    width, height, name, quality = (facts.column(fact) for fact in DOMAIN_FACTS)
+    sides = pc.min_max(pa.chunked_array([*width.chunks, *height.chunks])).as_py()
+    qualities = pc.min_max(quality).as_py()
+    return Domain(
+        sides=(sides["min"], sides["max"]),
+        formats=tuple(sorted(name.unique().to_pylist())),
+        jpeg_qualities=None if qualities["min"] is None else (qualities["min"], qualities["max"]),
+    )
