@@ -1,0 +1,85 @@
+"""Comparisons of trainings: what is asked of `train`, and what the tables say of the figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import (
+    HERE,
+    PAGE,
+    Comparison,
+    find_interval,
+    format_points,
+    render_page,
+    summarise,
+    to_flags,
+)
+from typer.testing import CliRunner
+
+from cifake_ray.cli import app
+
+COMPARISONS = [Comparison.read(path) for path in sorted(HERE.glob("*.yaml"))]
+
+
+def make_row(variant: str, seed: int, accuracy: float, **values: Any) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "seed": seed,
+        "num_parameters": 39_132,
+        "train_images": 9_000,
+        "test_images": 10_042,
+        "epochs": 70,
+        "best_epoch": 60,
+        "train_min": 7.0,
+        "num_threads": 1,
+        "val_accuracy": 0.9,
+        "accuracy": accuracy,
+        "auroc": 0.97,
+        "tpr_at_fpr_1pct": 0.6,
+        **values,
+    }
+
+
+def test_options_become_flags() -> None:
+    options = {"recipe": "fast", "channels_last": True, "compile": False, "lr": 0.01}
+    assert to_flags(options) == ["--recipe", "fast", "--channels-last", "--no-compile"] + [
+        "--lr",
+        "0.01",
+    ]
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda comparison: comparison.name)
+def test_train_takes_the_options_of_every_variant(comparison: Comparison, tmp_path: Path) -> None:
+    for variant, added in comparison.variants.items():
+        flags = to_flags({**comparison.options, **added})
+        result = CliRunner().invoke(app, ["train", str(tmp_path / "none"), "run", *flags])
+        assert result.exit_code == 4, (variant, result.output)  # only the shards are missing
+
+
+def test_an_interval_is_students() -> None:
+    centre, width = find_interval([1.0, 2.0, 3.0])
+    assert (centre, width) == (2.0, pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3))
+    assert find_interval([5.0]) == (5.0, None)
+    assert format_points([0.9, 0.92, 0.94]) == "92.00 ± 4.97"
+    assert format_points([0.01], "+") == "+1.00"
+
+
+def test_gains_are_seed_by_seed() -> None:
+    comparison = replace(COMPARISONS[0], variants={"none": {}, "more": {"lr": 0.1}, "later": {}})
+    rows = [make_row("none", seed, 0.90 + seed / 100) for seed in range(3)]
+    rows += [make_row("more", seed, 0.91 + seed / 100, epochs=50 + seed) for seed in range(2)]
+    head, _, first, second = summarise(comparison, rows).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, first, second)]
+    none, more = (dict(zip(cells[0], line, strict=True)) for line in cells[1:])
+    assert none["to the first"] == "-"
+    assert none["seeds"] == "3"
+    assert more["to the first"] == "+1.00 ± 0.00"
+    assert more["what differs"] == "--lr 0.1"
+    assert more["epochs"] == "50-51"
+
+
+def test_the_page_in_the_package_is_that_of_its_figures() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render_page()
