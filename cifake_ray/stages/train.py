@@ -8,6 +8,7 @@ alike, and does not need to know which it was.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -141,6 +142,9 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
     from ray.train.torch import TorchTrainer
 
     filesystem, storage_path = to_arrow(run.path)
+    # Ray Train takes one report of each worker as often as it looks at them: every 2 s by default,
+    # for which an epoch of a small run would wait.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
     least, most = config.worker_range or (None, None)
     with connect_cluster(config.address, least) as resources:

@@ -45,10 +45,8 @@ def make_row(variant: str, seed: int, accuracy: float, **values: Any) -> dict[st
 
 def test_options_become_flags() -> None:
     options = {"recipe": "fast", "channels_last": True, "compile": False, "lr": 0.01}
-    assert to_flags(options) == ["--recipe", "fast", "--channels-last", "--no-compile"] + [
-        "--lr",
-        "0.01",
-    ]
+    flags = ["--recipe", "fast", "--channels-last", "--no-compile", "--lr", "0.01"]
+    assert to_flags(options) == flags
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda comparison: comparison.name)

@@ -89,11 +89,17 @@ def run_rank(rank: int, name: str, num_ranks: int, folder: str, source: str, opt
 
 
 def record_losses(source: str, **options: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """float[NUM_STEPS] for one, two and three ranks, and for one with its batches reversed."""
+    """float[NUM_STEPS] for one, two and three ranks, and for one with its batches reversed.
+
+    Ranks are forked from a process that has only imported torch, its slow parts too, once for all.
+    """
+    torch.multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
         for name, num_ranks in (("one", 1), ("two", 2), ("three", 3), ("reversed", 1)):
             arguments = (name, num_ranks, folder, source, options)
-            torch.multiprocessing.spawn(run_rank, arguments, nprocs=num_ranks)
+            torch.multiprocessing.start_processes(
+                run_rank, arguments, nprocs=num_ranks, start_method="forkserver"
+            )
             yield name, np.load(f"{folder}/{name}.npy")
 
 

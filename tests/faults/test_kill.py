@@ -82,23 +82,36 @@ def test_a_killed_convert_equals_an_undisturbed_one(
     assert not list(out.glob("*/.writing-*")), "a killed writer left its file behind"
 
 
+def train_arguments(shards: Path, run: Path, num_workers: str) -> list[str]:
+    options = ["--num-workers", num_workers, "--epochs", "4", "--batch-size", "100"]
+    cache = ["--cache-dir", str(shards.parent / "cache"), "--cpus-per-worker", "1"]
+    return ["train", str(shards), str(run), *options, *cache]
+
+
+@pytest.fixture(scope="module")
+def trained(shards: tuple[Path, float], env: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+    """The summary and the weights of an undisturbed training."""
+    run = shards[0].parent / "trained"
+    summary = finish(train_arguments(shards[0], run, "0"), env)
+    return summary, read_weights(run)
+
+
+def read_weights(run: Path) -> bytes:
+    return (run / "bundle" / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(("workers", "kills"), [("0", (1, 2, 3)), ("1", (2,))])
 def test_a_killed_training_takes_the_same_steps(
     shards: tuple[Path, float],
+    trained: tuple[dict[str, Any], bytes],
     env: dict[str, str],
     tmp_path: Path,
     workers: str,
     kills: tuple[int, ...],
 ) -> None:
-    def arguments(run: Path, num_workers: str) -> list[str]:
-        options = ["--num-workers", num_workers, "--epochs", "4", "--batch-size", "100"]
-        cache = ["--cache-dir", str(tmp_path / "cache"), "--cpus-per-worker", "1"]
-        return ["train", str(shards[0]), str(run), *options, *cache]
-
-    whole = finish(arguments(tmp_path / "whole", "0"), env)
     run = tmp_path / "run"
     for epochs in kills:  # once so many are committed, somewhere in the next
-        process = start_command(arguments(run, workers), env)
+        process = start_command(train_arguments(shards[0], run, workers), env)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:
             history = run / "history.jsonl"
@@ -107,10 +120,10 @@ def test_a_killed_training_takes_the_same_steps(
             time.sleep(0.05)
         kill_in(process, 0.1)
         assert not (run / "_SUCCESS").exists(), "it was over before it could be killed"
-    summary = finish(arguments(run, workers), env)
+    summary = finish(train_arguments(shards[0], run, workers), env)
+    whole, weights = trained
     assert summary["steps"] == whole["steps"]
-    weights = [p / "bundle" / "model.safetensors" for p in (run, tmp_path / "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert read_weights(run) == weights
 
 
 def test_a_killed_score_equals_an_undisturbed_one(

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_IMAGES = 3_000
 SHARD_SIZE = 25
+# A node is dead after five looks that nobody answers: 2.5 s, not Ray's 15.
+QUICK_LOOKS = {"health_check_period_ms": 500}
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,16 @@ def whole(images: Path, env: dict[str, str]) -> dict[str, Any]:
     return read_parts(out)
 
 
+def start_head(num_cpus: int) -> Cluster:
+    options = {"include_dashboard": False, "_system_config": QUICK_LOOKS}
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus, **options})
+
+
 @pytest.fixture
 def two_nodes(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head with one CPU; a test adds the second node, and may kill it."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
+    cluster = start_head(num_cpus=1)
     yield cluster
     cluster.shutdown()
 
@@ -100,9 +105,7 @@ def test_a_run_that_cannot_be_placed_any_more_ends_and_says_so(
     images: Path, whole: dict[str, Any], env: dict[str, str], tmp_path: Path
 ) -> None:
     """All CPUs are on the node that dies."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
+    cluster = start_head(num_cpus=0)
     try:
         node = cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
@@ -141,7 +144,7 @@ ray.get(hold.remote())
     other = subprocess.Popen([sys.executable, "-c", script, two_nodes.address], env=env)
     try:
         wait_until(held.exists)
-        options = ("--address", two_nodes.address, "--stall-timeout-s", "10")
+        options = ("--address", two_nodes.address, "--stall-timeout-s", "5")
         summary = finish(start("convert", images, tmp_path / "out", env, *options), code=6)
     finally:
         other.kill()

@@ -11,18 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
+from faults.command import make_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory, 3000)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_the_work_ends_it_with_a_word(
-    tmp_path: Path, number: signal.Signals, code: int
+    images: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    images = write_sample(SampleConfig(out=str(tmp_path / "images"), images=3000))
     out = tmp_path / "out"
     command = ["score", str(images), str(out), "--shard-size", "20", "--json"]
     process = subprocess.Popen(

@@ -65,8 +65,9 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
         proxy.fail("status", status=412, code="PreconditionFailed", times=math.inf, path=changed)
         proxy.fail("status", status=503, times=math.inf, path=throttled)
         proxy.fail("status", status=403, times=math.inf, path=denied)
-        for kind in ("status", "reset", "short", "drip"):
+        for kind in ("status", "reset", "short"):
             proxy.fail(kind, times=8, path=".jpg")
+        proxy.fail("drip", times=8, path=".jpg", drip_s=0.01)  # an image takes some 10 s
         proxy.fail("status", status=500, times=8, path=".jpg")
         out = str(tmp_path / "out")
         arguments = ["score", f"s3://{bucket}/in", out, "--s3-endpoint-url", proxy.endpoint]

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_IMAGES = 1_000
 CHECKPOINT_STEPS = "7"  # of 45 in an epoch
+START_TIMEOUT_S = "10"  # Ray Train waits so long for workers of a node not yet known to be dead
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,10 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def test_elastic_training_goes_on_with_the_node_that_is_left(
     shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
 ) -> None:
-    run, epochs = tmp_path / "run", 6
+    run, epochs = tmp_path / "run", 4
     options = ("--epochs", str(epochs), "--address", two_nodes.address)
-    process = start_command(make_arguments(shards, run, "1:2", *options), env)
+    waits = {**env, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
+    process = start_command(make_arguments(shards, run, "1:2", *options), waits)
     wait_until(lambda: read_history(run))
     (node,) = two_nodes.worker_nodes
     two_nodes.remove_node(node, allow_graceful=False)

@@ -19,9 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 from faults.command import find_workers, make_env, make_images, wait_until
 
-from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_IMAGES = 200
@@ -240,11 +237,18 @@ def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str
     )
 
 
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many that a worker can be found and killed before the run is over."""
+    return make_images(tmp_path_factory, 3000)
+
+
 @pytest.mark.parametrize("verb", ["convert", "score"])
-def test_each_worker_may_be_killed_once(env: dict[str, str], tmp_path: Path, verb: str) -> None:
-    images = write_sample(SampleConfig(out=str(tmp_path / "images"), images=3000))
-    whole = run_verb(make_command(verb, images, tmp_path / "whole"), env)
-    process = start_group(make_command(verb, images, tmp_path / "out"), env)
+def test_each_worker_may_be_killed_once(
+    many_images: Path, env: dict[str, str], tmp_path: Path, verb: str
+) -> None:
+    whole = run_verb(make_command(verb, many_images, tmp_path / "whole"), env)
+    process = start_group(make_command(verb, many_images, tmp_path / "out"), env)
     killed: set[int] = set()
     parts = RESULTS[verb]
     for number in range(whole["shards_total"] and min(2, len(os.sched_getaffinity(0)))):

@@ -20,6 +20,8 @@ from cifake_ray.storage.bundle import load_bundle
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
+TIMM: dict[str, Any] = {"model": "test_resnet", "image_size": 32}
+
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
     say = options.pop("say", lambda message: None)
@@ -162,21 +164,20 @@ def test_the_test_time_flip_goes_into_the_bundle(shards: Path, tmp_path: Path) -
 
 
 def test_a_timm_architecture_goes_through_the_same_door(shards: Path, tmp_path: Path) -> None:
-    summary = run_train(
-        shards, tmp_path / "run", model="test_resnet", image_size=32, epochs=1, num_workers="1"
-    )
+    summary = run_train(shards, tmp_path / "run", epochs=1, **TIMM)
     assert summary["model"] == "test_resnet"
     assert load_bundle(tmp_path / "run" / "bundle")[0].preprocessing.image_size == 32
 
 
 def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) -> None:
-    run_train(shards, tmp_path / "first", epochs=1)
+    """A network of timm's, on a worker of Ray's."""
+    run_train(shards, tmp_path / "first", epochs=1, **TIMM)
     said: list[str] = []
-    options: dict[str, Any] = {"epochs": 1, "lr": 1e-12, "say": said.append}
+    options: dict[str, Any] = {**TIMM, "epochs": 1, "lr": 1e-12, "say": said.append}
     run = tmp_path / "second"
     summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers="1", **options)
     bundle = tmp_path / "first" / "bundle"
-    assert summary["weights"] == f"10 tensors from {bundle}, the classifier too"
+    assert summary["weights"] == f"92 tensors from {bundle}, the classifier too"
     assert said == [f"train: starting from {summary['weights']}"]
     first, second = (load_bundle(path / "bundle")[0] for path in (tmp_path / "first", run))
     for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
