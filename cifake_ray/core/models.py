@@ -6,6 +6,7 @@ seconds to import, so it is imported only when one of its networks is asked for.
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -116,7 +117,8 @@ def build_detector(
     import timm
 
     if not timm.is_model(architecture):
-        close = timm.list_models(f"*{architecture}*")[:5]
+        known = [*OWN_ARCHITECTURES, *timm.list_models()]
+        close = difflib.get_close_matches(architecture, known, n=5)
         hint = f"did you mean {', '.join(close)}?" if close else "`cifake-ray models` lists them"
         raise ValueError(f"--model {architecture}: no such architecture; {hint}")
     cfg = timm.models.get_pretrained_cfg(architecture)

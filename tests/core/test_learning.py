@@ -572,10 +572,11 @@ def test_the_detector_normalises_as_its_preprocessing_says() -> None:
 
 
 def test_an_unknown_model_is_refused_with_near_names() -> None:
-    with pytest.raises(ValueError, match=r"--model resnet19: .*`cifake-ray models`"):
-        build_detector("resnet19")
-    with pytest.raises(ValueError, match=r"--model est_resnet: .*did you mean test_resnet"):
-        build_detector("est_resnet")
+    with pytest.raises(ValueError, match=r"--model xyz: .*`cifake-ray models`"):
+        build_detector("xyz")
+    for name, meant in (("est_resnet", "test_resnet"), ("small_cn", "small_cnn")):
+        with pytest.raises(ValueError, match=rf"--model {name}: .*did you mean {meant}"):
+            build_detector(name)
 
 
 def test_a_size_that_the_baseline_cannot_take_is_refused() -> None:
