@@ -150,6 +150,8 @@ class S3Client:
             pause_s = 0.0
             try:
                 with self.throttle:
+                    if stop.is_set():  # it may have waited long for its turn
+                        raise S3Error(0, "", "not asked for any more")
                     answer = self._try(request, parse, deadline_s)
                 self.throttle.speed_up()
                 return answer

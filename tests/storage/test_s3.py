@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from cifake_ray.core.images import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.buckets import check_bucket, read_objects
 from cifake_ray.storage.fetching import StoredObject, fetch_objects
-from cifake_ray.storage.s3 import S3Limits, connect
+from cifake_ray.storage.s3 import S3Error, S3Limits, connect
 from cifake_ray.storage.throttle import Throttle
 
 QUICK = S3Limits(
@@ -283,6 +284,19 @@ def test_whoever_stops_early_leaves_no_requests_behind(proxy: FaultProxy, bucket
     num_seen = len(proxy.seen)
     time.sleep(0.5)
     assert len(proxy.seen) == num_seen
+
+
+def test_whoever_still_waits_for_its_turn_sends_nothing(proxy: FaultProxy, bucket: str) -> None:
+    store = StoreConfig(s3_endpoint_url=proxy.endpoint)
+    client = connect(store, replace(QUICK, max_in_flight=1))
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        with client.throttle:
+            future = threads.submit(client.get_object, bucket, "y", None, 100, stop)
+            stop.set()
+        with pytest.raises(S3Error, match="not asked for any more"):
+            future.result()
+    assert not [seen for seen in proxy.seen if seen.target.endswith("/y")]
 
 
 def refuse(bucket: str, store: StoreConfig | None = None, **options: Any) -> str:
