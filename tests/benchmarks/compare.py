@@ -79,13 +79,13 @@ def run(arguments: Sequence[object], log: Path) -> Row:
     return finish_command(start_command(arguments, log), arguments, log)
 
 
-def prepare(comparison: Comparison, source: Path, work: Path) -> Path:
+def prepare(comparison: Comparison, given: Path | None, work: Path) -> Path:
     """The shards that all trainings read."""
     shards = work / "shards"
     if not (shards / "_SUCCESS").exists():
         images = work / "images"
         if not images.exists():
-            linking = work / "linking"
+            source, linking = find_cifake(given, work), work / "linking"
             link_part(source / "train", linking / "train", comparison.images)
             link_part(source / "test", linking / "test", None)
             linking.rename(images)
@@ -233,7 +233,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cifake-compare-") as temporary:
         work = (options.work or Path(temporary)).resolve() / comparison.name
         work.mkdir(parents=True, exist_ok=True)
-        shards = prepare(comparison, find_cifake(options.source, work), work)
+        shards = prepare(comparison, options.source, work)
         turn = threading.Lock()
         with ThreadPoolExecutor(options.jobs) as pool:
             futures = [

@@ -542,6 +542,15 @@ def test_bf16_runs_on_the_cpu_and_keeps_weights_in_float32() -> None:
     assert {t.dtype for t in weights_of(trainer)} == {torch.float32}
 
 
+def test_validation_computes_as_scoring_does_whatever_the_precision() -> None:
+    trainer = make_trainer(numerics=choose_numerics("cpu", "bf16"))
+    images = trainer.val_images
+    everything = torch.from_numpy(images.read(np.arange(len(images.labels))))
+    with torch.inference_mode():
+        scored = trainer.detector.eval().find_logit(everything)
+    assert torch.allclose(trainer.predict(images), scored, rtol=0, atol=1e-5)
+
+
 def test_fp16_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="--precision fp16 needs a GPU"):
         choose_numerics("cpu", "fp16")
