@@ -69,7 +69,7 @@ class TrainConfig(ClusterConfig):
     drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
     channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
     augment: Annotated[
-        str, Doc("Augmentation: none, flip, seed, strong, or a YAML file of its steps")
+        str, Doc("Augmentation: none, flip, shift, seed, strong, or a YAML file of its steps")
     ] = "flip"
     monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
     patience: Annotated[
@@ -108,7 +108,7 @@ class TrainConfig(ClusterConfig):
     device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
     precision: Annotated[
         Precision,
-        Doc("auto: bf16 or fp16 on GPU, float32 on CPU; there bf16 pays with AVX512-BF16 or AMX"),
+        Doc("auto: bf16 where the device computes it, else float32 on CPU and fp16 on GPU"),
     ] = "auto"
     compile: Annotated[
         bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")

@@ -29,7 +29,7 @@ class Augmentation:
 
     flip: Annotated[float, Doc("Share of the images that are mirrored, 0 to 1")] = 0.0
     rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
-    shift: Annotated[float, Doc("Furthest shift along each axis, share of the side")] = 0.0
+    shift: Annotated[float, Doc("Furthest shift on each axis, share of the side")] = 0.0
     crop: Annotated[float, Doc("Largest share of the area that is cut away")] = 0.0
     move_share: Annotated[float, Doc("Share of the images that these three move")] = 1.0
     brightness: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
@@ -80,6 +80,7 @@ LIMITS = {"rotation": 180.0, "crop": 0.95, "rescale": 0.95, "blur": 10.0, "noise
 POLICIES: dict[str, Augmentation] = {
     "none": Augmentation(),
     "flip": Augmentation(flip=0.5),
+    "shift": Augmentation(flip=0.5, shift=1 / 16),  # of 32 pixels, up to two
     # Source: the Keras notebooks on CIFAKE: rotation_range=10, shifts of 0.1, horizontal_flip. Half
     # of the images stay in place: moving blurs the finest traces, which the others still show.
     "seed": Augmentation(flip=0.5, rotation=10, shift=0.1, move_share=0.5),
@@ -179,16 +180,16 @@ def _to_column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 def _move(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
     """Rotation, shift and crop in one bilinear sampling; beyond the border its pixels go on.
 
+    Shifts are whole pixels, as torchvision's RandomAffine has them: on their own they blur nothing.
     The border is that of Keras' ImageDataGenerator, fill_mode="nearest".
     """
     u, (count, _, size, _) = draws.uniform, values.shape
     angle = np.deg2rad(_both_ways(u["rotation"], policy.rotation))
     side = np.sqrt(1 - u["crop"] * policy.crop)  # of what is kept; 1 is the whole image
-    offset_x = _both_ways(u["crop_x"], 1.0) * (1 - side) + 2 * _both_ways(
-        u["shift_x"], policy.shift
-    )
-    offset_y = _both_ways(u["crop_y"], 1.0) * (1 - side) + 2 * _both_ways(
-        u["shift_y"], policy.shift
+    offset_x, offset_y = (
+        _both_ways(u[f"crop_{axis}"], 1.0) * (1 - side)
+        + 2 / size * np.round(_both_ways(u[f"shift_{axis}"], policy.shift * size))
+        for axis in "xy"
     )
     # Written out, not affine_grid's matrix product: that rounds by the size of the batch, which
     # is another one on two ranks.

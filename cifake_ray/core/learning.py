@@ -62,10 +62,15 @@ class Numerics:
 
 
 def choose_numerics(device: str, precision: str) -> Numerics:
-    """`auto` is float32 on CPU, on GPU bf16 where the device computes it, else fp16."""
+    """`auto` is bf16 where the device computes it, else float32 on CPU and fp16 on GPU.
+
+    A CPU that computes it has AVX512-BF16 or AMX; others only imitate it, slowly.
+    """
     if precision == "auto":
         if device == "cpu":
-            precision = "float32"
+            can = torch.cpu.get_capabilities()
+            has_bf16 = any(can.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+            precision = "bf16" if has_bf16 else "float32"
         else:
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -143,6 +143,19 @@ def test_a_shift_moves_whole_pixels_and_repeats_the_border() -> None:
     assert torch.equal(shifted[:, :, SIZE - 4 :], images[:, :, -1:].expand(-1, -1, 4, -1))
 
 
+@pytest.mark.parametrize("size", [16, 31, 32, 224])
+def test_a_shift_of_any_draw_blurs_nothing(size: int) -> None:
+    images, draws = make_images(size=size), make_draws()
+    shifted = augment(images, Augmentation(shift=0.1), draws)
+    for i, image in enumerate(images):
+        reach_x, reach_y = (2 * draws.uniform[f"shift_{axis}"][i] - 1 for axis in "xy")
+        rows, columns = (
+            (torch.arange(size) + round(reach * 0.1 * size)).clamp(0, size - 1)
+            for reach in (reach_y, reach_x)
+        )
+        assert torch.equal(shifted[i], image[rows][:, columns])
+
+
 def test_a_crop_stays_inside_the_image() -> None:
     """Of an image with one bright border, a crop of its middle shows none of it."""
     images = torch.full((3, SIZE, SIZE, 3), 50, dtype=torch.uint8)

@@ -31,7 +31,7 @@ from cifake_ray.core.stopping import average_weights, explain_end
 from cifake_ray.errors import CifakeError
 
 SIZE = 8
-CPU = choose_numerics("cpu", "auto")
+CPU = choose_numerics("cpu", "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -556,8 +556,20 @@ def test_fp16_on_the_cpu_is_refused() -> None:
         choose_numerics("cpu", "fp16")
 
 
-def test_the_cpu_computes_in_float32_unless_told() -> None:
-    assert CPU.dtype is torch.float32
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({}, torch.float32),  # of another make
+    ],
+)
+def test_auto_is_bf16_on_a_cpu_that_computes_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_numerics("cpu", "auto").dtype is dtype
 
 
 # --- detectors -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def test_each_takes_small_images_and_is_listed(name: str) -> None:
 
 
 def test_the_small_cnn_has_the_parameters_it_promises_and_no_paths() -> None:
-    assert build_detector("small_cnn").num_parameters == 389_826
+    assert build_detector("small_cnn").num_parameters == 450_594
     with pytest.raises(ValueError, match="--drop-path: small_cnn has no paths"):
         build_detector("small_cnn", drop_path=0.1)
 
