@@ -1,0 +1,390 @@
+"""What each part of the flagship is worth: one thing changed at a time, looked at on validation.
+
+    python tests/benchmarks/ablate.py [VARIANT...] [--source DIR] [--seeds N..] [--jobs N] [--write]
+
+The first variant is the recipe `fast`. Each is trained on 45,000 images of CIFAKE's train split for
+its 8 epochs and looked at on 10,000 others of it; the test split is not read. `--write` adds what
+was measured to `comparisons/ablation.json` and makes `cifake_ray/EXPERIMENTS.md` anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from compare import HERE, NUM_CORES, PAGE, Row, format_points, render_page, to_flags
+from measure import find_cifake, format_table, say
+from torch import nn
+from torch.nn import functional as F
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.augmentation import POLICIES, Augmentation
+from cifake_ray.core.batches import Batch
+from cifake_ray.core.learning import Trainer, choose_numerics
+from cifake_ray.core.models import HALF, Detector
+from cifake_ray.core.preprocessing import Preprocessing
+from cifake_ray.core.schema import FAKE, LABEL_NAMES
+from cifake_ray.core.small_networks import CHANNELS, build_small_cnn
+from cifake_ray.options import RECIPES
+from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.storage.files import write_bytes, write_json
+
+NUM_VAL, NUM_TRAIN, SIZE = 10_000, 45_000, 32
+RESULTS = HERE / "ablation.json"
+RECIPE = yaml.safe_load((RECIPES / "fast.yaml").read_text(encoding="utf-8"))
+TEACHER = (96, 192, 256, 256, 256)
+
+
+class WithPooling(nn.Module):
+    """The network with another look at its features before the last layer."""
+
+    def __init__(self, pool: Callable[[list[torch.Tensor]], torch.Tensor], width: int) -> None:
+        super().__init__()
+        layers = list(build_small_cnn())
+        cuts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*layers[start:stop])
+            for start, stop in zip((0, *cuts), (*cuts, -3), strict=True)
+        )
+        self.pool, self.head = pool, nn.Linear(width, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: list[torch.Tensor] = []
+        for stage in self.stages:
+            features.append(stage(features[-1] if features else images))
+        outputs: torch.Tensor = self.head(self.pool(features))
+        return outputs
+
+
+def pool_all(features: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([each.mean((2, 3)) for each in features], dim=1)
+
+
+def pool_moments(features: list[torch.Tensor]) -> torch.Tensor:
+    last = features[-1].float()
+    return torch.cat([last.mean((2, 3)), (last.var((2, 3)) + 1e-5).sqrt()], dim=1)
+
+
+class HighPass(nn.Module):
+    """The image, and what a blur takes away from it: float[B, 3, S, S] -> float[B, 6, S, S]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        return torch.cat([images, 4 * (images - blurred)], dim=1)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = features + self.body(features)
+        return outputs
+
+
+def build_high_pass() -> nn.Module:
+    _, *layers = build_small_cnn()
+    stem = nn.Conv2d(6, CHANNELS[0], 4, stride=2, padding=1, bias=False)
+    return nn.Sequential(HighPass(), stem, *layers)
+
+
+def build_deeper() -> nn.Module:
+    layers = list(build_small_cnn((48, 96, 112, 112, 112)))
+    place = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)][1]
+    return nn.Sequential(*layers[:place], Residual(112), *layers[place:])
+
+
+def build_full_resolution() -> nn.Module:
+    """Half of the width at 32 x 32 where the flagship has 16 x 16."""
+    _, *layers = build_small_cnn((24, *CHANNELS[1:]))
+    stem = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+    return nn.Sequential(stem, *layers)
+
+
+def build_silu() -> nn.Module:
+    layers = build_small_cnn()
+    return nn.Sequential(*(nn.SiLU(True) if isinstance(x, nn.ReLU) else x for x in layers))
+
+
+def build_dropout() -> nn.Module:
+    *layers, head = build_small_cnn()
+    return nn.Sequential(*layers, nn.Dropout(0.2), head)
+
+
+def build_whitened(pixels: np.ndarray) -> nn.Module:
+    """A frozen first layer whose outputs on 2 x 2 patches are uncorrelated.
+
+    Source: Jordan 2024, arXiv 2404.00498, section 3.2.
+    """
+    images = torch.from_numpy(pixels[:5000]).permute(0, 3, 1, 2) / 127.5 - 1
+    patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()
+    spread, axes = torch.linalg.eigh(torch.cov(patches.T))
+    filters = (axes / (spread + 1e-3).sqrt()).T.float().reshape(12, 3, 2, 2)
+    first = nn.Conv2d(3, 24, 2)
+    first.weight.data = torch.cat([filters, -filters])
+    first.weight.requires_grad = False
+    _, *layers = build_small_cnn()
+    stem = nn.Conv2d(24, CHANNELS[0], 4, stride=2, padding=2, bias=False)
+    return nn.Sequential(first, nn.GELU(), stem, *layers)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the first one, in words only where the options do not say it."""
+
+    what: str = ""
+    options: dict[str, Any] = field(default_factory=dict)  # of `train`
+    augmentation: Augmentation | None = None
+    build: Callable[[], nn.Module] = build_small_cnn
+    changed: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # a batch's
+    whitened: bool = False
+    taught: bool = False
+
+
+def turn_over(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8[B, S, S, 3]: half of the images upside down."""
+    chosen = rng.random(len(pixels)) < 0.5
+    return np.where(chosen[:, None, None, None], pixels[:, ::-1], pixels)
+
+
+VARIANTS: dict[str, Variant] = {
+    "fast": Variant(),
+    "adamw": Variant(options={"optimizer": "adamw"}),
+    "sgd": Variant(options={"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0005}),
+    "lower rate": Variant(options={"lr": 0.004}),
+    "higher rate": Variant(options={"lr": 0.016}),
+    "batch of 128": Variant(options={"batch_size": 128}),
+    "batch of 512": Variant(options={"batch_size": 512}),
+    "no label smoothing": Variant(options={"label_smoothing": 0.0}),
+    "moving average": Variant(options={"ema_decay": 0.998}),
+    "cutmix": Variant(options={"cutmix": 1.0}),
+    "mixup": Variant(options={"mixup": 0.2}),
+    "float32": Variant(options={"precision": "float32"}),
+    "no augmentation": Variant(options={"augment": "none"}),
+    "no shifts": Variant(options={"augment": "flip"}),
+    "shifts up to 4": Variant(
+        "shifts of up to 4 pixels", augmentation=Augmentation(flip=0.5, shift=1 / 8)
+    ),
+    "blurred shifts": Variant(
+        "shifts of up to 2 pixels, rotations of up to 3 degrees",
+        augmentation=Augmentation(flip=0.5, shift=1 / 16, rotation=3),
+    ),
+    "upside down": Variant("half of the images upside down", changed=turn_over),
+    "narrower": Variant(
+        "32-64-128-128-128", build=lambda: build_small_cnn((32, 64, 128, 128, 128))
+    ),
+    "wider": Variant("64-128-128-128-128", build=lambda: build_small_cnn((64, 128, 128, 128, 128))),
+    "deeper": Variant("a residual block at 8 x 8, 112 channels", build=build_deeper),
+    "full resolution": Variant("24 channels at 32 x 32 first", build=build_full_resolution),
+    "silu": Variant("SiLU for ReLU", build=build_silu),
+    "dropout": Variant("0.2 before the last layer", build=build_dropout),
+    "mean and deviation": Variant(
+        "deviations pooled beside means", build=lambda: WithPooling(pool_moments, 2 * CHANNELS[-1])
+    ),
+    "all stages": Variant(
+        "means of three stages pooled",
+        build=lambda: WithPooling(pool_all, CHANNELS[1] + CHANNELS[3] + CHANNELS[4]),
+    ),
+    "high pass": Variant("what a blur takes away as three more inputs", build=build_high_pass),
+    "whitening": Variant("a frozen layer that whitens 2 x 2 patches first", whitened=True),
+    "taught": Variant(f"half of the labels from {'-'.join(map(str, TEACHER))}", taught=True),
+}
+
+
+@dataclass
+class Part:
+    """Images of `Trainer`."""
+
+    pixels: np.ndarray  # uint8[N, S, S, 3]
+    labels: np.ndarray  # int64[N]
+    change: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(len(self.labels))
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        pixels = self.pixels[indices]
+        return pixels if self.change is None else self.change(pixels, self.rng)
+
+
+def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Validation, then training images and labels, chosen by what they are."""
+    files = [(path, path.read_bytes()) for path in folder.rglob("*.jpg")]
+    files.sort(key=lambda file: hashlib.sha256(file[1]).digest())
+    files = files[: NUM_VAL + NUM_TRAIN]
+    load = Preprocessing(image_size=SIZE, fit="resize", mean=HALF, std=HALF).load_image
+    labels = [LABEL_NAMES.index(path.parent.name) for path, _ in files]
+    return np.stack([load(data) for _, data in files]), np.array(labels, np.int64)
+
+
+def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
+    options = {**RECIPE, **variant.options}
+    config = TrainConfig(shards="", run="", seed=seed, **options)
+    pixels, labels = (np.load(data / f"{name}.npy") for name in ("pixels", "labels"))
+    train = Part(pixels[NUM_VAL:], labels[NUM_VAL:], variant.changed)
+    torch.manual_seed(seed)
+    network = build_whitened(train.pixels) if variant.whitened else variant.build()
+    detector = Detector(
+        config.model,
+        network.to(memory_format=torch.channels_last),
+        Preprocessing(image_size=SIZE, fit="resize", mean=HALF, std=HALF, test_time_flip=True),
+    )
+    return Trainer(
+        detector,
+        detector,
+        config,
+        train,
+        Part(pixels[:NUM_VAL], labels[:NUM_VAL]),
+        choose_numerics("cpu", config.precision),
+        variant.augmentation or POLICIES[config.augment],
+    )
+
+
+def teach(trainer: Trainer, seed: int, data: Path) -> float:
+    """Mix the outputs of a larger network, trained first, into the labels: its minutes.
+
+    Source: Hinton et al. 2015, at temperature 1.
+    """
+    teacher = make_trainer(Variant(build=lambda: build_small_cnn(TEACHER)), seed + 100, data)
+    teacher.fit(lambda: None)
+    draw, judge = trainer.batches.draw, teacher.detector.eval()
+
+    def draw_taught(epoch: int, start: int) -> Iterator[Batch]:
+        for images, labels, size in draw(epoch, start):
+            with torch.inference_mode(), teacher.numerics.autocast:
+                said = judge(images).softmax(dim=1)
+            yield Batch(images, (said.clone() + F.one_hot(labels, 2)) / 2, size)
+
+    trainer.batches.draw = draw_taught  # type: ignore[method-assign]
+    return sum(row["train_s"] for row in teacher.state.history) / 60
+
+
+def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
+    """Train a variant: a row of the results."""
+    keep_freed_memory()
+    torch.set_num_threads(num_threads)
+    variant = VARIANTS[name]
+    trainer = make_trainer(variant, seed, data)
+    minutes = teach(trainer, seed, data) if variant.taught else 0.0
+    trainer.fit(lambda: None)
+    history = trainer.state.history
+    minutes += sum(row["train_s"] for row in history) / 60
+    judged = trainer.judged
+    judged.set_preprocessing(replace(judged.preprocessing, test_time_flip=False))
+    is_fake = trainer.val_images.labels == FAKE
+    row = {
+        "variant": name,
+        "seed": seed,
+        "num_parameters": trainer.detector.num_parameters,
+        "train_min": round(minutes, 2),
+        "accuracy": history[-1]["val_accuracy"],
+        "auroc": history[-1]["val_auroc"],
+        "without_flip": float(
+            ((trainer.predict(trainer.val_images) >= 0).numpy() == is_fake).mean()
+        ),
+        "num_threads": num_threads,
+    }
+    say(f"{name}, seed {seed}: {row['accuracy']:.2%} in {minutes:.1f} minutes")
+    return row
+
+
+def render_section(rows: Sequence[Row]) -> str:
+    """A line for each variant that was measured."""
+    table = []
+    first = {row["seed"]: row for row in rows if row["variant"] == next(iter(VARIANTS))}
+    for name, variant in VARIANTS.items():
+        found = [row for row in rows if row["variant"] == name]
+        if not found:
+            continue
+        gains = [r["accuracy"] - first[r["seed"]]["accuracy"] for r in found if r["seed"] in first]
+        options = " ".join(to_flags(variant.options))
+        table.append(
+            {
+                "variant": name,
+                "what differs": variant.what or (f"`{options}`" if options else "-"),
+                "parameters": f"{found[0]['num_parameters']:,}",
+                "minutes": f"{median(row['train_min'] for row in found):.1f}",
+                "seeds": f"{len(found)}",
+                "accuracy, %": format_points([row["accuracy"] for row in found]),
+                "to the first": "-" if found[0] in first.values() else format_points(gains, "+"),
+                "AUROC": f"{mean(row['auroc'] for row in found):.4f}",
+                "without flip, %": format_points([row["without_flip"] for row in found]),
+            }
+        )
+    lines = [list(table[0]), *(list(line.values()) for line in table)]
+    return SECTION.format(table=format_table(lines), threads=rows[0]["num_threads"])
+
+
+SECTION = f"""\
+## What each part of the flagship is worth
+
+One thing changed at a time in the recipe `fast`, trained on {NUM_TRAIN:,} images of the train split
+for {RECIPE["epochs"]} epochs, looked at on {NUM_VAL:,} others of it (validation, not the test
+split), with test-time flip but in the last column. Minutes of training on {{threads}} CPU thread.
+
+    python tests/benchmarks/ablate.py
+
+{{table}}
+"""
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=NUM_CORES, help="trainings at once")
+    parser.add_argument("--write", action="store_true", help="figures and EXPERIMENTS.md")
+    options = parser.parse_args()
+    if unknown := set(options.variants) - set(VARIANTS):
+        parser.error(f"no variant {', '.join(sorted(unknown))}; it has {', '.join(VARIANTS)}")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    with tempfile.TemporaryDirectory(prefix="cifake-ablate-") as temporary:
+        data = Path(temporary)
+        pixels, labels = read_images(find_cifake(options.source, data) / "train")
+        np.save(data / "pixels.npy", pixels)
+        np.save(data / "labels.npy", labels)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, context) as pool:
+            for future in [
+                pool.submit(measure, name, seed, data, max(1, NUM_CORES // options.jobs))
+                for name in options.variants or VARIANTS
+                for seed in options.seeds
+            ]:
+                row = future.result()
+                rows = [
+                    r for r in rows if (r["variant"], r["seed"]) != (row["variant"], row["seed"])
+                ]
+                rows.append(row)
+                if options.write:
+                    write_json(RESULTS, {"rows": rows})
+    section = render_section(rows)
+    if options.write:
+        write_bytes(HERE / "ablation.md", section.encode())
+        write_bytes(PAGE, render_page().encode())
+    print(section)
+
+
+if __name__ == "__main__":
+    main()
