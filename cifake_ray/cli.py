@@ -23,6 +23,7 @@ from cifake_ray.config import (
     SampleConfig,
     ScoreConfig,
     TrainConfig,
+    TuneConfig,
     VerifyConfig,
 )
 from cifake_ray.console import run_command, say
@@ -58,6 +59,7 @@ VERBS: dict[str, type[Config]] = {
     "sample": SampleConfig,
     "convert": ConvertConfig,
     "train": TrainConfig,
+    "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
     "pipeline": PipelineConfig,

@@ -15,9 +15,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from cifake_ray.config import Config, Doc, TrainConfig, doc_of
+from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe
 
 PREFIX = "CIFAKE_RAY_"
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -32,30 +32,21 @@ def load_recipe(context: typer.Context, name: str | None) -> str | None:
 
     BadParameter when there is neither.
     """
-    if name is None:
-        return None
-    path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        raise typer.BadParameter(f"{name}: no such file, and no recipe in the box; it has {known}")
-    context.default_map = {**_read_values(context, path), **(context.default_map or {})}
+    if name is not None:
+        try:
+            path = find_boxed(name, RECIPES)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        context.default_map = {**_read_values(context, path), **(context.default_map or {})}
     return name
 
 
 def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"{path}: not readable as YAML ({reason})") from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{path}: holds no mapping; write one `name: value` a line")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    known = {parameter.name for parameter in context.command.params} - {"config_file", "recipe"}
+        values = read_recipe(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    known = {parameter.name for parameter in context.command.params if not parameter.is_eager}
     if unknown := sorted(values.keys() - known):
         raise typer.BadParameter(
             f"{path}: {', '.join(unknown)}: no such option of `{context.command.name}`;"
@@ -115,7 +106,8 @@ def make_command(config_class: type[Config], run: Callable[..., None]) -> Callab
         )
 
     def command(*, json_output: bool, debug: bool, config_file: Path | None, **values: Any) -> None:
-        values.pop("recipe", None)  # its callback has made it defaults
+        for name, _, _ in recipe:
+            values.pop(name)  # its callback has made it defaults
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         run(lambda: config_class(**values), json_output=json_output, debug=debug)
 

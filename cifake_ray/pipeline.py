@@ -18,6 +18,7 @@ from cifake_ray.config import (
     SampleConfig,
     ScoreConfig,
     TrainConfig,
+    TuneConfig,
     VerifyConfig,
 )
 from cifake_ray.console import ProgressLine, say, show_epoch
@@ -39,6 +40,10 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
         from cifake_ray.stages.train import train_detector
 
         return train_detector(config, show_epoch, started_s, say), ExitCode.OK
+    if isinstance(config, TuneConfig):
+        from cifake_ray.stages.tune import search_options
+
+        return search_options(config, started_s, say), ExitCode.OK
     if isinstance(config, VerifyConfig):
         return _verify_run(config)
     if isinstance(config, RepairConfig):

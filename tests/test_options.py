@@ -16,10 +16,13 @@ from cifake_ray.config import (
     EvaluateConfig,
     ScoreConfig,
     TrainConfig,
+    TuneConfig,
     effective_settings,
 )
-from cifake_ray.core.augmentation import POLICIES
-from cifake_ray.options import PREFIX, RECIPES, make_command
+from cifake_ray.core.augmentation import POLICIES, Augmentation
+from cifake_ray.options import PREFIX, make_command
+from cifake_ray.storage.augmentations import read_augmentation
+from cifake_ray.storage.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -119,9 +122,20 @@ def test_every_recipe_in_the_box_is_one(name: str) -> None:
     assert f"--recipe {name}" in (RECIPES / f"{name}.yaml").read_text()  # opens with its command
 
 
+def test_a_policy_in_a_recipe_and_a_recipe_of_a_search(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("augment: {flip: 0.5, shift: 0.1}\n")
+    config = parse(TrainConfig, "s", "r", "--recipe", str(recipe))
+    assert read_augmentation(config) == Augmentation(flip=0.5, shift=0.1)
+    assert parse(TuneConfig, "s", "r", "--recipe", "best").recipe == "best"
+    recipe.write_text("recipe: seed-v1.0\ntrials: 3\n")
+    search = parse(TuneConfig, "s", "r", "--config", str(recipe))
+    assert (search.recipe, search.trials) == ("seed-v1.0", 3)
+
+
 def test_a_recipe_that_is_not_there_is_refused_with_those_that_are() -> None:
     said = refuse(TrainConfig, "s", "r", "--recipe", "fastest")
-    assert "fastest: no such file, and no recipe in the box" in said
+    assert "fastest: no such file, and not among the recipes in the box" in said
     assert "seed-v1.3" in said
     assert "No such option: --recipe" in refuse(ConvertConfig, "s", "o", "--recipe", "seed-v1.3")
 

@@ -35,7 +35,7 @@ RANKS = {"core": 0, "config": 0, "errors": 0, "report": 1, "storage": 2, "stages
 DOORS = {"cli", "options", "console", "pipeline", "__main__"}
 DOOR_RANK = 4
 
-STAGE_VERBS = ("convert", "train", "evaluate", "score")
+STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 MACHINERY = {
     "batch",
@@ -46,7 +46,9 @@ MACHINERY = {
     "watchdog",
     "workers",
 }
-NOT_VERBS = {*MACHINERY, "doctor", "__init__"}
+# What a verb is made of beside its own file.
+PARTS = {"tune": {"searching", "trial_watch", "trial_worker"}}
+NOT_VERBS = {*MACHINERY, *PARTS["tune"], "doctor", "__init__"}
 # The one name that one verb takes from another, and the verbs that stand on a whole other one.
 SHARED_WITH = {("evaluate", "score"): {"MakeScoreWork"}, ("tune", "train"): None}
 MAX_LINES = 360
@@ -199,6 +201,23 @@ def test_the_spine_and_the_cluster_know_no_verb() -> None:
             if target.startswith("cifake_ray.stages.")
         }
         assert taken <= MACHINERY, name_of(path)
+
+
+@pytest.mark.parametrize("verb", PARTS)
+def test_the_parts_of_a_verb_know_what_it_may_know_and_nobody_else_knows_them(verb: str) -> None:
+    verbs = {
+        stem for path in (PACKAGE / "stages").glob("*.py") if (stem := path.stem) not in NOT_VERBS
+    }
+    for path in (PACKAGE / "stages").glob("*.py"):
+        taken = {
+            target.removeprefix("cifake_ray.stages.")
+            for target, _, _ in find_imports(path)
+            if target.startswith("cifake_ray.stages.")
+        }
+        if path.stem in PARTS[verb]:
+            assert {(verb, other) for other in taken & verbs} <= set(SHARED_WITH), name_of(path)
+        elif path.stem != verb:
+            assert not taken & PARTS[verb], name_of(path)
 
 
 def test_no_file_is_named_after_nothing() -> None:

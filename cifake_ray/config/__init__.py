@@ -20,6 +20,7 @@ from cifake_ray.config.fields import doc_of as doc_of
 from cifake_ray.config.fields import effective_settings as effective_settings
 from cifake_ray.config.training import Monitor as Monitor
 from cifake_ray.config.training import TrainConfig as TrainConfig
+from cifake_ray.config.tuning import TuneConfig as TuneConfig
 
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 
@@ -200,6 +201,7 @@ Config = (
     SampleConfig
     | ConvertConfig
     | TrainConfig
+    | TuneConfig
     | EvaluateConfig
     | ScoreConfig
     | PipelineConfig

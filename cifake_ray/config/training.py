@@ -22,7 +22,7 @@ from cifake_ray.config.fields import (
 
 Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["onecycle", "cosine", "constant"]
-Monitor = Literal["val_accuracy", "val_loss", "val_auroc"]
+Monitor = Literal["val_accuracy", "val_loss", "val_auroc", "val_tpr_at_fpr_1pct"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 
 
@@ -69,7 +69,10 @@ class TrainConfig(ClusterConfig):
     drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
     channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
     augment: Annotated[
-        str, Doc("Augmentation: none, flip, shift, seed, strong, or a YAML file of its steps")
+        str,
+        Doc(
+            "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
+        ),
     ] = "flip"
     monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
     patience: Annotated[

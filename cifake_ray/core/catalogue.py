@@ -19,7 +19,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.learning import choose_numerics
 from cifake_ray.core.models import OWN_ARCHITECTURES, build_detector, list_architectures
 from cifake_ray.core.recipe import build_trainee, make_optimizer
-from cifake_ray.core.small_networks import SMALL_SIZE
+from cifake_ray.core.small_networks import SMALL_SIZE, is_small
 
 # Ours, and those of timm that detectors of generated images are often made of.
 ZOO = (
@@ -196,7 +196,7 @@ def list_catalogue(
 
 def find_own_size(architecture: str) -> int:
     """The side in pixels that it takes when none is asked for."""
-    if architecture in OWN_ARCHITECTURES:
+    if architecture == "cnn" or is_small(architecture):
         return SMALL_SIZE
     import timm
 

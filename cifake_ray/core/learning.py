@@ -23,6 +23,7 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.batches import Batch, Batches, Images, to_device
+from cifake_ray.core.metrics import find_tpr
 from cifake_ray.core.models import Detector, find_head
 from cifake_ray.core.recipe import make_optimizer, make_schedule
 from cifake_ray.core.schema import FAKE
@@ -276,6 +277,7 @@ class Trainer:
             "val_loss": round(float(loss), 6),
             "val_accuracy": round(float(((logit >= 0) == is_fake).double().mean()), 6),
             "val_auroc": round(float(roc_auc_score(is_fake, logit)), 6),
+            "val_tpr_at_fpr_1pct": round(find_tpr(logit.numpy(), self.val_images.labels, 0.01), 6),
             "lr": max(self.schedule.get_last_lr()),
         }
 
@@ -315,13 +317,26 @@ class Trainer:
             },
         }
 
+    def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Moments and place in the schedule; rates and decay are those of this run's options.
+
+        They differ where population based training goes on from another trial's weights.
+        """
+        groups = [{**group} for group in self.optimizer.param_groups]
+        base_rates = self.schedule.base_lrs
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.schedule.base_lrs = base_rates
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            rate = group["lr"] * own["initial_lr"] / group["initial_lr"]
+            group.update({**own, "lr": rate})
+
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Go on where `to_checkpoint` was called."""
         self.detector.network.load_state_dict(checkpoint["network"])
         if self.ema is not None:
             self.ema.module.network.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
+        self._load_optimizer(checkpoint)
         self.scaler.load_state_dict(checkpoint["scaler"])
         state = dict(checkpoint["state"])
         patience, kept = Patience(**state.pop("patience")), state.pop("kept")

@@ -106,14 +106,23 @@ def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float 
             "average_precision": float(average_precision_score(label, logit)),
             "eer": float(np.interp(0.0, fpr + tpr - 1, fpr)),  # FPR = FNR where FPR + TPR = 1
         }
-        for name, rate in RATES.items():
-            ranking[name] = float(tpr[np.searchsorted(fpr, rate, side="right") - 1])
+        ranking |= {name: _read_tpr(fpr, tpr, rate) for name, rate in RATES.items()}
     return ranking | {
         "brier": float(np.mean((p_fake - label) ** 2)),
         "ece": _measure_ece(p_fake, label),
         "ece_uncalibrated": _measure_ece(compute_p_fake(logit, 1.0).astype(np.float64), label),
         "nll": float(np.mean(_log_loss(logit, label, temperature))),
     }
+
+
+def find_tpr(logit: Floats, label: Ints, rate: float) -> float:
+    """Highest TPR with an FPR not above `rate`; both classes must be there."""
+    fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
+    return _read_tpr(fpr, tpr, rate)
+
+
+def _read_tpr(fpr: Floats, tpr: Floats, rate: float) -> float:
+    return float(tpr[np.searchsorted(fpr, rate, side="right") - 1])
 
 
 def _measure_ece(p_fake: npt.NDArray[np.float64], label: Ints) -> float:

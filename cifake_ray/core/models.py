@@ -16,7 +16,7 @@ from torch import nn
 
 from cifake_ray.config import Fit
 from cifake_ray.core.preprocessing import Preprocessing
-from cifake_ray.core.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small
+from cifake_ray.core.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small, is_small
 
 OWN_ARCHITECTURES = {
     "cnn": "3 convolutions, 39,132 parameters, native 32x32: the CIFAKE baseline",
@@ -107,7 +107,7 @@ def build_detector(
             raise ValueError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
         preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
         return Detector("cnn", build_cnn(), preprocessing)
-    if architecture in DESCRIPTIONS:
+    if is_small(architecture):
         size = image_size or SMALL_SIZE
         preprocessing = Preprocessing(image_size=size, fit=fit, mean=HALF, std=HALF)
         network = build_small(architecture, size, drop_path)

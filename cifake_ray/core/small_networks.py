@@ -6,7 +6,9 @@ little is left, and what tells generated images lies in the finest of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,12 +28,12 @@ SMALL_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 STEMS = {"resnet": "3x3 stem of stride 1", "convnext": "stem of stride 1", "vit": "patches of 4"}
 FUSION = ("small_vit_tiny", "small_resnet18")
-CHANNELS = (48, 96, 128, 128, 128)  # of small_cnn
+SMALL_CNN = re.compile(r"small_cnn(?:_w(?P<width>[1-9]\d{0,3}))?(?:_d(?P<depth>[1-9]\d?))?")
 
 DESCRIPTIONS = (
     {
-        "small_cnn": f"{len(CHANNELS)} convolutions of {CHANNELS[0]} to {CHANNELS[-1]} channels,"
-        f" native {SMALL_SIZE}x{SMALL_SIZE}"
+        "small_cnn": "5 convolutions of 48 to 128 channels; small_cnn_w64_d3 is half as wide, one"
+        f" deeper; native {SMALL_SIZE}x{SMALL_SIZE}"
     }
     | {
         name: f"timm's {timm_name}, {STEMS[name.split('_')[1].rstrip('0123456789')]},"
@@ -45,15 +47,20 @@ DESCRIPTIONS = (
 )
 
 
+def is_small(name: str) -> bool:
+    """Whether `build_small` makes it."""
+    return name in DESCRIPTIONS or SMALL_CNN.fullmatch(name) is not None
+
+
 def build_small(name: str, image_size: int, drop_path: float, num_classes: int = 2) -> nn.Module:
     """float[B, 3, S, S] -> float[B, 2], or features for `num_classes` 0.
 
     ValueError for an image size or a drop_path it cannot take.
     """
-    if name == "small_cnn":
+    if match := SMALL_CNN.fullmatch(name):
         if drop_path:
-            raise ValueError("--drop-path: small_cnn has no paths to drop; leave it out")
-        return build_small_cnn()
+            raise ValueError(f"--drop-path: {name} has no paths to drop; leave it out")
+        return build_small_cnn(choose_channels(**match.groupdict()))
     if name == "fusion":
         return Fusion(image_size, drop_path)
     import timm
@@ -76,21 +83,27 @@ def build_small(name: str, image_size: int, drop_path: float, num_classes: int =
     return network
 
 
-def build_small_cnn(channels: Sequence[int] = CHANNELS) -> nn.Sequential:
-    """float[B, 3, S, S] -> float[B, 2] for S from 8 on; 450,594 parameters.
+def choose_channels(width: str | None = None, depth: str | None = None) -> tuple[int, ...]:
+    """Of small_cnn: 3/8 and 3/4 of the width at 16 x 16 pixels, then `depth` + 1 times all."""
+    full = int(width or 128)
+    return (-(-full * 3 // 8), -(-full * 3 // 4), *[full] * (int(depth or 2) + 1))
+
+
+def build_small_cnn(channels: Sequence[int]) -> nn.Sequential:
+    """float[B, 3, S, S] -> float[B, 2] for S from 8 on; 450,594 parameters with small_cnn's.
 
     The stem halves the side at once: what tells generated images lies in the finest pixels, and a
-    window of 4 x 4 of them sees that, while whatever works on 32 x 32 costs four times as much.
+    window of 4 x 4 of them sees that, while whatever works on 32 x 32 costs four times as much. The
+    second convolution works at that side, the last one at a quarter of it, the others between.
     """
-    stem, second, third, fourth, last = channels
+    stem, second, *middle, last = channels
+    layers = [*_convolve(3, stem, 4, stride=2), *_convolve(stem, second), nn.MaxPool2d(2)]
+    for num_in, num_out in pairwise((second, *middle)):
+        layers += _convolve(num_in, num_out)
     return nn.Sequential(
-        *_convolve(3, stem, 4, stride=2),
-        *_convolve(stem, second),
+        *layers,
         nn.MaxPool2d(2),
-        *_convolve(second, third),
-        *_convolve(third, fourth),
-        nn.MaxPool2d(2),
-        *_convolve(fourth, last),
+        *_convolve(middle[-1], last),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(last, 2),

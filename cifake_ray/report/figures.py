@@ -58,7 +58,7 @@ def draw_figures(
 
 def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
     """ROC on linear axes, or over log FPR with the 1% and 0.1% operating points marked."""
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     fpr, tpr = metrics["roc_points"]["fpr"], metrics["roc_points"]["tpr"]
     # A threshold either takes an image or not: steps, not slopes, are what was measured.
     axes.plot(fpr, tpr, color=INK, linewidth=1.8, drawstyle="steps-post")
@@ -70,7 +70,7 @@ def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
         axes.set_xlim(-0.01, 1.01)
         axes.legend(loc="lower right")
         axes.set_title(f"ROC: AUROC {format_interval(metrics['auroc'])}")
-        return _encode(figure)
+        return encode_figure(figure)
     axes.set_xscale("log")
     axes.set_xlim(min(1e-3, 1 / metrics["num_real"]) / 2, 1)
     reached = {name: metrics[f"tpr_at_fpr_{name}pct"]["value"] for name in ("1", "0.1")}
@@ -82,12 +82,12 @@ def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
     axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
     found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
     axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_confusion(metrics: Metrics, block: str) -> bytes:
     """Confusion matrix of the block "at_0.5" or "at_threshold": counts, and percent of each row."""
-    figure, (axes,) = _new_figure(height=3.6)
+    figure, (axes,) = new_figure(height=3.6)
     threshold, counts = metrics[block]["threshold"], metrics[block]["confusion"]
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -102,7 +102,7 @@ def draw_confusion(metrics: Metrics, block: str) -> bytes:
     axes.grid(False)
     accuracy = format_interval(metrics[block]["accuracy"], percent=True)
     axes.set_title(f"p_fake ≥ {threshold:.4g}: accuracy {accuracy}")
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_reliability(metrics: Metrics) -> bytes:
@@ -110,7 +110,7 @@ def draw_reliability(metrics: Metrics) -> bytes:
 
     Below, the images per bin: bars after it, an outline before.
     """
-    figure, (upper, lower) = _new_figure(height=5.2, height_ratios=(3, 1))
+    figure, (upper, lower) = new_figure(height=5.2, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2)
     for suffix, when, style, colour in (
         ("_uncalibrated", "before: temperature 1", "s--", BEFORE),
@@ -144,12 +144,12 @@ def draw_reliability(metrics: Metrics) -> bytes:
     lower.set_xlabel("p_fake")
     for axes in (upper, lower):
         axes.set_xlim(-0.01, 1.01)
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_score_histogram(metrics: Metrics) -> bytes:
     """p_fake per class, REAL upwards and FAKE downwards from one line, with the threshold."""
-    figure, (upper, lower) = _new_figure(height=5.2, height_ratios=(1, 1))
+    figure, (upper, lower) = new_figure(height=5.2, height_ratios=(1, 1))
     histogram = metrics["score_histogram"]
     highest = max(*histogram["REAL"], *histogram["FAKE"], 1)
     for axes, name in ((upper, "REAL"), (lower, "FAKE")):
@@ -166,7 +166,7 @@ def draw_score_histogram(metrics: Metrics) -> bytes:
     upper.set_title(
         f"Scores: {wrong[0][1]:,} REAL above the threshold, {wrong[1][0]:,} FAKE below it"
     )
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -174,7 +174,7 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
 
     Rows have `epoch` and any of `train_loss`, `val_loss`; other keys are ignored.
     """
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     _plot_epochs(axes, history, "train_loss", "o--", colour=COLOURS["REAL"], label="training")
     points = _plot_epochs(axes, history, "val_loss", "s-", colour=INK, label="validation")
     axes.set_ylabel("Loss")
@@ -183,12 +183,12 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
     if points:
         best, epoch = min((value, epoch) for epoch, value in points)
         axes.set_title(f"Loss: lowest on validation {best:.4f}, epoch {epoch:g}")
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
     """Validation accuracy over epochs, from the `epoch` and `val_accuracy` of each row."""
-    figure, (axes,) = _new_figure()
+    figure, (axes,) = new_figure()
     points = _plot_epochs(axes, history, "val_accuracy", "s-", colour=INK, label="validation")
     axes.set_ylabel("Accuracy on validation")
     axes.set_title("Accuracy on validation")
@@ -197,19 +197,19 @@ def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
         best, epoch = max((value, -epoch) for epoch, value in points)
         axes.set_title(f"Accuracy on validation: best {best:.2%}, epoch {-epoch:g}")
         axes.axhline(best, color=MUTED, linestyle=":", linewidth=1.2)
-    return _encode(figure)
+    return encode_figure(figure)
 
 
 def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
     """Accuracy at 0.5 per slice with Wilson intervals, lowest first; at most MAX_SLICES bars."""
     ordered = sorted(slices.items(), key=lambda item: (item[1]["accuracy"]["value"], item[0]))
     shown = ordered[:MAX_SLICES]
-    figure, (axes,) = _new_figure(height=1.2 + 0.3 * len(shown))
+    figure, (axes,) = new_figure(height=1.2 + 0.3 * len(shown))
     accuracies = [metrics["accuracy"] for _, metrics in shown]
     values = [accuracy["value"] for accuracy in accuracies]
     below = [accuracy["value"] - accuracy["low"] for accuracy in accuracies]
     above = [accuracy["high"] - accuracy["value"] for accuracy in accuracies]
-    names = [f"{_shorten(name)} ({_format_count(m['num_images'])})" for name, m in shown]
+    names = [f"{shorten(name)} ({_format_count(m['num_images'])})" for name, m in shown]
     positions = range(len(shown))
     axes.barh(positions, values, xerr=[below, above], color="#7fb2d6", ecolor=INK, capsize=3)
     # parse_math off: a folder called $x$ is a name, not a formula.
@@ -220,10 +220,10 @@ def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
     axes.xaxis.set_major_formatter("{x:.0%}")
     which = "" if len(shown) == len(ordered) else f", the lowest {len(shown)} of {len(ordered)}"
     axes.set_title(f"Accuracy per slice (images){which}")
-    return _encode(figure)
+    return encode_figure(figure)
 
 
-def _new_figure(
+def new_figure(
     height: float = 4.2, height_ratios: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
     """A figure of one column, narrow enough to be read on a phone; a row per height ratio."""
@@ -244,7 +244,7 @@ def _new_figure(
     return figure, all_axes
 
 
-def _encode(figure: Figure) -> bytes:
+def encode_figure(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # the version is no news
     return buffer.getvalue()
@@ -277,7 +277,7 @@ def _format_count(count: int) -> str:
     return f"{count:,}" if count < 10_000 else f"{count / 1000:,.0f}k"
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
     # The font ends after Cyrillic; a box and a warning per character would help nobody.
     printable = "".join(c if c.isprintable() and c < "\u0530" else "?" for c in name)
     return printable if len(printable) <= 32 else printable[:15] + "…" + printable[-16:]

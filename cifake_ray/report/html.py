@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing else, offline and for years.
+"""Reports: one HTML page that needs nothing else, offline and for years.
 
 Floor: report. Keys come from other people's file names, so the page has three fences: Jinja2
 escapes everything, control characters are spelled out, and the page's own policy allows no script
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
@@ -79,15 +79,8 @@ def render_report(
         chosen = [mistake for mistake in mistakes if mistake.label == label]
         chosen.sort(key=lambda mistake: (mistake.p_fake, mistake.key), reverse=label == REAL)
         groups.append((f"{LABEL_NAMES[label]} called {LABEL_NAMES[called]}", chosen))
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_spell_out,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    source = files("cifake_ray.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return render_page(
+        "report.html.j2",
         title=title,
         sentence=describe_result(metrics),
         metrics=metrics,
@@ -103,8 +96,24 @@ def render_report(
         facts=facts,
         format_interval=format_interval,
         format_share=format_share,
-        encode_png=_encode_png,
     )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of this folder's templates, `page.html.j2` being what they have in common."""
+    environment = Environment(
+        loader=FunctionLoader(_read_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_spell_out,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(encode_png=_encode_png, **values)
+
+
+def _read_template(name: str) -> str:
+    return files("cifake_ray.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _spell_out(value: Any) -> Any:

@@ -82,8 +82,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join(
         (
             describe_result(metrics),
-            _format_table(("Metric", "Value (95% interval)"), numbers),
-            _format_table(("Decision", "at 0.5", threshold), list_decisions(metrics)),
+            format_rows(("Metric", "Value (95% interval)"), numbers),
+            format_rows(("Decision", "at 0.5", threshold), list_decisions(metrics)),
         )
     )
 
@@ -155,7 +155,7 @@ def model_card(
         training=_format_facts(training),
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
-        points=_format_table(("Operating point", "p_fake at least", "rests on"), points),
+        points=format_rows(("Operating point", "p_fake at least", "rests on"), points),
     )
 
 
@@ -167,10 +167,11 @@ def _rest(num_real: int, one_in: int) -> str:
 
 
 def _format_facts(facts: Mapping[str, object]) -> str:
-    return _format_table(("Setting", "Value"), [(name, str(facts[name])) for name in facts])
+    return format_rows(("Setting", "Value"), [(name, str(facts[name])) for name in facts])
 
 
-def _format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded."""
     table = [[_flatten(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])

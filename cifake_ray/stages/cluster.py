@@ -180,3 +180,9 @@ def choose_gpu(device: str, resources: Resources) -> bool:
     if device == "cuda" and not resources.num_gpus:
         raise ResourceError("--device cuda: the cluster has no GPU; use --device cpu")
     return device == "cuda" or (device == "auto" and resources.num_gpus > 0)
+
+
+def find_cause(error: BaseException | None) -> str:
+    """The last line of what a worker raised, which names the error."""
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    return lines[-1] if lines else f"{type(error).__name__} without a word"

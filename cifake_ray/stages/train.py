@@ -28,6 +28,7 @@ from cifake_ray.stages.cluster import (
     choose_gpu,
     connect_cluster,
     count_local_cpus,
+    find_cause,
     place_workers,
 )
 from cifake_ray.stages.train_worker import train_worker
@@ -119,15 +120,11 @@ def train_detector(
     if weights:
         say(f"train: starting from {weights}")
     resumed = len(run.read_history())
-    with _watch_history(run, resumed, config.epochs, on_epoch):
-        if config.worker_range == (0, 0):
-            use_gpu = config.device == "cuda" or (
-                config.device == "auto" and torch.cuda.is_available()
-            )
-            threads = config.cpus_per_worker or count_local_cpus()
-            payload = {"config": asdict(config), "augmentation": augmentation.to_dict()}
-            train_worker({**payload, "use_gpu": use_gpu, "num_threads": threads})
-        else:
+    watch = _HistoryWatch(run, resumed, config.epochs, on_epoch)
+    if config.worker_range == (0, 0):
+        train_worker(_make_payload(config, augmentation), watch.look)
+    else:
+        with watch:
             _train_on_ray(config, run, augmentation)
     summary = replace(
         _summarise(config, run, resumed, detector.num_parameters, started_s),
@@ -135,6 +132,22 @@ def train_detector(
     )
     run.write_success(asdict(summary))
     return asdict(summary)
+
+
+def finish_training(config: TrainConfig) -> None:
+    """The bundle of a run that was stopped between two epochs, out of its checkpoint."""
+    train_worker({**_make_payload(config, read_augmentation(config)), "is_over": True})
+
+
+def _make_payload(config: TrainConfig, augmentation: Augmentation) -> dict[str, Any]:
+    """What `train_worker` gets when this process is the only one."""
+    use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return {
+        "config": asdict(replace(config, num_workers="0")),
+        "augmentation": augmentation.to_dict(),
+        "use_gpu": use_gpu,
+        "num_threads": config.cpus_per_worker or count_local_cpus(),
+    }
 
 
 def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentation) -> None:
@@ -177,7 +190,7 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
             threads.submit(trainer.fit).result()
         except ray.train.TrainingFailedError as error:
             raise CifakeError(
-                f"training failed: {_first_cause(error)}; run the same command again to go on from"
+                f"training failed: {find_cause(error)}; run the same command again to go on from"
                 " the last epoch, with --debug for the whole story"
             ) from error
         finally:
@@ -198,12 +211,6 @@ def _scale(placement: Placement, most: int) -> Any:
             **({"GPU": placement.gpus_per_worker} if placement.gpus_per_worker else {}),
         },
     )
-
-
-def _first_cause(error: BaseException) -> str:
-    """The last line of what a worker raised, which names the error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _summarise(
@@ -236,8 +243,8 @@ def _summarise(
     )
 
 
-class _watch_history:
-    """Calls `on_epoch` from this process for epochs that some worker, somewhere, has finished."""
+class _HistoryWatch:
+    """Calls `on_epoch` for epochs that some worker, somewhere, has finished; a thread polls."""
 
     def __init__(
         self,
@@ -250,14 +257,15 @@ class _watch_history:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
+    def look(self) -> None:
+        for row in self.run.read_history()[self.seen :]:
+            self.seen = row["epoch"]
+            self.on_epoch(row, self.epochs)
+
     def _poll(self) -> None:
-        while True:
-            is_last = self.ended.wait(POLL_S)
-            for row in self.run.read_history()[self.seen :]:
-                self.seen = row["epoch"]
-                self.on_epoch(row, self.epochs)
-            if is_last:
-                return
+        while not self.ended.wait(POLL_S):
+            self.look()
+        self.look()
 
     def __enter__(self) -> None:
         self.thread.start()

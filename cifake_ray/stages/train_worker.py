@@ -33,8 +33,8 @@ from cifake_ray.storage.training import TrainingData, open_training_data, read_t
 from cifake_ray.storage.training_runs import TrainingRun
 
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """What each rank runs: read, resume, train; rank 0 writes."""
+def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: None) -> None:
+    """What each rank runs: read, resume, train; rank 0 writes and calls `on_save`."""
     config = TrainConfig(**payload["config"])
     run = TrainingRun(resolve_path(config.run, config.store))
     keep_freed_memory()
@@ -60,18 +60,20 @@ def train_worker(payload: dict[str, Any]) -> None:
     )
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(checkpoint)
-        _show_history(run, trainer)  # the attempt before may have died between the two
+        if trainer.rank == 0:  # the attempt before may have died between the two
+            _show_history(run, trainer, on_save)
 
     def save() -> None:
         if trainer.rank == 0:
             buffer = io.BytesIO()
             torch.save(trainer.to_checkpoint(), buffer)
             run.write_checkpoint(buffer.getvalue())
-            _show_history(run, trainer)
+            _show_history(run, trainer, on_save)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})
 
-    with _explain_compiler(config):
-        trainer.fit(save)
+    if not payload.get("is_over"):
+        with _explain_compiler(config):
+            trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         _write_best(config, run, trainer, data, domain, best, averaged)
@@ -92,9 +94,10 @@ def _explain_compiler(config: TrainConfig) -> Iterator[None]:
         raise CifakeError(f"--compile: {reason}; install what it lacks, or leave it out") from error
 
 
-def _show_history(run: TrainingRun, trainer: Trainer) -> None:
-    if trainer.rank == 0 and trainer.state.history:
+def _show_history(run: TrainingRun, trainer: Trainer, on_save: Callable[[], None]) -> None:
+    if trainer.state.history:
         run.write_history(trainer.state.history)
+        on_save()
 
 
 def _join_group(

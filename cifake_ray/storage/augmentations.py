@@ -14,10 +14,13 @@ from cifake_ray.storage.places import resolve_path
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
-    """The policy that `--augment` names. ValueError when there is no such name, file or step."""
+    """The policy that `--augment` names or holds. ValueError for no such name, file or step."""
     if config.augment in POLICIES:
         return POLICIES[config.augment]
-    data = read_if_exists(resolve_path(config.augment, config.store))
+    if config.augment.startswith("{"):
+        data: bytes | None = config.augment.encode()
+    else:
+        data = read_if_exists(resolve_path(config.augment, config.store))
     if data is None:
         raise ValueError(
             f"--augment {config.augment}: no such policy or file; there are {', '.join(POLICIES)}"

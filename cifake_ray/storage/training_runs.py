@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,34 @@ from cifake_ray.storage.files import (
 )
 from cifake_ray.storage.places import Place
 from cifake_ray.storage.runs import refuse_other_settings
+
+
+def claim_folder(
+    path: Place,
+    command: str,
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    is_begun: Callable[[], bool],
+) -> None:
+    """Put `_run.json` into a folder. RunMismatch when work has begun there with other settings."""
+    settings = {"command": command, "schema_version": SCHEMA_VERSION, **settings}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "command": command,
+        "fingerprint": hash_json(settings),
+        "settings": settings,
+        "config": config,
+    }
+    papers = path / "_run.json"
+    if not create_bytes(papers, encode_json(record)):
+        found = read_json(papers)
+        if "settings" not in found:
+            raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
+        if is_begun():
+            refuse_other_settings(path, found["settings"], settings)
+        else:  # refused or killed before it came to anything: there is nothing to lose
+            write_json(papers, record)
 
 
 @dataclass(frozen=True)
@@ -50,24 +79,13 @@ class TrainingRun:
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for these settings. RunMismatch when it belongs to others."""
-        settings = {"command": "train", "schema_version": SCHEMA_VERSION, **settings}
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "tool_version": __version__,
-            "command": "train",
-            "fingerprint": hash_json(settings),
-            "settings": settings,
-            "config": config,
-        }
-        papers = self.path / "_run.json"
-        if not create_bytes(papers, encode_json(record)):
-            found = read_json(papers)
-            if "settings" not in found:
-                raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
-            if exists(self.checkpoint_path) or self.read_success() is not None:
-                refuse_other_settings(self.path, found["settings"], settings)
-            else:  # refused or killed before its first epoch: there is nothing to lose
-                write_json(papers, record)
+        claim_folder(
+            self.path,
+            "train",
+            settings,
+            config,
+            lambda: exists(self.checkpoint_path) or self.read_success() is not None,
+        )
 
     def read_checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint, or None before the first. StorageError when it is damaged."""

@@ -36,14 +36,15 @@ from cifake_ray.core.learning import Trainer, choose_numerics
 from cifake_ray.core.models import HALF, Detector
 from cifake_ray.core.preprocessing import Preprocessing
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.core.small_networks import CHANNELS, build_small_cnn
-from cifake_ray.options import RECIPES
+from cifake_ray.core.small_networks import build_small_cnn, choose_channels
 from cifake_ray.stages.workers import keep_freed_memory
 from cifake_ray.storage.files import write_bytes, write_json
+from cifake_ray.storage.recipes import RECIPES
 
 NUM_VAL, NUM_TRAIN, SIZE = 10_000, 45_000, 32
 RESULTS = HERE / "ablation.json"
 RECIPE = yaml.safe_load((RECIPES / "fast.yaml").read_text(encoding="utf-8"))
+CHANNELS = choose_channels()
 TEACHER = (96, 192, 256, 256, 256)
 
 
@@ -52,7 +53,7 @@ class WithPooling(nn.Module):
 
     def __init__(self, pool: Callable[[list[torch.Tensor]], torch.Tensor], width: int) -> None:
         super().__init__()
-        layers = list(build_small_cnn())
+        layers = list(build_small_cnn(CHANNELS))
         cuts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
         self.stages = nn.ModuleList(
             nn.Sequential(*layers[start:stop])
@@ -85,28 +86,10 @@ class HighPass(nn.Module):
         return torch.cat([images, 4 * (images - blurred)], dim=1)
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        outputs: torch.Tensor = features + self.body(features)
-        return outputs
-
-
 def build_high_pass() -> nn.Module:
-    _, *layers = build_small_cnn()
+    _, *layers = build_small_cnn(CHANNELS)
     stem = nn.Conv2d(6, CHANNELS[0], 4, stride=2, padding=1, bias=False)
     return nn.Sequential(HighPass(), stem, *layers)
-
-
-def build_deeper() -> nn.Module:
-    layers = list(build_small_cnn((48, 96, 112, 112, 112)))
-    place = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)][1]
-    return nn.Sequential(*layers[:place], Residual(112), *layers[place:])
 
 
 def build_full_resolution() -> nn.Module:
@@ -117,12 +100,12 @@ def build_full_resolution() -> nn.Module:
 
 
 def build_silu() -> nn.Module:
-    layers = build_small_cnn()
+    layers = build_small_cnn(CHANNELS)
     return nn.Sequential(*(nn.SiLU(True) if isinstance(x, nn.ReLU) else x for x in layers))
 
 
 def build_dropout() -> nn.Module:
-    *layers, head = build_small_cnn()
+    *layers, head = build_small_cnn(CHANNELS)
     return nn.Sequential(*layers, nn.Dropout(0.2), head)
 
 
@@ -138,7 +121,7 @@ def build_whitened(pixels: np.ndarray) -> nn.Module:
     first = nn.Conv2d(3, 24, 2)
     first.weight.data = torch.cat([filters, -filters])
     first.weight.requires_grad = False
-    _, *layers = build_small_cnn()
+    _, *layers = build_small_cnn(CHANNELS)
     stem = nn.Conv2d(24, CHANNELS[0], 4, stride=2, padding=2, bias=False)
     return nn.Sequential(first, nn.GELU(), stem, *layers)
 
@@ -150,7 +133,8 @@ class Variant:
     what: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # of `train`
     augmentation: Augmentation | None = None
-    build: Callable[[], nn.Module] = build_small_cnn
+    channels: tuple[int, ...] = CHANNELS
+    build: Callable[[], nn.Module] | None = None  # where channels do not say it
     changed: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # a batch's
     whitened: bool = False
     taught: bool = False
@@ -185,11 +169,9 @@ VARIANTS: dict[str, Variant] = {
         augmentation=Augmentation(flip=0.5, shift=1 / 16, rotation=3),
     ),
     "upside down": Variant("half of the images upside down", changed=turn_over),
-    "narrower": Variant(
-        "32-64-128-128-128", build=lambda: build_small_cnn((32, 64, 128, 128, 128))
-    ),
-    "wider": Variant("64-128-128-128-128", build=lambda: build_small_cnn((64, 128, 128, 128, 128))),
-    "deeper": Variant("a residual block at 8 x 8, 112 channels", build=build_deeper),
+    "narrower": Variant("32-64-128-128-128", channels=(32, 64, 128, 128, 128)),
+    "wider": Variant("64-128-128-128-128", channels=(64, 128, 128, 128, 128)),
+    "deeper": Variant("one more of 128 at 8 x 8", channels=(*CHANNELS, CHANNELS[-1])),
     "full resolution": Variant("24 channels at 32 x 32 first", build=build_full_resolution),
     "silu": Variant("SiLU for ReLU", build=build_silu),
     "dropout": Variant("0.2 before the last layer", build=build_dropout),
@@ -239,7 +221,10 @@ def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
     pixels, labels = (np.load(data / f"{name}.npy") for name in ("pixels", "labels"))
     train = Part(pixels[NUM_VAL:], labels[NUM_VAL:], variant.changed)
     torch.manual_seed(seed)
-    network = build_whitened(train.pixels) if variant.whitened else variant.build()
+    if variant.whitened:
+        network = build_whitened(train.pixels)
+    else:
+        network = variant.build() if variant.build else build_small_cnn(variant.channels)
     detector = Detector(
         config.model,
         network.to(memory_format=torch.channels_last),
@@ -261,7 +246,7 @@ def teach(trainer: Trainer, seed: int, data: Path) -> float:
 
     Source: Hinton et al. 2015, at temperature 1.
     """
-    teacher = make_trainer(Variant(build=lambda: build_small_cnn(TEACHER)), seed + 100, data)
+    teacher = make_trainer(Variant(channels=TEACHER), seed + 100, data)
     teacher.fit(lambda: None)
     draw, judge = trainer.batches.draw, teacher.detector.eval()
 

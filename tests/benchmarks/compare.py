@@ -167,7 +167,9 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
                 "seeds": f"{len(chosen)}",
                 "validation, %": format_points([row["val_accuracy"] for row in chosen]),
                 "test accuracy, %": format_points([row["accuracy"] for row in chosen]),
-                "to the first": "-" if by_seed is first else format_points(gains, "+"),
+                "to the first": format_points(gains, "+")
+                if gains and by_seed is not first
+                else "-",
                 "AUROC": f"{mean(row['auroc'] for row in chosen):.4f}",
                 "TPR at 1% FPR, %": format_points([row["tpr_at_fpr_1pct"] for row in chosen]),
             }
@@ -177,12 +179,13 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 def render_section(comparison: Comparison, rows: Sequence[Row]) -> str:
     row = rows[0]
+    common = " ".join(to_flags(comparison.options))
     threads = " or ".join(str(n) for n in sorted({row["num_threads"] for row in rows}))
     return (
         f"## {comparison.title}\n\n"
         f"{row['train_images']:,} images to train on, {row['test_images']:,} to test; minutes of"
         f" training on {threads} CPU thread{'s' if threads != '1' else ''}.\n\n"
-        + (f"Common options: `{' '.join(to_flags(comparison.options))}`.\n\n")
+        + (f"Common options: `{common}`.\n\n" if common else "")
         + f"    python tests/benchmarks/compare.py {comparison.name}\n\n"
         + f"{summarise(comparison, rows)}\n"
         + (f"\n{comparison.note.strip()}\n" if comparison.note else "")

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/transfer.py [--source DIR] [--work DIR] [--write]
 
-DIR holds images and `manifest.csv` (path, label, generator). Three detectors learn from part of its
+DIR holds images and `manifest.csv` (path, label, generator). Four detectors learn from part of its
 matched core, in which both classes have one size, one format and one quantisation table; the
 detector in the box knows CIFAKE only. All are evaluated on the rest of the core and on every other
 folder, none of which was trained on. A cell of the table is the share told right at 0.5.
@@ -30,6 +30,7 @@ from measure import format_table, say
 from sklearn.metrics import roc_auc_score
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
+from cifake_ray.storage.bundle import locate_bundle
 from cifake_ray.storage.files import write_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -43,6 +44,7 @@ DETECTORS: dict[str, dict[str, Any] | None] = {
     "box, CIFAKE only": None,
     "tf_efficientnet_lite0, ImageNet's weights, 224 px": {
         "model": "tf_efficientnet_lite0",
+        "weights": "lite0",
         "epochs": 8,
         "batch_size": 16,
         "lr": 0.0005,
@@ -51,6 +53,16 @@ DETECTORS: dict[str, dict[str, Any] | None] = {
     },
     "small_cnn, native crops of 224 px": {
         "model": "small_cnn",
+        "image_size": 224,
+        "fit": "crop",
+        "epochs": 30,
+        "batch_size": 16,
+        "lr": 0.002,
+        "augment": "flip",
+    },
+    "small_cnn, the same from the box's weights": {
+        "model": "small_cnn",
+        "weights": "box",
         "image_size": 224,
         "fit": "crop",
         "epochs": 30,
@@ -88,14 +100,14 @@ def write_list(source: Path, out: Path) -> None:
             writer.writerow([path, row["label"], split, folder, row["generator"]])
 
 
-def evaluate(name: str, shards: Path, folder: Path, weights: Path) -> Row:
+def evaluate(name: str, shards: Path, folder: Path, weights: dict[str, Path]) -> Row:
     """Train, unless it is the detector in the box, and evaluate: a column of the table."""
     folder.mkdir(exist_ok=True)
     options, bundle, minutes = DETECTORS[name], [], 0.0
     if options is not None:
         say(f"{name}: train")
-        if options["model"] == "tf_efficientnet_lite0":
-            options = {**options, "weights": weights}
+        if "weights" in options:
+            options = {**options, "weights": weights[options["weights"]]}
         train = ["train", shards, folder / "run", *to_flags(options)]
         minutes = run(train, folder / "train.log")["train_s"] / 60
         bundle = ["--bundle", folder / "run"]
@@ -193,7 +205,8 @@ def main() -> None:
             write_list(source, listing)
         convert = ["convert", listing, shards, "--allow-prefix", source, "--shard-size", 200]
         run([*convert, "--max-error-rate", 0.05], work / "convert.log")
-        weights = options.weights or write_lite0(work / "lite0.safetensors")
+        lite0 = options.weights or write_lite0(work / "lite0.safetensors")
+        weights = {"lite0": lite0, "box": Path(str(locate_bundle(None)))}
         rows = [
             evaluate(name, shards, work / str(number), weights)
             for number, name in enumerate(DETECTORS)

@@ -177,6 +177,29 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
         assert resumed.state.patience == whole.state.patience
 
 
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "constant"])
+def test_rates_and_decay_are_those_of_the_options_and_the_rest_of_the_checkpoint(
+    schedule: str,
+) -> None:
+    """Population based training gives a trial another one's weights, and rates of its own."""
+    settings: dict[str, Any] = {"optimizer": "muon", "schedule": schedule}
+    donor = make_trainer(lr=0.002, weight_decay=0.1, **settings)
+    checkpoints: list[bytes] = []
+    fit(donor, save_to(checkpoints, donor))
+    taken = torch.load(io.BytesIO(checkpoints[0]), weights_only=True)
+    rates: list[list[float]] = []
+    for rate, decay in ((0.002, 0.1), (0.006, 0.3)):
+        heir = make_trainer(lr=rate, weight_decay=decay, **settings)
+        heir.resume(taken)
+        assert {group["weight_decay"] for group in heir.optimizer.param_groups} == {decay, 0.0}
+        rates.append([])
+        while heir.schedule.last_epoch < 12:
+            rates[-1].append(heir.optimizer.param_groups[0]["lr"])
+            heir.optimizer.step()
+            heir.schedule.step()
+    assert rates[1] == pytest.approx([3 * rate for rate in rates[0]])
+
+
 def test_saving_within_an_epoch_changes_nothing() -> None:
     plain, saved = make_trainer(), make_trainer(checkpoint_steps=2)
     checkpoints: list[bytes] = []

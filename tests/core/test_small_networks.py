@@ -29,6 +29,30 @@ def test_the_small_cnn_has_the_parameters_it_promises_and_no_paths() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("small_cnn", [48, 96, 128, 128, 128]),
+        ("small_cnn_w128_d2", [48, 96, 128, 128, 128]),
+        ("small_cnn_w64", [24, 48, 64, 64, 64]),
+        ("small_cnn_d1", [48, 96, 128, 128]),
+        ("small_cnn_w10_d3", [4, 8, 10, 10, 10, 10]),
+    ],
+)
+def test_the_name_of_a_small_cnn_says_how_wide_and_deep_it_is(
+    name: str, channels: list[int]
+) -> None:
+    network = build_small(name, 32, 0.0)
+    found = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    assert found == channels
+
+
+@pytest.mark.parametrize("name", ["small_cnn_w0", "small_cnn_", "small_cnn_d2_w64", "small_cnn_x"])
+def test_another_name_of_a_small_cnn_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no such architecture; did you mean .*small_cnn"):
+        build_detector(name)
+
+
+@pytest.mark.parametrize(
     ("name", "side"),
     [("small_resnet18", 4), ("small_resnet50", 4), ("small_convnext_atto", 4)],
 )

@@ -15,12 +15,12 @@ from sklearn.metrics import roc_auc_score
 
 from cifake_ray.config import ConvertConfig, ScoreConfig, TrainConfig
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.options import RECIPES
 from cifake_ray.stages.batch import BatchSummary
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train import train_detector
 from cifake_ray.storage.bundle import locate_bundle
+from cifake_ray.storage.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

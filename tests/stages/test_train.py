@@ -31,6 +31,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         "num_workers": "0",
         "val_fraction": 0.3,
         "cpus_per_worker": 1,
+        "precision": "float32",  # bf16 rounds otherwise for other numbers of workers
         "cache_dir": str(run.parent / "cache"),
         **options,
     }

@@ -20,6 +20,13 @@ def test_a_name_is_its_policy(name: str) -> None:
     assert read(name) == POLICIES[name]
 
 
+def test_a_mapping_is_the_policy_it_says() -> None:
+    assert read('{"flip": 0.25, "shift": 0.1}') == Augmentation(flip=0.25, shift=0.1)
+    assert read("{flip: 0.25}") == Augmentation(flip=0.25)
+    with pytest.raises(ValueError, match="no step flop"):
+        read("{flop: 1}")
+
+
 def test_a_file_is_the_policy_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("flip: 0.25\nblur: 1.5\nblur_share: 0.2\n")
@@ -47,5 +54,7 @@ def test_a_file_that_holds_none_is_refused_with_its_name(
 
 
 def test_a_name_that_is_none_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such policy or file; there are none, flip, seed"):
+    with pytest.raises(
+        ValueError, match="no such policy or file; there are none, flip, shift, seed"
+    ):
         read(str(tmp_path / "wild"))

@@ -1,0 +1,140 @@
+"""Who chooses a trial's options and who stops it: Ray Tune's, set up for a search.
+
+Floor: stages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from cifake_ray.config import TuneConfig
+from cifake_ray.core.search_space import AUGMENT, Domain, Space
+from cifake_ray.stages.trial_worker import CURRENT, OBJECTIVE, TrialPlan
+from cifake_ray.storage.trials import Trial
+
+# What may change while a network is trained.
+OVER_BUDGET = "left out: beyond --max-parameters or --max-latency-ms"
+MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mixup", "cutmix"}
+
+
+def check_searcher(config: TuneConfig, space: Space) -> None:
+    """ValueError for a searcher or scheduler that cannot work with the space."""
+    if config.searcher == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise ValueError(
+            "--searcher tpe: optuna is not installed; `pip install cifake-ray[tune]` brings it"
+        )
+    if config.scheduler == "pbt":
+        fixed = [n for n in space if n not in MUTABLE and not n.startswith(AUGMENT)]
+        if fixed:
+            raise ValueError(
+                f"--scheduler pbt changes options while it trains, which {', '.join(fixed)} do not"
+                f" stand; search {', '.join(sorted(MUTABLE))} and steps of augmentation"
+            )
+
+
+def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialScheduler:
+    """Li et al. 2020 (asha), Golovin et al. 2017 (median), Jaderberg et al. 2017 (pbt)."""
+    if config.scheduler == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr="epoch",
+            max_t=max(epochs, config.grace_epochs),
+            grace_period=config.grace_epochs,
+            reduction_factor=config.reduction_factor,
+            stop_last_trials=False,
+            metric=OBJECTIVE,
+            mode="max",
+        )
+    if config.scheduler == "median":
+        return MedianStoppingRule(
+            time_attr="epoch",
+            grace_period=config.grace_epochs,
+            min_samples_required=3,
+            metric=OBJECTIVE,
+            mode="max",
+        )
+    if config.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="epoch",
+            metric=CURRENT,
+            mode="max",
+            perturbation_interval=config.grace_epochs,
+            hyperparam_mutations={"trial": {"chosen": {n: to_tune(d) for n, d in space.items()}}},
+            custom_explore_fn=lambda settings: _stay_inside(settings, space),
+            log_config=False,
+            require_attrs=False,
+        )
+    return FIFOScheduler()  # type: ignore[no-untyped-call]
+
+
+def _stay_inside(settings: dict[str, Any], space: Space) -> dict[str, Any]:
+    """PBT multiplies values by 0.8 or 1.2, beyond what was to be searched."""
+    chosen = settings["trial"]["chosen"]
+    inside = {name: space[name].clip(value) for name, value in chosen.items()}
+    return {**settings, "trial": {**settings["trial"], "chosen": inside}}
+
+
+def to_tune(domain: Domain) -> Any:
+    """As Ray Tune has it; of PBT's lists, which it knows the neighbours in."""
+    if domain.kind == "choice":
+        return list(domain.values)
+    return getattr(tune, domain.kind)(*domain.values)
+
+
+class RecordedSearcher(Searcher):
+    """Optuna's TPE, with every choice written down before it is tried.
+
+    Trials of an earlier attempt come again as they were, and what they came to is told to Optuna.
+    """
+
+    def __init__(self, plan: TrialPlan, space: Space) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        from ray.tune.search.optuna import OptunaSearch
+
+        domains = {
+            name: tune.choice(list(d.values)) if d.kind == "choice" else to_tune(d)
+            for name, d in space.items()
+        }
+        self.plan = plan
+        self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=plan.config.seed)
+        self.known = {trial.number: trial for trial in plan.search.read_trials()}
+        self.recalled: dict[str, Trial] = {}  # by Ray Tune's name for them
+        self.number = 0
+
+    def suggest(self, trial_id: str) -> Any:
+        """Settings of `run_trial`."""
+        if self.number == self.plan.config.trials:
+            return Searcher.FINISHED
+        trial = self.known.get(self.number)
+        if trial is None:
+            asked = Trial(self.number, self.inner.suggest(trial_id) or {})
+            trial = self.plan.measure(asked) or replace(asked, end=OVER_BUDGET)
+            self.plan.search.write_trial(trial)
+        else:
+            self.recalled[trial_id] = trial
+        self.number += 1
+        return {"trial": {"number": trial.number, "chosen": trial.chosen}}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id not in self.recalled:
+            self.inner.on_trial_result(trial_id, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        trial = self.recalled.get(trial_id)
+        if trial is None:
+            self.inner.on_trial_complete(trial_id, result, error)
+        elif result and OBJECTIVE in result:
+            self.inner.add_evaluated_point(trial.chosen, result[OBJECTIVE])

@@ -1,0 +1,299 @@
+"""tune: shards -> the best of many trainings, with Ray Tune.
+
+Floor: stages. A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
+who runs, where, and for how long. What trial n gets is written down before it starts, and why it
+ended when it does, so a search that was killed goes on by telling Ray Tune what is already known.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from cifake_ray.config import TrainConfig, TuneConfig, effective_settings
+from cifake_ray.core.search_space import Space, list_grid, parse_space, sample_space
+from cifake_ray.core.trials import find_best
+from cifake_ray.errors import CifakeError
+from cifake_ray.report.trials_text import format_recipe
+from cifake_ray.report.tuning import render_search
+from cifake_ray.stages.cluster import Resources, choose_gpu, connect_cluster, place_workers
+from cifake_ray.stages.searching import RecordedSearcher, check_searcher, make_scheduler
+from cifake_ray.stages.train import finish_training
+from cifake_ray.stages.trial_watch import TrialWatch
+from cifake_ray.stages.trial_worker import FAILED, TrialPlan, run_trial
+from cifake_ray.storage.augmentations import read_augmentation
+from cifake_ray.storage.buckets import open_place
+from cifake_ray.storage.places import to_arrow
+from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe, read_searches
+from cifake_ray.storage.training import locate_cache, read_training_rows
+from cifake_ray.storage.trials import Trial
+
+OUT_OF_TIME = "the time budget was over"
+MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
+DEFAULTS = asdict(TrainConfig(shards="", run=""))
+# What a recipe does not hold: where it runs, and on what.
+NOT_IN_RECIPE = {"shards", "run", "cache_dir", "cache_gb", "num_workers", "cpus_per_worker"}
+
+
+@dataclass(frozen=True)
+class TuneSummary:
+    """The account of a search."""
+
+    command: str
+    out: str
+    bundle: str
+    recipe: str
+    report: str
+    trials: int
+    ends: dict[str, int]  # why trials ended
+    objective: str
+    best_trial: int
+    best: float
+    chosen: dict[str, Any]
+    epochs: int  # trained, over all trials
+    epochs_planned: int  # had every trial run to its last epoch
+    steps: int
+    elapsed_s: float
+
+
+def search_options(
+    config: TuneConfig,
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Search to `config.run`/bundle. The same call again resumes; a finished one stays as it is."""
+    config = replace(
+        config,
+        shards=str(open_place(config.shards, config.store)),
+        run=str(open_place(config.run, config.store)),
+        cache_dir=str(locate_cache(config.cache_dir)),
+    )
+    space = parse_space(read_searches(config.search))
+    check_searcher(config, space)
+    plan = _make_plan(config)
+    search = plan.search
+    rows = read_training_rows(plan.to_train_config(Trial(0, {})))
+    settings = {
+        **effective_settings(config),
+        "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
+        "recipe": {k: v for k, v in plan.options.items() if k not in NOT_IN_RECIPE},
+        "rows": rows.hash_rows(),
+    }
+    with connect_cluster(config.address, max(1, config.num_workers)) as resources:
+        use_gpu = choose_gpu(config.device, resources)
+        num_at_once = _count_at_once(config, resources, use_gpu)
+        if config.dry_run:
+            return {
+                "command": "tune",
+                "out": str(search.path),
+                "trials": config.trials,
+                "at_once": min(num_at_once, config.trials),
+                "epochs": plan.options["epochs"],
+                "searched": {name: list(domain.values) for name, domain in space.items()},
+            }
+        search.open(settings, asdict(config))
+        if (success := search.read_success()) is not None:
+            return success
+        trials = _prepare_trials(plan, space, say)
+        watch = TrialWatch(plan, say)
+        _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
+    return _finish(plan, watch, started_s, say)
+
+
+def _make_plan(config: TuneConfig) -> TrialPlan:
+    """What all trials share. ValueError when the recipe has other options than `train`."""
+    options = read_recipe(find_boxed(config.recipe, RECIPES))
+    options |= {
+        **asdict(config.store),
+        "shards": config.shards,
+        "seed": config.seed,
+        "num_workers": str(config.num_workers),
+        "cpus_per_worker": config.cpus_per_worker,
+        "device": config.device,
+        "cache_dir": config.cache_dir,
+    }
+    if config.epochs is not None:
+        options["epochs"] = config.epochs
+    try:
+        train = TrialPlan(config, options).to_train_config(Trial(0, {}))
+    except TypeError as error:
+        raise ValueError(
+            f"--recipe {config.recipe}: {error}; it holds options of `train`"
+        ) from error
+    options["epochs"] = train.epochs
+    return TrialPlan(config, options, read_augmentation(train))
+
+
+def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
+    """Trials that the cluster holds side by side. ResourceError when there is no room for one."""
+    per_trial = max(1, config.num_workers)
+    place_workers(
+        resources,
+        num_workers=per_trial,
+        use_gpu=use_gpu,
+        cpus_per_worker=config.cpus_per_worker,
+        default_workers=1,
+    )
+    num_places = resources.count_places(config.cpus_per_worker, int(use_gpu)) // per_trial
+    return min(num_places, config.max_concurrent or num_places)
+
+
+def _prepare_trials(plan: TrialPlan, space: Space, say: Callable[[str], None]) -> list[Trial]:
+    """Every trial with what it gets, written down; those of an earlier attempt as they were.
+
+    The searcher tpe chooses as it goes. ValueError when nothing is within the budget.
+    """
+    config, search = plan.config, plan.search
+    known = search.read_trials()
+    if known:
+        over = sum(trial.end is not None for trial in known)
+        say(f"tune: going on with {len(known)} trials, {over} of them over")
+    for number, trial in enumerate(known):
+        if (trial.end or "").startswith(FAILED):  # it is tried again
+            known[number] = replace(trial, end=None)
+            search.write_trial(known[number])
+    if config.searcher == "tpe" or len(known) == config.trials:
+        return known
+    trials: list[Trial] = []
+    num_left_out = 0
+    for chosen in _list_choices(config, space):
+        if len(trials) == config.trials:
+            break
+        number = len(trials)
+        if number < len(known):
+            fitting = known[number] if known[number].chosen == chosen else None
+        else:
+            fitting = plan.measure(Trial(number, chosen))
+        if fitting is None:
+            num_left_out += 1
+            continue
+        search.write_trial(fitting)
+        trials.append(fitting)
+    if not trials:
+        raise ValueError(
+            f"none of {num_left_out:,} networks is within --max-parameters and --max-latency-ms;"
+            " raise them, or search smaller ones"
+        )
+    if num_left_out:
+        say(f"tune: {num_left_out:,} choices left out by --max-parameters or --max-latency-ms")
+    return trials
+
+
+def _list_choices(config: TuneConfig, space: Space) -> Iterator[dict[str, Any]]:
+    if config.searcher == "grid":
+        return list_grid(space)
+    return (sample_space(space, config.seed, n) for n in range(config.trials * MOST_LEFT_OUT))
+
+
+def _run_trials(
+    plan: TrialPlan,
+    space: Space,
+    trials: list[Trial],
+    num_at_once: int,
+    use_gpu: bool,
+    watch: TrialWatch,
+) -> None:
+    """All of them, until they are over or the time is."""
+    from ray import tune
+
+    config = plan.config
+    # Ray Tune writes tables and logs of its own unless it is told not to.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    filesystem, storage_path = to_arrow(plan.search.path)
+    room: dict[str, float] = {"cpu": config.cpus_per_worker, "gpu": int(use_gpu)}
+    if config.num_workers > 0:  # a trial only waits for workers of its own
+        room = {"cpu": 0, "memory": 1}  # a byte: Ray places nothing that needs nothing
+    settings = [{"number": trial.number, "chosen": trial.chosen} for trial in trials]
+    is_tpe = config.searcher == "tpe"
+    tuner = tune.Tuner(
+        tune.with_resources(partial(run_trial, plan=plan), room),
+        param_space={} if is_tpe else {"trial": tune.grid_search(settings)},
+        tune_config=tune.TuneConfig(
+            search_alg=RecordedSearcher(plan, space) if is_tpe else None,
+            scheduler=make_scheduler(config, plan.options["epochs"], space),
+            num_samples=config.trials if is_tpe else 1,
+            max_concurrent_trials=num_at_once,
+            time_budget_s=config.time_budget,
+            reuse_actors=config.num_workers == 0 and config.scheduler != "pbt",
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            callbacks=[watch],
+            verbose=0,
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback
+    threads = ThreadPoolExecutor(1)  # in the main one, Ray Tune would take over Ctrl-C
+    try:
+        threads.submit(tuner.fit).result()
+        watch.write_failures()
+    finally:
+        threads.shutdown(wait=False)
+
+
+def _finish(
+    plan: TrialPlan, watch: TrialWatch, started_s: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
+    config, search = plan.config, plan.search
+    for trial in search.read_trials():
+        if trial.end is None:
+            watch.write_end(replace(trial, end=OUT_OF_TIME))
+    rows = watch.read_rows()
+    best = find_best(rows, config.objective)
+    if best is None:
+        ends = "; ".join(sorted({row["end"] for row in rows}))
+        raise CifakeError(f"no trial trained an epoch ({ends}); see {search.path / 'trials'}")
+    trial = search.read_trial(best["trial"])
+    train = plan.to_train_config(trial)
+    if search.run_of(trial).read_success() is None:  # it was stopped, and is the best all the same
+        finish_training(train)
+    options = {
+        name: value
+        for name, value in effective_settings(train).items()
+        if name not in NOT_IN_RECIPE and value != DEFAULTS[name]
+    }
+    recipe = format_recipe(
+        options,
+        command=f"cifake-ray train {config.shards} RUN --recipe {search.path / 'recipe.yaml'}",
+        row=best,
+        objective=config.objective,
+    )
+    search.write_tables(rows)
+    search.write_best(trial, recipe)
+    summary = TuneSummary(
+        command="tune",
+        out=str(search.path),
+        bundle=str(search.path / "bundle"),
+        recipe=str(search.path / "recipe.yaml"),
+        report=str(search.path / "report.html"),
+        trials=len(rows),
+        ends=dict(Counter(row["end"] for row in rows)),
+        objective=config.objective,
+        best_trial=trial.number,
+        best=best[config.objective],
+        chosen=trial.chosen,
+        epochs=sum(row["epochs"] for row in rows),
+        epochs_planned=len(rows) * plan.options["epochs"],
+        steps=sum(row["steps"] for row in rows),
+        elapsed_s=round(time.time() - started_s, 1),
+    )
+    histories = {
+        trial.number: search.run_of(trial).read_history() for trial in search.read_trials()
+    }
+    page = render_search(asdict(summary), rows, histories, recipe)
+    search.write_report(page.encode())
+    watch.show()
+    search.write_success(asdict(summary))
+    return asdict(summary)

@@ -1,0 +1,12 @@
+r"""Shards -> the best of many trainings.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/tune.py /data/shards /data/run --search augmentation --trials 64
+
+Paths must mean the same place on every node: a shared file system. The options are those of
+`cifake-ray tune --help`.
+"""
+
+from cifake_ray.cli import main
+
+main("tune")

@@ -1,0 +1,279 @@
+"""tune: every trial is there and says why it ended; the best is a bundle and a recipe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cifake_ray.config import ScoreConfig, TrainConfig, TuneConfig
+from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
+from cifake_ray.stages.batch import BatchSummary
+from cifake_ray.stages.score import score_images
+from cifake_ray.stages.train import train_detector
+from cifake_ray.stages.tune import search_options
+from cifake_ray.storage.recipes import read_recipe
+from cifake_ray.storage.trials import SearchRun
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
+
+SPACE = {"lr": {"loguniform": [0.0005, 0.02]}, "augment.flip": [0.0, 0.5]}
+RECIPE = {
+    "model": "cnn",
+    "epochs": 3,
+    "batch_size": 16,
+    "val_fraction": 0.3,
+    "precision": "float32",
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """The space and the recipe, as files."""
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return {"recipe": str(tmp_path / "recipe.yaml"), "search": str(tmp_path / "space.yaml")}
+
+
+def make_config(shards: Path, run: Path, files: dict[str, str], **options: Any) -> TuneConfig:
+    values = {
+        "trials": 4,
+        "recipe": files["recipe"],
+        "search": (files["search"],),
+        "cache_dir": str(run.parent / "cache"),
+        **options,
+    }
+    return TuneConfig(shards=str(shards), run=str(run), **values)
+
+
+def run_tune(shards: Path, run: Path, files: dict[str, str], **options: Any) -> dict[str, Any]:
+    say = options.pop("say", lambda message: None)
+    return search_options(make_config(shards, run, files, **options), time.time(), say)
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(run / "trials.parquet").to_pylist()
+    return rows
+
+
+def read_stamps(run: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_every_trial_is_in_the_tables_and_the_best_scores(
+    shards: Path, files: dict[str, str], sample_folder: Path, tmp_path: Path
+) -> None:
+    run, said = tmp_path / "run", []
+    summary = run_tune(shards, run, files, scheduler="none", say=said.append)
+    rows = read_rows(run)
+    assert [row["trial"] for row in rows] == [0, 1, 2, 3]
+    assert {row["end"] for row in rows} == {"all 3 epochs done"}
+    assert summary["ends"] == {"all 3 epochs done": 4}
+    assert summary["epochs"] == summary["epochs_planned"] == 12
+    assert summary["best"] == max(row["val_accuracy"] for row in rows)
+    with open(run / "trials.csv", newline="") as file:
+        assert [row["lr"] for row in csv.DictReader(file)] == [str(row["lr"]) for row in rows]
+    table = [line for line in said if line.startswith("| ")]
+    assert len(table) == 6  # head, rule, four trials
+    before = read_stamps(run)
+    assert run_tune(shards, run, files, scheduler="none") == json.loads(
+        (run / "_SUCCESS").read_text()
+    )
+    assert read_stamps(run) == before, "a finished search was touched"
+    config = ScoreConfig(src=str(sample_folder), out=str(tmp_path / "scores"), bundle=str(run))
+    scored = score_images(config, lambda progress: None, time.time())
+    assert isinstance(scored, BatchSummary)
+    assert scored.done == 60
+
+
+def test_the_recipe_makes_the_best_trial_again(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    summary = run_tune(shards, run, files, trials=3)
+    config = TrainConfig(
+        shards=str(shards),
+        run=str(tmp_path / "again"),
+        num_workers="0",
+        cpus_per_worker=1,
+        cache_dir=str(tmp_path / "cache"),
+        **read_recipe(run / "recipe.yaml"),
+    )
+    again = train_detector(config, lambda row, epochs: None, time.time())
+    assert again["val_accuracy"] == summary["best"]
+    bundles = [run / "bundle", tmp_path / "again" / "bundle"]
+    weights, same = ((path / "model.safetensors").read_bytes() for path in bundles)
+    assert weights == same
+
+
+def test_asha_stops_those_behind_at_the_rung_and_says_so(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    """One after the other, so that each is compared with all that came before it."""
+    Path(files["search"]).write_text("lr: [0.001, 0.002, 0.00000001, 0.5, 0.6]\n")
+    summary = run_tune(
+        shards,
+        tmp_path / "run",
+        files,
+        searcher="grid",
+        trials=5,
+        objective="val_loss",
+        reduction_factor=2,
+        grace_epochs=2,
+        max_concurrent=1,
+    )
+    search, reached, stopped = SearchRun(tmp_path / "run"), [], []
+    for trial in search.read_trials():
+        losses = [row["val_loss"] for row in search.run_of(trial).read_history()]
+        if reached and min(losses[:2]) > np.median(reached):
+            stopped.append(trial.number)
+            assert (trial.end, len(losses)) == ("stopped by asha", 2)
+        else:
+            assert (trial.end, len(losses)) == ("all 3 epochs done", 3)
+        reached.append(min(losses[:2]))
+    assert stopped
+    assert summary["ends"]["stopped by asha"] == len(stopped)
+    assert summary["epochs"] == summary["epochs_planned"] - len(stopped) == 15 - len(stopped)
+
+
+def test_a_search_that_lost_its_end_goes_on_and_repeats_nothing(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = run_tune(shards, run, files, trials=4)
+    rows = read_rows(run)
+    search = SearchRun(run)
+    trial = search.read_trial(3)
+    (run / "_SUCCESS").unlink()  # as if it was killed in the last trial's first epoch
+    shutil.rmtree(search.folder_of(3) / "run-0")
+    search.write_trial(replace(trial, end=None))
+    stamps = {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p}
+    said: list[str] = []
+    second = run_tune(shards, run, files, trials=4, say=said.append)
+    assert said[0] == "tune: going on with 4 trials, 3 of them over"
+    assert {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p} == stamps
+    untimed = [{k: v for k, v in row.items() if k != "train_s"} for row in rows]
+    assert [{k: v for k, v in r.items() if k != "train_s"} for r in read_rows(run)] == untimed
+    assert (second["best_trial"], second["best"]) == (first["best_trial"], first["best"])
+
+
+def test_other_settings_on_the_same_folder_are_refused(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    run_tune(shards, tmp_path / "run", files, trials=1)
+    with pytest.raises(RunMismatch, match="seed: 0 there, 1 here"):
+        run_tune(shards, tmp_path / "run", files, trials=1, seed=1)
+
+
+def test_a_trial_that_fails_is_a_row_and_is_tried_again(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    Path(files["search"]).write_text("lr: [0.002, 1.0e+30]\n")
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"searcher": "grid", "trials": 2, "max_failures": 0}
+    summary = run_tune(shards, run, files, **options)
+    assert summary["best_trial"] == 0
+    (good, bad) = read_rows(run)
+    assert good["end"] == "all 3 epochs done"
+    assert bad["end"].startswith("failed: ")
+    assert "lower --lr" in bad["end"]
+    (run / "_SUCCESS").unlink()
+    assert run_tune(shards, run, files, **options)["ends"] == summary["ends"]
+
+
+def test_a_search_without_any_result_says_why(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    Path(files["search"]).write_text("lr: [1.0e+30]\n")
+    with pytest.raises(CifakeError, match=r"no trial trained an epoch \(failed: .*lower --lr"):
+        run_tune(shards, tmp_path / "run", files, searcher="grid", max_failures=0)
+
+
+def test_the_budget_leaves_out_networks_and_says_how_many(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    Path(files["search"]).write_text("model: [cnn, small_cnn, small_cnn_w8_d1]\n")
+    said: list[str] = []
+    options: dict[str, Any] = {"searcher": "grid", "epochs": 1, "say": said.append}
+    run_tune(shards, tmp_path / "run", files, max_parameters=40_000, **options)
+    rows = read_rows(tmp_path / "run")
+    assert [row["model"] for row in rows] == ["cnn", "small_cnn_w8_d1"]
+    assert all(row["num_parameters"] <= 40_000 for row in rows)
+    assert "1 choices left out by --max-parameters" in said[0]
+    with pytest.raises(ValueError, match="none of 3 networks is within --max-parameters"):
+        run_tune(shards, tmp_path / "none", files, max_parameters=10, **options)
+
+
+@pytest.mark.parametrize("scheduler", ["median", "pbt"])
+def test_other_schedulers_come_to_an_end(
+    shards: Path, files: dict[str, str], tmp_path: Path, scheduler: str
+) -> None:
+    summary = run_tune(shards, tmp_path / "run", files, scheduler=scheduler)
+    assert summary["trials"] == 4
+    assert (tmp_path / "run" / "bundle" / "config.json").exists()
+    assert None not in summary["ends"]
+
+
+def test_tpe_tries_as_many_as_it_is_told(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    run = tmp_path / "run"
+    first = run_tune(shards, run, files, searcher="tpe", trials=3, epochs=1)
+    rows = read_rows(run)
+    assert first["trials"] == len(rows) == 3
+    assert all(0.0005 <= row["lr"] <= 0.02 for row in rows)
+    (run / "_SUCCESS").unlink()
+    run_tune(shards, run, files, searcher="tpe", trials=3, epochs=1)
+    assert read_rows(run) == rows
+
+
+def test_trials_of_two_workers_run_one_after_the_other(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    summary = run_tune(shards, tmp_path / "run", files, num_workers=2, trials=2, epochs=1)
+    assert summary["ends"] == {"all 1 epochs done": 2}
+    history = SearchRun(tmp_path / "run").folder_of(0) / "run-0" / "history.jsonl"
+    assert json.loads(history.read_text())["workers"] == 2
+
+
+def test_more_workers_than_there_is_room_for_are_refused_with_the_numbers(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ResourceError, match="3 workers need 3 CPUs, the cluster has 2 CPUs"):
+        run_tune(shards, tmp_path / "run", files, num_workers=3)
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    plan = run_tune(shards, tmp_path / "run", files, dry_run=True)
+    assert (plan["trials"], plan["at_once"], plan["epochs"]) == (4, 2, 3)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "message"),
+    [
+        ("lr: [0.1]", {"recipe": "fastest"}, "not among the recipes in the box: best, fast"),
+        ("lr: [0.1]", {"search": ("wild",)}, "not among the searches in the box: architecture"),
+        ("model: [cnn]", {"scheduler": "pbt"}, "which model do not stand"),
+        ("lr: 0.1", {}, "lr: give a list of values"),
+    ],
+)
+def test_a_wrong_request_is_refused(
+    shards: Path, files: dict[str, str], tmp_path: Path, space: str, options: Any, message: str
+) -> None:
+    Path(files["search"]).write_text(space)
+    with pytest.raises(ValueError, match=message):
+        run_tune(shards, tmp_path / "run", files, **options)
+    assert not (tmp_path / "run").exists()
