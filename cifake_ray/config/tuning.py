@@ -53,7 +53,10 @@ class TuneConfig(ClusterConfig):
     )
     seed: Annotated[int, Doc("Same seed, same trials")] = 0
     num_workers: Annotated[
-        int, Doc("Data-parallel workers of each trial; 0 trains in the trial's own process")
+        int,
+        Doc(
+            "Data-parallel workers of each trial; 0 trains in the trial's own process", effect=False
+        ),
     ] = 0
     cpus_per_worker: Annotated[int, Doc("CPU threads of each worker", effect=False)] = 1
     device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"

@@ -38,8 +38,6 @@ from cifake_ray.storage.trials import Trial
 OUT_OF_TIME = "the time budget was over"
 MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
 DEFAULTS = asdict(TrainConfig(shards="", run=""))
-# What a recipe does not hold: where it runs, and on what.
-NOT_IN_RECIPE = {"shards", "run", "cache_dir", "cache_gb", "num_workers", "cpus_per_worker"}
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,12 @@ def search_options(
     check_searcher(config, space)
     plan = _make_plan(config)
     search = plan.search
-    rows = read_training_rows(plan.to_train_config(Trial(0, {})))
+    shared = plan.to_train_config(Trial(0, {}))
     settings = {
         **effective_settings(config),
         "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
-        "recipe": {k: v for k, v in plan.options.items() if k not in NOT_IN_RECIPE},
-        "rows": rows.hash_rows(),
+        "recipe": {**effective_settings(shared), "augment": plan.policy.to_dict()},
+        "rows": read_training_rows(shared).hash_rows(),
     }
     with connect_cluster(config.address, max(1, config.num_workers)) as resources:
         use_gpu = choose_gpu(config.device, resources)
@@ -262,7 +260,7 @@ def _finish(
     options = {
         name: value
         for name, value in effective_settings(train).items()
-        if name not in NOT_IN_RECIPE and value != DEFAULTS[name]
+        if name != "shards" and value != DEFAULTS[name]
     }
     recipe = format_recipe(
         options,

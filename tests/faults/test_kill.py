@@ -126,6 +126,44 @@ def test_a_killed_training_takes_the_same_steps(
     assert read_weights(run) == weights
 
 
+def test_a_killed_search_tries_the_same_trials_and_trains_no_epoch_twice(
+    shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "space.yaml").write_text("lr: {loguniform: [0.0005, 0.02]}\n")
+    (tmp_path / "recipe.yaml").write_text("epochs: 3\nbatch_size: 100\n")
+
+    def arguments(run: Path) -> list[str]:
+        files = [f"--search={tmp_path / 'space.yaml'}", f"--recipe={tmp_path / 'recipe.yaml'}"]
+        cache = ["--cache-dir", str(shards[0].parent / "cache")]
+        trials = ["--trials", "4", "--scheduler", "none"]
+        return ["tune", str(shards[0]), str(run), *files, *cache, *trials]
+
+    def read_epochs(run: Path) -> dict[str, list[str]]:
+        found = sorted(run.glob("trials/*/run-0/history.jsonl"))
+        return {path.parts[-3]: path.read_text().splitlines() for path in found}
+
+    whole = finish(arguments(tmp_path / "whole"), env)
+    run = tmp_path / "run"
+    for num_epochs in (2, 7):  # over all trials, when it is killed
+        process = start_command(arguments(run), env)
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            if sum(map(len, read_epochs(run).values())) >= num_epochs:
+                break
+            time.sleep(0.05)
+        kill_in(process, 0.1)
+        assert not (run / "_SUCCESS").exists(), "it was over before it could be killed"
+    before = read_epochs(run)
+    summary = finish(arguments(run), env)
+    after = read_epochs(run)
+    for trial, rows in before.items():
+        assert after[trial][: len(rows)] == rows, "an epoch was trained twice"
+    assert {name: len(rows) for name, rows in after.items()} == dict.fromkeys(after, 3)
+    for name in ("trials", "best_trial", "best", "chosen", "epochs", "steps"):
+        assert summary[name] == whole[name]
+    assert read_weights(run) == read_weights(tmp_path / "whole")
+
+
 def test_a_killed_score_equals_an_undisturbed_one(
     images: Path, shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
 ) -> None:
