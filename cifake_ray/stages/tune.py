@@ -220,7 +220,7 @@ def _run_trials(
             num_samples=config.trials if is_tpe else 1,
             max_concurrent_trials=num_at_once,
             time_budget_s=config.time_budget,
-            reuse_actors=config.num_workers == 0 and config.scheduler != "pbt",
+            reuse_actors=config.num_workers == 0,
         ),
         run_config=tune.RunConfig(
             name="ray",

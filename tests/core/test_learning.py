@@ -702,6 +702,7 @@ def run_rank(rank: int, num_ranks: int, folder: str, options: dict[str, Any]) ->
             "history": history,
         }
         torch.save(result, f"{folder}/{num_ranks}-{rank}.pt")
+        dist.barrier()  # gloo may abort when its peer leaves first
     finally:
         dist.destroy_process_group()
 
