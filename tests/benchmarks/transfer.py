@@ -39,6 +39,15 @@ from lite0 import write_lite0
 CORE = ("stable_diffusion_diffusiondb", "coco", "imagenet_val")
 TEST_SHARE = 0.3
 
+CROPS: dict[str, Any] = {
+    "model": "small_cnn",
+    "image_size": 224,
+    "fit": "crop",
+    "epochs": 30,
+    "batch_size": 16,
+    "lr": 0.002,
+    "augment": "flip",
+}
 # Options of `train`; None is the detector in the box, as it is.
 DETECTORS: dict[str, dict[str, Any] | None] = {
     "box, CIFAKE only": None,
@@ -51,33 +60,9 @@ DETECTORS: dict[str, dict[str, Any] | None] = {
         "layer_decay": 0.8,
         "augment": "flip",
     },
-    "small_cnn, native crops of 224 px": {
-        "model": "small_cnn",
-        "image_size": 224,
-        "fit": "crop",
-        "epochs": 30,
-        "batch_size": 16,
-        "lr": 0.002,
-        "augment": "flip",
-    },
-    "small_cnn, the same from the box's weights": {
-        "model": "small_cnn",
-        "weights": "box",
-        "image_size": 224,
-        "fit": "crop",
-        "epochs": 30,
-        "batch_size": 16,
-        "lr": 0.002,
-        "augment": "flip",
-    },
-    "small_cnn, resized to 224 px": {
-        "model": "small_cnn",
-        "image_size": 224,
-        "epochs": 30,
-        "batch_size": 16,
-        "lr": 0.002,
-        "augment": "flip",
-    },
+    "small_cnn, native crops of 224 px": CROPS,
+    "small_cnn, the same from the box's weights": {**CROPS, "weights": "box"},
+    "small_cnn, resized to 224 px": {**CROPS, "fit": "resize"},
 }
 
 
