@@ -65,14 +65,13 @@ def parse_space(values: Mapping[str, Any]) -> Space:
         raise ValueError("searches nothing; write one `option: {choice: [...]}` a line")
     known = {f.name for f in fields(TrainConfig) if f.name not in NOT_SEARCHED | {"augment"}}
     known |= {AUGMENT + f.name for f in fields(Augmentation)} | {"augment"}
-    names = {str(name).replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(set(names) - known):
+    if unknown := sorted(set(values) - known):
         raise ValueError(
             f"{', '.join(unknown)}: cannot be searched; it takes {', '.join(sorted(known))}"
         )
-    if "augment" in names and any(name.startswith(AUGMENT) for name in names):
+    if "augment" in values and any(name.startswith(AUGMENT) for name in values):
         raise ValueError("search either `augment` or its steps, `augment.flip` and the like")
-    return {name: _parse_domain(name, value) for name, value in names.items()}
+    return {name: _parse_domain(name, value) for name, value in values.items()}
 
 
 def _parse_domain(name: str, value: Any) -> Domain:

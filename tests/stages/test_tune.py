@@ -237,6 +237,29 @@ def test_tpe_tries_as_many_as_it_is_told(
     assert read_rows(run) == rows
 
 
+def test_tpe_goes_on_after_a_network_beyond_the_budget(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    Path(files["search"]).write_text("model: [cnn, small_cnn]\n")
+    options: dict[str, Any] = {"searcher": "tpe", "trials": 5, "epochs": 1}
+    run_tune(shards, tmp_path / "run", files, max_parameters=40_000, **options)
+    rows = read_rows(tmp_path / "run")
+    assert [row["model"] for row in rows] == ["cnn"] * 5
+    assert {row["end"] for row in rows} == {"all 1 epochs done"}
+    with pytest.raises(CifakeError, match="nothing was within the budget"):
+        run_tune(shards, tmp_path / "none", files, max_parameters=10, **options)
+
+
+def test_the_time_budget_ends_the_search_and_is_the_reason(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    summary = run_tune(
+        shards, tmp_path / "run", files, trials=3, epochs=2000, time_budget=10, scheduler="none"
+    )
+    assert summary["ends"] == {"the time budget was over": 3}
+    assert (tmp_path / "run" / "bundle" / "config.json").exists()
+
+
 def test_trials_of_two_workers_run_one_after_the_other(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
