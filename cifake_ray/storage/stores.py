@@ -37,7 +37,7 @@ def stamp_entry(info: dict[str, Any]) -> str | None:
     if isinstance(value, datetime):  # in one answer; seconds in another answer of the same store
         value = value.timestamp()
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.6f}"
     return None if value is None else str(value)
 
 

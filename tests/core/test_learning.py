@@ -582,14 +582,16 @@ def test_fp16_on_the_cpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
         ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
         ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
         ({}, torch.float32),  # of another make
     ],
 )
-def test_auto_is_bf16_on_a_cpu_that_computes_it(
-    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_auto_is_bf16_on_a_cpu_that_computes_it_fast(
+    capabilities: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_numerics("cpu", "auto").dtype is dtype
