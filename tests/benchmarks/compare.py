@@ -23,13 +23,14 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 from measure import find_cifake, finish_command, format_table, link_part, say, start_command
+from PIL import Image, ImageEnhance
 from scipy.stats import t as student
 
 import cifake_ray
@@ -52,6 +53,8 @@ class Comparison:
     seeds: list[int]
     options: dict[str, Any]  # of `train`, for all variants
     variants: dict[str, dict[str, Any]]  # what each adds to them
+    # Beside the test images as they are: those changed by JPEG or by a factor of brightness.
+    conditions: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""  # what it shows
 
     @classmethod
@@ -94,8 +97,39 @@ def prepare(comparison: Comparison, given: Path | None, work: Path) -> Path:
     return shards
 
 
+def prepare_condition(shards: Path, name: str, change: dict[str, float]) -> Path:
+    """The shards of the test images, each of them changed."""
+    work = shards.parent / name
+    changed = work / "shards"
+    if not (changed / "_SUCCESS").exists():
+        say(f"test images under {name}")
+        images = shards.parent / "images" / "test"
+        for path in images.rglob("*.jpg"):
+            target = work / "images" / "test" / path.relative_to(images)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as image:
+                degrade(image, target, **change)
+        run(["convert", work / "images", changed], work / "convert.log")
+    return changed
+
+
+def degrade(image: Image.Image, target: Path, brightness: float = 1.0, jpeg: int = 0) -> None:
+    """Written as a JPEG of that quality, else without loss."""
+    changed = ImageEnhance.Brightness(image).enhance(brightness)
+    if jpeg:
+        changed.save(target, quality=jpeg)
+    else:
+        changed.save(target.with_suffix(".png"))
+
+
 def measure(
-    comparison: Comparison, variant: str, seed: int, shards: Path, jobs: int, turn: threading.Lock
+    comparison: Comparison,
+    variant: str,
+    seed: int,
+    shards: Path,
+    conditions: dict[str, Path],
+    jobs: int,
+    turn: threading.Lock,
 ) -> Row:
     """Train and evaluate: one row of the results."""
     folder = shards.parent / variant / str(seed)
@@ -103,25 +137,30 @@ def measure(
     options = {**comparison.options, **comparison.variants[variant], "seed": seed}
     if jobs > 1:
         options |= {"num_workers": 0, "cpus_per_worker": max(1, NUM_CORES // jobs)}
-    trained, report = folder / "run", folder / "report"
+    trained = folder / "run"
     summary = run(["train", shards, trained, *to_flags(options)], folder / "train.log")
+    metrics = {}
     with turn:
-        run(["evaluate", shards, "--bundle", trained, "--out", report], folder / "evaluate.log")
-    metrics = json.loads((report / "metrics.json").read_text())
+        for name, images in {"": shards, **conditions}.items():
+            report = folder / f"report{name}"
+            run(["evaluate", images, "--bundle", trained, "--out", report], folder / "evaluate.log")
+            metrics[name] = json.loads((report / "metrics.json").read_text())
+    plain = metrics.pop("")
     row = {
         "variant": variant,
         "seed": seed,
         "num_parameters": summary["num_parameters"],
         "train_images": summary["train_images"],
-        "test_images": metrics["num_images"],
+        "test_images": plain["num_images"],
         "epochs": summary["epochs"],
         "best_epoch": summary["best_epoch"],
         "train_min": round(summary["train_s"] / 60, 2),
         "num_threads": NUM_CORES // jobs,
         "val_accuracy": summary["val_accuracy"],
-        "accuracy": metrics["accuracy"]["value"],
-        "auroc": metrics["auroc"]["value"],
-        "tpr_at_fpr_1pct": metrics["tpr_at_fpr_1pct"]["value"],
+        "accuracy": plain["accuracy"]["value"],
+        "auroc": plain["auroc"]["value"],
+        "tpr_at_fpr_1pct": plain["tpr_at_fpr_1pct"]["value"],
+        "conditions": {name: found["accuracy"]["value"] for name, found in metrics.items()},
     }
     say(f"{variant}, seed {seed}: {row['accuracy']:.2%} after {row['epochs']} epochs")
     return row
@@ -172,6 +211,10 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
                 else "-",
                 "AUROC": f"{mean(row['auroc'] for row in chosen):.4f}",
                 "TPR at 1% FPR, %": format_points([row["tpr_at_fpr_1pct"] for row in chosen]),
+                **{
+                    f"{name}, %": format_points([row["conditions"][name] for row in chosen])
+                    for name in comparison.conditions
+                },
             }
         )
     return format_table([list(table[0]), *(list(line.values()) for line in table)])
@@ -237,10 +280,16 @@ def main() -> None:
         work = (options.work or Path(temporary)).resolve() / comparison.name
         work.mkdir(parents=True, exist_ok=True)
         shards = prepare(comparison, options.source, work)
+        conditions = {
+            name: prepare_condition(shards, name, change)
+            for name, change in comparison.conditions.items()
+        }
         turn = threading.Lock()
         with ThreadPoolExecutor(options.jobs) as pool:
             futures = [
-                pool.submit(measure, comparison, variant, seed, shards, options.jobs, turn)
+                pool.submit(
+                    measure, comparison, variant, seed, shards, conditions, options.jobs, turn
+                )
                 for seed in options.seeds or comparison.seeds
                 for variant in options.only or comparison.variants
             ]

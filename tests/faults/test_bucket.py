@@ -124,6 +124,33 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     assert s3_env.secret_key not in "".join(said)
 
 
+def test_a_search_in_a_bucket_goes_on_there_and_leaves_a_bundle_that_scores(
+    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path
+) -> None:
+    bucket = s3_env.make_bucket()
+    shards, run = f"s3://{bucket}/shards", f"s3://{bucket}/search"
+    (tmp_path / "space.yaml").write_text("lr: [0.001, 0.002]\n")
+    (tmp_path / "recipe.yaml").write_text("epochs: 1\nbatch_size: 16\n")
+    files = [f"--search={tmp_path / 'space.yaml'}", f"--recipe={tmp_path / 'recipe.yaml'}"]
+    search = ["tune", shards, run, *files, "--searcher", "grid"]
+    for words in (["convert", str(images), shards], search):
+        code, result, errors = run_command(words, env)
+        assert code == 0, errors
+    assert result["ends"] == {"all 1 epochs done": 2}
+    keys = set(s3_env.list_keys(bucket, "search/"))
+    left = ("trials.csv", "trials.parquet", "report.html", "recipe.yaml", "bundle/config.json")
+    assert {f"search/{name}" for name in left} <= keys
+    history = s3_env.get(bucket, "search/trials/00000/run-0/history.jsonl")
+    s3_env.client().delete_object(Bucket=bucket, Key="search/_SUCCESS")
+    code, again, errors = run_command(search, env)
+    assert code == 0, errors
+    assert s3_env.get(bucket, "search/trials/00000/run-0/history.jsonl") == history
+    assert (again["best_trial"], again["best"]) == (result["best_trial"], result["best"])
+    scores = tmp_path / "scores"
+    code, scored, errors = run_command(["score", str(images), str(scores), "--bundle", run], env)
+    assert (code, scored["done"]) == (0, NUM_IMAGES), errors
+
+
 def test_a_source_that_cannot_be_read_is_refused_before_ray_starts(
     s3_env: S3Server, env: dict[str, str], tmp_path: Path
 ) -> None:

@@ -107,3 +107,29 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
     assert workers[-1] == 1
     assert summary["epochs"] == epochs
     assert summary["steps"] == epochs * (summary["train_images"] // 16)
+
+
+def test_a_search_loses_no_trial_and_no_epoch_with_a_node(
+    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+) -> None:
+    run, epochs = tmp_path / "run", 6
+    (tmp_path / "space.yaml").write_text("lr: {loguniform: [0.0005, 0.02]}\n")
+    (tmp_path / "recipe.yaml").write_text(f"epochs: {epochs}\nbatch_size: 16\n")
+    words = ["tune", str(shards), str(run), "--scheduler", "none", "--trials", "3"]
+    words += ["--search", str(tmp_path / "space.yaml"), "--recipe", str(tmp_path / "recipe.yaml")]
+    words += ["--cache-dir", str(shards.parent / "cache"), "--address", two_nodes.address]
+
+    def read_trials() -> list[list[dict[str, Any]]]:
+        folders = sorted(run.glob("trials/*/run-0"))
+        return [read_history(folder) for folder in folders]
+
+    process = start_command(words, env)
+    wait_until(lambda: sum(len(history) > 1 for history in read_trials()) == 2)
+    before = read_trials()
+    (node,) = two_nodes.worker_nodes
+    two_nodes.remove_node(node, allow_graceful=False)
+    summary = finish(process)
+    assert summary["ends"] == {f"all {epochs} epochs done": 3}
+    for known, history in zip(before, read_trials(), strict=False):
+        assert history[: len(known)] == known, "an epoch was trained twice"
+        assert [row["epoch"] for row in history] == list(range(1, epochs + 1))

@@ -1,0 +1,161 @@
+"""What a search is worth: ASHA against random search on the same trials, and what searching costs.
+
+    python tests/benchmarks/search.py [--source DIR] [--work DIR] [--write]
+
+16 trials of `augmentation` and `early-stopping` on 8,000 images of CIFAKE's train split, 2,000
+others of it judge. Random search trains all of them to their end, ASHA stops those that fall
+behind. Then the first trials are trained once more, by a search of one at a time and by plain calls
+of `train`.
+
+`--write` keeps the tables beside the other comparisons and makes `cifake_ray/EXPERIMENTS.md` anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from compare import HERE, PAGE, Row, render_page, run, to_flags
+from measure import find_cifake, format_table, link_part, say
+
+from cifake_ray.core.augmentation import POLICIES
+from cifake_ray.core.search_space import to_train_options
+from cifake_ray.storage.files import write_bytes
+from cifake_ray.storage.recipes import RECIPES
+from cifake_ray.storage.trials import SearchRun
+
+NUM_IMAGES, EPOCHS, TRIALS, SEED = 10_000, 6, 16, 0
+SPACES = ("--search", "augmentation", "--search", "early-stopping")
+NUM_COSTED, COSTED_EPOCHS = 4, 2
+
+
+def search(name: str, shards: Path, options: dict[str, Any]) -> Row:
+    """A search: a row of the first table. One that is finished is only read."""
+    folder = shards.parent / name
+    started_s = time.perf_counter()
+    summary = run(
+        ["tune", shards, folder, *SPACES, *to_flags(options)], shards.parent / f"{name}.log"
+    )
+    say(f"{name}: {summary['best']:.4f} after {summary['steps']:,} steps")
+    return {"name": name, "wall_s": time.perf_counter() - started_s, **summary}
+
+
+def train_plainly(shards: Path, searched: Path, recipe: Path) -> list[tuple[float, float]]:
+    """The trials of a search by calls of `train`: seconds of each in all, and of its epochs."""
+    times = []
+    for trial in SearchRun(searched).read_trials():
+        chosen = to_train_options(trial.chosen, POLICIES["shift"])
+        options = {
+            "recipe": recipe,
+            **{name: value for name, value in chosen.items() if value is not None},
+            "epochs": COSTED_EPOCHS,
+            "seed": SEED,
+            "num_workers": 0,
+            "cpus_per_worker": 1,
+        }
+        folder = shards.parent / f"plain-{trial.number}"
+        say(f"train: trial {trial.number}")
+        started_s = time.perf_counter()
+        run(["train", shards, folder, *to_flags(options)], folder.with_suffix(".log"))
+        elapsed_s = time.perf_counter() - started_s
+        epochs = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+        times.append((elapsed_s, sum(row["train_s"] + row["val_s"] for row in epochs)))
+    return times
+
+
+def render_section(rows: Sequence[Row], searched: Row, plain: list[tuple[float, float]]) -> str:
+    lines = [["search", "best validation accuracy", "best trial", "epochs", "steps", "minutes"]]
+    for row in rows:
+        lines.append(
+            [
+                row["name"],
+                f"{row['best']:.2%}",
+                f"{row['best_trial']}",
+                f"{row['epochs']} of {row['epochs_planned']}",
+                f"{row['steps']:,}",
+                f"{row['wall_s'] / 60:.1f}",
+            ]
+        )
+    start_s = median(elapsed - epochs for elapsed, epochs in plain)
+    epochs_s = sum(epochs for _, epochs in plain)
+    ends = "; ".join(
+        f"{row['name']}: "
+        + ", ".join(f"{end} {count}" for end, count in sorted(row["ends"].items()))
+        for row in rows
+    )
+    chosen = ", ".join(f"{name} {value}" for name, value in rows[0]["chosen"].items())
+    return SECTION.format(
+        table=format_table(lines),
+        ends=ends,
+        chosen=chosen,
+        plain=f"{sum(elapsed for elapsed, _ in plain):.0f}",
+        epochs=f"{epochs_s:.0f}",
+        start=f"{start_s:.0f}",
+        searched=f"{searched['wall_s']:.0f}",
+        more=f"{(searched['wall_s'] - start_s) / epochs_s - 1:+.1%}",
+    )
+
+
+SECTION = f"""\
+## What a search is worth
+
+{TRIALS} trials of `augmentation` and `early-stopping`, the same for both, on 8,000 images of the
+train split for at most {EPOCHS} epochs; 2,000 others of it judge. Recipe `fast`, a trial on each
+core.
+
+    python tests/benchmarks/search.py
+
+{{table}}
+
+Why trials ended: {{ends}}.
+
+The best of random search: {{chosen}}.
+
+What searching costs: {NUM_COSTED} trials of {COSTED_EPOCHS} epochs by {NUM_COSTED} calls of
+`train`, one after the other, take {{plain}} s: {{epochs}} s in epochs, {{start}} s each (median)
+to start and to end. A search of one at a time takes {{searched}} s: beside one start, {{more}}.
+"""
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
+    parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one)")
+    parser.add_argument("--write", action="store_true", help="into EXPERIMENTS.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory(prefix="cifake-search-") as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        images, shards, recipe = work / "images", work / "shards", work / "recipe.yaml"
+        if not images.exists():
+            link_part(find_cifake(options.source, work) / "train", images, NUM_IMAGES)
+        run(["convert", images, shards], work / "convert.log")
+        fast = (RECIPES / "fast.yaml").read_text(encoding="utf-8")
+        recipe.write_text(f"{fast}val_fraction: 0.2\n", encoding="utf-8")
+        common = {"recipe": recipe, "seed": SEED, "trials": TRIALS, "epochs": EPOCHS}
+        rows = [
+            search("random", shards, {**common, "scheduler": "none"}),
+            search("asha", shards, {**common, "scheduler": "asha"}),
+        ]
+        costed = {"trials": NUM_COSTED, "epochs": COSTED_EPOCHS, "scheduler": "none"}
+        searched = search("costed", shards, {**common, **costed, "max_concurrent": 1})
+        plain = train_plainly(shards, work / "costed", recipe)
+    section = render_section(rows, searched, plain)
+    if options.write:
+        write_bytes(HERE / "search.md", section.encode())
+        write_bytes(PAGE, render_page().encode())
+    print(section)
+
+
+if __name__ == "__main__":
+    main()
