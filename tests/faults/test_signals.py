@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.command import make_images
+from faults.command import make_images, run_command, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -21,14 +21,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory, 3000)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_the_work_ends_it_with_a_word(
-    images: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    out = tmp_path / "out"
-    command = ["score", str(images), str(out), "--shard-size", "20", "--json"]
+def interrupt(
+    command: list[str], is_time: Callable[[], object], number: signal.Signals, code: int
+) -> str:
+    """What a command says that is sent a signal when it is time."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cifake_ray", *command],
+        [sys.executable, "-m", "cifake_ray", *command, "--json"],
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -37,12 +35,33 @@ def test_a_signal_during_the_work_ends_it_with_a_word(
         # pytest in the background of a shell has SIGINT ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("scores/part-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(is_time, 120)
     os.kill(process.pid, number)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
     assert json.loads(output)["exit_code"] == code
     assert "run the same command again" in errors
+    return errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_work_ends_it_with_a_word(
+    images: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "out"
+    command = ["score", str(images), str(out), "--shard-size", "20"]
+    interrupt(command, lambda: list(out.glob("scores/part-*")), number, code)
     assert not (out / "_SUCCESS").exists()
+
+
+def test_a_search_ends_with_a_word_and_its_threads_start_no_other_ray(
+    images: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    shards, run, cache = tmp_path / "shards", tmp_path / "run", tmp_path / "cache"
+    assert run_command(["convert", str(images), str(shards)], env)[0] == 0
+    command = ["tune", str(shards), str(run), "--cache-dir", str(cache), "--epochs", "500"]
+    errors = interrupt(
+        command, lambda: list(run.glob("trials/*/run-0/history.jsonl")), signal.SIGINT, 130
+    )
+    assert "SIGTERM handler" not in errors, "Ray was started by a thread"
+    assert not (run / "_SUCCESS").exists()
