@@ -66,7 +66,7 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     else:
         from cifake_ray.stages.evaluate import evaluate_detector
 
-        result = evaluate_detector(config, ProgressLine("evaluate"), started_s)
+        result = evaluate_detector(config, ProgressLine("evaluate"), started_s, say)
     if isinstance(result, BatchSummary):
         return result, result.exit_code(config.max_error_rate)
     return result, ExitCode.OK

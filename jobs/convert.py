@@ -3,7 +3,8 @@ r"""Images -> Parquet shards.
     ray job submit --address http://HEAD:8265 --working-dir . -- \
         python jobs/convert.py /data/images /data/shards
 
-Paths must mean the same place on every node: a shared file system. The options are those of
+Paths must mean the same place on every node: an `s3://` bucket, or a file system
+that all see. The options are those of
 `cifake-ray convert --help`.
 """
 

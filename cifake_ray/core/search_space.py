@@ -21,8 +21,12 @@ from cifake_ray.core.augmentation import Augmentation
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
 AUGMENT = "augment."  # before the name of a step
-# What belongs to the search, to the machine, or to the run's folder.
-NOT_SEARCHED = {"shards", "run", "epochs", "seed", "val_fraction", "val_split", "dry_run"}
+# What belongs to the search, to the machine, or to the run's folder. What is monitored is the
+# objective; epochs are averaged (`keep_epochs`) after the objective is known.
+NOT_SEARCHED = {"shards", "run", "epochs", "seed", "val_fraction", "val_split", "dry_run"} | {
+    "monitor",
+    "keep_epochs",
+}
 OFF = {"rescale": 0, "blur": 0, "noise": 0, "jpeg_quality": 100}  # and their shares
 
 

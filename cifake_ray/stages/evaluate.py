@@ -41,7 +41,10 @@ MAX_SLICES = 50
 
 
 def evaluate_detector(
-    config: EvaluateConfig, on_progress: Callable[[Progress], None], started_s: float
+    config: EvaluateConfig,
+    on_progress: Callable[[Progress], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Score `config.shards`, measure, and write the report into `config.out`."""
     root = open_place(config.shards, config.store)
@@ -56,6 +59,11 @@ def evaluate_detector(
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
         raise ValueError(f"--split {split}: {root} has no such split, it has {names}")
+    if split is None:
+        say(
+            "evaluate: there is no split `test`, so all labelled images are measured; those the"
+            " detector was trained on look better than others would"
+        )
     source = TableSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
 
     run_plan = RunPlan(

@@ -116,6 +116,7 @@ def _make_plan(config: TuneConfig) -> TrialPlan:
         **asdict(config.store),
         "shards": config.shards,
         "seed": config.seed,
+        "monitor": config.objective,  # so that the epoch that is kept is the one that counts
         "num_workers": str(config.num_workers),
         "cpus_per_worker": config.cpus_per_worker,
         "device": config.device,
@@ -268,7 +269,7 @@ def _finish(
     }
     recipe = format_recipe(
         options,
-        command=f"cifake-ray train {config.shards} RUN --recipe {search.path / 'recipe.yaml'}",
+        command=f"cifake-ray train {config.shards} RUN --recipe recipe.yaml",
         row=best,
         objective=config.objective,
     )

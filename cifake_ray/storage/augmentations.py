@@ -5,12 +5,11 @@ Floor: storage.
 
 from __future__ import annotations
 
-import yaml
-
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.storage.files import read_if_exists
 from cifake_ray.storage.places import resolve_path
+from cifake_ray.storage.recipes import parse_mapping
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
@@ -25,13 +24,9 @@ def read_augmentation(config: TrainConfig) -> Augmentation:
         raise ValueError(
             f"--augment {config.augment}: no such policy or file; there are {', '.join(POLICIES)}"
         )
-    try:
-        values = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--augment {config.augment}: not readable as YAML ({reason})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--augment {config.augment}: holds no mapping, one `step: value` a line")
+    if not data.strip():
+        raise ValueError(f"--augment {config.augment}: holds no steps, one `step: value` a line")
+    values = parse_mapping(data, f"--augment {config.augment}")
     try:
         return parse_augmentation(values)
     except ValueError as error:

@@ -6,26 +6,46 @@ Floor: storage. Command lines read them too, so nothing heavy is imported.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 RECIPES, SEARCHES = PACKAGE / "recipes", PACKAGE / "searches"
 EVERYTHING = "everything"
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
+    """A YAML mapping, its names as options have them in Python.
+
+    ValueError, which begins with `name`, for anything else.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Takes 1e-3 for a number as YAML 1.2 does; for PyYAML, which reads 1.1, it is text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    try:
+        values = yaml.load(data, Loader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: not readable as YAML ({reason})") from error
+    if values is None:  # nothing but comments
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: holds no mapping; write one `name: value` a line")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML mapping, its names as options have them in Python. ValueError for anything else."""
-    import yaml
-
+    """The same of a file. ValueError when it cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not readable as YAML ({reason})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no mapping; write one `name: value` a line")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error.strerror})") from error
+    return parse_mapping(data, str(path))
 
 
 def find_boxed(name: str, box: Path) -> Path:
@@ -33,7 +53,8 @@ def find_boxed(name: str, box: Path) -> Path:
     boxed = box / f"{name}.yaml"
     path = boxed if Path(name).name == name and boxed.is_file() else Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in box.glob("*.yaml")))
+        stems = [file.stem for file in box.glob("*.yaml")]
+        known = ", ".join(sorted(stems + [EVERYTHING] * (box == SEARCHES)))
         raise ValueError(f"{name}: no such file, and not among the {box.name} in the box: {known}")
     return path
 

@@ -9,18 +9,22 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cifake_ray.config import EvaluateConfig, ScoreConfig
+from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig
+from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.evaluate import evaluate_detector
 from cifake_ray.stages.score import score_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None) -> None:
+def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None) -> list[str]:
+    """What was said."""
+    said: list[str] = []
     config = EvaluateConfig(
         shards=str(shards), bundle=str(bundle), out=str(out), split=split, num_bootstrap=50
     )
-    evaluate_detector(config, lambda progress: None, time.time())
+    evaluate_detector(config, lambda progress: None, time.time(), said.append)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +71,20 @@ def test_the_report_is_one_page_with_figures_and_mistakes(report: Path) -> None:
     assert (report / "_SUCCESS").stat().st_mtime >= (report / "report.html").stat().st_mtime
 
 
-def test_every_row_is_used_where_there_is_no_test_split(
-    shards: Path, bundle: Path, tmp_path: Path
-) -> None:
-    run_evaluate(shards, bundle, tmp_path / "out", split="val")
+def test_it_takes_the_split_that_is_asked_for(shards: Path, bundle: Path, tmp_path: Path) -> None:
+    assert run_evaluate(shards, bundle, tmp_path / "out", split="val") == []
     assert pq.read_table(tmp_path / "out" / "predictions").num_rows == 6
+
+
+def test_every_row_is_used_where_there_is_no_test_split_and_that_is_told(
+    sample_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "shards"
+    config = ConvertConfig(src=str(sample_folder / "train"), out=str(shards))
+    convert_images(config, lambda progress: None, time.time())
+    (told,) = run_evaluate(shards, bundle, tmp_path / "out")
+    assert "no split `test`" in told
+    assert pq.read_table(tmp_path / "out" / "predictions").num_rows == 48
 
 
 def test_a_split_without_labels_is_refused(shards: Path, bundle: Path, tmp_path: Path) -> None:

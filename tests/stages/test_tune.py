@@ -141,6 +141,7 @@ def test_asha_stops_those_behind_at_the_rung_and_says_so(
             assert (trial.end, len(losses)) == ("all 3 epochs done", 3)
         reached.append(min(losses[:2]))
     assert stopped
+    assert read_recipe(tmp_path / "run" / "recipe.yaml")["monitor"] == "val_loss"
     assert summary["ends"]["stopped by asha"] == len(stopped)
     assert summary["epochs"] == summary["epochs_planned"] - len(stopped) == 15 - len(stopped)
 

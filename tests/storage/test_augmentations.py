@@ -38,7 +38,7 @@ def test_a_file_is_the_policy_it_holds(tmp_path: Path) -> None:
     [
         ("flip: [", "not readable as YAML"),
         ("- flip\n", "holds no mapping"),
-        ("", "holds no mapping"),
+        ("", "holds no steps"),
         ("flop: 1\n", "no step flop; it has flip"),
         ("flip: 7\n", "flip is 7; give 0 to 1"),
     ],

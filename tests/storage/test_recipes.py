@@ -58,8 +58,16 @@ def test_a_policy_may_stand_in_a_recipe(tmp_path: Path) -> None:
     assert json.loads(values["augment"]) == {"flip": 0.5, "shift": 0.1}
 
 
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lr: 1e-3\nweight_decay: 2E+1\nlayer_decay: .5e0\nmodel: e1\n")
+    values = {"lr": 0.001, "weight_decay": 20.0, "layer_decay": 0.5, "model": "e1"}
+    assert read_mapping(path) == values
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not readable as YAML"), ("- a\n", "holds no mapping")]
+    ("text", "message"),
+    [("a: [", "not readable as YAML"), ("- a\n", "holds no mapping")],
 )
 def test_a_file_that_is_no_mapping_is_refused_with_its_name(
     tmp_path: Path, text: str, message: str
