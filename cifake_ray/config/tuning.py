@@ -48,9 +48,7 @@ class TuneConfig(ClusterConfig):
     scheduler: Annotated[Scheduler, Doc("Who stops trials that fall behind")] = "asha"
     grace_epochs: Annotated[int, Doc("Epochs before a trial may be stopped, or copied by pbt")] = 1
     reduction_factor: Annotated[int, Doc("asha: one trial of so many goes on at each rung")] = 3
-    searcher: Annotated[Searcher, Doc("Who chooses; tpe needs Optuna")] = (
-        "random"
-    )
+    searcher: Annotated[Searcher, Doc("Who chooses; tpe needs Optuna")] = "random"
     seed: Annotated[int, Doc("Same seed, same trials")] = 0
     num_workers: Annotated[
         int,

@@ -31,9 +31,7 @@ MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mi
 def check_searcher(config: TuneConfig, space: Space) -> None:
     """ValueError for a searcher or scheduler that cannot work with the space."""
     if config.searcher == "tpe" and importlib.util.find_spec("optuna") is None:
-        raise ValueError(
-            "--searcher tpe: optuna is not installed; `pip install optuna` brings it"
-        )
+        raise ValueError("--searcher tpe: optuna is not installed; `pip install optuna` brings it")
     if config.scheduler == "pbt":
         fixed = [n for n in space if n not in MUTABLE and not n.startswith(AUGMENT)]
         if fixed:
