@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Device = Literal["auto", "cpu", "cuda"]
 Fit = Literal["resize", "crop"]
@@ -24,9 +26,46 @@ class Doc(NamedTuple):
     effect: bool = True
 
 
+TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "nothing",
+}
+
+
 def check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def check_type(config_class: type, name: str, value: object) -> None:
+    """ValueError, which says what fits, for a value that the type of a field does not hold."""
+    hint = _read_hints(config_class)[name]
+    kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    if not any(_fits(kind, value) for kind in kinds):
+        words = [
+            word
+            for kind in kinds
+            for word in (
+                get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
+            )
+        ]
+        raise ValueError(f"{name.replace('_', '-')} is {value!r}; give {' or '.join(words)}")
+
+
+@cache
+def _read_hints(config_class: type) -> dict[str, Any]:
+    return get_type_hints(config_class)
+
+
+def _fits(kind: Any, value: object) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(value, bool):  # for Python a whole number
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
 def check_least(config: object, least: int, *names: str) -> None:
@@ -64,6 +103,8 @@ class StoreConfig:
     s3_anonymous: Annotated[bool, Doc("Use no credentials: public buckets", effect=False)] = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(type(self), field.name, getattr(self, field.name))
         check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
 
     @property

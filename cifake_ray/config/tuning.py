@@ -84,3 +84,7 @@ class TuneConfig(ClusterConfig):
             self.scheduler != "pbt" or self.searcher == "random",
             f"--scheduler pbt chooses for itself; leave --searcher {self.searcher} out",
         )
+        check(
+            self.scheduler != "pbt" or self.max_concurrent is None,
+            "--scheduler pbt lets all trials take turns; leave --max-concurrent out",
+        )

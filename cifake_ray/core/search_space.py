@@ -9,23 +9,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import TrainConfig, check_type, doc_of
 from cifake_ray.core.augmentation import Augmentation
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
 AUGMENT = "augment."  # before the name of a step
-# What belongs to the search, to the machine, or to the run's folder. What is monitored is the
-# objective; epochs are averaged (`keep_epochs`) after the objective is known.
-NOT_SEARCHED = {"shards", "run", "epochs", "seed", "val_fraction", "val_split", "dry_run"} | {
-    "monitor",
-    "keep_epochs",
+# What belongs to the search. Epochs are averaged (`keep_epochs`) after the objective is known.
+OF_THE_SEARCH = {"shards", "epochs", "seed", "val_fraction", "val_split", "monitor", "keep_epochs"}
+SEARCHED = {
+    f.name
+    for f in fields(TrainConfig)
+    if f.name not in OF_THE_SEARCH and doc_of(TrainConfig, f.name).effect
 }
 OFF = {"rescale": 0, "blur": 0, "noise": 0, "jpeg_quality": 100}  # and their shares
 
@@ -53,7 +54,8 @@ class Domain:
         if self.kind == "choice":
             return value
         low, high = self.values
-        return min(max(value, low), high - 1 if self.kind.endswith("randint") else high)
+        highest = high - 1 if self.kind.endswith("randint") else math.nextafter(high, low)
+        return min(max(value, low), highest)
 
 
 Space = dict[str, Domain]  # by the name of the option
@@ -67,15 +69,22 @@ def parse_space(values: Mapping[str, Any]) -> Space:
     """
     if not values:
         raise ValueError("searches nothing; write one `option: {choice: [...]}` a line")
-    known = {f.name for f in fields(TrainConfig) if f.name not in NOT_SEARCHED | {"augment"}}
-    known |= {AUGMENT + f.name for f in fields(Augmentation)} | {"augment"}
+    known = SEARCHED | {AUGMENT + f.name for f in fields(Augmentation)}
     if unknown := sorted(set(values) - known):
         raise ValueError(
             f"{', '.join(unknown)}: cannot be searched; it takes {', '.join(sorted(known))}"
         )
     if "augment" in values and any(name.startswith(AUGMENT) for name in values):
         raise ValueError("search either `augment` or its steps, `augment.flip` and the like")
-    return {name: _parse_domain(name, value) for name, value in values.items()}
+    space = {name: _parse_domain(name, value) for name, value in values.items()}
+    for name, domain in space.items():
+        owner = Augmentation if name.startswith(AUGMENT) else TrainConfig
+        for value in (domain.pick(0.0), *(domain.values if domain.kind == "choice" else ())):
+            try:
+                check_type(owner, name.removeprefix(AUGMENT), value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return space
 
 
 def _parse_domain(name: str, value: Any) -> Domain:
@@ -94,6 +103,8 @@ def _parse_domain(name: str, value: Any) -> Domain:
             raise ValueError(f"{name}: {kind} begins above 0")
         if kind.endswith("randint") and any(not isinstance(n, int) for n in numbers):
             raise ValueError(f"{name}: {kind} takes whole numbers; the highest is left out")
+    if is_range and not kind.endswith("randint"):
+        numbers = [float(n) for n in numbers]
     return Domain(kind, tuple(numbers))
 
 
@@ -103,13 +114,13 @@ def sample_space(space: Space, seed: int, number: int) -> dict[str, Any]:
     return {n: d.pick(float(u)) for (n, d), u in zip(space.items(), shares, strict=True)}
 
 
-def list_grid(space: Space) -> Iterator[dict[str, Any]]:
+def list_grid(space: Space) -> list[dict[str, Any]]:
     """Every combination, the last option changing fastest. ValueError for a range."""
     for name, domain in space.items():
         if domain.kind != "choice":
             raise ValueError(f"--searcher grid: {name} is a {domain.kind}; give a list of values")
-    for values in itertools.product(*(domain.values for domain in space.values())):
-        yield dict(zip(space, values, strict=True))
+    combinations = itertools.product(*(domain.values for domain in space.values()))
+    return [dict(zip(space, values, strict=True)) for values in combinations]
 
 
 def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[str, Any]:

@@ -82,18 +82,19 @@ def to_axis(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
     is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     different = sorted(set(values), key=lambda v: v if is_number else str(v))
     if len(different) == 1:
-        return np.full(len(values), 0.5), {0.5: _name(different[0])}
+        return np.full(len(values), 0.5), {0.5: format_value(different[0])}
     if not is_number or len(different) <= 6:
         place = {value: i / (len(different) - 1) for i, value in enumerate(different)}
-        return np.array([place[v] for v in values]), {p: _name(v) for v, p in place.items()}
+        return np.array([place[v] for v in values]), {p: format_value(v) for v, p in place.items()}
     low, high = different[0], different[-1]
     is_log = low > 0 and high / low >= 20
     scale = math.log if is_log else float
     spread = scale(high) - scale(low)
     middle = math.sqrt(low * high) if is_log else (low + high) / 2
-    marks = {0.0: _name(low), 0.5: _name(middle), 1.0: _name(high)}
+    marks = {0.0: format_value(low), 0.5: format_value(middle), 1.0: format_value(high)}
     return np.array([(scale(v) - scale(low)) / spread for v in values]), marks
 
 
-def _name(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A chosen value: three digits of a fraction."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

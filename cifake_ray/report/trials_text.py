@@ -5,20 +5,18 @@ Floor: report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from cifake_ray.config import Monitor
+from cifake_ray.core.stopping import to_score
 from cifake_ray.report.text import format_rows
 
 RUNNING = "running"
 WAITING = "waiting"
-
-
-def format_value(value: Any) -> str:
-    """A chosen value: three digits of a fraction."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def describe_end(row: Mapping[str, Any]) -> str:
@@ -28,14 +26,11 @@ def describe_end(row: Mapping[str, Any]) -> str:
     return RUNNING if row["epochs"] else WAITING
 
 
-def format_trials(rows: Sequence[Mapping[str, Any]], objective: str) -> str:
+def format_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> str:
     """A line for each trial, best first."""
     best_first = sorted(
         rows,
-        key=lambda row: (
-            row[objective] is None,
-            (row[objective] or 0) * (1 if objective == "val_loss" else -1),
-        ),
+        key=lambda row: math.inf if row[objective] is None else -to_score(dict(row), objective),
     )
     return format_rows(
         ("trial", "parameters", "epoch", objective, "state"),
@@ -53,12 +48,25 @@ def format_trials(rows: Sequence[Mapping[str, Any]], objective: str) -> str:
 
 
 def format_recipe(
-    options: Mapping[str, Any], *, command: str, row: Mapping[str, Any], objective: str
+    options: Mapping[str, Any],
+    *,
+    command: str,
+    row: Mapping[str, Any],
+    objective: str,
+    is_alone: bool,
 ) -> str:
-    """`recipe.yaml`: the options of a trial, as `train --recipe` reads them."""
+    """`recipe.yaml`: the options of a trial, as `train --recipe` reads them.
+
+    `is_alone`: these options alone made it, with no weights of another trial.
+    """
     head = (
         f"# Trial {row['trial']} of a search: {objective} {row[objective]:.4f} after epoch"
         f" {row['best_epoch']} of {row['epochs']},\n# {row['train_s'] / 60:.1f} minutes of"
         f" training.\n#\n#   {command}\n"
     )
+    if not is_alone:
+        head += (
+            "#\n# Population based training changed its options and weights on the way: these are"
+            " the\n# last options, and on their own they come to something else.\n"
+        )
     return head + yaml.safe_dump(dict(options), sort_keys=False)

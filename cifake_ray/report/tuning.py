@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cifake_ray.core.trials import MIN_TRIALS, measure_importance, to_axis
+from cifake_ray.core.trials import MIN_TRIALS, format_value, measure_importance, to_axis
 from cifake_ray.report.figures import (
     COLOURS,
     GRID,
@@ -21,7 +21,7 @@ from cifake_ray.report.figures import (
 )
 from cifake_ray.report.html import render_page
 from cifake_ray.report.text import format_share
-from cifake_ray.report.trials_text import describe_end, format_value
+from cifake_ray.report.trials_text import describe_end
 
 BEST = COLOURS["FAKE"]
 ROW_HEIGHT = 0.32  # inches, of a bar
@@ -66,7 +66,7 @@ def render_search(
         f" {objective} {best}.",
         cards={
             objective: (best, f"trial {summary['best_trial']}"),
-            "Trials": (f"{len(rows)}", f"{ends.total()} in all"),
+            "Trials": (f"{len(rows)}", f"{len(names)} options searched"),
             "Epochs trained": (
                 f"{summary['epochs']:,}",
                 f"of {summary['epochs_planned']:,}, {format_share(saved)} saved by stopping early",

@@ -164,9 +164,10 @@ def place_workers(
             return Placement(wanted, cpus, gpus)
     needed = f"{wanted * (cpus_per_worker or 1)} CPUs" + (f" and {wanted} GPUs" if gpus else "")
     nodes = ", ".join(f"{n.num_cpus} CPUs + {n.num_gpus} GPUs" for n in resources.nodes[:8])
+    fewer = " or --cpus-per-worker" if (cpus_per_worker or 1) > 1 else ""
     raise ResourceError(
         f"{wanted} workers need {needed}, the cluster has {resources.num_cpus} CPUs and"
-        f" {resources.num_gpus} GPUs (nodes: {nodes}); lower --num-workers"
+        f" {resources.num_gpus} GPUs (nodes: {nodes}); lower --num-workers{fewer}"
     )
 
 

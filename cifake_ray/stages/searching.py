@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from cifake_ray.config import TuneConfig
 from cifake_ray.core.search_space import AUGMENT, Domain, Space
-from cifake_ray.stages.trial_worker import CURRENT, OBJECTIVE, TrialPlan
+from cifake_ray.stages.trial_worker import CURRENT, KNOWN, OBJECTIVE, TrialPlan
 from cifake_ray.storage.trials import Trial
 
 MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
@@ -41,10 +41,44 @@ def check_searcher(config: TuneConfig, space: Space) -> None:
             )
 
 
+class _Recalling:
+    """Goes before a scheduler that stops trials: what is only told again it notes, no more.
+
+    A search that goes on tells the histories of its trials in any order, so judging anew would stop
+    trials that had passed.
+    """
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        return TrialScheduler.CONTINUE if result.get(KNOWN) else decision
+
+
+class _Asha(_Recalling, AsyncHyperBandScheduler):
+    """Asynchronous successive halving."""
+
+
+class _Median(_Recalling, MedianStoppingRule):
+    """Median stopping."""
+
+
+class _Pbt(PopulationBasedTraining):
+    """Population based training: weights and options of a better trial, changed a little."""
+
+    space: Space
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
+        """Ray Tune multiplies by 0.8 or 1.2, beyond what is searched, and copies the number too."""
+        new, operations = super()._get_new_config(trial, trial_to_clone)
+        chosen = new["trial"]["chosen"]
+        inside = {name: self.space[name].clip(value) for name, value in chosen.items()}
+        number = trial.config["trial"]["number"]
+        return {**new, "trial": {"number": number, "chosen": inside}}, operations
+
+
 def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialScheduler:
     """Li et al. 2020 (asha), Golovin et al. 2017 (median), Jaderberg et al. 2017 (pbt)."""
     if config.scheduler == "asha":
-        return AsyncHyperBandScheduler(
+        return _Asha(
             time_attr="epoch",
             max_t=max(epochs, config.grace_epochs),
             grace_period=config.grace_epochs,
@@ -54,7 +88,7 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
             mode="max",
         )
     if config.scheduler == "median":
-        return MedianStoppingRule(
+        return _Median(
             time_attr="epoch",
             grace_period=config.grace_epochs,
             min_samples_required=3,
@@ -62,24 +96,18 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
             mode="max",
         )
     if config.scheduler == "pbt":
-        return PopulationBasedTraining(
+        pbt = _Pbt(
             time_attr="epoch",
             metric=CURRENT,
             mode="max",
             perturbation_interval=config.grace_epochs,
             hyperparam_mutations={"trial": {"chosen": {n: to_tune(d) for n, d in space.items()}}},
-            custom_explore_fn=lambda settings: _stay_inside(settings, space),
             log_config=False,
             require_attrs=False,
         )
+        pbt.space = space
+        return pbt
     return FIFOScheduler()  # type: ignore[no-untyped-call]
-
-
-def _stay_inside(settings: dict[str, Any], space: Space) -> dict[str, Any]:
-    """PBT multiplies values by 0.8 or 1.2, beyond what was to be searched."""
-    chosen = settings["trial"]["chosen"]
-    inside = {name: space[name].clip(value) for name, value in chosen.items()}
-    return {**settings, "trial": {**settings["trial"], "chosen": inside}}
 
 
 def to_tune(domain: Domain) -> Any:
@@ -105,8 +133,10 @@ class RecordedSearcher(Searcher):
         }
         self.plan = plan
         domains = OptunaSearch.convert_search_space(domains)
-        self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=plan.config.seed)
         self.known = {trial.number: trial for trial in plan.search.read_trials()}
+        # Its generator starts anew: with the same seed it would choose again what is known.
+        seed = plan.config.seed + len(self.known)
+        self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=seed)
         self.recalled: dict[str, Trial] = {}  # by Ray Tune's name for them
         self.asked: dict[str, str] = {}  # Optuna's name for the others
         self.number = 0
@@ -130,11 +160,13 @@ class RecordedSearcher(Searcher):
         """What Optuna chooses, told at once of what is beyond the budget; None when all is."""
         for attempt in range(MOST_LEFT_OUT):
             name = f"{trial_id}-{attempt}"  # by one name it would choose the same again
-            trial = self.plan.measure(Trial(self.number, self.inner.suggest(name) or {}))
-            if trial is not None:
+            try:
+                trial = self.plan.measure(Trial(self.number, self.inner.suggest(name) or {}))
+            except ValueError:
+                self.inner.on_trial_complete(name, error=True)
+            else:
                 self.asked[trial_id] = name
                 return trial
-            self.inner.on_trial_complete(name, error=True)
         return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.trials import SearchRun, Trial
 
 OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
+KNOWN = "known"  # whether it is told again
 FAILED = "failed"  # begins the end of a trial that will be tried again
 
 
@@ -49,16 +50,18 @@ class TrialPlan:
             run=str(self.search.run_of(trial).path),
         )
 
-    def measure(self, trial: Trial) -> Trial | None:
-        """The trial with the size of its network; None when that is beyond the budget."""
+    def measure(self, trial: Trial) -> Trial:
+        """The trial with the size of its network.
+
+        ValueError when that is beyond the budget, or the options do not go together.
+        """
         train = self.to_train_config(trial)
         size = _count_parameters(train.model, train.image_size)
-        most = self.config.max_parameters
+        most, most_ms = self.config.max_parameters, self.config.max_latency_ms
         if most is not None and size > most:
-            return None
-        most_ms = self.config.max_latency_ms
+            raise ValueError("more than --max-parameters")
         if most_ms is not None and _measure_latency_ms(train.model, train.image_size) > most_ms:
-            return None
+            raise ValueError("more than --max-latency-ms")
         return replace(trial, num_parameters=size)
 
 
@@ -87,10 +90,11 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
         trial = _take_over(search, trial, settings["trial"]["chosen"], checkpoint)
     config = plan.to_train_config(trial)
     report = _Report(search, trial, plan.config)
-    for row in search.run_of(trial).read_history():
+    history = search.run_of(trial).read_history()
+    for number, row in enumerate(history, start=1):
         report.note(row)
-        if checkpoint is None:
-            report.tell(row)
+        if checkpoint is None and plan.config.scheduler != "pbt":  # it goes by what is new
+            report.tell(row, is_known=trial.end is not None or number < len(history))
     if trial.end is None:
         train_detector(config, report, time.time())
     report.tell_last()
@@ -117,8 +121,7 @@ class _Report:
             with tempfile.TemporaryDirectory(prefix="cifake-trial-") as folder:
                 last = self.search.run_of(self.trial).checkpoint_path
                 (Path(folder) / "last.pt").write_bytes(read_bytes(last))
-                facts = {"number": self.trial.number, "generation": self.trial.generation}
-                write_json(Path(folder) / "trial.json", facts)
+                write_json(Path(folder) / "trial.json", {"number": self.trial.number})
                 self.tell(row, tune.Checkpoint.from_directory(folder))
         else:
             self.tell(row)
@@ -126,9 +129,9 @@ class _Report:
     def note(self, row: dict[str, Any]) -> None:
         self.best = max(self.best, to_score(row, self.config.objective))
 
-    def tell(self, row: dict[str, Any], checkpoint: Any = None) -> None:
+    def tell(self, row: dict[str, Any], checkpoint: Any = None, is_known: bool = False) -> None:
         score = to_score(row, self.config.objective)
-        metrics = {"epoch": row["epoch"], OBJECTIVE: self.best, CURRENT: score}
+        metrics = {"epoch": row["epoch"], OBJECTIVE: self.best, CURRENT: score, KNOWN: is_known}
         tune.report(metrics, checkpoint=checkpoint)
 
     def tell_last(self) -> None:

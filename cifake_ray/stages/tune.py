@@ -7,20 +7,22 @@ ended when it does, so a search that was killed goes on by telling Ray Tune what
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from cifake_ray.config import TrainConfig, TuneConfig, effective_settings
+from cifake_ray.core.augmentation import POLICIES
 from cifake_ray.core.search_space import Space, list_grid, parse_space, sample_space
 from cifake_ray.core.trials import find_best
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.report.trials_text import format_recipe
 from cifake_ray.report.tuning import render_search
 from cifake_ray.stages.cluster import Resources, choose_gpu, connect_cluster, place_workers
@@ -35,7 +37,7 @@ from cifake_ray.stages.trial_watch import TrialWatch
 from cifake_ray.stages.trial_worker import FAILED, TrialPlan, run_trial
 from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.buckets import open_place
-from cifake_ray.storage.places import to_arrow
+from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe, read_searches
 from cifake_ray.storage.training import locate_cache, read_training_rows
 from cifake_ray.storage.trials import Trial
@@ -60,7 +62,7 @@ class TuneSummary:
     best: float
     chosen: dict[str, Any]
     epochs: int  # trained, over all trials
-    epochs_planned: int  # had every trial run to its last epoch
+    epochs_planned: int  # had no trial been stopped for falling behind
     steps: int
     elapsed_s: float
 
@@ -77,11 +79,14 @@ def search_options(
         run=str(open_place(config.run, config.store)),
         cache_dir=str(locate_cache(config.cache_dir)),
     )
-    space = parse_space(read_searches(config.search))
-    check_searcher(config, space)
     plan = _make_plan(config)
     search = plan.search
     shared = plan.to_train_config(Trial(0, {}))
+    space = {
+        name: replace(domain, values=tuple(_pin_file(name, v, shared) for v in domain.values))
+        for name, domain in parse_space(read_searches(config.search)).items()
+    }
+    check_searcher(config, space)
     settings = {
         **effective_settings(config),
         "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
@@ -130,8 +135,17 @@ def _make_plan(config: TuneConfig) -> TrialPlan:
         raise ValueError(
             f"--recipe {config.recipe}: {error}; it holds options of `train`"
         ) from error
-    options["epochs"] = train.epochs
+    options |= {n: _pin_file(n, getattr(train, n), train) for n in ("epochs", "weights", "augment")}
     return TrialPlan(config, options, read_augmentation(train))
+
+
+def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
+    """A path as whole, a file of steps as what it holds: trials run in folders of their own."""
+    if name == "weights" and value is not None:
+        return str(resolve_path(value, train.store))
+    if name == "augment" and value not in POLICIES:
+        return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
+    return value
 
 
 def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
@@ -145,6 +159,11 @@ def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> i
         default_workers=1,
     )
     num_places = resources.count_places(config.cpus_per_worker, int(use_gpu)) // per_trial
+    if config.scheduler == "pbt" and config.num_workers > 0 and num_places < 2:
+        raise ResourceError(
+            f"--scheduler pbt compares trials side by side; with --num-workers {config.num_workers}"
+            " there is room for one: give --num-workers 0, or more CPUs or GPUs"
+        )
     return min(num_places, config.max_concurrent or num_places)
 
 
@@ -159,40 +178,47 @@ def _prepare_trials(plan: TrialPlan, space: Space, say: Callable[[str], None]) -
         over = sum(trial.end is not None for trial in known)
         say(f"tune: going on with {len(known)} trials, {over} of them over")
     for number, trial in enumerate(known):
-        if (trial.end or "").startswith(FAILED):  # it is tried again
+        if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # it is tried again
             known[number] = replace(trial, end=None)
             search.write_trial(known[number])
     if config.searcher == "tpe" or len(known) == config.trials:
         return known
-    trials: list[Trial] = []
-    num_left_out = 0
-    for chosen in _list_choices(config, space):
-        if len(trials) == config.trials:
-            break
-        number = len(trials)
-        if number < len(known):
-            fitting = known[number] if known[number].chosen == chosen else None
-        else:
-            fitting = plan.measure(Trial(number, chosen))
-        if fitting is None:
-            num_left_out += 1
-            continue
-        search.write_trial(fitting)
-        trials.append(fitting)
-    if not trials:
-        raise ValueError(
-            f"none of {num_left_out:,} networks is within --max-parameters and --max-latency-ms;"
-            " raise them, or search smaller ones"
-        )
-    if num_left_out:
-        say(f"tune: {num_left_out:,} choices left out by --max-parameters or --max-latency-ms")
+    trials = _choose_trials(plan, space, known, say)
+    for trial in trials:
+        search.write_trial(trial)
     return trials
 
 
-def _list_choices(config: TuneConfig, space: Space) -> Iterator[dict[str, Any]]:
+def _choose_trials(
+    plan: TrialPlan, space: Space, known: list[Trial], say: Callable[[str], None]
+) -> list[Trial]:
+    """What is within the budget and goes together, in order; what is not is told with a reason."""
+    config, trials, left_out = plan.config, list[Trial](), Counter[str]()
+    choices: Iterable[dict[str, Any]]
     if config.searcher == "grid":
-        return list_grid(space)
-    return (sample_space(space, config.seed, n) for n in range(config.trials * MOST_LEFT_OUT))
+        choices = list_grid(space)
+        if len(choices) > config.trials:
+            say(f"tune: {config.trials} of {len(choices):,} combinations are tried; see --trials")
+    else:
+        tries = range(config.trials * MOST_LEFT_OUT)
+        choices = (sample_space(space, config.seed, number) for number in tries)
+    for chosen in choices:
+        number = len(trials)
+        if number == config.trials:
+            break
+        if number < len(known):  # else it was left out before
+            trials += [known[number]] if known[number].chosen == chosen else []
+            continue
+        try:
+            trials.append(plan.measure(Trial(number, chosen)))
+        except ValueError as error:
+            left_out[str(error)] += 1
+    reasons = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.most_common(3))
+    if not trials:
+        raise ValueError(f"none of {left_out.total():,} choices can be trained ({reasons})")
+    if left_out:
+        say(f"tune: {left_out.total():,} choices left out ({reasons})")
+    return trials
 
 
 def _run_trials(
@@ -216,6 +242,7 @@ def _run_trials(
         room = {"cpu": 0, "memory": 1}  # a byte: Ray places nothing that needs nothing
     settings = [{"number": trial.number, "chosen": trial.chosen} for trial in trials]
     is_tpe = config.searcher == "tpe"
+    is_shared = config.scheduler == "pbt" and config.num_workers == 0
     tuner = tune.Tuner(
         tune.with_resources(partial(run_trial, plan=plan), room),
         param_space={} if is_tpe else {"trial": tune.grid_search(settings)},
@@ -223,7 +250,8 @@ def _run_trials(
             search_alg=RecordedSearcher(plan, space) if is_tpe else None,
             scheduler=make_scheduler(config, plan.options["epochs"], space),
             num_samples=config.trials if is_tpe else 1,
-            max_concurrent_trials=num_at_once,
+            # Population based training lets its trials take turns: all of them must have begun.
+            max_concurrent_trials=None if is_shared else num_at_once,
             time_budget_s=config.time_budget,
             reuse_actors=config.num_workers == 0,
         ),
@@ -272,6 +300,7 @@ def _finish(
         command=f"cifake-ray train {config.shards} RUN --recipe recipe.yaml",
         row=best,
         objective=config.objective,
+        is_alone=trial.generation == 0,
     )
     search.write_tables(rows)
     search.write_best(trial, recipe)
@@ -288,7 +317,12 @@ def _finish(
         best=best[config.objective],
         chosen=trial.chosen,
         epochs=sum(row["epochs"] for row in rows),
-        epochs_planned=len(rows) * plan.options["epochs"],
+        epochs_planned=sum(
+            row["epochs"]
+            if row["end"] == OUT_OF_TIME or row["end"].startswith(FAILED)
+            else plan.options["epochs"]
+            for row in rows
+        ),
         steps=sum(row["steps"] for row in rows),
         elapsed_s=round(time.time() - started_s, 1),
     )

@@ -13,7 +13,7 @@ from typing import Any
 PACKAGE = Path(__file__).parents[1]
 RECIPES, SEARCHES = PACKAGE / "recipes", PACKAGE / "searches"
 EVERYTHING = "everything"
-EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def parse_mapping(data: bytes, name: str) -> dict[str, Any]:

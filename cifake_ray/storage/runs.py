@@ -147,6 +147,8 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
     """RunMismatch, with the difference, when the folder belongs to a run with other settings."""
     if old != new:
+        if old.get("command") != new["command"]:  # nothing else is comparable
+            old, new = ({"command": settings.get("command")} for settings in (old, new))
         raise RunMismatch(
             f"{out} belongs to another run ({describe_difference(old, new)}); choose a new output"
             " folder, or give the same settings"

@@ -53,7 +53,7 @@ def claim_folder(
         found = read_json(papers)
         if "settings" not in found:
             raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
-        if is_begun():
+        if found.get("command") != command or is_begun():
             refuse_other_settings(path, found["settings"], settings)
         else:  # refused or killed before it came to anything: there is nothing to lose
             write_json(papers, record)

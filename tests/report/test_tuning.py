@@ -115,7 +115,10 @@ def test_a_recipe_opens_with_its_command_and_what_it_reached() -> None:
     row = to_row(
         3, {}, None, 1, [{"epoch": 1, "step": 1, "train_s": 90, "val_auroc": 0.9}], "val_auroc"
     )
-    text = format_recipe({"lr": 0.1}, command="train it", row=row, objective="val_auroc")
+    facts: Any = {"command": "train it", "row": row, "objective": "val_auroc"}
+    text = format_recipe({"lr": 0.1}, **facts, is_alone=True)
+    assert "on their own" not in text
+    assert "on their own" in format_recipe({"lr": 0.1}, **facts, is_alone=False)
     assert text.startswith("# Trial 3 of a search: val_auroc 0.9000 after epoch 1 of 1,\n# 1.5 min")
     assert "#   train it\n" in text
     assert text.endswith("lr: 0.1\n")

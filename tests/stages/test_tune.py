@@ -209,19 +209,88 @@ def test_the_budget_leaves_out_networks_and_says_how_many(
     rows = read_rows(tmp_path / "run")
     assert [row["model"] for row in rows] == ["cnn", "small_cnn_w8_d1"]
     assert all(row["num_parameters"] <= 40_000 for row in rows)
-    assert "1 choices left out by --max-parameters" in said[0]
-    with pytest.raises(ValueError, match="none of 3 networks is within --max-parameters"):
+    assert said[0] == "tune: 1 choices left out (1: more than --max-parameters)"
+    with pytest.raises(ValueError, match=r"none of 3 choices .* more than --max-par"):
         run_tune(shards, tmp_path / "none", files, max_parameters=10, **options)
 
 
-@pytest.mark.parametrize("scheduler", ["median", "pbt"])
-def test_other_schedulers_come_to_an_end(
-    shards: Path, files: dict[str, str], tmp_path: Path, scheduler: str
+def test_options_that_do_not_go_together_are_left_out_with_the_reason(
+    shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    summary = run_tune(shards, tmp_path / "run", files, scheduler=scheduler)
-    assert summary["trials"] == 4
+    Path(files["search"]).write_text("patience: [null, 2]\nmin_delta: [0.0, 0.001]\n")
+    said: list[str] = []
+    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, say=said.append)
+    assert said[0].startswith("tune: 1 choices left out (1: --min-delta needs --patience")
+    assert len(read_rows(tmp_path / "run")) == 3
+
+
+def test_a_grid_that_is_cut_says_so(shards: Path, files: dict[str, str], tmp_path: Path) -> None:
+    Path(files["search"]).write_text("lr: [0.001, 0.002, 0.003]\n")
+    said: list[str] = []
+    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, trials=2, say=said.append)
+    assert said[0] == "tune: 2 of 3 combinations are tried; see --trials"
+
+
+def test_files_that_are_named_from_here_are_found_by_the_trials(
+    shards: Path, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps.yaml").write_text("flip: 0.25\n")
+    Path(files["search"]).write_text("augment: [none, steps.yaml]\n")
+    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1)
+    assert [row["augment"] for row in read_rows(tmp_path / "run")] == ["none", '{"flip": 0.25}']
+    assert {row["end"] for row in read_rows(tmp_path / "run")} == {"all 1 epochs done"}
+
+
+def test_a_folder_of_another_verb_is_refused_and_stays_as_it_is(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    converted, searched = tmp_path / "converted", tmp_path / "searched"
+    shutil.copytree(shards, converted)
+    run_tune(shards, searched, files, trials=1, epochs=1)
+    before = read_stamps(tmp_path)
+    with pytest.raises(RunMismatch, match="command: 'convert' there, 'tune' here"):
+        run_tune(shards, converted, files)
+    config = TrainConfig(shards=str(shards), run=str(searched), num_workers="0")
+    with pytest.raises(RunMismatch, match="command: 'tune' there, 'train' here"):
+        train_detector(config, lambda row, epochs: None, time.time())
+    assert read_stamps(tmp_path) == before
+
+
+def test_median_stopping_comes_to_an_end(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    summary = run_tune(shards, tmp_path / "run", files, scheduler="median")
+    assert sum(summary["ends"].values()) == 4
+    assert summary["ends"].keys() <= {"all 3 epochs done", "stopped by median"}
     assert (tmp_path / "run" / "bundle" / "config.json").exists()
-    assert None not in summary["ends"]
+
+
+def test_in_population_based_training_all_take_turns_and_stay_themselves(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    Path(files["search"]).write_text("lr: {loguniform: [1.0e-9, 0.02]}\naugment.flip: [0.0, 0.5]\n")
+    summary = run_tune(shards, run, files, scheduler="pbt", trials=6, epochs=5, seed=2)
+    assert summary["ends"] == {"all 5 epochs done": 6}
+    search = SearchRun(run)
+    trials = search.read_trials()
+    assert [trial.number for trial in trials] == list(range(6))
+    assert any(trial.generation for trial in trials), "none was given another's weights"
+    for trial in trials:
+        assert 1e-9 <= trial.chosen["lr"] < 0.02
+        assert [row["epoch"] for row in search.run_of(trial).read_history()] == [1, 2, 3, 4, 5]
+    is_alone = search.read_trial(summary["best_trial"]).generation == 0
+    assert ("on their own" in (run / "recipe.yaml").read_text()) is not is_alone
+
+
+def test_population_based_training_with_room_for_one_is_refused(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ResourceError, match="with --num-workers 2 there is room for one"):
+        run_tune(shards, tmp_path / "run", files, scheduler="pbt", num_workers=2)
+    with pytest.raises(ValueError, match="leave --max-concurrent out"):
+        make_config(shards, tmp_path / "run", files, scheduler="pbt", max_concurrent=1)
 
 
 def test_tpe_tries_as_many_as_it_is_told(
@@ -236,6 +305,16 @@ def test_tpe_tries_as_many_as_it_is_told(
     (run / "_SUCCESS").unlink()
     run_tune(shards, run, files, searcher="tpe", trials=3, epochs=1)
     assert read_rows(run) == rows
+
+
+def test_tpe_chooses_anew_after_a_kill(shards: Path, files: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
+    (run / "_SUCCESS").unlink()
+    for number in (2, 3):  # as if it had been killed before these
+        shutil.rmtree(SearchRun(run).folder_of(number))
+    run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
+    assert len({row["lr"] for row in read_rows(run)}) == 4, "a trial was tried twice"
 
 
 def test_tpe_goes_on_after_a_network_beyond_the_budget(
@@ -258,6 +337,7 @@ def test_the_time_budget_ends_the_search_and_is_the_reason(
         shards, tmp_path / "run", files, trials=3, epochs=2000, time_budget=10, scheduler="none"
     )
     assert summary["ends"] == {"the time budget was over": 3}
+    assert summary["epochs"] == summary["epochs_planned"], "nothing was saved by stopping early"
     assert (tmp_path / "run" / "bundle" / "config.json").exists()
 
 
