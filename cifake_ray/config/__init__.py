@@ -16,9 +16,9 @@ from cifake_ray.config.fields import Doc as Doc
 from cifake_ray.config.fields import Fit as Fit
 from cifake_ray.config.fields import StoreConfig as StoreConfig
 from cifake_ray.config.fields import check_endpoint as check_endpoint
-from cifake_ray.config.fields import check_type as check_type
 from cifake_ray.config.fields import doc_of as doc_of
 from cifake_ray.config.fields import effective_settings as effective_settings
+from cifake_ray.config.fields import find_misfit as find_misfit
 from cifake_ray.config.training import Monitor as Monitor
 from cifake_ray.config.training import TrainConfig as TrainConfig
 from cifake_ray.config.tuning import TuneConfig as TuneConfig

@@ -40,19 +40,20 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_type(config_class: type, name: str, value: object) -> None:
-    """ValueError, which says what fits, for a value that the type of a field does not hold."""
+def find_misfit(config_class: type, name: str, value: object) -> str | None:
+    """`is 'adam'; give adamw or sgd` when the type of a field does not hold a value, else None."""
     hint = _read_hints(config_class)[name]
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    if not any(_fits(kind, value) for kind in kinds):
-        words = [
-            word
-            for kind in kinds
-            for word in (
-                get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
-            )
-        ]
-        raise ValueError(f"{name.replace('_', '-')} is {value!r}; give {' or '.join(words)}")
+    if any(_fits(kind, value) for kind in kinds):
+        return None
+    words = [
+        word
+        for kind in kinds
+        for word in (
+            get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
+        )
+    ]
+    return f"is {value!r}; give {' or '.join(words)}"
 
 
 @cache
@@ -104,7 +105,8 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_type(type(self), field.name, getattr(self, field.name))
+            misfit = find_misfit(type(self), field.name, getattr(self, field.name))
+            check(misfit is None, f"--{field.name.replace('_', '-')} {misfit}")
         check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
 
     @property

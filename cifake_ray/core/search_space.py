@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from cifake_ray.config import TrainConfig, check_type, doc_of
+from cifake_ray.config import TrainConfig, doc_of, find_misfit
 from cifake_ray.core.augmentation import Augmentation
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
@@ -80,10 +80,8 @@ def parse_space(values: Mapping[str, Any]) -> Space:
     for name, domain in space.items():
         owner = Augmentation if name.startswith(AUGMENT) else TrainConfig
         for value in (domain.pick(0.0), *(domain.values if domain.kind == "choice" else ())):
-            try:
-                check_type(owner, name.removeprefix(AUGMENT), value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            if misfit := find_misfit(owner, name.removeprefix(AUGMENT), value):
+                raise ValueError(f"{name} {misfit}")
     return space
 
 
@@ -114,13 +112,13 @@ def sample_space(space: Space, seed: int, number: int) -> dict[str, Any]:
     return {n: d.pick(float(u)) for (n, d), u in zip(space.items(), shares, strict=True)}
 
 
-def list_grid(space: Space) -> list[dict[str, Any]]:
+def list_grid(space: Space) -> Iterator[dict[str, Any]]:
     """Every combination, the last option changing fastest. ValueError for a range."""
     for name, domain in space.items():
         if domain.kind != "choice":
             raise ValueError(f"--searcher grid: {name} is a {domain.kind}; give a list of values")
-    combinations = itertools.product(*(domain.values for domain in space.values()))
-    return [dict(zip(space, values, strict=True)) for values in combinations]
+    for values in itertools.product(*(domain.values for domain in space.values())):
+        yield dict(zip(space, values, strict=True))
 
 
 def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[str, Any]:

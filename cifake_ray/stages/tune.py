@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -194,11 +195,11 @@ def _choose_trials(
 ) -> list[Trial]:
     """What is within the budget and goes together, in order; what is not is told with a reason."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
-    choices: Iterable[dict[str, Any]]
     if config.searcher == "grid":
         choices = list_grid(space)
-        if len(choices) > config.trials:
-            say(f"tune: {config.trials} of {len(choices):,} combinations are tried; see --trials")
+        num_choices = math.prod(len(domain.values) for domain in space.values())
+        if num_choices > config.trials:
+            say(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
     else:
         tries = range(config.trials * MOST_LEFT_OUT)
         choices = (sample_space(space, config.seed, number) for number in tries)

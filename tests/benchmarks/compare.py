@@ -249,13 +249,14 @@ def render_page() -> str:
 HEAD = """\
 # Experiments
 
-Made by `python tests/benchmarks/compare.py NAME --write`; what is compared stands in
+Each section is made by its command with `--write`; what `compare.py` compares stands in
 `tests/benchmarks/comparisons`.
 
-All are trained on CIFAKE's train split or a part of it, a tenth of which is kept for validation and
-chooses the epoch; the test images choose nothing. Accuracy is at 0.5. A mean over seeds stands with
-its 95% interval (Student's t), and the gain over the first variant is seed by seed. Minutes are
-those of the training epochs, a median over seeds, on shared cores: compare them within a table.
+Where a section does not say otherwise, all are trained on CIFAKE's train split or a part of it, a
+tenth of which is kept for validation and chooses the epoch; the test images choose nothing.
+Accuracy is at 0.5. A mean over seeds stands with its 95% interval (Student's t), and the gain over
+the first variant is seed by seed. Minutes are those of the training epochs, a median over seeds, on
+shared cores: compare them within a table.
 """
 
 

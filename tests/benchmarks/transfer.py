@@ -41,7 +41,7 @@ TEST_SHARE = 0.3
 
 CROPS: dict[str, Any] = {
     "model": "small_cnn",
-    "image_size": 160,
+    "image_size": 128,
     "fit": "crop",
     "epochs": 20,
     "batch_size": 16,
@@ -60,9 +60,9 @@ DETECTORS: dict[str, dict[str, Any] | None] = {
         "layer_decay": 0.8,
         "augment": "flip",
     },
-    "small_cnn, native crops of 160 px": CROPS,
+    "small_cnn, native crops of 128 px": CROPS,
     "small_cnn, the same from the box's weights": {**CROPS, "weights": "box"},
-    "small_cnn, resized to 160 px": {**CROPS, "fit": "resize"},
+    "small_cnn, resized to 128 px": {**CROPS, "fit": "resize"},
 }
 
 

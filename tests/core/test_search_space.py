@@ -62,13 +62,13 @@ def test_each_kind_stays_inside_and_reaches_all_of_it() -> None:
 
 def test_the_grid_is_every_combination_once() -> None:
     space = parse_space({"patience": [1, 2], "augment.flip": [0.0, 0.5], "lr": [0.1]})
-    assert list_grid(space) == [
+    assert list(list_grid(space)) == [
         {"patience": patience, "augment.flip": flip, "lr": 0.1}
         for patience in (1, 2)
         for flip in (0.0, 0.5)
     ]
     with pytest.raises(ValueError, match="--searcher grid: lr is a loguniform; give a list"):
-        list_grid(SPACE)
+        list(list_grid(SPACE))
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_the_grid_is_every_combination_once() -> None:
         ({"patience": {"randint": [1.5, 3]}}, "patience: randint takes whole numbers"),
         (
             {"patience": {"uniform": [1, 5]}},
-            r"patience: .* is 1\.0; give a whole number",
+            r"patience is 1\.0; give a whole number",
         ),
         ({"optimizer": ["adamw", "adam"]}, "optimizer is 'adam'; give adamw or sgd or muon"),
         ({"lr": ["0.1"]}, r"lr is '0\.1'; give a number"),
-        ({"channels_last": [0, 1]}, "channels-last is 0; give true or false"),
-        ({"augment.flip": ["often"]}, r"augment\.flip: flip is 'often'; give a number"),
+        ({"channels_last": [0, 1]}, "channels_last is 0; give true or false"),
+        ({"augment.flip": ["often"]}, r"augment\.flip is 'often'; give a number"),
         ({"num_workers": ["1", "2"]}, "num_workers: cannot be searched"),
         ({"monitor": ["val_loss"]}, "monitor: cannot be searched"),
     ],
