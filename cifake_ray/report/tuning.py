@@ -41,6 +41,7 @@ def render_search(
     rows: Sequence[dict[str, Any]],
     histories: Mapping[int, Sequence[Mapping[str, Any]]],
     recipe: str,
+    command: str,
 ) -> str:
     """The page, to be written as UTF-8.
 
@@ -86,7 +87,11 @@ def render_search(
         ],
         best_trial=summary["best_trial"],
         recipe=recipe,
-        facts={"run": summary["out"], "bundle": summary["bundle"], "recipe": summary["recipe"]},
+        facts={
+            "Command": command,
+            "Bundle": summary["bundle"],
+            "Recipe": summary["recipe"],
+        },
     )
 
 

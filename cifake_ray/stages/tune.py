@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -330,8 +331,18 @@ def _finish(
     histories = {
         trial.number: search.run_of(trial).read_history() for trial in search.read_trials()
     }
-    page = render_search(asdict(summary), rows, histories, recipe)
+    page = render_search(asdict(summary), rows, histories, recipe, _describe_command(config))
     search.write_report(page.encode())
     watch.show()
     search.write_success(asdict(summary))
     return asdict(summary)
+
+
+def _describe_command(config: TuneConfig) -> str:
+    """The command of a search with all that was not left as it is."""
+    words, plain = ["cifake-ray", "tune", config.shards, config.run], TuneConfig(shards="", run="")
+    for name, value in effective_settings(config).items():
+        if name != "shards" and value != effective_settings(plain)[name]:
+            for one in value if isinstance(value, list) else [value]:
+                words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)

@@ -82,6 +82,10 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     assert summary["best"] == max(row["val_accuracy"] for row in rows)
     with open(run / "trials.csv", newline="") as file:
         assert [row["lr"] for row in csv.DictReader(file)] == [str(row["lr"]) for row in rows]
+    command = (
+        f"cifake-ray tune {shards} {run} --search {files['search']} --recipe {files['recipe']}"
+    )
+    assert f"{command} --trials 4 --scheduler none" in (run / "report.html").read_text()
     table = [line for line in said if line.startswith("| ")]
     assert len(table) == 6  # head, rule, four trials
     before = read_stamps(run)
