@@ -6,6 +6,7 @@ Floor: stages.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 from ray import tune
@@ -60,6 +61,12 @@ class _Asha(_Recalling, AsyncHyperBandScheduler):
 class _Median(_Recalling, MedianStoppingRule):
     """Median stopping."""
 
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(controller, trial, result)
+        if decision == TrialScheduler.CONTINUE:  # it keeps who it would have stopped
+            self._stopped_trials.discard(trial)
+        return decision
+
 
 class _Pbt(PopulationBasedTraining):
     """Population based training: weights and options of a better trial, changed a little."""
@@ -92,6 +99,8 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
             time_attr="epoch",
             grace_period=config.grace_epochs,
             min_samples_required=3,
+            # Or trials would be paused while there are fewer.
+            min_time_slice=math.inf,  # type: ignore[arg-type]
             metric=OBJECTIVE,
             mode="max",
         )

@@ -303,10 +303,11 @@ split), with test-time flip but in the last column. Minutes of training on {{thr
 
 {{table}}
 
-One seed: differences below about 0.2 points are noise. What shows beyond it: a whitened look at the
-pixels helps most for what it costs, work at 32 x 32 pixels helps and costs three times as much; Muon,
-the mirror and label smoothing earn their place. What hides or mixes evidence (CutMix, cutout, crops,
-upside down) costs, and so do narrower layers; a teacher gives little for five times the minutes.
+One seed: differences below about 0.2 points are noise. What shows beyond it: a whitened look at
+the pixels helps most for what it costs; work at 32 x 32 pixels helps and costs three times as
+much; Muon, the mirror and label smoothing earn their place. What hides or mixes evidence (CutMix,
+cutout, crops, upside down) costs, and so do narrower layers; a teacher gives little for five times
+the minutes.
 """
 
 
