@@ -6,6 +6,7 @@ Floor: doors. Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
 
@@ -52,9 +53,9 @@ def run_command(
         if debug:
             _show_traceback(failure)
         message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
-        print(f"cifake-ray: {clean_text(message)}", file=sys.stderr)
+        say(f"cifake-ray: {message}")
         if json_output:
-            print(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}))
+            _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
     signal.signal(signal.SIGTERM, on_sigterm)
     sys.excepthook = on_unexpected
@@ -77,14 +78,21 @@ def run_command(
         error = "interrupted; run the same command again to go on from there"
     if json_output:
         record = {"error": error} if error else _to_record(result)
-        print(_encode({**record, "exit_code": int(code)}))
+        _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
-        print(f"cifake-ray: {clean_text(error)}", file=sys.stderr)
+        say(f"cifake-ray: {error}")
     elif not json_output:
         text = show(result) if show else format_record(_to_record(result))
-        print("\n".join(map(clean_text, text.split("\n"))))
-    sys.stdout.flush()
+        _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
+
+
+def _put(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Text for a reader; once the reader is gone, as after `| head`, for nobody."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _encode(record: dict[str, Any]) -> str:
@@ -94,7 +102,7 @@ def _encode(record: dict[str, Any]) -> str:
 
 def _show_traceback(failure: BaseException) -> None:
     for line in "".join(traceback.format_exception(failure)).splitlines():
-        print(clean_text(line), file=sys.stderr)
+        say(line)
 
 
 def _to_record(result: Any) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def _format_value(value: Any) -> str:
 
 def say(message: str) -> None:
     """A line for the person who waits."""
-    print(clean_text(message), file=sys.stderr, flush=True)
+    _put(clean_text(message), sys.stderr)
 
 
 @dataclass
@@ -147,7 +155,7 @@ class ProgressLine:
             f" {progress.failed:,} failed, {progress.images_per_s:,.0f} images/s{eta}"
         )
         if is_terminal:
-            print(f"\r\x1b[K{text}", end="\n" if is_last else "", file=sys.stderr, flush=True)
+            _put(f"\r\x1b[K{text}", sys.stderr, end="\n" if is_last else "")
         else:
             say(text)
 

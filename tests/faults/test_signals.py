@@ -21,11 +21,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory, 3000)
 
 
-def interrupt(
-    command: list[str], is_time: Callable[[], object], number: signal.Signals, code: int
-) -> str:
-    """What a command says that is sent a signal when it is time."""
-    process = subprocess.Popen(
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-m", "cifake_ray", *command, "--json"],
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,
@@ -35,6 +32,13 @@ def interrupt(
         # pytest in the background of a shell has SIGINT ignored, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def interrupt(
+    command: list[str], is_time: Callable[[], object], number: signal.Signals, code: int
+) -> str:
+    """What a command says that is sent a signal when it is time."""
+    process = start(command)
     wait_until(is_time, 120)
     os.kill(process.pid, number)
     output, errors = process.communicate(timeout=30)
@@ -52,6 +56,22 @@ def test_a_signal_during_the_work_ends_it_with_a_word(
     command = ["score", str(images), str(out), "--shard-size", "20"]
     interrupt(command, lambda: list(out.glob("scores/part-*")), number, code)
     assert not (out / "_SUCCESS").exists()
+
+
+def test_training_ends_even_when_nobody_is_left_to_read(
+    images: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    assert run_command(["convert", str(images), str(shards)], env)[0] == 0
+    command = ["train", str(shards), str(run), "--epochs", "500", "--cache-dir", str(tmp_path)]
+    process = start(command)
+    wait_until((run / "history.jsonl").exists, 120)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    process.terminate()
+    assert process.wait(timeout=60) == 143
 
 
 def test_a_search_ends_with_a_word_and_its_threads_start_no_other_ray(
