@@ -340,9 +340,10 @@ def _finish(
 
 def _describe_command(config: TuneConfig) -> str:
     """The command of a search with all that was not left as it is."""
-    words, plain = ["cifake-ray", "tune", config.shards, config.run], TuneConfig(shards="", run="")
+    words = ["cifake-ray", "tune", config.shards, config.run]
+    plain = effective_settings(TuneConfig(shards=config.shards, run=config.run))
     for name, value in effective_settings(config).items():
-        if name != "shards" and value != effective_settings(plain)[name]:
+        if value != plain[name]:
             for one in value if isinstance(value, list) else [value]:
                 words += [f"--{name.replace('_', '-')}", str(one)]
     return shlex.join(words)

@@ -11,12 +11,14 @@ from compare import (
     HERE,
     PAGE,
     Comparison,
+    degrade,
     find_interval,
     format_points,
     render_page,
     summarise,
     to_flags,
 )
+from PIL import Image
 from typer.testing import CliRunner
 
 from cifake_ray.cli import app
@@ -77,6 +79,20 @@ def test_gains_are_seed_by_seed() -> None:
     assert more["to the first"] == "+1.00 ± 0.00"
     assert more["what differs"] == "--lr 0.1"
     assert more["epochs"] == "50-51"
+
+
+def test_changed_test_images_are_darker_or_saved_again_and_stand_in_columns(tmp_path: Path) -> None:
+    image = Image.new("RGB", (32, 32), (200, 100, 50))
+    degrade(image, tmp_path / "dark.jpg", brightness=0.5)
+    with Image.open(tmp_path / "dark.png") as dark:
+        assert dark.getpixel((0, 0)) == (100, 50, 25)
+    degrade(image, tmp_path / "saved.jpg", jpeg=50)
+    with Image.open(tmp_path / "saved.jpg") as saved:
+        assert saved.format == "JPEG"
+    comparison = replace(COMPARISONS[0], variants={"none": {}}, conditions={"dark": {}})
+    table = summarise(comparison, [make_row("none", 0, 0.9, conditions={"dark": 0.8})])
+    assert table.splitlines()[0].rstrip("| ").endswith("dark, %")
+    assert table.splitlines()[2].rstrip("| ").endswith("80.00")
 
 
 def test_the_page_in_the_package_is_that_of_its_figures() -> None:

@@ -60,8 +60,8 @@ def test_a_policy_may_stand_in_a_recipe(tmp_path: Path) -> None:
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("lr: 1e-3\nweight_decay: 2E+1\nlayer_decay: .5e0\nmodel: e1\n")
-    values = {"lr": 0.001, "weight_decay": 20.0, "layer_decay": 0.5, "model": "e1"}
+    path.write_text("lr: 1e-3\nweight_decay: 2E+1\nlayer_decay: .5e0\nmodel: 3e45ab\n")
+    values = {"lr": 0.001, "weight_decay": 20.0, "layer_decay": 0.5, "model": "3e45ab"}
     assert read_mapping(path) == values
 
 
