@@ -26,6 +26,7 @@ from measure import find_cifake, format_table, link_part, say
 
 from cifake_ray.core.augmentation import POLICIES
 from cifake_ray.core.search_space import to_train_options
+from cifake_ray.core.trials import format_value
 from cifake_ray.storage.files import write_bytes
 from cifake_ray.storage.recipes import RECIPES
 from cifake_ray.storage.trials import SearchRun
@@ -89,7 +90,7 @@ def render_section(rows: Sequence[Row], searched: Row, plain: list[tuple[float, 
         + ", ".join(f"{end} {count}" for end, count in sorted(row["ends"].items()))
         for row in rows
     )
-    chosen = ", ".join(f"{name} {value}" for name, value in rows[0]["chosen"].items())
+    chosen = ", ".join(f"{name} {format_value(v)}" for name, v in rows[0]["chosen"].items())
     return SECTION.format(
         table=format_table(lines),
         ends=ends,
