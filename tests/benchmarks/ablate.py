@@ -307,7 +307,9 @@ One seed: differences below about 0.2 points are noise. What shows beyond it: a 
 the pixels helps most for what it costs; work at 32 x 32 pixels helps and costs three times as
 much; Muon, the mirror and label smoothing earn their place. What hides or mixes evidence (CutMix,
 cutout, crops, upside down) costs, and so do narrower layers; a teacher gives little for five times
-the minutes.
+the minutes. With more than four times the images whitening brings nothing any more: trained on all
+of CIFAKE, `fast` told 97.91% of the test images right with it and 97.89% without (seed 0), and 35
+epochs with it (55 minutes on the same two cores, float32) 98.16%. So `small_cnn` does without.
 """
 
 
