@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +23,12 @@ from cifake_ray.config import (
     RepairConfig,
     SampleConfig,
     ScoreConfig,
+    SubmitConfig,
     TrainConfig,
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import run_command, say
+from cifake_ray.console import get_log_format, run_command, say, show_line
 from cifake_ray.errors import ExitCode
 from cifake_ray.options import DebugOption, JsonOption, make_command
 
@@ -51,8 +53,12 @@ def _add_verb(name: str, config_class: type[Config]) -> None:
 
         run_command(body, json_output=json_output, debug=debug)
 
+    app.command(name=name, help=_describe(config_class))(make_command(config_class, run))
+
+
+def _describe(config_class: type[Config]) -> str:
     doc = (config_class.__doc__ or "").partition(": ")[2]
-    app.command(name=name, help=doc[:1].upper() + doc[1:])(make_command(config_class, run))
+    return doc[:1].upper() + doc[1:]
 
 
 VERBS: dict[str, type[Config]] = {
@@ -69,6 +75,35 @@ VERBS: dict[str, type[Config]] = {
 }
 for _name, _config_class in VERBS.items():
     _add_verb(_name, _config_class)
+
+
+submit = typer.Typer(
+    help="Run a verb as a job of a Ray cluster; the command ends with the job's own exit code.",
+    no_args_is_help=True,
+)
+app.add_typer(submit, name="submit")
+
+
+def _add_submission(verb: str) -> None:
+    def run(make_configs: Any, *, json_output: bool, debug: bool) -> None:
+        def body() -> tuple[Any, int]:
+            config, job = make_configs()
+            from cifake_ray.stages.submit import submit_job
+
+            flags = ["--json"] * json_output + ["--debug"] * debug
+            flags += ["--log-format", "json"] * (get_log_format() == "json")
+            log_to = sys.stderr if json_output else sys.stdout
+            return submit_job(config, job, verb, flags, say, partial(show_line, stream=log_to))
+
+        run_command(body, json_output=json_output, debug=debug)
+
+    submit.command(name=verb, help=_describe(VERBS[verb]))(
+        make_command(VERBS[verb], run, SubmitConfig)
+    )
+
+
+for _name in ("convert", "train", "tune", "evaluate", "score", "pipeline"):
+    _add_submission(_name)
 
 
 @app.command()

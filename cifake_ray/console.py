@@ -13,13 +13,17 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
 
 if TYPE_CHECKING:
     from cifake_ray.stages.batch import Progress
+
+LogFormat = Literal["text", "json"]
+_log_format: LogFormat = "text"
 
 PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
 TERMINAL_INTERVAL_S = 0.2
@@ -75,7 +79,7 @@ def run_command(
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
-        error = "interrupted; run the same command again to go on from there"
+        error = str(failure) or "interrupted; run the same command again to go on from there"
     if json_output:
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
@@ -129,9 +133,30 @@ def _format_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def say(message: str) -> None:
-    """A line for the person who waits."""
-    _put(clean_text(message), sys.stderr)
+def choose_log_format(log_format: LogFormat) -> LogFormat:
+    """How `say` writes from now on."""
+    global _log_format
+    _log_format = log_format
+    return log_format
+
+
+def say(message: str, **facts: Any) -> None:
+    """A line for the person who waits, or for the program that gathers logs and wants `facts`."""
+    if _log_format == "json":
+        time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+        _put(_encode({"time": time_utc, "message": message, **facts}), sys.stderr)
+    else:
+        _put(clean_text(message), sys.stderr)
+
+
+def get_log_format() -> LogFormat:
+    """How `say` writes."""
+    return _log_format
+
+
+def show_line(line: str, stream: TextIO | None = None) -> None:
+    """A line of what was asked for, as it is."""
+    _put(clean_text(line), stream or sys.stdout)
 
 
 @dataclass
@@ -142,7 +167,7 @@ class ProgressLine:
     shown_s: float = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        is_terminal = sys.stderr.isatty()
+        is_terminal = sys.stderr.isatty() and _log_format == "text"
         is_last = progress.done + progress.failed == progress.listed
         interval_s = TERMINAL_INTERVAL_S if is_terminal else PLAIN_INTERVAL_S
         if time.monotonic() - self.shown_s < interval_s and not is_last:
@@ -157,7 +182,7 @@ class ProgressLine:
         if is_terminal:
             _put(f"\r\x1b[K{text}", sys.stderr, end="\n" if is_last else "")
         else:
-            say(text)
+            say(text, verb=self.verb, **asdict(progress))
 
 
 def format_time(seconds: float) -> str:
@@ -173,5 +198,6 @@ def show_epoch(row: dict[str, Any], epochs: int) -> None:
     say(
         f"train: epoch {row['epoch']} of {epochs}, loss {row['train_loss']:.4f}, validation loss"
         f" {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%},"
-        f" {row['images_per_s']:,.0f} images/s, {format_time(left)} left"
+        f" {row['images_per_s']:,.0f} images/s, {format_time(left)} left",
+        **row,
     )

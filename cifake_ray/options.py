@@ -10,11 +10,12 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from cifake_ray.config import Config, Doc, TrainConfig, doc_of
+from cifake_ray.console import LogFormat, choose_log_format
 from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe
 
 PREFIX = "CIFAKE_RAY_"
@@ -56,6 +57,16 @@ def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        help="json: each line on stderr is an object with time, message and numbers",
+        envvar=f"{PREFIX}LOG_FORMAT",
+        show_envvar=False,
+        callback=choose_log_format,
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error")]
 ConfigOption = Annotated[
     Path | None,
@@ -77,25 +88,29 @@ RecipeOption = Annotated[
 ]
 
 
-def make_command(config_class: type[Config], run: Callable[..., None]) -> Callable[..., None]:
+def make_command(
+    config_class: type[Config], run: Callable[..., None], job_class: type | None = None
+) -> Callable[..., None]:
     """A function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
-    `make()` builds the config, so that its ValueError is reported where all errors are.
+    `make()` builds the config, so that its ValueError is reported where all errors are. With a
+    `job_class` its fields are added, those of the same name replaced, and `make()` builds both.
     """
-    hints = get_type_hints(config_class)
+    classes = [config_class] if job_class is None else [job_class, config_class]
+    owners = {field.name: owner for owner in reversed(classes) for field in fields(owner)}
     parameters = []
-    for field in sorted(
-        fields(config_class), key=lambda f: not doc_of(config_class, f.name).positional
+    for name, owner in sorted(
+        owners.items(), key=lambda item: not doc_of(item[1], item[0]).positional
     ):
+        default = next(field.default for field in fields(owner) if field.name == name)
         parameters.append(
-            _make_parameter(
-                field.name, hints[field.name], field.default, doc_of(config_class, field.name)
-            )
+            _make_parameter(name, get_type_hints(owner)[name], default, doc_of(owner, name))
         )
     recipe = [("recipe", RecipeOption, None)] if config_class is TrainConfig else []
     for name, annotation, default in (
         ("json_output", JsonOption, False),
         ("debug", DebugOption, False),
+        ("log_format", LogFormatOption, "text"),
         ("config_file", ConfigOption, None),
         *recipe,
     ):
@@ -105,11 +120,20 @@ def make_command(config_class: type[Config], run: Callable[..., None]) -> Callab
             )
         )
 
-    def command(*, json_output: bool, debug: bool, config_file: Path | None, **values: Any) -> None:
-        for name, _, _ in recipe:
-            values.pop(name)  # its callback has made it defaults
+    heeded = ("log_format", "config_file", *(name for name, _, _ in recipe))  # by callbacks
+
+    def command(*, json_output: bool, debug: bool, **values: Any) -> None:
+        values = {name: value for name, value in values.items() if name not in heeded}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        run(lambda: config_class(**values), json_output=json_output, debug=debug)
+
+        def make() -> Any:
+            made = [
+                owner(**{name: values[name] for name in values if owners[name] is owner})
+                for owner in reversed(classes)
+            ]
+            return made[0] if job_class is None else made
+
+        run(make, json_output=json_output, debug=debug)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -118,7 +142,7 @@ def make_command(config_class: type[Config], run: Callable[..., None]) -> Callab
 
 
 def _make_parameter(name: str, hint: Any, default: Any, doc: Doc) -> inspect.Parameter:
-    if hint == tuple[str, ...]:
+    if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words
         hint, default = list[str], list(default)
     if doc.positional:
         info: Any = typer.Argument(help=doc.help, show_default=False)

@@ -58,7 +58,7 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     if isinstance(config, ConvertConfig):
         from cifake_ray.stages.convert import convert_images
 
-        result = convert_images(config, ProgressLine("convert"), started_s)
+        result = convert_images(config, ProgressLine("convert"), started_s, say)
     elif isinstance(config, ScoreConfig):
         from cifake_ray.stages.score import score_images
 
@@ -79,9 +79,9 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
 
     root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
-    common: dict[str, Any] = {"address": config.address, **asdict(config.store)}
+    common = asdict(config.cluster)
     codes = []
-    with connect_cluster(config.address):
+    with connect_cluster(config, say=say):
         for step in (
             ConvertConfig(src=config.src, out=shards, **common),
             TrainConfig(
@@ -145,7 +145,7 @@ def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
         "evaluate": EvaluateConfig,
     }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
-    here = {"out": config.out, "address": config.address, **asdict(config.store)}
+    here = {"out": config.out, **asdict(config.cluster)}
     try:
         again = verbs[run.command](**values, **here)
     except (KeyError, TypeError, ValueError) as error:

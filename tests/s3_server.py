@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import secrets
 import shutil
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
+import pyarrow as pa
+import pyarrow.parquet as pq
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -121,14 +125,34 @@ class S3Server:
         pages = paginator.paginate(Bucket=bucket, Prefix=prefix)
         return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
+    def upload(self, bucket: str, folder: Path, prefix: str) -> None:
+        """Write every file below a folder."""
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        keys = [prefix + path.relative_to(folder).as_posix() for path in paths]
+        with ThreadPoolExecutor(8) as threads:
+            list(
+                threads.map(lambda key, path: self.put(bucket, key, path.read_bytes()), keys, paths)
+            )
+
+    def list_parts(self, bucket: str, prefix: str) -> list[str]:
+        """The keys of the shards of a run."""
+        return sorted(key for key in self.list_keys(bucket, prefix) if "/part-" in key)
+
+    def read_table(self, bucket: str, prefix: str) -> pa.Table:
+        """All shards of a run in one table."""
+        shards = (io.BytesIO(self.get(bucket, key)) for key in self.list_parts(bucket, prefix))
+        return pa.concat_tables([pq.read_table(shard) for shard in shards])
+
 
 SERVICES = ("master", "volume", "filer", "s3")  # each with a port, and one of gRPC
 
 
-def _make_command(binary: str, folder: Path, config: Path, ports: list[int]) -> list[str]:
-    """The command that serves `folder` on these ports of loopback, two for each service."""
+def _make_command(
+    binary: str, folder: Path, config: Path, ports: list[int], address: str
+) -> list[str]:
+    """The command that serves `folder` on these ports, two for each service."""
     command = [binary, "-logdir", str(folder), "-config_dir", str(folder), "server"]
-    command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", "-filer", "-s3"]
+    command += [f"-ip={address}", f"-ip.bind={address}", f"-dir={folder}", "-filer", "-s3"]
     for name, port, grpc_port in zip(SERVICES, ports[::2], ports[1::2], strict=True):
         command += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc_port}"]
     command += [f"-s3.config={config}", "-s3.iam=false"]
@@ -159,8 +183,13 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, log: P
 
 
 @contextmanager
-def run_server(binary: str) -> Iterator[S3Server]:
-    """The server, until the block ends; its folder is removed with it."""
+def run_server(
+    binary: str, address: str = "127.0.0.1", enter: Sequence[str] = ()
+) -> Iterator[S3Server]:
+    """The server, until the block ends; its folder is removed with it.
+
+    `enter` stands before the command, to run it on another host.
+    """
     # Not below the folder of a test: the name of a Unix socket may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
     try:
@@ -168,8 +197,8 @@ def run_server(binary: str) -> Iterator[S3Server]:
         # One volume a bucket instead of seven.
         (folder / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
         ports = find_ports(2 * len(SERVICES))
-        command = _make_command(binary, folder, config, ports)
-        server = S3Server(f"http://127.0.0.1:{ports[2 * SERVICES.index('s3')]}")
+        command = [*enter, *_make_command(binary, folder, config, ports, address)]
+        server = S3Server(f"http://{address}:{ports[2 * SERVICES.index('s3')]}")
         config.write_text(json.dumps(server.identities()))
         with open(log, "wb") as output:
             process = subprocess.Popen(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from cifake_ray.console import (
     ProgressLine,
     Terminated,
+    choose_log_format,
     clean_text,
     format_record,
     format_time,
@@ -324,3 +326,26 @@ def test_an_epoch_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "train: epoch 2 of 5, loss 0.5000, validation loss 0.2500, accuracy 87.50%,"
         " 1,000 images/s, 0:30 left\n"
     )
+
+
+@pytest.fixture
+def json_log() -> Any:
+    choose_log_format("json")
+    yield
+    choose_log_format("text")
+
+
+def test_a_log_for_programs_has_an_object_in_each_line(
+    capsys: pytest.CaptureFixture[str], json_log: None
+) -> None:
+    line = ProgressLine("score")
+    line(Progress(done=3, failed=1, listed=4, images_per_s=2.0, eta_s=None))
+    row = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}
+    show_epoch({**row, "images_per_s": 10.0, "train_s": 1.0, "val_s": 1.0}, 2)
+    say("a\x1b[31m name")
+    progress, epoch, said = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (progress["verb"], progress["done"], progress["failed"]) == ("score", 3, 1)
+    assert progress["message"].startswith("score: 4 of 4 images")
+    assert (epoch["epoch"], epoch["val_accuracy"]) == (1, 0.9)
+    assert said["message"] == "a\x1b[31m name"
+    assert datetime.fromisoformat(said["time"]).tzinfo is not None

@@ -19,6 +19,7 @@ from cifake_ray.config import (
     TuneConfig,
     effective_settings,
 )
+from cifake_ray.console import choose_log_format, say
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.options import PREFIX, make_command
 from cifake_ray.storage.augmentations import read_augmentation
@@ -287,3 +288,20 @@ def test_how_fast_a_run_is_does_not_make_it_another_run() -> None:
     assert effective_settings(plain) == effective_settings(fast)
     other = ScoreConfig(src="s", out="o", include=("*.jpg",))
     assert effective_settings(plain) != effective_settings(other)
+
+
+def test_the_format_of_the_log_is_an_option_and_a_variable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        parse(TrainConfig, "s", "r", "--log-format", "json")
+        say("hello")
+        parse(TrainConfig, "s", "r")
+        say("hello")
+        parse(TrainConfig, "s", "r", env={"CIFAKE_RAY_LOG_FORMAT": "json"})
+        say("hello")
+    finally:
+        choose_log_format("text")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("{") for line in lines] == [True, False, True]
+    assert "'text', 'json'" in refuse(TrainConfig, "s", "r", "--log-format", "xml")

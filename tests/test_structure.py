@@ -40,6 +40,7 @@ JOB_VERBS = (*STAGE_VERBS, "pipeline")
 MACHINERY = {
     "batch",
     "cluster",
+    "metrics",
     "quarantine",
     "shard_worker",
     "train_worker",
@@ -135,6 +136,8 @@ def test_the_pure_floors_know_only_each_other(floor: str) -> None:
         ("fsspec", {"storage"}),
         ("s3fs", {"storage"}),
         ("boto3", set()),
+        ("tensorboard", {"storage"}),
+        ("mlflow", {"storage"}),
         ("typer", {"doors"}),
         ("click", {"doors"}),
         ("matplotlib", {"report"}),
@@ -257,7 +260,9 @@ def commands() -> dict[str, TyperCommand]:
 def test_the_options_of_a_command_are_the_fields_of_its_config(verb: str) -> None:
     command = commands()[verb]
     options: dict[str, Any] = {p.name: p for p in command.params}
-    own = {"json_output", "debug", "config_file"} | ({"recipe"} if verb == "train" else set())
+    own = {"json_output", "debug", "log_format", "config_file"} | (
+        {"recipe"} if verb == "train" else set()
+    )
     config_class = cli.VERBS[verb]
     assert set(options) - own == {field.name for field in fields(config_class)}
     assert own <= set(options)

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cifake_ray.config.fields import MAX_IMAGE_SIZE as MAX_IMAGE_SIZE
-from cifake_ray.config.fields import ClusterConfig, Device, check, check_least
+from cifake_ray.config.fields import ClusterConfig as ClusterConfig
+from cifake_ray.config.fields import Device as Device
 from cifake_ray.config.fields import Doc as Doc
 from cifake_ray.config.fields import Fit as Fit
 from cifake_ray.config.fields import StoreConfig as StoreConfig
+from cifake_ray.config.fields import check, check_least
 from cifake_ray.config.fields import check_endpoint as check_endpoint
 from cifake_ray.config.fields import doc_of as doc_of
 from cifake_ray.config.fields import effective_settings as effective_settings
 from cifake_ray.config.fields import find_misfit as find_misfit
+from cifake_ray.config.fields import list_options as list_options
+from cifake_ray.config.submitting import SubmitConfig as SubmitConfig
+from cifake_ray.config.submitting import check_places as check_places
 from cifake_ray.config.training import Monitor as Monitor
+from cifake_ray.config.training import TrackerName as TrackerName
 from cifake_ray.config.training import TrainConfig as TrainConfig
 from cifake_ray.config.tuning import TuneConfig as TuneConfig
 

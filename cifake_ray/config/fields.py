@@ -46,6 +46,8 @@ def find_misfit(config_class: type, name: str, value: object) -> str | None:
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if any(_fits(kind, value) for kind in kinds):
         return None
+    if get_origin(hint) is tuple and isinstance(value, tuple):  # then one of its items does not
+        kinds = get_args(hint)[:1]
     words = [
         word
         for kind in kinds
@@ -66,6 +68,8 @@ def _fits(kind: Any, value: object) -> bool:
         return value in get_args(kind)
     if isinstance(value, bool):  # for Python a whole number
         return kind is bool
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(get_args(kind)[0], v) for v in value)
     return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
 
 
@@ -123,6 +127,19 @@ class ClusterConfig(StoreConfig):
         str | None,
         Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", effect=False),
     ] = None
+    scale_timeout_s: Annotated[
+        float,
+        Doc("Ask an autoscaler for missing workers; wait so many seconds for them", effect=False),
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "scale_timeout_s")
+
+    @property
+    def cluster(self) -> ClusterConfig:
+        """These fields alone, for another verb on the same cluster."""
+        return ClusterConfig(**{f.name: getattr(self, f.name) for f in fields(ClusterConfig)})
 
 
 def doc_of(config_class: type, name: str) -> Doc:
@@ -139,3 +156,22 @@ def effective_settings(config: Any) -> dict[str, Any]:
         for f in fields(config)
         if doc_of(type(config), f.name).effect
     }
+
+
+def list_options(config: Any) -> list[str]:
+    """The words of a command line that make a config: all that is not as it is by default.
+
+    ValueError for a None that no option can say.
+    """
+    arguments, options = [], []
+    for field in fields(config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if doc_of(type(config), field.name).positional:
+            arguments.append(value)
+        elif isinstance(value, bool) and value != field.default:
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != field.default:
+            check(value is not None, f"{field.name}: no option of the command line takes it away")
+            for item in value if isinstance(value, tuple) else [value]:
+                options += [f"--{flag}", str(item)]
+    return [*arguments, *options]

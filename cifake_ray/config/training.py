@@ -24,6 +24,7 @@ Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["onecycle", "cosine", "constant"]
 Monitor = Literal["val_accuracy", "val_loss", "val_auroc", "val_tpr_at_fpr_1pct"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
+TrackerName = Literal["tensorboard", "mlflow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,14 @@ class TrainConfig(ClusterConfig):
     cache_gb: Annotated[
         float, Doc("Decode into memory-mapped files up to this size; stream above", effect=False)
     ] = 8.0
+    track: Annotated[
+        tuple[TrackerName, ...],
+        Doc(
+            "Tell every epoch to tensorboard (files in RUN) or mlflow (at MLFLOW_TRACKING_URI);"
+            " may be repeated",
+            effect=False,
+        ),
+    ] = ()
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:

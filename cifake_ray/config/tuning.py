@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, check, check_least
-from cifake_ray.config.training import Monitor
+from cifake_ray.config.training import Monitor, TrackerName
 
 Scheduler = Literal["asha", "median", "pbt", "none"]
 Searcher = Literal["random", "grid", "tpe"]
@@ -65,6 +65,10 @@ class TuneConfig(ClusterConfig):
         str | None,
         Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
     ] = None
+    track: Annotated[
+        tuple[TrackerName, ...],
+        Doc("Tell every trial's epochs to tensorboard or mlflow, as `train` does", effect=False),
+    ] = ()
     dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
 
     def __post_init__(self) -> None:

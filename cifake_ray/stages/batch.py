@@ -23,7 +23,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray import errors
-from cifake_ray.config import BatchConfig
+from cifake_ray.config import BatchConfig, Device
 from cifake_ray.core.work import Work
 from cifake_ray.errors import ExitCode, NothingToDo, StorageError
 from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
@@ -67,6 +67,7 @@ class BatchSummary:
     left_out: dict[str, int]
     shards_total: int
     shards_resumed: int
+    shards_retried: int  # an earlier attempt was lost with its worker
     elapsed_s: float
     images_per_s: float
     steady_images_per_s: float
@@ -94,14 +95,20 @@ class BatchPlan:
 
     config: BatchConfig
     run: RunPlan
-    device: str
+    device: Device
     source: Source
     make_work: Callable[[Placement], Work]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
+    say: Callable[[str], None]
     before_success: Callable[[Run], None] = lambda run: (
         None
     )  # all shards are there, no _SUCCESS yet
+
+    @property
+    def least_workers(self) -> Placement:
+        """What must find room."""
+        return Placement(self.config.num_workers or 1, 1, int(self.device == "cuda"))
 
 
 def plan_batch(plan: BatchPlan, command: str) -> DryRun:
@@ -136,6 +143,7 @@ class _Account:
     unlike_training: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     resumed: int = 0
+    retried: int = 0
     worked_rows: int = 0
     first_s: float | None = None
     last_s: float = 0.0
@@ -147,6 +155,7 @@ class _Account:
         self.unlike_training.update(part.unlike_training)
         self.rows += part.rows
         self.resumed += not report["worked"]
+        self.retried += report["retried"]
         if report["worked"]:
             self.worked_rows += report["worked"]
             self.first_s = min(self.first_s or report["started_s"], report["started_s"])
@@ -188,13 +197,12 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         lister = ThreadPoolExecutor(1)
         stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
         opening = lister.submit(lambda: found or plan.run.freeze())
-        # Ray takes seconds to start: let it, while a long source is listed.
-        wait([opening], timeout=SHORT_LISTING_S)
+        # Ray takes seconds to start: let it, while a long source is listed. But nodes that an
+        # autoscaler makes would stand idle until then.
+        wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
-        resources = stack.enter_context(
-            connect_cluster(plan.config.address, plan.config.num_workers)
-        )
+        resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.say))
         use_gpu = choose_gpu(plan.device, resources)
         placement = place_workers(
             resources,
@@ -227,6 +235,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             left_out=run.left_out,
             shards_total=run.manifest.num_shards,
             shards_resumed=account.resumed,
+            shards_retried=account.retried,
             elapsed_s=round(elapsed_s, 3),
             images_per_s=round(account.worked_rows / elapsed_s, 1),
             steady_images_per_s=round(account.rate(account.last_s), 1),

@@ -6,20 +6,30 @@ Floor: stages.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
+from cifake_ray.config import ClusterConfig, Device
 from cifake_ray.errors import ResourceError
+
+POLL_S = 1.0  # between two looks at what an autoscaler has done
+ASK_AGAIN_S = 30.0
+TOKEN_REMEDY = (
+    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
+)
 
 
 class Node(NamedTuple):
@@ -51,20 +61,37 @@ class Resources:
         )
 
 
-@contextmanager
-def connect_cluster(address: str | None, num_workers: int | None = None) -> Iterator[Resources]:
-    """The cluster at `address`, or RAY_ADDRESS, or one started here and stopped at the end.
+@dataclass(frozen=True)
+class Placement:
+    """What every worker of a plan gets."""
 
-    A Ray that is running already in this process is used and left running.
+    num_workers: int
+    cpus_per_worker: int
+    gpus_per_worker: int
+
+
+ONE_WORKER = Placement(1, 1, 0)
+
+
+@contextmanager
+def connect_cluster(
+    config: ClusterConfig,
+    least: Placement = ONE_WORKER,
+    say: Callable[[str], None] = lambda message: None,
+) -> Iterator[Resources]:
+    """The cluster at `config.address`, or RAY_ADDRESS, or one started here and stopped at the end.
+
+    A Ray that is running already in this process is used and left running. With a
+    `config.scale_timeout_s` an autoscaler is asked to make room for `least`.
     ResourceError when the address does not answer, and before Ray is started here if this machine
-    has fewer CPUs than `num_workers`.
+    has fewer CPUs than `least` has workers.
     """
     if ray.is_initialized():
-        yield read_resources()
+        yield _make_room(least, config.scale_timeout_s, say)
         return
     # Ray's own chatter; what goes wrong comes to us as an exception, and all of it is in its logs.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -75,25 +102,31 @@ def connect_cluster(address: str | None, num_workers: int | None = None) -> Iter
         options["num_cpus"] = count_local_cpus()
         here = Resources((Node(count_local_cpus(), 0),))
         place_workers(
-            here, num_workers=num_workers, use_gpu=False, cpus_per_worker=1, default_workers=1
+            here,
+            num_workers=least.num_workers,
+            use_gpu=False,
+            cpus_per_worker=1,
+            default_workers=1,
         )
     _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with _hold_stderr():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+            context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); check"
             " --address and RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
+    if context.dashboard_url:
+        say(f"Ray's dashboard: http://{context.dashboard_url}")
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     # Ray tells of workers that died on stdout, which is for results; at the latest in its shutdown.
     with redirect_stdout(sys.stderr):
         try:
-            yield read_resources()
+            yield _make_room(least, config.scale_timeout_s, say)
         finally:
             ray.shutdown()
 
@@ -121,9 +154,12 @@ def _hold_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             held.seek(0)
-            os.write(terminal, held.read())
+            said = held.read()
+            if b"InvalidAuthToken" in said:
+                raise ResourceError(f"the cluster refuses the token; {TOKEN_REMEDY}") from error
+            os.write(terminal, said)
             raise
         finally:
             os.dup2(terminal, 2)
@@ -136,13 +172,36 @@ def read_resources() -> Resources:
     return Resources(tuple(Node(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes))
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What every worker of a plan gets."""
+def _make_room(least: Placement, timeout_s: float, say: Callable[[str], None]) -> Resources:
+    """What the cluster has, at the latest after `timeout_s`; what is still missing is not said.
 
-    num_workers: int
-    cpus_per_worker: int
-    gpus_per_worker: int
+    A cluster keeps one request, the last: it is repeated, since others may make theirs, and taken
+    back as soon as there is room. From then on the workers themselves hold the nodes.
+    """
+    resources = read_resources()
+    wanted = least.num_workers
+    until_s, known, asked_s = time.monotonic() + timeout_s, -1, -math.inf
+    shape = {"CPU": least.cpus_per_worker, "GPU": least.gpus_per_worker}
+    try:
+        while time.monotonic() < until_s:
+            places = resources.count_places(least.cpus_per_worker, least.gpus_per_worker)
+            if places >= wanted:
+                break
+            if time.monotonic() - asked_s >= ASK_AGAIN_S:
+                asked_s = time.monotonic()
+                bundle = {k: v for k, v in shape.items() if v}
+                request_resources(bundles=[bundle] * wanted)
+            if places != known:
+                say(
+                    f"waiting for the autoscaler: {places} of {least.num_workers} workers have room"
+                )
+            known = places
+            time.sleep(POLL_S)
+            resources = read_resources()
+    finally:
+        if known >= 0:
+            request_resources(bundles=[])  # else the autoscaler would hold them for ever
+    return resources
 
 
 def place_workers(
@@ -176,7 +235,7 @@ def count_local_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_gpu(device: str, resources: Resources) -> bool:
+def choose_gpu(device: Device, resources: Resources) -> bool:
     """Whether workers use GPUs. ResourceError when they are asked for and there are none."""
     if device == "cuda" and not resources.num_gpus:
         raise ResourceError("--device cuda: the cluster has no GPU; use --device cpu")

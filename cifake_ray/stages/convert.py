@@ -23,7 +23,10 @@ def make_work(placement: Placement) -> ConvertWork:
 
 
 def convert_images(
-    config: ConvertConfig, on_progress: Callable[[Progress], None], started_s: float
+    config: ConvertConfig,
+    on_progress: Callable[[Progress], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Turn `config.src` into shards below `config.out`. The same call again resumes."""
     source, out = open_source(config), open_place(config.out, config.store)
@@ -42,5 +45,5 @@ def convert_images(
         shard_rows=config.shard_size,
     )
 
-    plan = BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, started_s)
+    plan = BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, started_s, say)
     return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)

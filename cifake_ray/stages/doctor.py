@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import torch
 
+from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import CifakeError, ExitCode
 from cifake_ray.stages.cluster import connect_cluster, count_local_cpus
 from cifake_ray.storage.bundle import load_bundle, locate_bundle
@@ -36,7 +37,7 @@ def examine_machine() -> tuple[dict[str, Any], int]:
     except CifakeError as error:
         problems.append(str(error))
     try:
-        with connect_cluster(None) as resources:
+        with connect_cluster(ClusterConfig()) as resources:
             facts["ray cluster"] = (
                 f"{len(resources.nodes)} nodes, {resources.num_cpus} CPUs,"
                 f" {resources.num_gpus} GPUs"

@@ -94,6 +94,7 @@ def evaluate_detector(
         MakeScoreWork(bundle, bundle.threshold(None), config.batch_size),
         on_progress,
         started_s,
+        say,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
     return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)

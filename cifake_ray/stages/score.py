@@ -101,7 +101,9 @@ def score_images(
         threshold=bundle.threshold(config.target_fpr),
         batch_size=config.batch_size,
     )
-    plan = BatchPlan(config, run_plan, config.device, source, make_work, on_progress, started_s)
+    plan = BatchPlan(
+        config, run_plan, config.device, source, make_work, on_progress, started_s, say
+    )
     if config.dry_run:
         return plan_batch(plan, "score")
     summary = run_batch(plan)

@@ -23,6 +23,7 @@ from cifake_ray.core.schema import RETRYABLE_ERRORS
 from cifake_ray.core.work import Work
 from cifake_ray.errors import CifakeError, ImageError, ResourceError
 from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.metrics import WorkMetrics
 from cifake_ray.stages.quarantine import Quarantine
 from cifake_ray.storage.attempts import (
     Attempt,
@@ -99,6 +100,7 @@ class ShardWorker:
         self.placement = placement
         self.orders = orders
         self.work: Work | None = None
+        self.metrics = WorkMetrics(run.command)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         return {"report": [json.dumps(self._report_shard(int(shard))) for shard in batch["shard"]]}
@@ -107,29 +109,33 @@ class ShardWorker:
         """What the driver learns of a shard: its facts, or why the run must end."""
         try:
             part = inspect_part(self.run, shard)
-            started_s, worked = time.time(), 0
+            started_s, worked, retried = time.time(), 0, False
             if part is None:
-                part = self._make_shard(shard)
+                part, retried = self._make_shard(shard)
                 worked = part.rows
             elif self.orders.retry_errors and count_retryable(part.errors):
                 worked = count_retryable(part.errors)
-                part = self._mend_shard(shard)
+                part, retried = self._mend_shard(shard)
+            finished_s = time.time()
+            if worked:
+                self.metrics.time_shard(finished_s - started_s)
         except CifakeError as error:  # Ray would wrap it up beyond recognition
             return {"failure": type(error).__name__, "message": str(error)}
         return {
             "part": asdict(part),
             "worked": worked,
+            "retried": retried,
             "started_s": started_s,
-            "finished_s": time.time(),
+            "finished_s": finished_s,
         }
 
-    def _make_shard(self, shard: int) -> PartFacts:
-        """All of a shard."""
+    def _make_shard(self, shard: int) -> tuple[PartFacts, bool]:
+        """All of a shard, and whether an earlier attempt came to grief."""
         with self._attempt(shard) as (pulse, is_suspect):
             rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
-            return self._commit(shard, self._work_on(rows, pulse, is_suspect))
+            return self._commit(shard, self._work_on(rows, pulse, is_suspect)), is_suspect
 
-    def _mend_shard(self, shard: int) -> PartFacts:
+    def _mend_shard(self, shard: int) -> tuple[PartFacts, bool]:
         """The rows of a committed shard whose error may have passed; the others stay."""
         with self._attempt(shard) as (pulse, is_suspect):
             rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
@@ -138,7 +144,8 @@ class ShardWorker:
             failed = pc.fill_null(pc.is_in(error, pa.array(RETRYABLE_ERRORS)), False)
             crashed = pc.any(pc.equal(error, "worker_crash")).as_py()
             new = self._work_on(rows.filter(failed), pulse, is_suspect or bool(crashed))
-            return self._commit(shard, replace_rows(old, failed.to_numpy().nonzero()[0], new))
+            table = replace_rows(old, failed.to_numpy().nonzero()[0], new)
+            return self._commit(shard, table), is_suspect
 
     def _commit(self, shard: int, table: pa.Table) -> PartFacts:
         assert self.work is not None
@@ -190,6 +197,7 @@ class ShardWorker:
                 if quarantine is not None:
                     images = quarantine.try_images(images, pulse.beat)
                 tables.append(work(some, images))
+                self.metrics.count_images(images, tables[-1])
                 pulse.rows_done += some.num_rows
                 pulse.beat()
         return pa.concat_tables(tables)

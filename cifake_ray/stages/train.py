@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,10 +37,8 @@ from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.bundle import read_bundle_facts
 from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.starting_weights import load_starting_weights
-from cifake_ray.storage.training import (
-    locate_cache,
-    read_training_rows,
-)
+from cifake_ray.storage.tracking import Tracking, check_trackers
+from cifake_ray.storage.training import locate_cache, read_training_rows
 from cifake_ray.storage.training_runs import TrainingRun
 
 POLL_S = 0.5  # how often the driver looks for a finished epoch
@@ -69,6 +67,7 @@ class TrainSummary:
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
     weights: str | None = None  # what it started from, if not from fresh ones
+    untracked: dict[str, int] = field(default_factory=dict)  # rows that a tracker was not told
 
 
 def train_detector(
@@ -80,15 +79,16 @@ def train_detector(
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
     `on_epoch(row, epochs)` is called once for every finished epoch; `say` gets what a person should
-    know beside.
+    know beside. With `config.track` a finished run tells its trackers what they missed.
     """
+    check_trackers(config.track)
     # Absolute before it travels: a Ray worker has another working folder.
     config = replace(
         config,
         weights=config.weights and str(resolve_path(config.weights, config.store)),
         shards=str(open_place(config.shards, config.store)),
         run=str(open_place(config.run, config.store)),
-        cache_dir=str(locate_cache(config.cache_dir)),
+        cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
     )
     run = TrainingRun(resolve_path(config.run, config.store))
     rows = read_training_rows(config)
@@ -115,21 +115,30 @@ def train_detector(
             "epochs": config.epochs,
         }
     run.open(settings, asdict(config))
-    if (success := run.read_success()) is not None:
+    success = run.read_success()
+    if success is not None and not config.track:
         return success
-    if weights:
-        say(f"train: starting from {weights}")
-    resumed = len(run.read_history())
-    watch = _HistoryWatch(run, resumed, config.epochs, on_epoch)
-    if config.worker_range == (0, 0):
-        train_worker(_make_payload(config, augmentation), watch.look)
-    else:
-        with watch:
-            _train_on_ray(config, run, augmentation)
-    summary = replace(
-        _summarise(config, run, resumed, detector.num_parameters, started_s),
-        weights=str(weights) if weights else None,
-    )
+    with Tracking(config.track, run, settings, say) as tracking:
+        if success is not None:
+            return {**success, "untracked": tracking.finish(success)}
+        if weights:
+            say(f"train: starting from {weights}")
+
+        def tell(row: dict[str, Any], epochs: int) -> None:
+            tracking.tell(row)
+            on_epoch(row, epochs)
+
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, tell)
+        if config.worker_range == (0, 0):
+            train_worker(_make_payload(config, augmentation), watch.look)
+        else:
+            with watch:
+                _train_on_ray(config, run, augmentation, say)
+        summary = replace(
+            _summarise(config, run, tracking.resumed, detector.num_parameters, started_s),
+            weights=str(weights) if weights else None,
+        )
+        summary = replace(summary, untracked=tracking.finish(asdict(summary)))
     run.write_success(asdict(summary))
     return asdict(summary)
 
@@ -150,7 +159,12 @@ def _make_payload(config: TrainConfig, augmentation: Augmentation) -> dict[str, 
     }
 
 
-def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentation) -> None:
+def _train_on_ray(
+    config: TrainConfig,
+    run: TrainingRun,
+    augmentation: Augmentation,
+    say: Callable[[str], None],
+) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -160,7 +174,8 @@ def _train_on_ray(config: TrainConfig, run: TrainingRun, augmentation: Augmentat
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
     least, most = config.worker_range or (None, None)
-    with connect_cluster(config.address, least) as resources:
+    room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
+    with connect_cluster(config, room, say) as resources:
         use_gpu = choose_gpu(config.device, resources)
         placement = place_workers(
             resources,

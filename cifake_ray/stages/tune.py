@@ -20,14 +20,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from cifake_ray.config import TrainConfig, TuneConfig, effective_settings
+from cifake_ray.config import TrainConfig, TuneConfig, effective_settings, list_options
 from cifake_ray.core.augmentation import POLICIES
 from cifake_ray.core.search_space import Space, list_grid, parse_space, sample_space
 from cifake_ray.core.trials import find_best
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.report.trials_text import format_recipe
 from cifake_ray.report.tuning import render_search
-from cifake_ray.stages.cluster import Resources, choose_gpu, connect_cluster, place_workers
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    place_workers,
+)
 from cifake_ray.stages.searching import (
     MOST_LEFT_OUT,
     RecordedSearcher,
@@ -41,6 +47,7 @@ from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.places import resolve_path, to_arrow
 from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe, read_searches
+from cifake_ray.storage.tracking import check_trackers
 from cifake_ray.storage.training import locate_cache, read_training_rows
 from cifake_ray.storage.trials import Trial
 
@@ -79,8 +86,9 @@ def search_options(
         config,
         shards=str(open_place(config.shards, config.store)),
         run=str(open_place(config.run, config.store)),
-        cache_dir=str(locate_cache(config.cache_dir)),
+        cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
     )
+    check_trackers(config.track)
     plan = _make_plan(config)
     search = plan.search
     shared = plan.to_train_config(Trial(0, {}))
@@ -95,7 +103,13 @@ def search_options(
         "recipe": {**effective_settings(shared), "augment": plan.policy.to_dict()},
         "rows": read_training_rows(shared).hash_rows(),
     }
-    with connect_cluster(config.address, max(1, config.num_workers)) as resources:
+    side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
+    room = Placement(
+        max(1, config.num_workers) * side_by_side,
+        config.cpus_per_worker,
+        int(config.device == "cuda"),
+    )
+    with connect_cluster(config, room, say) as resources:
         use_gpu = choose_gpu(config.device, resources)
         num_at_once = _count_at_once(config, resources, use_gpu)
         if config.dry_run:
@@ -128,6 +142,7 @@ def _make_plan(config: TuneConfig) -> TrialPlan:
         "cpus_per_worker": config.cpus_per_worker,
         "device": config.device,
         "cache_dir": config.cache_dir,
+        "track": config.track,
     }
     if config.epochs is not None:
         options["epochs"] = config.epochs
@@ -331,19 +346,9 @@ def _finish(
     histories = {
         trial.number: search.run_of(trial).read_history() for trial in search.read_trials()
     }
-    page = render_search(asdict(summary), rows, histories, recipe, _describe_command(config))
+    command = shlex.join(["cifake-ray", "tune", *list_options(config)])
+    page = render_search(asdict(summary), rows, histories, recipe, command)
     search.write_report(page.encode())
     watch.show()
     search.write_success(asdict(summary))
     return asdict(summary)
-
-
-def _describe_command(config: TuneConfig) -> str:
-    """The command of a search with all that was not left as it is."""
-    words = ["cifake-ray", "tune", config.shards, config.run]
-    plain = effective_settings(TuneConfig(shards=config.shards, run=config.run))
-    for name, value in effective_settings(config).items():
-        if value != plain[name]:
-            for one in value if isinstance(value, list) else [value]:
-                words += [f"--{name.replace('_', '-')}", str(one)]
-    return shlex.join(words)

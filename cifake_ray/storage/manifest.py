@@ -2,7 +2,7 @@
 
 Floor: storage. Keys are dealt in the order of a hash of the key, so that every shard is a random
 sample of the source. The listing is sorted through unnamed temporary files, one for each range of
-the hash, so memory does not grow with the number of keys and a kill leaves nothing behind.
+the hash, so memory is that of a 64th of the keys and a kill leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import NothingToDo, StorageError
-from cifake_ray.storage.files import make_folder, open_file, write_bytes
+from cifake_ray.storage.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.listing import Listing
 from cifake_ray.storage.places import Place
 
@@ -200,7 +200,7 @@ def read_shard(folder: Place, file: ManifestFile, shard: int) -> pa.Table:
     """The rows of one shard, in key order. StorageError when the manifest is damaged."""
     path = folder / file.name
     try:
-        with open_file(path) as opened:
+        with open_ranges(path) as opened:
             table = pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
             return table.read_row_group(shard - file.first_shard)
     except (OSError, pa.ArrowInvalid) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,25 +29,11 @@ def env(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
         yield make_env(RAY_TMPDIR=folder, XDG_CACHE_HOME=str(tmp_path / "cache"))
 
 
-def upload(server: S3Server, bucket: str, folder: Path, prefix: str) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            key = prefix + path.relative_to(folder).as_posix()
-            server.put(bucket, key, path.read_bytes())
-
-
-def read_table(server: S3Server, bucket: str, prefix: str) -> pa.Table:
-    keys = [key for key in server.list_keys(bucket, prefix) if "/part-" in key]
-    return pa.concat_tables(
-        [pq.read_table(io.BytesIO(server.get(bucket, key))) for key in sorted(keys)]
-    )
-
-
 def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path
 ) -> None:
     bucket = s3_env.make_bucket()
-    upload(s3_env, bucket, images, "in put/")
+    s3_env.upload(bucket, images, "in put/")
     root = f"s3://{bucket}/all of it"
     said = []
 
@@ -58,7 +43,7 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     said.append(errors)
     assert code == 0, errors
     assert result["scores"] == f"{root}/scores/scores"
-    scores = read_table(s3_env, bucket, "all of it/scores/")
+    scores = s3_env.read_table(bucket, "all of it/scores/")
     assert sorted(scores.column("key").to_pylist()) == sorted(
         path.relative_to(images).as_posix() for path in images.rglob("*.jpg")
     )
@@ -104,7 +89,7 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     said.append(errors)
     assert code == 0, errors
     assert repaired["shards_resumed"] == repaired["shards_total"] - 1
-    assert read_table(s3_env, bucket, "all of it/scores/") == scores
+    assert s3_env.read_table(bucket, "all of it/scores/") == scores
     code, verdict, _ = run_command(["verify", f"{root}/scores"], env)
     assert (code, verdict["damaged"]) == (0, {})
 

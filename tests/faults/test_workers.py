@@ -155,6 +155,7 @@ def test_images_that_kill_their_worker_become_rows(
     assert summary["exit_code"] == 0, summary
     assert summary["errors"] == {"worker_crash": 3}
     assert (summary["listed"], summary["done"]) == (NUM_IMAGES, NUM_IMAGES - 3)
+    assert summary["shards_retried"] == 2
     check_rows(tmp_path / "out", clean[verb], poisons)
     details = {key: read_rows(tmp_path / "out")[key]["error_detail"] for key in poisons}
     assert list(details.values()) == [
@@ -248,6 +249,7 @@ def test_each_worker_may_be_killed_once(
     many_images: Path, env: dict[str, str], tmp_path: Path, verb: str
 ) -> None:
     whole = run_verb(make_command(verb, many_images, tmp_path / "whole"), env)
+    assert whole["shards_retried"] == 0
     process = start_group(make_command(verb, many_images, tmp_path / "out"), env)
     killed: set[int] = set()
     parts = RESULTS[verb]

@@ -77,7 +77,7 @@ class Bench:
             shard_rows=20,
         )
         return run_batch(
-            BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, time.time())
+            BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, time.time(), print)
         )
 
     def read_keys(self) -> list[str]:

@@ -1,0 +1,75 @@
+"""How a verb becomes a job of a Ray cluster.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
+
+PLACES = ("out", "bundle", "weights")  # beside all that are arguments
+SECRETS = re.compile(
+    r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """submit: run a verb as a job of a Ray cluster, and end as the job ends."""
+
+    address: Annotated[
+        str | None,
+        Doc("The cluster's Jobs API, such as http://HEAD:8265 (default: RAY_ADDRESS)"),
+    ] = None
+    wait: Annotated[bool, Doc("Show the job's log and wait for its end")] = True
+    submission_id: Annotated[str | None, Doc("Name of the job (default: Ray makes one)")] = None
+    working_dir: Annotated[
+        str | None,
+        Doc("Checkout to upload and run (default: what the cluster has installed)"),
+    ] = None
+    env: Annotated[
+        tuple[str, ...],
+        Doc("NAME=VALUE for the job; who reaches the cluster can read it, so no secrets"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.address, "--address")
+        check(
+            self.submission_id is None
+            or re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", self.submission_id, re.ASCII) is not None,
+            f"--submission-id {self.submission_id}: give letters, digits, '-', '_' and '.'",
+        )
+        for item in self.env:
+            name, equals, value = item.partition("=")
+            check(
+                bool(equals) and re.fullmatch(r"[A-Za-z_]\w*", name) is not None,
+                f"--env {name}: give NAME=VALUE",
+            )
+            check(
+                not SECRETS.search(name) and re.search(r"://[^/\s]*@", value) is None,
+                f"--env {name}: Ray stores and shows the variables of a job; give the nodes a role"
+                " (instance profile, IRSA) instead of a secret",
+            )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What `--env` sets."""
+        return dict(item.split("=", 1) for item in self.env)
+
+
+def check_places(config: Any) -> None:
+    """ValueError for a place of a verb that means nothing on another machine."""
+    for field in fields(config):
+        doc, value = doc_of(type(config), field.name), getattr(config, field.name)
+        is_place = doc.positional or field.name in PLACES
+        if is_place and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
+            name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
+            raise ValueError(
+                f"{name} is {value!r}: a job runs elsewhere; give s3://BUCKET/... or an absolute"
+                " path that every node sees"
+            )

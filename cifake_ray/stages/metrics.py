@@ -1,0 +1,41 @@
+"""What workers tell whoever watches the cluster: Prometheus reads it from Ray's metrics agents.
+
+Floor: stages. Ray puts `ray_` before the names and `_total` behind those of counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+from ray.util.metrics import Counter, Histogram
+
+from cifake_ray.errors import ImageError
+
+SHARD_SECONDS = [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # bounds of the buckets
+DONE = "done"  # an outcome beside the errors of `core.schema.IMAGE_ERRORS`
+
+
+class WorkMetrics:
+    """Counts of one worker of convert, score or evaluate."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb = {"verb": verb}
+        self.images = Counter("cifake_images", "Images worked on", ("verb", "outcome"))
+        self.size_bytes = Counter("cifake_image_bytes", "Encoded bytes of them", ("verb",))
+        self.shard_s = Histogram(
+            "cifake_shard_seconds", "From a shard's begin to its commit", SHARD_SECONDS, ("verb",)
+        )
+
+    def count_images(self, images: Sequence[bytes | ImageError], result: pa.Table) -> None:
+        """Count some images and what became of them."""
+        for outcome in result.column("error").value_counts().to_pylist():
+            tags = {**self.verb, "outcome": outcome["values"] or DONE}
+            self.images.inc(outcome["counts"], tags)
+        size_bytes = sum(len(image) for image in images if isinstance(image, bytes))
+        if size_bytes:
+            self.size_bytes.inc(size_bytes, self.verb)
+
+    def time_shard(self, elapsed_s: float) -> None:
+        """A shard is committed."""
+        self.shard_s.observe(elapsed_s, self.verb)
