@@ -130,13 +130,17 @@ def find_trained(hosts: list[Host]) -> list[str]:
     return [host.name for host in hosts if any(host.home.glob(".cache/cifake_ray/*.npy"))]
 
 
-TRAIN = ("--model", "cnn", "--epochs", "2", "--optimizer", "sgd", "--lr", "0.1")
+TRAIN = ("--model", "cnn", "--epochs", "2", "--optimizer", "sgd", "--lr", "0.01")
 
 
 def test_training_over_two_hosts_is_training_on_one(
     hosts: Hosts, workers: list[Host], shards: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two ranks each time: with all CPUs of a host for each rank, or with one."""
+    """Two ranks each time: with all CPUs of a host for each rank, or with one.
+
+    At a rate at which rounding does not grow: at 0.1 even one process with one thread and one with
+    two part within an epoch.
+    """
     curves = {}
     for run, cpus in (("one", "1"), ("two", "2")):
         words = [shards, f"s3://{hosts.bucket}/{run}", *TRAIN, "--num-workers", "2"]
@@ -145,7 +149,7 @@ def test_training_over_two_hosts_is_training_on_one(
         assert len(find_trained(workers)) == int(cpus)
     with capsys.disabled():
         print("\ntraining and validation loss:", curves)
-    assert np.allclose(curves["one"], curves["two"], rtol=1e-4)
+    assert np.allclose(curves["one"], curves["two"], rtol=2e-5)
 
 
 def test_training_goes_on_without_a_host_that_dies(
