@@ -75,18 +75,21 @@ def run_head(
     folder: Path,
     *,
     num_cpus: int = 2,
+    num_gpus: int = 0,
     store_bytes: int = 100_000_000,
     worker_types: dict[str, Any] | None = None,
+    variables: dict[str, str] | None = None,
 ) -> Iterator[JobsCluster]:
-    """A head on loopback, with an object store of `store_bytes`.
+    """A head on loopback, with an object store of `store_bytes` and GPUs that only Ray believes in.
 
     With `worker_types` an autoscaler starts nodes of them, each a raylet on this machine.
     """
-    env = make_env(folder)
+    env = make_env(folder, **(variables or {}))
     port, dashboard, agent = find_ports(3)
     ray_address = f"127.0.0.1:{port}"
     words = ["--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
     words += ["--dashboard-port", str(dashboard), "--num-cpus", str(num_cpus)]
+    words += ["--num-gpus", str(num_gpus)]
     words += ["--object-store-memory", str(store_bytes)]
     words += ["--dashboard-agent-listen-port", str(agent)]
     if worker_types is not None:

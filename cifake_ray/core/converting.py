@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from cifake_ray.core.images import ImageFacts, inspect_image
+from cifake_ray.core.images import MAX_IMAGE_BYTES, ImageFacts, inspect_image
 from cifake_ray.core.schema import FACT_FIELDS, SHARD_FIELDS
-from cifake_ray.core.work import assemble_rows
+from cifake_ray.core.work import Prepare, assemble_rows
 from cifake_ray.errors import ImageError
 
 BATCH_SIZE = 1024
@@ -23,14 +23,16 @@ class ConvertWork:
 
     batch_size = BATCH_SIZE
     decodes = False
+    image_bytes = MAX_IMAGE_BYTES
 
     def __init__(self) -> None:
         self.facts: dict[str, str] = {}
+        self.prepare: Prepare = list
 
-    def __call__(self, rows: pa.Table, images: Sequence[bytes | ImageError]) -> pa.Table:
+    def finish(self, rows: pa.Table, prepared: Sequence[bytes | ImageError]) -> pa.Table:
         facts: list[ImageFacts | None] = []
         errors: list[ImageError | None] = []
-        for image in images:
+        for image in prepared:
             try:
                 if isinstance(image, ImageError):
                     raise image
@@ -39,7 +41,7 @@ class ConvertWork:
             except ImageError as error:
                 facts.append(None)
                 errors.append(error)
-        data = [None if isinstance(image, ImageError) else image for image in images]
+        data = [None if isinstance(image, ImageError) else image for image in prepared]
         columns: dict[str, Sequence[object] | pa.Array] = {
             "image": pa.StructArray.from_arrays(
                 [pa.array(data, pa.binary()), rows.column("key").combine_chunks()],

@@ -5,22 +5,30 @@ Floor: core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from cifake_ray.errors import ImageError
 
+Prepare = Callable[[Iterable[bytes | ImageError]], Any]
+
 
 class Work(Protocol):
-    """Turns rows of the manifest and the images they name into rows of the result."""
+    """Turns rows of the manifest and the images they name into rows of the result, in two halves.
+
+    The first needs the images alone, so another process, on another machine, may do it: it travels
+    there, and what it gives travels back.
+    """
 
     batch_size: int  # images handed over at once
     decodes: bool  # whether it decodes the pixels, or reads the header only
     facts: dict[str, str]  # what the footer of each shard records beside the spine's own facts
+    prepare: Prepare  # gives what `finish` takes
+    image_bytes: int  # of memory that it gives for each image, at most
 
-    def __call__(self, rows: pa.Table, images: Sequence[bytes | ImageError]) -> pa.Table:
+    def finish(self, rows: pa.Table, prepared: Any) -> pa.Table:
         """One row of the result for each row of the manifest, in the same order."""
         ...
 

@@ -2,7 +2,8 @@
 
 Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
 one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
-crosses the object store. The row's way back to the driver carries numbers only.
+crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs (`feeding`),
+and still commits. The row's way back to the driver carries numbers only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,13 @@ from cifake_ray import errors
 from cifake_ray.config import BatchConfig, Device
 from cifake_ray.core.work import Work
 from cifake_ray.errors import ExitCode, NothingToDo, StorageError
-from cifake_ray.stages.cluster import Placement, choose_gpu, connect_cluster, place_workers
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    place_workers,
+)
 from cifake_ray.stages.shard_worker import Orders, ShardWorker, count_retryable
 from cifake_ray.stages.watchdog import watch_progress
 from cifake_ray.storage.attempts import clear_attempts
@@ -203,14 +210,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
         resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.say))
-        use_gpu = choose_gpu(plan.device, resources)
-        placement = place_workers(
-            resources,
-            num_workers=plan.config.num_workers,
-            use_gpu=use_gpu,
-            cpus_per_worker=None if use_gpu else 1,
-            default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
-        )
+        placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
         if (summary := find_result(plan)) is not None:  # somebody else finished it meanwhile
             return summary
@@ -246,6 +246,23 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
     return summary
 
 
+def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
+    """A worker for each CPU, or for each GPU, fed by tasks on all CPUs that are left.
+
+    ResourceError, with the numbers, when the cluster is too small.
+    """
+    use_gpu = choose_gpu(device, resources)
+    placement = place_workers(
+        resources,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=1,
+        default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
+    )
+    spare = resources.num_cpus - placement.num_workers if use_gpu else 0
+    return replace(placement, num_feeders=-(-spare // placement.num_workers))
+
+
 def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
     """Ray Data tasks for a plan: each takes some shards and commits them one by one."""
     wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
@@ -268,7 +285,7 @@ def _stream_shards(
     results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
         ShardWorker,
         fn_constructor_args=(run, plan.source, plan.make_work, placement, orders),
-        batch_size=None,
+        batch_size=1,  # a shard; with GPUs Ray insists on a number
         num_cpus=placement.cpus_per_worker,
         num_gpus=placement.gpus_per_worker,
         compute=ActorPoolStrategy(size=num_actors),

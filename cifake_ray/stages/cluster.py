@@ -68,6 +68,7 @@ class Placement:
     num_workers: int
     cpus_per_worker: int
     gpus_per_worker: int
+    num_feeders: int = 0  # tasks at once, of one CPU each, that decode for a worker with a GPU
 
 
 ONE_WORKER = Placement(1, 1, 0)

@@ -5,12 +5,8 @@ Floor: stages. Ray puts `ray_` before the names and `_total` behind those of cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyarrow as pa
 from ray.util.metrics import Counter, Histogram
-
-from cifake_ray.errors import ImageError
 
 SHARD_SECONDS = [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # bounds of the buckets
 DONE = "done"  # an outcome beside the errors of `core.schema.IMAGE_ERRORS`
@@ -27,12 +23,11 @@ class WorkMetrics:
             "cifake_shard_seconds", "From a shard's begin to its commit", SHARD_SECONDS, ("verb",)
         )
 
-    def count_images(self, images: Sequence[bytes | ImageError], result: pa.Table) -> None:
-        """Count some images and what became of them."""
+    def count_images(self, result: pa.Table, size_bytes: int) -> None:
+        """Count some images of so many bytes together, and what became of them."""
         for outcome in result.column("error").value_counts().to_pylist():
             tags = {**self.verb, "outcome": outcome["values"] or DONE}
             self.images.inc(outcome["counts"], tags)
-        size_bytes = sum(len(image) for image in images if isinstance(image, bytes))
         if size_bytes:
             self.size_bytes.inc(size_bytes, self.verb)
 

@@ -6,11 +6,13 @@ Floor: stages. evaluate runs the same work on labelled shards.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig, effective_settings
+from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
 from cifake_ray.stages.cluster import Placement
@@ -49,14 +51,27 @@ class MakeScoreWork:
             bundle.domain,
             threshold=self.threshold,
             batch_size=self.batch_size,
-            device="cuda" if placement.gpus_per_worker else "cpu",
-            num_threads=placement.cpus_per_worker,
+            device=find_device(placement),
             facts={
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
             },
         )
+
+
+def find_device(placement: Placement) -> str:
+    """Where a worker computes, for torch. ResourceError when there is no GPU in truth."""
+    if not placement.gpus_per_worker:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ResourceError(
+            f"Ray gives the workers GPUs, but torch {torch.__version__} sees none on"
+            f" {socket.gethostname()}: check its driver there, or use --device cpu"
+        )
+    return "cuda"
 
 
 def score_images(

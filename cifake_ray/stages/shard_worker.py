@@ -10,9 +10,10 @@ from __future__ import annotations
 import faulthandler
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from cifake_ray.core.schema import RETRYABLE_ERRORS
 from cifake_ray.core.work import Work
 from cifake_ray.errors import CifakeError, ImageError, ResourceError
 from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.feeding import Batch, Feeder, prepare_images
 from cifake_ray.stages.metrics import WorkMetrics
 from cifake_ray.stages.quarantine import Quarantine
 from cifake_ray.storage.attempts import (
@@ -100,6 +102,7 @@ class ShardWorker:
         self.placement = placement
         self.orders = orders
         self.work: Work | None = None
+        self.feeder: Feeder | None = None
         self.metrics = WorkMetrics(run.command)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -181,7 +184,20 @@ class ShardWorker:
         """The result for some rows of the manifest. Suspect images go through quarantine first."""
         work = self.work
         assert work is not None
+        feed = self._feed if self.placement.num_feeders and not is_suspect else self._prepare
         tables = []
+        with closing(feed(work, rows, pulse, is_suspect)) as batches:
+            for batch in batches:
+                tables.append(work.finish(batch.rows, batch.prepared))
+                self.metrics.count_images(tables[-1], batch.size_bytes)
+                pulse.rows_done += batch.rows.num_rows
+                pulse.beat()
+        return pa.concat_tables(tables)
+
+    def _prepare(
+        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
+    ) -> Generator[Batch, None, None]:
+        """Images fetched and prepared in this process; the next ones come while it works."""
         with ExitStack() as stack:
             quarantine = None
             if is_suspect:
@@ -189,18 +205,28 @@ class ShardWorker:
                 quarantine = stack.enter_context(
                     Quarantine(decodes=work.decodes, timeout_s=image_s)
                 )
+            coming = self.source.read_images(rows)
             for some in slice_rows(rows, work.batch_size):
                 images: list[bytes | ImageError] = []
-                for image in self.source.read_images(some):
+                for image in islice(coming, some.num_rows):
                     images.append(image)
                     pulse.beat()
                 if quarantine is not None:
                     images = quarantine.try_images(images, pulse.beat)
-                tables.append(work(some, images))
-                self.metrics.count_images(images, tables[-1])
-                pulse.rows_done += some.num_rows
-                pulse.beat()
-        return pa.concat_tables(tables)
+                yield Batch(some, *prepare_images(work.prepare, images))
+
+    def _feed(
+        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
+    ) -> Generator[Batch, None, None]:
+        """Images fetched and prepared by tasks on other CPUs; what ends these, in quarantine."""
+        if self.feeder is None:
+            self.feeder = Feeder(self.source, work, self.placement.num_feeders)
+        for batch in self.feeder.prepare_slices(slice_rows(rows, work.batch_size)):
+            pulse.beat()
+            if batch.prepared is None:
+                yield from self._prepare(work, batch.rows, pulse, is_suspect=True)
+            else:
+                yield batch
 
 
 def count_retryable(errors: dict[str, int]) -> int:

@@ -26,6 +26,7 @@ from cifake_ray.storage.refusals import S3Error, explain_refusal
 from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Limits
 
 SCHEME = "s3://"
+LISTING_THREADS = 16  # a page costs CPU time, so more of them only stand in each other's way
 CHECK_ATTEMPTS = 3  # a wrong endpoint should be told in seconds
 
 
@@ -56,7 +57,7 @@ class BucketSource:
         def ask(query: Query) -> ET.Element:
             return client.list_page(self.bucket, query, lister.stop)
 
-        lister = KeyLister(ask, self.limits.max_in_flight)
+        lister = KeyLister(ask, min(LISTING_THREADS, self.limits.max_in_flight))
         rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
         location = f"{SCHEME}{self.bucket}/"
         known_folder, facts = "", PathFacts(None, None, None)

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError
@@ -20,8 +21,8 @@ from cifake_ray.errors import ImageError
 from cifake_ray.storage.refusals import S3Error, TooLarge, explain_refusal
 from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Client, S3Limits, connect
 
-AHEAD = 4  # objects asked for before their turn, for each request that may be in flight
-ASSUMED_BYTES = 16 * 2**20  # of an object whose size is not known, until it is there
+MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
+ASSUMED_BYTES = 4 * 2**20  # of an object whose size is not known, until it is there
 
 
 class StoredObject(NamedTuple):
@@ -31,6 +32,22 @@ class StoredObject(NamedTuple):
     key: str
     etag: str | None = None
     size_bytes: int | None = None
+
+
+@dataclass
+class _Asked:
+    """An object that has been asked for."""
+
+    stored: StoredObject
+    future: Future[bytes | ImageError]
+    size_bytes: int  # that it is taken to hold of the memory
+
+    def measure(self) -> int:
+        """What it does take, once it is there."""
+        if self.future.done() and not self.future.exception():
+            result = self.future.result()
+            self.size_bytes = len(result) if isinstance(result, bytes) else 0
+        return self.size_bytes
 
 
 def fetch_objects(
@@ -46,28 +63,34 @@ def fetch_objects(
     waiting = next(objects, None)
     if waiting is None:
         return
-    pending: deque[tuple[StoredObject, Future[bytes | ImageError]]] = deque()
+    pending: deque[_Asked] = deque()
+    ahead_bytes = 0
     stop = threading.Event()
     client = open_client(store, limits, waiting.bucket)
     try:
         while waiting is not None or pending:
-            ahead_bytes = sum(_count_bytes(*entry) for entry in pending)
-            while waiting is not None and len(pending) < AHEAD * limits.max_in_flight:
-                ahead_bytes += _count_bytes(waiting)
-                if pending and ahead_bytes > limits.max_ahead_bytes:
+            while waiting is not None and len(pending) < MAX_AHEAD:
+                size_bytes = _assume_size(waiting)
+                is_full = ahead_bytes + size_bytes > limits.max_ahead_bytes
+                if is_full or waiting.size_bytes is None:  # what has come may have another size
+                    ahead_bytes = sum(asked.measure() for asked in pending)
+                if pending and ahead_bytes + size_bytes > limits.max_ahead_bytes:
                     break
-                pending.append((waiting, client.threads.submit(_fetch, client, waiting, stop)))
+                ahead_bytes += size_bytes
+                future = client.threads.submit(_fetch, client, waiting, stop)
+                pending.append(_Asked(waiting, future, size_bytes))
                 waiting = next(objects, None)
-            due, future = pending.popleft()
+            due = pending.popleft()
+            ahead_bytes -= due.size_bytes
             try:
-                result = future.result()
+                result = due.future.result()
             except BotoCoreError as error:
-                raise explain_refusal(error, f"s3://{due.bucket}") from error
+                raise explain_refusal(error, f"s3://{due.stored.bucket}") from error
             yield result
     finally:
         stop.set()
-        for _, future in pending:
-            future.cancel()
+        for asked in pending:
+            asked.future.cancel()
 
 
 def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
@@ -78,11 +101,8 @@ def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
         raise explain_refusal(error, f"s3://{bucket}") from error
 
 
-def _count_bytes(stored: StoredObject, future: Future[bytes | ImageError] | None = None) -> int:
-    """What an object takes, or may take, of the memory."""
-    if future is not None and future.done() and not future.exception():
-        result = future.result()
-        return len(result) if isinstance(result, bytes) else 0
+def _assume_size(stored: StoredObject) -> int:
+    """What an object may take of the memory."""
     return ASSUMED_BYTES if stored.size_bytes is None else min(stored.size_bytes, MAX_IMAGE_BYTES)
 
 

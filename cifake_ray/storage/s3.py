@@ -49,7 +49,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 class S3Limits:
     """How many requests, how often and for how long; the defaults suit AWS."""
 
-    max_in_flight: int = 16  # requests of one process at once
+    max_in_flight: int = 64  # requests of one process at once
     max_ahead_bytes: int = 256 * 2**20  # fetched or being fetched before the consumer asks
     max_attempts: int = 8
     connect_timeout_s: float = 5.0

@@ -221,27 +221,28 @@ def measure_images() -> None:
     """CPU time of an image that is there already: what convert and score do with it."""
     from cifake_ray.core.converting import ConvertWork
     from cifake_ray.core.scoring import ScoreWork
+    from cifake_ray.core.work import Work
     from cifake_ray.stages.workers import keep_freed_memory
 
     keep_freed_memory()
     detector, bundle = load_bundle(locate_bundle(None))
     score = ScoreWork(
         detector, bundle.calibration, bundle.domain, threshold=0.5, batch_size=SMALL_BATCH,
-        device="cpu", num_threads=1, facts={},
+        device="cpu", facts={},
     )  # fmt: skip
     for side, count in ((32, SMALL_BATCH), (512, BIG_BATCH)):
         images = make_images(side, count)
         mean_bytes = sum(map(len, images)) / count
         rows = pa.Table.from_batches([next(iter(make_batches(count)))])
-        works: tuple[tuple[str, Callable[..., Any]], ...] = (
+        works: tuple[tuple[str, Work], ...] = (
             ("convert", ConvertWork()), ("score", score)
         )  # fmt: skip
         for name, work in works:
-            work(rows, images)
+            work.finish(rows, work.prepare(images))
             times = []
             for _ in range(8):
                 started_s = time.process_time()
-                work(rows, images)
+                work.finish(rows, work.prepare(images))
                 times.append(1000 * (time.process_time() - started_s) / count)
             print(f"{name}, {side} px, {mean_bytes:,.0f} bytes: {np.median(times):.3f} ms CPU")
 

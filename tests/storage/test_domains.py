@@ -60,7 +60,7 @@ def write_shards(path: Path, metadata: dict[bytes, bytes] | None) -> None:
         }
     )
     assert set(manifest.column_names) < {field.name for field in MANIFEST_FIELDS}
-    shards = ConvertWork()(manifest, [image for _, _, image in rows])
+    shards = ConvertWork().finish(manifest, [image for _, _, image in rows])
     pq.write_table(shards.replace_schema_metadata(metadata), path, row_group_size=7)
 
 

@@ -881,7 +881,7 @@ def test_our_own_shards_come_back_with_keys_labels_and_errors(tmp_path: Path) ->
     gone.unlink()
     rows = read_shard(run.manifest_folder, run.find_file(0), 0)
     images = list(source.read_images(rows))
-    commit_part(run, 0, ConvertWork()(rows, images), {}, {})
+    commit_part(run, 0, ConvertWork().finish(rows, images), {}, {})
 
     listed = list_rows(tmp_path / "shards")
     facts = {k: (r["label"], r["split"], r["source"]) for k, r in listed.items()}

@@ -1,0 +1,130 @@
+"""A worker with a GPU, and the tasks on CPUs that feed it.
+
+The GPU is Ray's word only: the network computes on the CPU, and everything else is as it would be.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from faults.command import make_env, make_images, run_command
+from faults.test_workers import SITECUSTOMIZE, check_rows, find_shards, plant
+from ray_head import JobsCluster, run_head
+
+from cifake_ray.errors import ExitCode
+from cifake_ray.stages.batch import choose_placement
+from cifake_ray.stages.cluster import Node, Placement, Resources
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_IMAGES = 300
+# Seven batches a shard, of which four are under way at once.
+OPTIONS = ["--shard-size", "100", "--batch-size", "16"]
+
+# The decoder dies of marked images, and the GPU is a CPU.
+ON_CPU = (
+    SITECUSTOMIZE
+    + """
+
+class Pretender:
+    def find_spec(self, name, path, target=None):
+        if name != "cifake_ray.stages.score":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            module.find_device = lambda placement: "cpu"
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Pretender())
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory, NUM_IMAGES)
+
+
+@pytest.fixture(scope="module")
+def clean(images: Path) -> Path:
+    """Scored by CPUs alone."""
+    out = images.parent / "clean"
+    code, account, errors = run_command(["score", str(images), str(out), *OPTIONS], make_env())
+    assert (code, account["done"]) == (0, NUM_IMAGES), errors
+    return out
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsCluster]:
+    """Three CPUs and a GPU: one worker, and two tasks that feed it."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(ON_CPU)
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"PYTHONPATH": os.pathsep.join(paths)}
+    folder = tmp_path_factory.mktemp("gpu")
+    with run_head(folder, num_cpus=3, num_gpus=1, variables=variables) as cluster:
+        yield cluster
+
+
+def score(cluster: JobsCluster, source: Path, out: Path, *options: str) -> dict[str, object]:
+    words = ["score", str(source), str(out), *OPTIONS, "--address", cluster.ray_address, *options]
+    code, account, errors = run_command(words, cluster.env)
+    assert code == account["exit_code"], errors
+    return account
+
+
+def test_each_gpu_is_fed_by_its_share_of_the_cpus_that_are_left() -> None:
+    machine = Resources((Node(8, 2), Node(4, 0)))
+    assert choose_placement(machine, None, "auto") == Placement(2, 1, 1, num_feeders=5)
+    assert choose_placement(machine, 1, "cuda") == Placement(1, 1, 1, num_feeders=11)
+    assert choose_placement(Resources((Node(1, 1),)), None, "auto") == Placement(1, 1, 1)
+    assert choose_placement(machine, None, "cpu") == Placement(12, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_fed_by_others_the_rows_are_those_of_cpus_alone(
+    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path, kind: str
+) -> None:
+    """Files are fetched by the tasks; of shards the worker reads one after the other."""
+    source = images
+    if kind == "shards":
+        source = tmp_path / "shards"
+        code, _, errors = run_command(["convert", str(images), str(source)], make_env())
+        assert code == 0, errors
+    account = score(cluster, source, tmp_path / "out", "--device", "cuda")
+    assert account["done"] == account["listed"] == NUM_IMAGES
+    check_rows(tmp_path / "out", clean, {})
+
+
+def test_an_image_that_kills_whoever_decodes_it_becomes_a_row(
+    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path
+) -> None:
+    (first, *_), (*_, last), *_ = find_shards(clean)
+    poisons = {first: "KILL", last: "SEGV"}
+    source = plant(images, tmp_path / "poisoned", poisons)
+    account = score(cluster, source, tmp_path / "out")
+    assert account["errors"] == {"worker_crash": 2}
+    check_rows(tmp_path / "out", clean, poisons)
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(
+    images: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a GPU here")
+    with run_head(tmp_path_factory.mktemp("gpu"), num_gpus=1) as cluster:
+        account = score(cluster, images, tmp_path / "out")
+    assert account["exit_code"] == ExitCode.RESOURCES
+    assert "torch" in str(account["error"])
+    assert "--device cpu" in str(account["error"])
