@@ -75,28 +75,34 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """convert, train, evaluate and score below one root; finished stages are left untouched."""
     from cifake_ray.stages.cluster import connect_cluster
+    from cifake_ray.stages.train import check_training, place_training
     from cifake_ray.storage.files import read_json
 
     root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
     common = asdict(config.cluster)
-    codes = []
-    with connect_cluster(config, say=say):
-        for step in (
-            ConvertConfig(src=config.src, out=shards, **common),
-            TrainConfig(
-                shards=shards,
-                run=run,
-                model=config.model,
-                seed=config.seed,
-                num_workers=config.num_workers,
-                **training,
-                **common,
-            ),
-            EvaluateConfig(shards=shards, bundle=run, out=report, **common),
-            ScoreConfig(src=config.src, out=scores, bundle=run, **common),
-        ):
-            codes.append(run_verb(step, time.time())[1])
+    batch = {**common, "num_workers": config.batch_workers}
+    train = TrainConfig(
+        shards=shards,
+        run=run,
+        model=config.model,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        device=config.device,
+        **training,
+        **common,
+    )
+    steps = (
+        ConvertConfig(src=config.src, out=shards, **batch),
+        train,
+        EvaluateConfig(shards=shards, bundle=run, out=report, device=config.device, **batch),
+        ScoreConfig(src=config.src, out=scores, bundle=run, device=config.device, **batch),
+    )
+    check_training(train)  # what cannot be trained is refused before hours of converting
+    with connect_cluster(config, say=say) as resources:
+        if not config.scale_timeout_s and train.worker_range != (0, 0):
+            place_training(train, resources)
+        codes = [run_verb(step, time.time())[1] for step in steps]
     metrics = read_json(root / "report" / "metrics.json")
     result = {
         "command": "pipeline",

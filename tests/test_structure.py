@@ -40,6 +40,7 @@ JOB_VERBS = (*STAGE_VERBS, "pipeline")
 MACHINERY = {
     "batch",
     "cluster",
+    "feeding",
     "metrics",
     "quarantine",
     "shard_worker",

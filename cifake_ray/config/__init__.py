@@ -22,6 +22,7 @@ from cifake_ray.config.fields import doc_of as doc_of
 from cifake_ray.config.fields import effective_settings as effective_settings
 from cifake_ray.config.fields import find_misfit as find_misfit
 from cifake_ray.config.fields import list_options as list_options
+from cifake_ray.config.submitting import JOBS_API as JOBS_API
 from cifake_ray.config.submitting import SubmitConfig as SubmitConfig
 from cifake_ray.config.submitting import check_places as check_places
 from cifake_ray.config.training import Monitor as Monitor
@@ -175,10 +176,14 @@ class PipelineConfig(ClusterConfig):
     num_workers: Annotated[
         str | None, Doc("Data-parallel training workers, as for train (default: the GPUs, else 1)")
     ] = None
+    batch_workers: Annotated[
+        int | None, Doc("Workers of convert, evaluate and score (default: one per CPU or GPU)")
+    ] = None
+    device: Annotated[Device, Doc("auto: the GPUs if there are any")] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "epochs")
+        check_least(self, 1, "epochs", "batch_workers")
         check_least(self, 0, "seed")
 
 

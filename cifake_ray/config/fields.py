@@ -83,12 +83,14 @@ def check_least(config: object, least: int, *names: str) -> None:
         )
 
 
-def check_endpoint(url: str | None, name: str) -> None:
+S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
+
+
+def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
     """ValueError, which does not repeat it, for a URL that is no bare address of a server."""
     check(
         url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
-        f"{name}: give http://HOST:PORT or https://HOST; credentials come from the AWS chain, never"
-        " from a URL",
+        f"{name}: give http://HOST:PORT or https://HOST, {what}",
     )
 
 

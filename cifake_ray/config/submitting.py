@@ -18,6 +18,9 @@ SECRETS = re.compile(
 )
 
 
+JOBS_API = "the Jobs API of the cluster, usually at port 8265 of its head"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig:
     """submit: run a verb as a job of a Ray cluster, and end as the job ends."""
@@ -38,7 +41,7 @@ class SubmitConfig:
     ] = ()
 
     def __post_init__(self) -> None:
-        check_endpoint(self.address, "--address")
+        check_endpoint(self.address, "--address", JOBS_API)
         check(
             self.submission_id is None
             or re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", self.submission_id, re.ASCII) is not None,

@@ -36,7 +36,8 @@ class TuneConfig(ClusterConfig):
     )
     max_parameters: Annotated[int | None, Doc("Leave out networks with more parameters")] = None
     max_latency_ms: Annotated[
-        float | None, Doc("Leave out networks that take longer to score an image on one CPU thread")
+        float | None,
+        Doc("Leave out networks that score an image slower, here, on one CPU thread or the GPU"),
     ] = None
     trials: Annotated[int, Doc("Trials; with the grid searcher the most of them")] = 16
     time_budget: Annotated[

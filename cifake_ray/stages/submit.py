@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from cifake_ray.config import SubmitConfig, check_endpoint, check_places, list_options
+from cifake_ray.config import JOBS_API, SubmitConfig, check_endpoint, check_places, list_options
 from cifake_ray.errors import ExitCode, ResourceError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
 from cifake_ray.storage.places import refuse_credentials
@@ -74,12 +75,11 @@ def submit_job(
         runtime_env["working_dir"] = job.working_dir
     client = _connect(job.address)
     address = client.get_address()
+    name = job.submission_id or f"{verb}-{secrets.token_hex(8)}"
     try:
-        name = client.submit_job(
-            entrypoint=shlex.join(words), runtime_env=runtime_env, submission_id=job.submission_id
-        )
+        client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime_env, submission_id=name)
     except LOST as error:
-        raise ResourceError(f"the cluster does not take the job: {error}") from error
+        _check_refused(client, name, error)
     result = {"command": "submit", "verb": verb, "submission_id": name, "address": address}
     try:
         say(f"submit: job {name}, on the dashboard {address}/#/jobs/{name}")
@@ -97,6 +97,21 @@ def submit_job(
     code = _read_code(details)
     said = {"result": log.read_result()} if "--json" in flags else {}
     return {**result, "status": str(details.status), **said}, code
+
+
+def _check_refused(client: JobSubmissionClient, name: str, error: Exception) -> None:
+    """ResourceError unless only the answer was lost, and the job is there."""
+    if isinstance(error, RuntimeError):  # the cluster's own word
+        raise ResourceError(f"the cluster does not take the job: {error}") from error
+    try:
+        client.get_job_info(name)
+    except RuntimeError:  # it knows of no such job
+        raise ResourceError(f"the cluster does not take the job: {error}") from error
+    except LOST:
+        raise ResourceError(
+            f"the cluster does not answer ({error}); job {name} may run: `ray job status {name}"
+            f" --address {client.get_address()}` tells"
+        ) from error
 
 
 def _check_words(config: Any, job: SubmitConfig) -> None:
@@ -122,10 +137,9 @@ def _refuse_file(word: str) -> None:
 
 
 def _connect(address: str | None) -> _Client:
-    address = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise ValueError("--address: give the Jobs API of a cluster, such as http://HEAD:8265")
-    check_endpoint(address, "--address")
+    found = {"--address": address} | {n: os.environ.get(n) for n in (ADDRESS, "RAY_ADDRESS")}
+    name, address = next(((n, v) for n, v in found.items() if v), ("--address", ""))
+    check_endpoint(address, name, JOBS_API)
     os.environ[ADDRESS] = address
     try:
         return _Client(address)

@@ -13,18 +13,21 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.config import Device, TrainConfig, effective_settings
 from cifake_ray.core.augmentation import Augmentation
+from cifake_ray.core.models import Detector
 from cifake_ray.core.recipe import build_trainee, make_optimizer
 from cifake_ray.core.stopping import explain_end
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import (
     Placement,
+    Resources,
     choose_gpu,
     connect_cluster,
     count_local_cpus,
@@ -98,10 +101,7 @@ def train_detector(
         "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
         "rows": rows.hash_rows(),
     }
-    torch.manual_seed(config.seed)
-    detector = build_trainee(config)
-    # What does not fit is refused here, not in every worker.
-    make_optimizer(detector.network, config)
+    detector = check_training(config)  # what does not fit is refused here, not in every worker
     if (weights := load_starting_weights(config, detector)) is not None:
         settings["weights"] = weights.digest  # another name for the same weights is the same run
     if config.dry_run:
@@ -130,7 +130,8 @@ def train_detector(
 
         watch = _HistoryWatch(run, tracking.resumed, config.epochs, tell)
         if config.worker_range == (0, 0):
-            train_worker(_make_payload(config, augmentation), watch.look)
+            use_gpu = _choose_gpu_here(config.device)
+            train_worker(_make_payload(config, augmentation, use_gpu), watch.look)
         else:
             with watch:
                 _train_on_ray(config, run, augmentation, say)
@@ -143,14 +144,45 @@ def train_detector(
     return asdict(summary)
 
 
-def finish_training(config: TrainConfig) -> None:
+def check_training(config: TrainConfig) -> Detector:
+    """The detector that would be trained. ValueError when the options do not fit together."""
+    torch.manual_seed(config.seed)
+    detector = build_trainee(config)
+    make_optimizer(detector.network, config)
+    return detector
+
+
+def place_training(config: TrainConfig, resources: Resources) -> Placement:
+    """The least that starts. ResourceError, with the numbers, when the cluster is too small."""
+    least, most = config.worker_range or (None, None)
+    use_gpu = choose_gpu(config.device, resources)
+    return place_workers(
+        resources,
+        num_workers=least,
+        use_gpu=use_gpu,
+        # Those that join later must find as much as those that were there.
+        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
+        default_workers=resources.num_gpus if use_gpu else 1,
+    )
+
+
+def finish_training(config: TrainConfig, use_gpu: bool) -> None:
     """The bundle of a run that was stopped between two epochs, out of its checkpoint."""
-    train_worker({**_make_payload(config, read_augmentation(config)), "is_over": True})
+    train_worker({**_make_payload(config, read_augmentation(config), use_gpu), "is_over": True})
 
 
-def _make_payload(config: TrainConfig, augmentation: Augmentation) -> dict[str, Any]:
+def _choose_gpu_here(device: Device) -> bool:
+    """Whether this process computes on a GPU. ResourceError when it should and has none."""
+    is_there = torch.cuda.is_available()
+    if device == "cuda" and not is_there:
+        raise ResourceError(
+            f"--device cuda: torch {torch.__version__} sees no GPU here; use --device cpu"
+        )
+    return device != "cpu" and is_there
+
+
+def _make_payload(config: TrainConfig, augmentation: Augmentation, use_gpu: bool) -> dict[str, Any]:
     """What `train_worker` gets when this process is the only one."""
-    use_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return {
         "config": asdict(replace(config, num_workers="0")),
         "augmentation": augmentation.to_dict(),
@@ -176,21 +208,13 @@ def _train_on_ray(
     least, most = config.worker_range or (None, None)
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
     with connect_cluster(config, room, say) as resources:
-        use_gpu = choose_gpu(config.device, resources)
-        placement = place_workers(
-            resources,
-            num_workers=least,
-            use_gpu=use_gpu,
-            # Those that join later must find as much as those that were there.
-            cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
-            default_workers=resources.num_gpus if use_gpu else 1,
-        )
+        placement = place_training(config, resources)
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
                 "config": asdict(config),
                 "augmentation": augmentation.to_dict(),
-                "use_gpu": use_gpu,
+                "use_gpu": placement.gpus_per_worker > 0,
                 "num_threads": placement.cpus_per_worker,
             },
             scaling_config=_scale(placement, most or placement.num_workers),
@@ -198,6 +222,7 @@ def _train_on_ray(
                 name="ray",
                 storage_path=storage_path,
                 storage_filesystem=filesystem,
+                # Nodes that Ray was told would go do not count: these may be any number.
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
         )
@@ -279,12 +304,14 @@ class _HistoryWatch:
 
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
-            self.look()
-        self.look()
+            with suppress(CifakeError):  # a store that fails for a moment: the next look tells it
+                self.look()
 
     def __enter__(self) -> None:
         self.thread.start()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.ended.set()
         self.thread.join()
+        with suppress(CifakeError) if kind else nullcontext():
+            self.look()

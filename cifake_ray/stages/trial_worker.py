@@ -13,15 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from cifake_ray.config import TrainConfig, TuneConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.catalogue import count_cost, measure_speed
 from cifake_ray.core.search_space import to_train_options
 from cifake_ray.core.stopping import to_score
-from cifake_ray.stages.train import train_detector
+from cifake_ray.errors import CifakeError
+from cifake_ray.stages.cluster import find_cause
+from cifake_ray.stages.train import finish_training, train_detector
 from cifake_ray.storage.files import read_bytes, read_json, write_json
 from cifake_ray.storage.places import resolve_path
 from cifake_ray.storage.trials import SearchRun, Trial
@@ -98,6 +102,15 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
     if trial.end is None:
         train_detector(config, report, time.time())
     report.tell_last()
+
+
+def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
+    """The bundle of a trial that was stopped, made where trials run: the driver may lack a GPU."""
+    room = ray.remote(num_cpus=num_cpus, num_gpus=int(use_gpu))
+    try:
+        ray.get(room(finish_training).remote(config, use_gpu))
+    except RayTaskError as error:
+        raise CifakeError(f"the best trial has no bundle: {find_cause(error)}") from error
 
 
 @dataclass

@@ -40,9 +40,8 @@ from cifake_ray.stages.searching import (
     check_searcher,
     make_scheduler,
 )
-from cifake_ray.stages.train import finish_training
 from cifake_ray.stages.trial_watch import TrialWatch
-from cifake_ray.stages.trial_worker import FAILED, TrialPlan, run_trial
+from cifake_ray.stages.trial_worker import FAILED, TrialPlan, finish_trial, run_trial
 from cifake_ray.storage.augmentations import read_augmentation
 from cifake_ray.storage.buckets import open_place
 from cifake_ray.storage.places import resolve_path, to_arrow
@@ -127,7 +126,7 @@ def search_options(
         trials = _prepare_trials(plan, space, say)
         watch = TrialWatch(plan, say)
         _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
-    return _finish(plan, watch, started_s, say)
+        return _finish(plan, watch, use_gpu, started_s)
 
 
 def _make_plan(config: TuneConfig) -> TrialPlan:
@@ -277,6 +276,8 @@ def _run_trials(
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            # Population based training copies them; Ray warns of fewer.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             callbacks=[watch],
             verbose=0,
         ),
@@ -290,9 +291,7 @@ def _run_trials(
         threads.shutdown(wait=False)
 
 
-def _finish(
-    plan: TrialPlan, watch: TrialWatch, started_s: float, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _finish(plan: TrialPlan, watch: TrialWatch, use_gpu: bool, started_s: float) -> dict[str, Any]:
     """Tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
     config, search = plan.config, plan.search
     for trial in search.read_trials():
@@ -306,7 +305,7 @@ def _finish(
     trial = search.read_trial(best["trial"])
     train = plan.to_train_config(trial)
     if search.run_of(trial).read_success() is None:  # it was stopped, and is the best all the same
-        finish_training(train)
+        finish_trial(train, config.cpus_per_worker, use_gpu)
     options = {
         name: value
         for name, value in effective_settings(train).items()

@@ -20,7 +20,14 @@ from typing import Any, Protocol
 
 from cifake_ray.config import TrackerName
 from cifake_ray.errors import CifakeError
-from cifake_ray.storage.files import list_folder, read_if_exists, read_json, write_bytes, write_json
+from cifake_ray.storage.files import (
+    hash_json,
+    list_folder,
+    read_if_exists,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from cifake_ray.storage.places import Place
 from cifake_ray.storage.training_runs import TrainingRun
 
@@ -195,7 +202,7 @@ class _MLflow:
             from mlflow import MlflowClient
 
             self.client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-            self.run_id = self._find_run(run)
+            self.run_id = self._find_run(run, settings)
             self._log(
                 params={
                     name: value if isinstance(value, str) else json.dumps(value)
@@ -206,12 +213,13 @@ class _MLflow:
             if not self._is_finished():
                 self.client.update_run(self.run_id, status="RUNNING")
 
-    def _find_run(self, run: TrainingRun) -> str:
-        paper = run.path / "mlflow.json"
-        if read_if_exists(paper) is None:
+    def _find_run(self, run: TrainingRun, settings: dict[str, Any]) -> str:
+        paper, digest = run.path / "mlflow.json", hash_json(settings)
+        # Until something is trained there, a folder may get other options; MLflow's runs may not.
+        if read_if_exists(paper) is None or read_json(paper).get("settings", digest) != digest:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cifake_ray"
             made = self.client.create_run(self._find_experiment(name), run_name=run.path.name)
-            write_json(paper, {"run_id": made.info.run_id})
+            write_json(paper, {"run_id": made.info.run_id, "settings": digest})
         run_id = str(read_json(paper).get("run_id"))
         from mlflow.exceptions import MlflowException
 

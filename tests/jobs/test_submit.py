@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
+import pyarrow.parquet as pq
 import pytest
 import requests
 import typer
@@ -193,22 +194,31 @@ def test_an_uploaded_checkout_runs_and_holds_neither_data_nor_git(
         shutil.copytree(CHECKOUT / name, checkout / name)
     for name in (".gitignore", ".rayignore"):
         shutil.copy(CHECKOUT / name, checkout / name)
-    for name in (".git", "data", ".venv"):
+    # Also what the README's own commands write there.
+    for name in (".git", "data", ".venv", "shards", "run", "scores", "report", "search"):
         (checkout / name).mkdir()
         (checkout / name / "left-out").write_text("x")
     (checkout / "cifake_ray" / "mark-of-this-checkout").write_text("x")
+    version = '__version__ = "0.0.1+checkout"\n'
+    with open(checkout / "cifake_ray" / "__init__.py", "a") as file:
+        file.write(version)
     code, _, errors = submit(
         cluster, "score", sample_folder, tmp_path / "out", "--working-dir", checkout
     )
     assert code == 0, errors
+    # The uploaded code ran, in the driver and in the workers.
+    papers = json.loads((tmp_path / "out" / "_run.json").read_text())
+    assert papers["tool_version"] == "0.0.1+checkout"
+    (part,) = (tmp_path / "out" / "scores").glob("part-*")
+    footer = json.loads(pq.read_schema(part).metadata[b"cifake_ray"])
+    assert footer["tool_version"] == "0.0.1+checkout"
     assert cluster.temp_dir
     uploaded = {
         path.name
         for mark in cluster.temp_dir.rglob("mark-of-this-checkout")
         for path in mark.parents[1].iterdir()
     }
-    assert {"cifake_ray", "jobs"} <= uploaded
-    assert not {".git", "data", ".venv"} & uploaded
+    assert uploaded == {"cifake_ray", "jobs"}
 
 
 def test_the_metrics_of_the_workers_can_be_read(
@@ -386,3 +396,48 @@ def test_variables_are_split_at_the_first_equals_sign() -> None:
     for wrong in ("AWS_REGION", "=x", "A B=c"):
         with pytest.raises(ValueError, match="give NAME=VALUE"):
             SubmitConfig(env=(wrong,))
+
+
+class Deaf:
+    """A cluster that got the job, or not, and whose answer to that is lost."""
+
+    def __init__(self, asked: Exception | None) -> None:
+        self.asked = asked
+
+    def get_address(self) -> str:
+        return "http://head"
+
+    def get_job_info(self, name: str) -> None:
+        if self.asked:
+            raise self.asked
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked", "message"),
+    [
+        (RuntimeError("taken"), None, "does not take the job: taken"),
+        (OSError("reset"), RuntimeError("404"), "does not take the job: reset"),
+        (OSError("reset"), OSError("gone"), "job score-1 may run: `ray job status score-1"),
+    ],
+)
+def test_a_job_is_called_refused_only_where_it_is(
+    sent: Exception, asked: Exception | None, message: str
+) -> None:
+    with pytest.raises(ResourceError, match=message):
+        stages_submit._check_refused(cast(Any, Deaf(asked)), "score-1", sent)
+
+
+def test_a_job_whose_answer_was_lost_is_followed() -> None:
+    stages_submit._check_refused(cast(Any, Deaf(None)), "score-1", OSError("reset"))
+
+
+def test_an_address_that_is_no_jobs_api_is_named_by_where_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS: give http://HOST:PORT .* Jobs API"):
+        stages_submit._connect(None)
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ValueError, match=r"^--address: give http://HOST:PORT"):
+        stages_submit._connect(None)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ import pytest
 from ray import cloudpickle
 
 from cifake_ray.config import ConvertConfig, SampleConfig
+from cifake_ray.core.converting import ConvertWork
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError
 from cifake_ray.stages.batch import BatchPlan, BatchSummary, run_batch
+from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.convert import make_work
-from cifake_ray.stages.shard_worker import replace_rows, slice_rows
+from cifake_ray.stages.shard_worker import Orders, ShardWorker, replace_rows, slice_rows
 from cifake_ray.stages.watchdog import watch_progress
 from cifake_ray.storage.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.damage import find_damage
@@ -232,3 +235,30 @@ def test_slices_are_bounded_by_rows_and_by_bytes() -> None:
     sizes = [1, 1, 1, 300 * 2**20, 1, 1, None]
     rows = pa.table({"size_bytes": pa.array(sizes, pa.int64())})
     assert [s.num_rows for s in slice_rows(rows, 2)] == [2, 1, 1, 2, 1]
+
+
+class PairWork(ConvertWork):
+    batch_size = 2
+
+
+@dataclass
+class CountedReads:
+    """Says how many images were asked for when each was taken."""
+
+    taken: list[int]
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes]:
+        for _ in range(rows.num_rows):
+            self.taken.append(rows.num_rows)
+            yield b"x"
+
+
+def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(ray_cluster: None) -> None:
+    source: Any = CountedReads([])
+    run: Any = SimpleNamespace(command="convert")
+    worker = ShardWorker(run, source, make_work, ONE_WORKER, Orders("", False, 60.0))
+    pulse: Any = SimpleNamespace(beat=lambda: None)
+    rows = pa.table({"size_bytes": [1] * 5})
+    batches = worker._prepare(PairWork(), rows, pulse, is_suspect=False)
+    assert [batch.prepared for batch in batches] == [[b"x"] * 2, [b"x"] * 2, [b"x"]]
+    assert source.taken == [5] * 5

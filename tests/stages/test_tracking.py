@@ -237,6 +237,19 @@ def test_mlflow_without_an_address_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_other_options_before_anything_was_trained_are_another_run(
+    shards: Path, tmp_path: Path, store: MlflowClient
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="needs a GPU"):  # it has told its settings by then
+        run_train(shards, run, track=("mlflow",), device="cpu", precision="fp16")
+    run_train(shards, run, track=("mlflow",))
+    experiment = store.get_experiment_by_name(tmp_path.name)
+    tracked = store.search_runs([experiment.experiment_id])
+    ends = {r.data.params["precision"]: r.info.status for r in tracked}
+    assert ends == {"fp16": "FAILED", "float32": "FINISHED"}
+
+
 def test_a_server_that_is_not_there_is_refused_before_training(
     shards: Path, tmp_path: Path, store: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from cifake_ray.config import ConvertConfig, TrainConfig
+from cifake_ray.config import ConvertConfig, PipelineConfig, TrainConfig
 from cifake_ray.core.augmentation import POLICIES
-from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
+from cifake_ray.errors import CifakeError, ResourceError, RunMismatch, StorageError
+from cifake_ray.pipeline import run_pipeline
+from cifake_ray.stages import train as stages_train
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.train import train_detector
 from cifake_ray.storage.bundle import load_bundle
@@ -201,3 +204,57 @@ def test_shards_without_labels_are_refused(sample_folder: Path, tmp_path: Path) 
     convert_images(config, lambda progress: None, time.time())
     with pytest.raises(ValueError, match="no labelled REAL image for training"):
         run_train(tmp_path / "shards", tmp_path / "run")
+
+
+@dataclass
+class FlakyRun:
+    """A run that finishes an epoch at every look, and whose store fails at one of them."""
+
+    fails_at: int
+    looks: int = 0
+
+    def read_history(self) -> list[dict[str, Any]]:
+        self.looks += 1
+        if self.looks == self.fails_at:
+            raise StorageError("not now")
+        return [{"epoch": epoch} for epoch in range(1, min(self.looks, 4) + 1)]
+
+
+def test_a_store_that_fails_for_a_moment_hides_no_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_train, "POLL_S", 0.01)
+    told: list[int] = []
+    run = FlakyRun(fails_at=3)
+    watch = stages_train._HistoryWatch(
+        cast(Any, run), 0, 4, lambda row, epochs: told.append(row["epoch"])
+    )
+    with watch:
+        time.sleep(0.5)
+    assert told == [1, 2, 3, 4]
+
+
+def test_a_gpu_that_is_not_there_is_refused(shards: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ResourceError, match="sees no GPU here; use --device cpu"):
+        run_train(shards, tmp_path / "run", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_workers": "8"}, ResourceError, "8 workers need"),
+        ({"model": "smal_cnn"}, ValueError, "did you mean"),
+    ],
+)
+def test_a_pipeline_that_cannot_train_is_refused_before_it_converts(
+    ray_cluster: None,
+    sample_folder: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    config = PipelineConfig(src=str(sample_folder), root=str(tmp_path / "root"), **options)
+    with pytest.raises(error, match=message):
+        run_pipeline(config, {})
+    assert not (tmp_path / "root").exists()

@@ -14,6 +14,7 @@ from typing import Any
 
 import botocore.session
 import pytest
+from faults.command import wait_until
 from faults.proxy import FaultProxy, run_proxy
 from s3_server import S3Server, find_ports
 
@@ -22,7 +23,7 @@ from cifake_ray.core.images import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.buckets import check_bucket, read_objects
 from cifake_ray.storage.fetching import StoredObject, fetch_objects
-from cifake_ray.storage.s3 import S3Error, S3Limits, connect
+from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Error, S3Limits, connect
 from cifake_ray.storage.throttle import Throttle
 
 QUICK = S3Limits(
@@ -68,16 +69,16 @@ def error_of(result: Any) -> str:
 def test_objects_come_in_order_over_kept_connections(
     s3_env: S3Server, proxy: FaultProxy, bucket: str
 ) -> None:
-    etags = [s3_env.put(bucket, f"many/{n}", b"%d" % n) for n in range(100)]
-    locations = [f"s3://{bucket}/many/{n}" for n in range(100)]
+    etags = [s3_env.put(bucket, f"many/{n}", b"%d" % n) for n in range(200)]
+    locations = [f"s3://{bucket}/many/{n}" for n in range(200)]
     store = StoreConfig(s3_endpoint_url=proxy.endpoint)
     proxy.delay_s = 0.01
-    got = list(read_objects(store, locations, [None] * 100, etags))
-    assert got == [b"%d" % n for n in range(100)]
-    assert len(proxy.seen) == 100  # one request each
+    got = list(read_objects(store, locations, [None] * 200, etags))
+    assert got == [b"%d" % n for n in range(200)]
+    assert len(proxy.seen) == 200  # one request each
     assert {seen.headers["If-Match"] for seen in proxy.seen} == set(etags)
-    assert proxy.num_connections <= 16
-    assert 4 < proxy.most_in_flight <= 16
+    assert proxy.num_connections <= DEFAULT_LIMITS.max_in_flight
+    assert 4 < proxy.most_in_flight <= DEFAULT_LIMITS.max_in_flight
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
@@ -270,6 +271,21 @@ def test_memory_ahead_of_a_slow_consumer_is_bounded(
     time.sleep(0.5)
     assert len(proxy.seen) == 3
     assert [len(result) for result in results] == [2**20] * 11  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size_bytes", [4, None])
+def test_objects_come_while_the_consumer_is_busy(
+    s3_env: S3Server, proxy: FaultProxy, bucket: str, size_bytes: int | None
+) -> None:
+    """Whether or not their sizes are known: more than can be in flight at once."""
+    for n in range(30):
+        s3_env.put(bucket, f"busy/{n}", b"abcd")
+    objects = [StoredObject(bucket, f"busy/{n}", size_bytes=size_bytes) for n in range(30)]
+    limits = replace(QUICK, read_timeout_s=10, deadline_s=30, max_in_flight=4)
+    results = fetch_objects(StoreConfig(s3_endpoint_url=proxy.endpoint), objects, limits)
+    assert next(results) == b"abcd"
+    wait_until(lambda: len(proxy.seen) == 30, timeout_s=30)
+    assert list(results) == [b"abcd"] * 29
 
 
 def test_whoever_stops_early_leaves_no_requests_behind(proxy: FaultProxy, bucket: str) -> None:
