@@ -30,23 +30,11 @@ ON_CPU = (
     SITECUSTOMIZE
     + """
 
-class Pretender:
-    def find_spec(self, name, path, target=None):
-        if name != "cifake_ray.stages.score":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            module.find_device = lambda placement: "cpu"
-
-        spec.loader.exec_module = exec_module
-        return spec
+def pretend(module):
+    module.find_device = lambda placement: "cpu"
 
 
-sys.meta_path.insert(0, Pretender())
+sys.meta_path.insert(0, After("cifake_ray.stages.score", pretend))
 """
 )
 

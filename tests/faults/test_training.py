@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,27 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
     assert workers[-1] == 1
     assert summary["epochs"] == epochs
     assert summary["steps"] == epochs * (summary["train_images"] // 16)
+
+
+def test_a_spot_node_that_is_taken_away_in_time_is_no_failure(
+    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Ray is told before the node goes, as by `ray start --block` or its autoscaler."""
+    run, epochs = tmp_path / "run", 4
+    options = ("--epochs", str(epochs), "--address", two_nodes.address, "--max-failures", "0")
+    waits = {**env, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
+    process = start_command(make_arguments(shards, run, "1:2", *options), waits)
+    wait_until(lambda: read_history(run))
+    (node,) = two_nodes.worker_nodes
+    drain = ["ray.scripts.scripts", "drain-node", "--address", two_nodes.address]
+    drain += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    drain += ["--reason-message", "spot", "--deadline-remaining-seconds", "2"]
+    subprocess.run([sys.executable, "-m", *drain], env=env, check=True)
+    time.sleep(2)
+    two_nodes.remove_node(node, allow_graceful=False)
+    summary = finish(process)
+    assert summary["epochs"] == epochs
+    assert read_history(run)[-1]["workers"] == 1
 
 
 def test_a_search_loses_no_trial_and_no_epoch_with_a_node(

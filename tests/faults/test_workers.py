@@ -28,22 +28,19 @@ RESULTS = {"convert": "shards", "score": "scores"}
 SITECUSTOMIZE = '''
 import importlib.util, os, signal, sys
 
-class Poisoner:
-    """Wraps the decoder once its module has been imported."""
+class After:
+    """Changes a module once it has been imported."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
 
     def find_spec(self, name, path, target=None):
-        if name != "cifake_ray.core.images":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            decode = module._call_decoder
-            module._call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
-
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = lambda module: (execute(module), self.change(module))[0]
         return spec
 
 
@@ -60,7 +57,12 @@ def poison(data):
         ctypes.PyDLL(None).sleep(3600)  # with the interpreter lock, so that no thread goes on
 
 
-sys.meta_path.insert(0, Poisoner())
+def poison_decoder(module):
+    decode = module._call_decoder
+    module._call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
+
+
+sys.meta_path.insert(0, After("cifake_ray.core.images", poison_decoder))
 '''
 
 
@@ -270,16 +272,22 @@ def test_each_worker_may_be_killed_once(
     assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
 
 
+DEADLY_DETECTOR = """
+
+def kill(module):
+    module.predict_logit = lambda *_: os._exit(1)
+
+
+sys.meta_path.insert(0, After("cifake_ray.core.scoring", kill))
+"""
+
+
 def test_a_worker_that_always_dies_ends_the_run_with_a_remedy(
     images: Path, env: dict[str, str], tmp_path: Path
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
-    patch = SITECUSTOMIZE.replace("cifake_ray.core.images", "cifake_ray.core.scoring").replace(
-        "decode = module._call_decoder\n", "module.predict_logit = lambda *_: os._exit(1)\n"
-    )
-    lines = [line for line in patch.splitlines() if "module._call_decoder = " not in line]
-    (site / "sitecustomize.py").write_text("\n".join(lines))
+    (site / "sitecustomize.py").write_text(SITECUSTOMIZE + DEADLY_DETECTOR)
     process_env = {**env, "PYTHONPATH": os.pathsep.join([str(site), env["PYTHONPATH"]])}
     summary = run_verb(
         make_command("score", images, tmp_path / "out", "--num-workers", "1"), process_env

@@ -338,7 +338,7 @@ def test_the_time_budget_ends_the_search_and_is_the_reason(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     summary = run_tune(
-        shards, tmp_path / "run", files, trials=3, epochs=2000, time_budget=10, scheduler="none"
+        shards, tmp_path / "run", files, trials=3, epochs=4000, time_budget=20, scheduler="none"
     )
     assert summary["ends"] == {"the time budget was over": 3}
     assert summary["epochs"] == summary["epochs_planned"], "nothing was saved by stopping early"
