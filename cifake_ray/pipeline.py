@@ -76,7 +76,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
     """convert, train, evaluate and score below one root; finished stages are left untouched."""
     from cifake_ray.stages.cluster import connect_cluster
     from cifake_ray.stages.train import check_training, place_training
-    from cifake_ray.storage.files import read_json
+    from cifake_ray.storage.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
@@ -100,7 +100,8 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
     )
     check_training(train)  # what cannot be trained is refused before hours of converting
     with connect_cluster(config, say=say) as resources:
-        if not config.scale_timeout_s and train.worker_range != (0, 0):
+        is_trained = exists(root / "run" / "_SUCCESS")
+        if not (is_trained or config.scale_timeout_s or train.worker_range == (0, 0)):
             place_training(train, resources)
         codes = [run_verb(step, time.time())[1] for step in steps]
     metrics = read_json(root / "report" / "metrics.json")

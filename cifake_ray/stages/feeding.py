@@ -18,7 +18,8 @@ from cifake_ray.core.work import Prepare, Work
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.listing import Source
 
-MAX_WINDOW_BYTES = 512 * 2**20  # prepared and not yet taken, for each worker
+# For each worker: batches prepared or being prepared, and the encoded images sent for that.
+MAX_WINDOW_BYTES = 384 * 2**20  # below it one more batch is begun
 MAX_RETRIES = 2  # of a task whose process or node is gone
 
 
@@ -28,6 +29,14 @@ class Batch(NamedTuple):
     rows: pa.Table
     prepared: Any
     size_bytes: int  # encoded
+
+
+class _Task(NamedTuple):
+    """A batch that is being prepared, and what it may take of the object store."""
+
+    rows: pa.Table
+    result: Any
+    size_bytes: int
 
 
 class Sizes:
@@ -57,39 +66,48 @@ def prepare_rows(source: Source, prepare: Prepare, rows: pa.Table) -> tuple[Any,
 class Feeder:
     """Has batches prepared by tasks, in order and a few ahead."""
 
-    def __init__(self, source: Source, work: Work, num_tasks: int) -> None:
-        self.source = source
+    def __init__(self, source: Source, work: Work, num_tasks: int, timeout_s: float) -> None:
+        """`timeout_s` is how long a batch is waited for."""
+        self.source, self.image_bytes, self.timeout_s = source, work.image_bytes, timeout_s
         self.source_ref, self.prepare_ref = ray.put(source), ray.put(work.prepare)
         # Two more than can run: one that waits here, one that starts when a CPU is free.
-        batch_bytes = work.batch_size * work.image_bytes
-        self.window = max(1, min(num_tasks + 2, MAX_WINDOW_BYTES // batch_bytes))
+        self.most = num_tasks + 2
         task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)
         self.prepare_rows, self.prepare_images = task(prepare_rows), task(prepare_images)
 
     def prepare_slices(self, slices: Iterable[pa.Table]) -> Iterator[Batch]:
         """The slices, prepared. What a task raised is raised here."""
         waiting = iter(slices)
-        pending: deque[tuple[pa.Table, Any]] = deque()
+        pending: deque[_Task] = deque()
         try:
             while True:
-                while len(pending) < self.window and (rows := next(waiting, None)) is not None:
-                    pending.append((rows, self._start(rows)))
+                while (
+                    len(pending) < self.most
+                    and sum(task.size_bytes for task in pending) < MAX_WINDOW_BYTES
+                    and (rows := next(waiting, None)) is not None
+                ):
+                    pending.append(self._start(rows))
                 if not pending:
                     return
-                rows, task = pending.popleft()
+                rows, task, _ = pending.popleft()
                 try:
-                    prepared, size_bytes = ray.get(task)
+                    prepared, size_bytes = ray.get(task, timeout=self.timeout_s)
                 except RayTaskError as error:
                     raise error.cause from None
-                except RayError:  # a decoder ended the process, or memory or a node was lost
+                except RayError:  # a decoder ended the process or hangs, or a node was lost
+                    ray.cancel(task, force=True)
                     prepared, size_bytes = None, 0
                 yield Batch(rows, prepared, size_bytes)
         finally:
-            for _, task in pending:
+            for _, task, _ in pending:
                 ray.cancel(task)
 
-    def _start(self, rows: pa.Table) -> Any:
+    def _start(self, rows: pa.Table) -> _Task:
+        size_bytes = rows.num_rows * self.image_bytes
         if rows.column("row").null_count:  # each image is a read of its own
-            return self.prepare_rows.remote(self.source_ref, self.prepare_ref, rows)
+            task = self.prepare_rows.remote(self.source_ref, self.prepare_ref, rows)
+            return _Task(rows, task, size_bytes)
         # Neighbours in a Parquet file: tasks would all read the same part of it.
-        return self.prepare_images.remote(self.prepare_ref, list(self.source.read_images(rows)))
+        images = Sizes(self.source.read_images(rows))
+        task = self.prepare_images.remote(self.prepare_ref, list(images))
+        return _Task(rows, task, size_bytes + images.size_bytes)

@@ -39,7 +39,7 @@ from cifake_ray.storage.manifest import read_shard
 from cifake_ray.storage.parts import commit_part, inspect_part, read_part
 from cifake_ray.storage.runs import PartFacts, Run
 
-MAX_BATCH_BYTES = 256 * 2**20  # encoded images that a worker holds at once
+MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are worked on at once
 MAX_ATTEMPTS = 5  # at one shard, by one command
 MAX_PULSE_S = 10.0  # between two signs of life
 MAX_IMAGE_S = 60.0  # for one image in quarantine
@@ -220,7 +220,8 @@ class ShardWorker:
     ) -> Generator[Batch, None, None]:
         """Images fetched and prepared by tasks on other CPUs; what ends these, in quarantine."""
         if self.feeder is None:
-            self.feeder = Feeder(self.source, work, self.placement.num_feeders)
+            timeout_s = self.orders.stall_timeout_s / 4  # half of the silence that ends a process
+            self.feeder = Feeder(self.source, work, self.placement.num_feeders, timeout_s)
         for batch in self.feeder.prepare_slices(slice_rows(rows, work.batch_size)):
             pulse.beat()
             if batch.prepared is None:

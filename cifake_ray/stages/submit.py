@@ -101,7 +101,7 @@ def submit_job(
 
 def _check_refused(client: JobSubmissionClient, name: str, error: Exception) -> None:
     """ResourceError unless only the answer was lost, and the job is there."""
-    if isinstance(error, RuntimeError):  # the cluster's own word
+    if isinstance(error, RuntimeError | AuthenticationError):  # the cluster's own word
         raise ResourceError(f"the cluster does not take the job: {error}") from error
     try:
         client.get_job_info(name)

@@ -16,14 +16,14 @@ from typing import Any
 import ray
 import torch
 from ray import tune
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cifake_ray.config import TrainConfig, TuneConfig
 from cifake_ray.core.augmentation import POLICIES, Augmentation
 from cifake_ray.core.catalogue import count_cost, measure_speed
 from cifake_ray.core.search_space import to_train_options
 from cifake_ray.core.stopping import to_score
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import find_cause
 from cifake_ray.stages.train import finish_training, train_detector
 from cifake_ray.storage.files import read_bytes, read_json, write_json
@@ -110,7 +110,14 @@ def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
     try:
         ray.get(room(finish_training).remote(config, use_gpu))
     except RayTaskError as error:
+        if isinstance(error.cause, CifakeError):
+            raise error.cause from None
         raise CifakeError(f"the best trial has no bundle: {find_cause(error)}") from error
+    except RayError as error:
+        raise ResourceError(
+            f"the best trial has no bundle, its worker was lost ({find_cause(error)}); run the same"
+            " command again"
+        ) from error
 
 
 @dataclass

@@ -22,7 +22,7 @@ from cifake_ray.storage.refusals import S3Error, TooLarge, explain_refusal
 from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Client, S3Limits, connect
 
 MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
-ASSUMED_BYTES = 4 * 2**20  # of an object whose size is not known, until it is there
+ASSUMED_BYTES = 16 * 2**20  # of an object of unknown size, until the first has come
 
 
 class StoredObject(NamedTuple):
@@ -39,15 +39,34 @@ class _Asked:
     """An object that has been asked for."""
 
     stored: StoredObject
-    future: Future[bytes | ImageError]
-    size_bytes: int  # that it is taken to hold of the memory
+    size_bytes: int  # that it is taken to hold of the memory, until it is there
 
-    def measure(self) -> int:
-        """What it does take, once it is there."""
-        if self.future.done() and not self.future.exception():
-            result = self.future.result()
-            self.size_bytes = len(result) if isinstance(result, bytes) else 0
-        return self.size_bytes
+
+class _Ahead:
+    """Bytes beyond what the consumer took: there already, or on their way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # those who fetch correct what was assumed
+        self.size_bytes = 0
+        self.largest: int | None = None  # of all that have come
+
+    def ask(self, stored: StoredObject) -> _Asked:
+        """An object whose size is not known may be as large as any before it."""
+        guess = ASSUMED_BYTES if self.largest is None else self.largest
+        size_bytes = guess if stored.size_bytes is None else stored.size_bytes
+        return _Asked(stored, min(size_bytes, MAX_IMAGE_BYTES))
+
+    def add(self, size_bytes: int) -> None:
+        with self.lock:
+            self.size_bytes += size_bytes
+
+    def correct(self, asked: _Asked, result: bytes | ImageError) -> None:
+        """It is there."""
+        size_bytes = len(result) if isinstance(result, bytes) else 0
+        with self.lock:
+            self.size_bytes += size_bytes - asked.size_bytes
+            asked.size_bytes = size_bytes
+            self.largest = max(self.largest or 0, size_bytes)
 
 
 def fetch_objects(
@@ -56,41 +75,44 @@ def fetch_objects(
     """The bytes of each object, or the error of its row, in order.
 
     At most `max_in_flight` requests at once for all callers of this process, and at most
-    `max_ahead_bytes` beyond what the caller took (an object alone may be larger).
+    `max_ahead_bytes` beyond what the caller took (an object alone may be larger; where sizes are
+    not known, those on their way are taken to be no larger than any before them).
     StorageError when there are no credentials to ask with.
     """
     objects = iter(objects)
     waiting = next(objects, None)
     if waiting is None:
         return
-    pending: deque[_Asked] = deque()
-    ahead_bytes = 0
+    pending: deque[tuple[_Asked, Future[bytes | ImageError]]] = deque()
+    ahead = _Ahead()
     stop = threading.Event()
     client = open_client(store, limits, waiting.bucket)
+
+    def fetch(asked: _Asked) -> bytes | ImageError:
+        result = _fetch(client, asked.stored, stop)
+        ahead.correct(asked, result)
+        return result
+
     try:
         while waiting is not None or pending:
             while waiting is not None and len(pending) < MAX_AHEAD:
-                size_bytes = _assume_size(waiting)
-                is_full = ahead_bytes + size_bytes > limits.max_ahead_bytes
-                if is_full or waiting.size_bytes is None:  # what has come may have another size
-                    ahead_bytes = sum(asked.measure() for asked in pending)
-                if pending and ahead_bytes + size_bytes > limits.max_ahead_bytes:
+                asked = ahead.ask(waiting)
+                if pending and ahead.size_bytes + asked.size_bytes > limits.max_ahead_bytes:
                     break
-                ahead_bytes += size_bytes
-                future = client.threads.submit(_fetch, client, waiting, stop)
-                pending.append(_Asked(waiting, future, size_bytes))
+                ahead.add(asked.size_bytes)
+                pending.append((asked, client.threads.submit(fetch, asked)))
                 waiting = next(objects, None)
-            due = pending.popleft()
-            ahead_bytes -= due.size_bytes
+            due, future = pending.popleft()
             try:
-                result = due.future.result()
+                result = future.result()
             except BotoCoreError as error:
                 raise explain_refusal(error, f"s3://{due.stored.bucket}") from error
+            ahead.add(-due.size_bytes)
             yield result
     finally:
         stop.set()
-        for asked in pending:
-            asked.future.cancel()
+        for _, future in pending:
+            future.cancel()
 
 
 def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
@@ -99,11 +121,6 @@ def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
         return connect(store, limits)
     except BotoCoreError as error:
         raise explain_refusal(error, f"s3://{bucket}") from error
-
-
-def _assume_size(stored: StoredObject) -> int:
-    """What an object may take of the memory."""
-    return ASSUMED_BYTES if stored.size_bytes is None else min(stored.size_bytes, MAX_IMAGE_BYTES)
 
 
 def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> bytes | ImageError:

@@ -143,6 +143,10 @@ class TableSource:
     )
     _group: tuple[int, pa.Table] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As it was before it read anything: an open file does not travel."""
+        return {**self.__dict__, "_path": None, "_table": None, "_group": None}
+
     def list_images(self) -> Listing:
         listing = Listing(iter(()), keeps_order=True)
         listing.batches = self._list_batches(listing)

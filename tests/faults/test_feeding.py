@@ -18,6 +18,8 @@ from ray_head import JobsCluster, run_head
 from cifake_ray.errors import ExitCode
 from cifake_ray.stages.batch import choose_placement
 from cifake_ray.stages.cluster import Node, Placement, Resources
+from cifake_ray.storage.attempts import follow_attempt, write_attempt
+from cifake_ray.storage.runs import require_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +36,19 @@ def pretend(module):
     module.find_device = lambda placement: "cpu"
 
 
+def note_who_decodes(module):
+    decode = module._call_decoder
+
+    def noted(call, data):
+        with open("/proc/self/cmdline") as name, open(os.environ["TEST_NOTES"], "a") as notes:
+            print(name.read().split("\\0")[0], file=notes)
+        return decode(call, data)
+
+    module._call_decoder = noted
+
+
 sys.meta_path.insert(0, After("cifake_ray.stages.score", pretend))
+sys.meta_path.insert(0, After("cifake_ray.core.images", note_who_decodes))
 """
 )
 
@@ -59,8 +73,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsCluster]:
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(ON_CPU)
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {"PYTHONPATH": os.pathsep.join(paths)}
     folder = tmp_path_factory.mktemp("gpu")
+    variables = {"PYTHONPATH": os.pathsep.join(paths), "TEST_NOTES": str(folder / "notes")}
     with run_head(folder, num_cpus=3, num_gpus=1, variables=variables) as cluster:
         yield cluster
 
@@ -90,9 +104,32 @@ def test_fed_by_others_the_rows_are_those_of_cpus_alone(
         source = tmp_path / "shards"
         code, _, errors = run_command(["convert", str(images), str(source)], make_env())
         assert code == 0, errors
+    notes = Path(cluster.env["TEST_NOTES"])
+    notes.unlink(missing_ok=True)
     account = score(cluster, source, tmp_path / "out", "--device", "cuda")
     assert account["done"] == account["listed"] == NUM_IMAGES
     check_rows(tmp_path / "out", clean, {})
+    # Nobody else has decoded an image.
+    task = {"files": "ray::prepare_rows", "shards": "ray::prepare_images"}[kind]
+    assert set(notes.read_text().split()) == {task}
+
+
+def test_a_run_over_parquet_goes_on_after_the_death_of_its_worker(
+    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path
+) -> None:
+    """A shard with a note is done by the worker alone, the others are fed again."""
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    code, _, errors = run_command(["convert", str(images), str(shards), *OPTIONS[:2]], make_env())
+    assert code == 0, errors
+    score(cluster, shards, out)
+    (out / "_SUCCESS").unlink()
+    run = require_run(out)
+    for shard in range(run.manifest.num_shards):
+        run.part_path(shard).unlink()
+    write_attempt(run, follow_attempt(None, 0, "killed"))
+    account = score(cluster, shards, out)
+    assert (account["done"], account["shards_retried"]) == (NUM_IMAGES, 1)
+    check_rows(out, clean, {})
 
 
 def test_an_image_that_kills_whoever_decodes_it_becomes_a_row(
@@ -103,6 +140,7 @@ def test_an_image_that_kills_whoever_decodes_it_becomes_a_row(
     source = plant(images, tmp_path / "poisoned", poisons)
     account = score(cluster, source, tmp_path / "out")
     assert account["errors"] == {"worker_crash": 2}
+    assert account["shards_retried"] == 0, "the worker itself has died of it"
     check_rows(tmp_path / "out", clean, poisons)
 
 

@@ -232,6 +232,19 @@ def test_a_store_that_fails_for_a_moment_hides_no_epoch(monkeypatch: pytest.Monk
     assert told == [1, 2, 3, 4]
 
 
+def test_a_pipeline_that_has_trained_needs_no_room_for_it(
+    sample_folder: Path, tmp_path: Path
+) -> None:
+    """More workers than there are CPUs now; the training itself would be refused."""
+    root = tmp_path / "root"
+    source, training = str(sample_folder), {"epochs": 1, "batch_size": 8, "val_fraction": 0.3}
+    run_pipeline(PipelineConfig(src=source, root=str(root), num_workers="0"), training)
+    (root / "scores" / "_SUCCESS").unlink()
+    again = PipelineConfig(src=source, root=str(root), num_workers="8")
+    result, code = run_pipeline(again, training)
+    assert (code, (root / "scores" / "_SUCCESS").exists()) == (0, True), result
+
+
 def test_a_gpu_that_is_not_there_is_refused(shards: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -827,6 +828,15 @@ def test_rows_of_a_table_can_be_read_in_any_order(tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(rows.num_rows)
     expected = [make_png(int(n) % 5) for n in order]
     assert list(source.read_images(rows.take(pa.array(order)))) == expected
+
+
+def test_a_source_travels_after_it_has_been_read_from(tmp_path: Path) -> None:
+    """A worker with a GPU sends its own to the tasks that feed it."""
+    write_hub_table(tmp_path / "hub" / "a.parquet", [0] * 3, None)
+    source = open_images(tmp_path / "hub")
+    rows = gather(source.list_images())
+    images = list(source.read_images(rows))
+    assert list(pickle.loads(pickle.dumps(source)).read_images(rows)) == images
 
 
 def test_neighbouring_row_groups_make_a_shard(tmp_path: Path) -> None:
