@@ -26,10 +26,8 @@ class Scorer:
     def score_pixels(self, pixels: Any) -> Any:
         import torch
 
-        from cifake_ray.core.models import to_logit
-
         with torch.inference_mode():
-            return to_logit(self.detector(torch.as_tensor(pixels))).numpy()
+            return self.detector.find_logit(torch.as_tensor(pixels)).numpy()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of Ray Data, whose arrays are read-only."""
