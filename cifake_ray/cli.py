@@ -141,9 +141,9 @@ def models(
     """The architectures that `--model` takes: what they cost, how well they did on CIFAKE."""
 
     def body() -> tuple[Any, int]:
-        from cifake_ray.core.catalogue import list_catalogue
-        from cifake_ray.stages.workers import keep_freed_memory
-        from cifake_ray.storage.zoo import read_zoo
+        from cifake_ray.core.training.model_cost import list_catalogue
+        from cifake_ray.stages.malloc import keep_freed_memory
+        from cifake_ray.storage.presets.model_results import read_zoo
 
         keep_freed_memory()  # as the workers of train and score do
         zoo = read_zoo()
@@ -151,7 +151,7 @@ def models(
         return {"models": rows, "made_by": zoo["made_by"]}, ExitCode.OK
 
     def show(catalogue: dict[str, Any]) -> str:
-        from cifake_ray.report.catalogue import format_catalogue
+        from cifake_ray.report.models_table import format_catalogue
 
         return format_catalogue(catalogue)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from cifake_ray.errors import CifakeError, ExitCode
 
 if TYPE_CHECKING:
-    from cifake_ray.stages.batch import Progress
+    from cifake_ray.stages.batch.driver import Progress
 
 LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"

@@ -16,7 +16,7 @@ import typer
 
 from cifake_ray.config import Config, Doc, TrainConfig, doc_of
 from cifake_ray.console import LogFormat, choose_log_format
-from cifake_ray.storage.recipes import RECIPES, find_boxed, read_recipe
+from cifake_ray.storage.presets.yaml_presets import RECIPES, find_boxed, read_recipe
 
 PREFIX = "CIFAKE_RAY_"
 

@@ -23,7 +23,7 @@ from cifake_ray.config import (
 )
 from cifake_ray.console import ProgressLine, say, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.places import resolve_path
+from cifake_ray.storage.io.paths import resolve_path
 
 # Enough for the cnn to learn the sample, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
@@ -32,16 +32,16 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "w
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     """Run the verb a config belongs to: its result and exit code."""
     if isinstance(config, SampleConfig):
-        from cifake_ray.storage.samples import write_sample
+        from cifake_ray.storage.datasets.sample_folder import write_sample
 
         out = write_sample(config)
         return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
     if isinstance(config, TrainConfig):
-        from cifake_ray.stages.train import train_detector
+        from cifake_ray.stages.train.driver import train_detector
 
         return train_detector(config, show_epoch, started_s, say), ExitCode.OK
     if isinstance(config, TuneConfig):
-        from cifake_ray.stages.tune import search_options
+        from cifake_ray.stages.tune.driver import search_options
 
         return search_options(config, started_s, say), ExitCode.OK
     if isinstance(config, VerifyConfig):
@@ -49,11 +49,11 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     if isinstance(config, RepairConfig):
         return _repair_run(config, started_s)
     if isinstance(config, ExportConfig):
-        from cifake_ray.storage.export import export_scores
+        from cifake_ray.storage.runs.export import export_scores
 
         rows = export_scores(config)
         return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
-    from cifake_ray.stages.batch import BatchSummary
+    from cifake_ray.stages.batch.driver import BatchSummary
 
     if isinstance(config, ConvertConfig):
         from cifake_ray.stages.convert import convert_images
@@ -75,8 +75,8 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """convert, train, evaluate and score below one root; finished stages are left untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train import check_training, place_training
-    from cifake_ray.storage.files import exists, read_json
+    from cifake_ray.stages.train.driver import check_training, place_training
+    from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
@@ -129,8 +129,8 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
 
 
 def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
-    from cifake_ray.storage.buckets import open_place
-    from cifake_ray.storage.damage import find_damage
+    from cifake_ray.storage.runs.verify import find_damage
+    from cifake_ray.storage.sources.s3_prefix import open_place
 
     damage = find_damage(open_place(config.out, config.store))
     damaged = {item.name: item.reason for item in damage}
@@ -140,9 +140,9 @@ def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
 
 def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
-    from cifake_ray.storage.buckets import open_place
-    from cifake_ray.storage.damage import set_damage_aside
-    from cifake_ray.storage.runs import require_run
+    from cifake_ray.storage.runs.run import require_run
+    from cifake_ray.storage.runs.verify import set_damage_aside
+    from cifake_ray.storage.sources.s3_prefix import open_place
 
     path = open_place(config.out, config.store)
     run = require_run(path)

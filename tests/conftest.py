@@ -13,7 +13,7 @@ import s3fs
 from s3_server import S3Server, find_binary, run_server
 
 from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
+from cifake_ray.storage.datasets.sample_folder import write_sample
 
 # Images taken from each folder of CIFAKE: 4,000 in all.
 CIFAKE_QUOTA = {"train/REAL": 1500, "train/FAKE": 1500, "test/REAL": 500, "test/FAKE": 500}

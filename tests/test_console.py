@@ -33,7 +33,7 @@ from cifake_ray.errors import (
     RunMismatch,
     StorageError,
 )
-from cifake_ray.stages.batch import Progress
+from cifake_ray.stages.batch.driver import Progress
 
 
 @pytest.fixture(autouse=True)

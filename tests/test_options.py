@@ -20,10 +20,10 @@ from cifake_ray.config import (
     effective_settings,
 )
 from cifake_ray.console import choose_log_format, say
-from cifake_ray.core.augmentation import POLICIES, Augmentation
+from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.options import PREFIX, make_command
-from cifake_ray.storage.augmentations import read_augmentation
-from cifake_ray.storage.recipes import RECIPES
+from cifake_ray.storage.presets.augmentation import read_augmentation
+from cifake_ray.storage.presets.yaml_presets import RECIPES
 
 
 @pytest.fixture(autouse=True)

@@ -37,22 +37,8 @@ DOOR_RANK = 4
 
 STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
-MACHINERY = {
-    "batch",
-    "cluster",
-    "feeding",
-    "metrics",
-    "quarantine",
-    "shard_worker",
-    "train_worker",
-    "watchdog",
-    "workers",
-}
-# What a verb is made of beside its own file.
-PARTS = {"tune": {"searching", "trial_watch", "trial_worker"}}
-NOT_VERBS = {*MACHINERY, *PARTS["tune"], "doctor", "__init__"}
-# The one name that one verb takes from another, and the verbs that stand on a whole other one.
-SHARED_WITH = {("evaluate", "score"): {"MakeScoreWork"}, ("tune", "train"): None}
+# Files of `stages/` that are no verb: tools that verbs share.
+TOOLS = {"cluster", "doctor", "malloc", "submit", "__init__"}
 MAX_LINES = 360
 
 
@@ -157,12 +143,12 @@ def test_a_package_is_imported_only_on_its_floor(package: str, floors: set[str])
 
 
 def test_core_and_report_open_no_file() -> None:
-    """core.samples may read the photographs that come inside other packages."""
+    """core.sample_images may read the photographs that come inside other packages."""
     openers = {"open", "read_bytes", "read_text", "write_bytes", "write_text", "mkdir", "unlink"}
     readers = {"Image"}  # Image.open decodes bytes in memory
     wrong = []
     for path in files_of("core", "report"):
-        if path.name == "samples.py":
+        if path.name == "sample_images.py":
             continue
         # report.html finds its own template with importlib.resources, which is no path of a user.
         allowed = {"read_text", "read_bytes"} if name_of(path).endswith("report/html.py") else set()
@@ -182,48 +168,6 @@ def test_core_and_report_open_no_file() -> None:
     assert wrong == []
 
 
-def test_verbs_do_not_import_each_other() -> None:
-    wrong = []
-    verbs = {p.stem: p for p in (PACKAGE / "stages").glob("*.py") if p.stem not in NOT_VERBS}
-    for verb, path in verbs.items():
-        for target, name, line in find_imports(path):
-            other = target.removeprefix("cifake_ray.stages.")
-            if other not in verbs or other == verb:
-                continue
-            taken = SHARED_WITH.get((verb, other), set())
-            if taken is not None and name not in taken:
-                wrong.append(f"{name_of(path)}:{line} takes {name} from {other}")
-    assert wrong == []
-
-
-def test_the_spine_and_the_cluster_know_no_verb() -> None:
-    stages = PACKAGE / "stages"
-    for path in (stages / f"{name}.py" for name in sorted(MACHINERY)):
-        taken = {
-            target.removeprefix("cifake_ray.stages.")
-            for target, _, _ in find_imports(path)
-            if target.startswith("cifake_ray.stages.")
-        }
-        assert taken <= MACHINERY, name_of(path)
-
-
-@pytest.mark.parametrize("verb", PARTS)
-def test_the_parts_of_a_verb_know_what_it_may_know_and_nobody_else_knows_them(verb: str) -> None:
-    verbs = {
-        stem for path in (PACKAGE / "stages").glob("*.py") if (stem := path.stem) not in NOT_VERBS
-    }
-    for path in (PACKAGE / "stages").glob("*.py"):
-        taken = {
-            target.removeprefix("cifake_ray.stages.")
-            for target, _, _ in find_imports(path)
-            if target.startswith("cifake_ray.stages.")
-        }
-        if path.stem in PARTS[verb]:
-            assert {(verb, other) for other in taken & verbs} <= set(SHARED_WITH), name_of(path)
-        elif path.stem != verb:
-            assert not taken & PARTS[verb], name_of(path)
-
-
 def test_no_file_is_named_after_nothing() -> None:
     words = re.compile(r"(^|_)(utils?|helpers?|common|base|managers?|misc)(_|$)")
     assert [name_of(path) for path in FILES if words.search(path.stem)] == []
@@ -231,10 +175,11 @@ def test_no_file_is_named_after_nothing() -> None:
 
 @pytest.mark.parametrize("verb", STAGE_VERBS)
 def test_one_verb_has_one_name_everywhere(verb: str) -> None:
-    assert (PACKAGE / "stages" / f"{verb}.py").is_file()
+    stages = PACKAGE / "stages"
+    assert (stages / f"{verb}.py").is_file() or (stages / verb / "driver.py").is_file()
     assert hasattr(config, f"{verb.capitalize()}Config")
     assert verb in commands()
-    assert (PROJECT / "tests" / "stages" / f"test_{verb}.py").is_file()
+    assert list((PROJECT / "tests" / "stages").rglob(f"test_{verb}.py"))
 
 
 @pytest.mark.parametrize("verb", JOB_VERBS)
@@ -246,9 +191,12 @@ def test_a_job_file_is_its_verb_with_the_line_that_submits_it(verb: str) -> None
     assert f'main("{verb}")' in path.read_text(encoding="utf-8")
 
 
-def test_every_stage_file_is_a_command_or_the_machinery() -> None:
-    stems = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - NOT_VERBS
-    assert stems <= set(commands())
+def test_a_stage_file_is_a_verb_or_a_tool_and_a_folder_its_machinery() -> None:
+    stages = [path for path in (PACKAGE / "stages").iterdir() if path.name != "__pycache__"]
+    assert {path.stem for path in stages if path.is_file()} - TOOLS <= set(commands())
+    folders = {path.name for path in stages if path.is_dir()}
+    assert folders - {"batch"} <= set(commands())
+    assert all((PACKAGE / "stages" / name / "driver.py").is_file() for name in folders)
 
 
 def commands() -> dict[str, TyperCommand]:
@@ -311,7 +259,7 @@ def test_only_the_decoder_catches_whatever_comes() -> None:
                 names.add("Exception")
             if node.type is None or "Exception" in names:
                 broad.append(name_of(path))
-    assert broad == ["cifake_ray/core/images.py"]
+    assert broad == ["cifake_ray/core/imaging/decode.py"]
 
 
 def test_files_stay_short_because_they_hold_one_idea() -> None:

@@ -22,13 +22,13 @@ from cifake_ray.config.fields import doc_of as doc_of
 from cifake_ray.config.fields import effective_settings as effective_settings
 from cifake_ray.config.fields import find_misfit as find_misfit
 from cifake_ray.config.fields import list_options as list_options
-from cifake_ray.config.submitting import JOBS_API as JOBS_API
-from cifake_ray.config.submitting import SubmitConfig as SubmitConfig
-from cifake_ray.config.submitting import check_places as check_places
-from cifake_ray.config.training import Monitor as Monitor
-from cifake_ray.config.training import TrackerName as TrackerName
-from cifake_ray.config.training import TrainConfig as TrainConfig
-from cifake_ray.config.tuning import TuneConfig as TuneConfig
+from cifake_ray.config.submit import JOBS_API as JOBS_API
+from cifake_ray.config.submit import SubmitConfig as SubmitConfig
+from cifake_ray.config.submit import check_places as check_places
+from cifake_ray.config.train import Monitor as Monitor
+from cifake_ray.config.train import TrackerName as TrackerName
+from cifake_ray.config.train import TrainConfig as TrainConfig
+from cifake_ray.config.tune import TuneConfig as TuneConfig
 
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 

@@ -37,8 +37,8 @@ def draw_figures(
 ) -> dict[str, bytes]:
     """Every figure the numbers allow, file stem -> PNG, in the order of the report.
 
-    `metrics` and the values of `slices` come from `core.metrics.compute_metrics`. The ROC needs
-    both classes; learning curves need at least one epoch.
+    `metrics` and the values of `slices` are of `core.evaluation.metrics.compute_metrics`. The ROC
+    needs both classes; learning curves need at least one epoch.
     """
     figures = {}
     if metrics["roc_points"]:

@@ -69,9 +69,9 @@ def render_report(
 ) -> str:
     """The page as text, to be written as UTF-8.
 
-    `metrics` and the values of `slices` come from `core.metrics.compute_metrics`, `figures` (file
-    stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score by error class;
-    `facts` (name -> value) are what a reader needs to get the same numbers again.
+    `metrics` and the values of `slices` are of `core.evaluation.metrics.compute_metrics`, `figures`
+    (file stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score by error
+    class; `facts` (name -> value) are what a reader needs to get the same numbers again.
     """
     groups = []
     for label, called in ((REAL, FAKE), (FAKE, REAL)):

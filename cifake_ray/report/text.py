@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cifake_ray.core.calibration import Calibration
-from cifake_ray.core.domain import Domain, Range
+from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.imaging.training_domain import Domain, Range
 from cifake_ray.core.schema import LABEL_NAMES
 
 # Key of the metrics, name for people, whether it reads as percent.
@@ -74,7 +74,7 @@ def describe_result(metrics: Mapping[str, Any]) -> str:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Summary of `core.metrics.compute_metrics` in Markdown: a sentence and two tables."""
+    """`core.evaluation.metrics.compute_metrics` as Markdown: a sentence and two tables."""
     numbers = [
         (name, format_interval(metrics[key], percent=percent)) for key, name, percent in KEY_METRICS
     ]

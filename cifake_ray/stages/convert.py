@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cifake_ray.config import ConvertConfig, effective_settings
-from cifake_ray.core.converting import ConvertWork
-from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.stages.batch.driver import (
+    BatchPlan,
+    BatchSummary,
+    DryRun,
+    Progress,
+    plan_batch,
+    run_batch,
+)
 from cifake_ray.stages.cluster import Placement
-from cifake_ray.storage.buckets import open_place
-from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.runs import RunPlan
-from cifake_ray.storage.sources import open_source
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.s3_prefix import open_place
 
 
 def make_work(placement: Placement) -> ConvertWork:

@@ -17,7 +17,7 @@ import torch
 from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import CifakeError, ExitCode
 from cifake_ray.stages.cluster import connect_cluster, count_local_cpus
-from cifake_ray.storage.bundle import load_bundle, locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
 
 
 def examine_machine() -> tuple[dict[str, Any], int]:

@@ -17,22 +17,34 @@ from PIL import Image
 
 from cifake_ray import __version__
 from cifake_ray.config import EvaluateConfig, effective_settings
-from cifake_ray.core.images import decode_image
-from cifake_ray.core.metrics import compute_metrics
-from cifake_ray.core.preprocessing import fit_image
+from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.imaging.decode import decode_image
+from cifake_ray.core.imaging.preprocessing import fit_image
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.stages.batch.driver import (
+    BatchPlan,
+    BatchSummary,
+    DryRun,
+    Progress,
+    plan_batch,
+    run_batch,
+)
 from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.storage.buckets import open_place
-from cifake_ray.storage.bundle import BundleFacts, locate_bundle, read_bundle_facts, read_history
-from cifake_ray.storage.files import write_bytes, write_json
-from cifake_ray.storage.manifest import read_shard
-from cifake_ray.storage.parts import read_part
-from cifake_ray.storage.runs import Run, RunPlan
-from cifake_ray.storage.tables import TableSource, find_splits
+from cifake_ray.storage.bundles.bundle import (
+    BundleFacts,
+    locate_bundle,
+    read_bundle_facts,
+    read_history,
+)
+from cifake_ray.storage.io.files import write_bytes, write_json
+from cifake_ray.storage.runs.manifest import read_shard
+from cifake_ray.storage.runs.run import Run, RunPlan
+from cifake_ray.storage.runs.shards import read_part
+from cifake_ray.storage.sources.parquet import TableSource, find_splits
+from cifake_ray.storage.sources.s3_prefix import open_place
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are

@@ -14,17 +14,29 @@ from typing import TYPE_CHECKING
 from cifake_ray.config import ScoreConfig, effective_settings
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.stages.batch import BatchPlan, BatchSummary, DryRun, Progress, plan_batch, run_batch
+from cifake_ray.stages.batch.driver import (
+    BatchPlan,
+    BatchSummary,
+    DryRun,
+    Progress,
+    plan_batch,
+    run_batch,
+)
 from cifake_ray.stages.cluster import Placement
-from cifake_ray.stages.workers import keep_freed_memory
-from cifake_ray.storage.buckets import open_place
-from cifake_ray.storage.bundle import BundleFacts, load_bundle, locate_bundle, read_bundle_facts
-from cifake_ray.storage.places import resolve_path
-from cifake_ray.storage.runs import RunPlan
-from cifake_ray.storage.sources import open_source
+from cifake_ray.stages.malloc import keep_freed_memory
+from cifake_ray.storage.bundles.bundle import (
+    BundleFacts,
+    load_bundle,
+    locate_bundle,
+    read_bundle_facts,
+)
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.s3_prefix import open_place
 
 if TYPE_CHECKING:
-    from cifake_ray.core.scoring import ScoreWork
+    from cifake_ray.core.processing.score import ScoreWork
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class MakeScoreWork:
     batch_size: int
 
     def __call__(self, placement: Placement) -> ScoreWork:
-        from cifake_ray.core.scoring import ScoreWork  # torch: only the workers need it
+        from cifake_ray.core.processing.score import ScoreWork  # torch: only the workers need it
 
         keep_freed_memory()
         # The very bytes that the driver saw, or none: a bundle may be replaced meanwhile.

@@ -25,7 +25,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cifake_ray.config import JOBS_API, SubmitConfig, check_endpoint, check_places, list_options
 from cifake_ray.errors import ExitCode, ResourceError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
-from cifake_ray.storage.places import refuse_credentials
+from cifake_ray.storage.io.paths import refuse_credentials
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # goes before RAY_ADDRESS, and Ray lets both go before arguments
 PATIENCE_S = 120.0  # a head that is silent for longer is given up, not the job

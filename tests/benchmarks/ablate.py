@@ -32,16 +32,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.augmentation import POLICIES, Augmentation
-from cifake_ray.core.batches import Batch
-from cifake_ray.core.learning import Trainer, choose_numerics
-from cifake_ray.core.models import HALF, Detector
-from cifake_ray.core.preprocessing import Preprocessing
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.models.detector import HALF, Detector
+from cifake_ray.core.models.small_networks import build_small_cnn, choose_channels
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.core.small_networks import build_small_cnn, choose_channels
-from cifake_ray.stages.workers import keep_freed_memory
-from cifake_ray.storage.files import write_bytes, write_json
-from cifake_ray.storage.recipes import RECIPES
+from cifake_ray.core.training.augmentation import POLICIES, Augmentation
+from cifake_ray.core.training.batches import Batch
+from cifake_ray.core.training.trainer import Trainer, choose_numerics
+from cifake_ray.stages.malloc import keep_freed_memory
+from cifake_ray.storage.io.files import write_bytes, write_json
+from cifake_ray.storage.presets.yaml_presets import RECIPES
 
 NUM_VAL, NUM_TRAIN, SIZE = 10_000, 20_000, 32
 NUM_WATCHED = 500  # of validation, after each epoch; all of it is looked at after the last one

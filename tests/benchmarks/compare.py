@@ -34,7 +34,7 @@ from PIL import Image, ImageEnhance
 from scipy.stats import t as student
 
 import cifake_ray
-from cifake_ray.storage.files import write_bytes, write_json
+from cifake_ray.storage.io.files import write_bytes, write_json
 
 HERE = Path(__file__).parent / "comparisons"
 PAGE = Path(cifake_ray.__file__).with_name("EXPERIMENTS.md")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from s3_server import S3Server, find_binary, run_server
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.storage.buckets import BucketSource
+from cifake_ray.storage.sources.s3_prefix import BucketSource
 
 OBJECT_BYTES = 1000  # as a JPEG of 32x32 pixels has
 ONE_AT_A_TIME = 400  # the slow way need not be slow for all of them

@@ -27,12 +27,12 @@ from plan import make_images
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
+from cifake_ray.stages.batch.shard_worker import slice_rows
 from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.stages.shard_worker import slice_rows
-from cifake_ray.storage.buckets import BucketSource
-from cifake_ray.storage.bundle import locate_bundle, read_bundle_facts
-from cifake_ray.storage.s3 import DEFAULT_LIMITS, S3Limits
+from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_facts
+from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits
+from cifake_ray.storage.sources.s3_prefix import BucketSource
 
 BATCH_SIZE = 256
 WAYS = {

@@ -114,8 +114,8 @@ def list_bucket() -> None:
     """The process that is measured: list, sort, write the manifest."""
     from cifake_ray.config import StoreConfig
     from cifake_ray.core.labels import make_class_names
-    from cifake_ray.storage.buckets import BucketSource
-    from cifake_ray.storage.manifest import write_manifest
+    from cifake_ray.storage.runs.manifest import write_manifest
+    from cifake_ray.storage.sources.s3_prefix import BucketSource
 
     idle_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source = BucketSource(BUCKET, "", StoreConfig(), make_class_names())

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.core.schema import IMAGE_ERRORS
-from cifake_ray.storage.samples import write_sample
+from cifake_ray.storage.datasets.sample_folder import write_sample
 
 NUM_ORIGINALS = 2000  # read into memory at most
 MAX_ORIGINAL_BYTES = 2 * 2**20

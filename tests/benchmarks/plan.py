@@ -34,18 +34,17 @@ from s3_server import find_binary, run_server
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker
 from cifake_ray.stages.cluster import ONE_WORKER, Placement
 from cifake_ray.stages.convert import make_work
 from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.stages.shard_worker import Orders, ShardWorker
-from cifake_ray.storage import manifest
-from cifake_ray.storage.buckets import BucketSource, open_place
-from cifake_ray.storage.bundle import load_bundle, locate_bundle, read_bundle_facts
-from cifake_ray.storage.listing import Listing
-from cifake_ray.storage.manifest import MAX_SHARD_ROWS, SHARDS_PER_FILE, write_manifest
-from cifake_ray.storage.places import Place
-from cifake_ray.storage.runs import PartFacts, Run, RunPlan, finish_run
-from cifake_ray.storage.tables import TableSource
+from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_facts
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.manifest import MAX_SHARD_ROWS, SHARDS_PER_FILE, write_manifest
+from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run, manifest
+from cifake_ray.storage.sources.parquet import TableSource
+from cifake_ray.storage.sources.s3_prefix import BucketSource, open_place
+from cifake_ray.storage.sources.source import Listing
 
 BATCH_ROWS = 16_384
 NUM_SHARDS = 100_000
@@ -219,10 +218,10 @@ def make_images(side: int, count: int) -> list[bytes]:
 
 def measure_images() -> None:
     """CPU time of an image that is there already: what convert and score do with it."""
-    from cifake_ray.core.converting import ConvertWork
-    from cifake_ray.core.scoring import ScoreWork
-    from cifake_ray.core.work import Work
-    from cifake_ray.stages.workers import keep_freed_memory
+    from cifake_ray.core.processing.convert import ConvertWork
+    from cifake_ray.core.processing.processor import Work
+    from cifake_ray.core.processing.score import ScoreWork
+    from cifake_ray.stages.malloc import keep_freed_memory
 
     keep_freed_memory()
     detector, bundle = load_bundle(locate_bundle(None))

@@ -78,7 +78,7 @@ class Bench:
         if self.source is not None:
             return link_images(self.source, folder, num_images)
         from cifake_ray.config import SampleConfig
-        from cifake_ray.storage.samples import write_sample
+        from cifake_ray.storage.datasets.sample_folder import write_sample
 
         return write_sample(SampleConfig(out=str(folder), images=num_images))
 
@@ -93,13 +93,13 @@ class Bench:
     @cached_property
     def bundle(self) -> Path:
         """The detector in the box, else one with random weights: they cost the same."""
-        from cifake_ray.storage.bundle import locate_bundle, write_bundle
+        from cifake_ray.storage.bundles.bundle import locate_bundle, write_bundle
 
         boxed = locate_bundle(None)
         if (boxed / "config.json").exists():
             return boxed
-        from cifake_ray.core.calibration import Calibration
-        from cifake_ray.core.models import build_detector
+        from cifake_ray.core.evaluation.calibration import Calibration
+        from cifake_ray.core.models.detector import build_detector
 
         calibration = Calibration(
             temperature=1.0, threshold=0.5, threshold_fpr_1=0.9, threshold_fpr_01=0.99

@@ -23,12 +23,12 @@ from typing import Any
 from compare import HERE, PAGE, Row, render_page, run, to_flags
 from measure import find_cifake, format_table, link_part, say
 
-from cifake_ray.core.augmentation import POLICIES
-from cifake_ray.core.search_space import to_train_options
-from cifake_ray.core.trials import format_value
-from cifake_ray.storage.files import write_bytes
-from cifake_ray.storage.recipes import RECIPES
-from cifake_ray.storage.trials import SearchRun
+from cifake_ray.core.search.space import to_train_options
+from cifake_ray.core.search.trial_table import format_value
+from cifake_ray.core.training.augmentation import POLICIES
+from cifake_ray.storage.io.files import write_bytes
+from cifake_ray.storage.presets.yaml_presets import RECIPES
+from cifake_ray.storage.runs.tune_run import SearchRun
 
 NUM_IMAGES, EPOCHS, TRIALS, SEED = 10_000, 6, 16, 0
 SPACES = ("--search", "augmentation", "--search", "early-stopping")

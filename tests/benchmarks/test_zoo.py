@@ -13,8 +13,8 @@ import pytest
 from measure import link_part
 from zoo import ENTRIES, Bench, Entry, choose_entries, merge_rows, render_page
 
-from cifake_ray.core.catalogue import ZOO, count_cost, find_own_size
-from cifake_ray.storage.zoo import locate_zoo, read_zoo
+from cifake_ray.core.training.model_cost import ZOO, count_cost, find_own_size
+from cifake_ray.storage.presets.model_results import locate_zoo, read_zoo
 
 
 def make_row(

@@ -30,8 +30,8 @@ from measure import format_table, say
 from sklearn.metrics import roc_auc_score
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.storage.bundle import locate_bundle
-from cifake_ray.storage.files import write_bytes
+from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.io.files import write_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from lite0 import write_lite0

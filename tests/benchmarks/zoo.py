@@ -40,10 +40,10 @@ from measure import (
     start_command,
 )
 
-from cifake_ray.report.catalogue import format_count, format_rate
+from cifake_ray.report.models_table import format_count, format_rate
 from cifake_ray.report.text import format_interval
-from cifake_ray.storage.files import write_bytes, write_json
-from cifake_ray.storage.zoo import locate_zoo, read_zoo
+from cifake_ray.storage.io.files import write_bytes, write_json
+from cifake_ray.storage.presets.model_results import locate_zoo, read_zoo
 
 SCRIPT = "python tests/benchmarks/zoo.py"
 FULL_TRAIN_IMAGES, FULL_EPOCHS, FULL_BATCH_SIZE = 100_000, 10, 128

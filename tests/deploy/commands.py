@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cifake_ray.cli import VERBS
 from cifake_ray.config import SubmitConfig, TuneConfig, check_places
 from cifake_ray.options import make_command
-from cifake_ray.storage.recipes import EVERYTHING, SEARCHES, find_boxed
+from cifake_ray.storage.presets.yaml_presets import EVERYTHING, SEARCHES, find_boxed
 
 PROGRAM = ["python", "-m", "cifake_ray"]
 SCRIPT = "cifake-ray"

@@ -26,8 +26,8 @@ from ray.util.metrics import Counter, Histogram, Metric
 
 import cifake_ray
 from cifake_ray.config import ConvertConfig
-from cifake_ray.stages.metrics import DONE, SHARD_SECONDS, WorkMetrics
-from cifake_ray.stages.shard_worker import ShardWorker
+from cifake_ray.stages.batch.prometheus import DONE, SHARD_SECONDS, WorkMetrics
+from cifake_ray.stages.batch.shard_worker import ShardWorker
 
 PROJECT = Path(cifake_ray.__file__).parents[1]
 FOLDER = PROJECT / "deploy" / "observability"

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cifake_ray.config import SampleConfig
-from cifake_ray.storage.samples import write_sample
+from cifake_ray.storage.datasets.sample_folder import write_sample
 
 
 def make_images(factory: pytest.TempPathFactory, num_images: int) -> Path:

@@ -16,10 +16,10 @@ from faults.test_workers import SITECUSTOMIZE, check_rows, find_shards, plant
 from ray_head import JobsCluster, run_head
 
 from cifake_ray.errors import ExitCode
-from cifake_ray.stages.batch import choose_placement
+from cifake_ray.stages.batch.driver import choose_placement
 from cifake_ray.stages.cluster import Node, Placement, Resources
-from cifake_ray.storage.attempts import follow_attempt, write_attempt
-from cifake_ray.storage.runs import require_run
+from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
+from cifake_ray.storage.runs.run import require_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,7 +48,7 @@ def note_who_decodes(module):
 
 
 sys.meta_path.insert(0, After("cifake_ray.stages.score", pretend))
-sys.meta_path.insert(0, After("cifake_ray.core.images", note_who_decodes))
+sys.meta_path.insert(0, After("cifake_ray.core.imaging.decode", note_who_decodes))
 """
 )
 

@@ -62,7 +62,7 @@ def poison_decoder(module):
     module._call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
 
 
-sys.meta_path.insert(0, After("cifake_ray.core.images", poison_decoder))
+sys.meta_path.insert(0, After("cifake_ray.core.imaging.decode", poison_decoder))
 '''
 
 
@@ -278,7 +278,7 @@ def kill(module):
     module.predict_logit = lambda *_: os._exit(1)
 
 
-sys.meta_path.insert(0, After("cifake_ray.core.scoring", kill))
+sys.meta_path.insert(0, After("cifake_ray.core.processing.score", kill))
 """
 
 

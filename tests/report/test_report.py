@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifake_ray.core.calibration import Calibration
-from cifake_ray.core.domain import Domain
-from cifake_ray.core.metrics import compute_metrics
+from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.imaging.training_domain import Domain
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
 from cifake_ray.report.figures import draw_figures

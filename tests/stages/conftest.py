@@ -9,7 +9,7 @@ import pytest
 
 from cifake_ray.config import ConvertConfig, TrainConfig
 from cifake_ray.stages.convert import convert_images
-from cifake_ray.stages.train import train_detector
+from cifake_ray.stages.train.driver import train_detector
 
 
 @pytest.fixture(scope="session")

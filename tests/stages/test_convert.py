@@ -20,7 +20,7 @@ from PIL import Image
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import NothingToDo, ResourceError, RunMismatch, StorageError
-from cifake_ray.stages.batch import BatchSummary, Progress
+from cifake_ray.stages.batch.driver import BatchSummary, Progress
 from cifake_ray.stages.convert import convert_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -12,7 +12,7 @@ from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.errors import StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.convert import convert_images
-from cifake_ray.storage.damage import find_damage
+from cifake_ray.storage.runs.verify import find_damage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

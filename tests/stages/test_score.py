@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
-from cifake_ray.core.domain import Domain
+from cifake_ray.core.imaging.training_domain import Domain
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch import BatchSummary
+from cifake_ray.stages.batch.driver import BatchSummary
 from cifake_ray.stages.score import score_images
-from cifake_ray.storage.bundle import read_bundle_facts
-from cifake_ray.storage.export import export_scores
+from cifake_ray.storage.bundles.bundle import read_bundle_facts
+from cifake_ray.storage.runs.export import export_scores
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

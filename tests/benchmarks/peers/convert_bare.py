@@ -15,7 +15,7 @@ PART_ROWS = 1024
 
 def inspect_bytes(data: list[bytes]) -> dict[str, list[Any]]:
     """The columns of convert that are computed: header facts and sha256."""
-    from cifake_ray.core.images import inspect_image
+    from cifake_ray.core.imaging.decode import inspect_image
 
     facts = [inspect_image(d) for d in data]
     return {
@@ -28,7 +28,7 @@ def convert_share(rank: int) -> Share:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    import cifake_ray.core.images  # noqa: F401 - the clock starts after the imports
+    import cifake_ray.core.imaging.decode  # noqa: F401 - the clock starts after the imports
 
     source, out = sys.argv[1:]
     os.makedirs(out, exist_ok=True)

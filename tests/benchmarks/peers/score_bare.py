@@ -10,7 +10,7 @@ from typing import Any
 
 from shared import NUM_CORES, Share, list_files, read_bytes, run_processes
 
-from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.stages.malloc import keep_freed_memory
 
 BATCH_SIZE = 256
 
@@ -19,7 +19,7 @@ class Scorer:
     """The detector of a bundle: uint8[B, S, S, 3] -> float32[B] logits."""
 
     def __init__(self, bundle: str) -> None:
-        from cifake_ray.storage.bundle import load_bundle
+        from cifake_ray.storage.bundles.bundle import load_bundle
 
         self.detector, _ = load_bundle(Path(bundle))
 

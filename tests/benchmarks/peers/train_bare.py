@@ -11,7 +11,7 @@ import time
 
 from shared import NUM_CORES, Share, run_processes
 
-from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.stages.malloc import keep_freed_memory
 
 
 def train_share(rank: int) -> Share:
@@ -20,8 +20,8 @@ def train_share(rank: int) -> Share:
     import torch.distributed as dist
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.recipe import build_trainee, make_optimizer, make_schedule
-    from cifake_ray.storage.training import open_training_data, read_training_rows
+    from cifake_ray.core.training.optimizer import build_trainee, make_optimizer, make_schedule
+    from cifake_ray.storage.datasets.training_set import open_training_data, read_training_rows
 
     shards, out, cache = sys.argv[1:4]
     epochs, num_ranks = int(sys.argv[4]), int(sys.argv[5])

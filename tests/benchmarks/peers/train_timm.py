@@ -17,7 +17,7 @@ from typing import Any
 
 from shared import Share, run_processes
 
-from cifake_ray.stages.workers import keep_freed_memory
+from cifake_ray.stages.malloc import keep_freed_memory
 
 
 def make_loader(preprocessing: Any, batch_size: int, num_ranks: int, num_loaders: int) -> Any:
@@ -66,7 +66,7 @@ def train_share(rank: int) -> Share:
     from timm.task import ClassificationTask
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.recipe import build_trainee, make_optimizer, make_schedule
+    from cifake_ray.core.training.optimizer import build_trainee, make_optimizer, make_schedule
 
     source, out = sys.argv[1:3]
     epochs, num_ranks, num_threads, num_loaders = map(int, sys.argv[3:7])

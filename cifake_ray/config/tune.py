@@ -1,0 +1,95 @@
+"""Every knob of `tune` on one page.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, check, check_least
+from cifake_ray.config.train import Monitor, TrackerName
+
+Scheduler = Literal["asha", "median", "pbt", "none"]
+Searcher = Literal["random", "grid", "tpe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(ClusterConfig):
+    """tune: shards -> RUN/bundle of the best trial, RUN/recipe.yaml and a table of all trials."""
+
+    shards: Annotated[str, Doc("Output of convert", positional=True)]
+    run: Annotated[
+        str, Doc("Folder of this search; the same folder resumes", positional=True, effect=False)
+    ]
+    search: Annotated[
+        tuple[str, ...],
+        Doc("What is searched: a space in the box or a YAML file; give several to search all"),
+    ] = ("augmentation",)
+    recipe: Annotated[
+        str, Doc("Options of `train` that all trials share: a recipe in the box or a YAML file")
+    ] = "fast"
+    epochs: Annotated[int | None, Doc("Most epochs of a trial (default: the recipe's)")] = None
+    objective: Annotated[Monitor, Doc("What makes a trial the best, at its best epoch")] = (
+        "val_accuracy"
+    )
+    max_parameters: Annotated[int | None, Doc("Leave out networks with more parameters")] = None
+    max_latency_ms: Annotated[
+        float | None,
+        Doc("Leave out networks that score an image slower, here, on one CPU thread or the GPU"),
+    ] = None
+    trials: Annotated[int, Doc("Trials; with the grid searcher the most of them")] = 16
+    time_budget: Annotated[
+        float | None, Doc("Stop the search after so many seconds (default: never)", effect=False)
+    ] = None
+    max_concurrent: Annotated[
+        int | None, Doc("Trials at once (default: as many as the cluster holds)", effect=False)
+    ] = None
+    scheduler: Annotated[Scheduler, Doc("Who stops trials that fall behind")] = "asha"
+    grace_epochs: Annotated[int, Doc("Epochs before a trial may be stopped, or copied by pbt")] = 1
+    reduction_factor: Annotated[int, Doc("asha: one trial of so many goes on at each rung")] = 3
+    searcher: Annotated[Searcher, Doc("Who chooses; tpe needs Optuna")] = "random"
+    seed: Annotated[int, Doc("Same seed, same trials")] = 0
+    num_workers: Annotated[
+        int,
+        Doc(
+            "Data-parallel workers of each trial; 0 trains in the trial's own process", effect=False
+        ),
+    ] = 0
+    cpus_per_worker: Annotated[int, Doc("CPU threads of each worker", effect=False)] = 1
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    max_failures: Annotated[
+        int, Doc("Failures of a trial survived before it is given up", effect=False)
+    ] = 1
+    cache_dir: Annotated[
+        str | None,
+        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
+    ] = None
+    track: Annotated[
+        tuple[TrackerName, ...],
+        Doc("Tell every trial's epochs to tensorboard or mlflow, as `train` does", effect=False),
+    ] = ()
+    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "trials", "epochs", "max_concurrent", "grace_epochs")
+        check_least(self, 1, "cpus_per_worker", "max_parameters")
+        check_least(self, 0, "seed", "num_workers", "max_failures")
+        check_least(self, 2, "reduction_factor")
+        for name in ("time_budget", "max_latency_ms"):
+            value = getattr(self, name)
+            check(
+                value is None or value > 0,
+                f"--{name.replace('_', '-')} is {value}; give a number above 0",
+            )
+        check(len(self.search) > 0, "--search: give a space in the box or a YAML file")
+        check(
+            self.scheduler != "pbt" or self.searcher == "random",
+            f"--scheduler pbt chooses for itself; leave --searcher {self.searcher} out",
+        )
+        check(
+            self.scheduler != "pbt" or self.max_concurrent is None,
+            "--scheduler pbt lets all trials take turns; leave --max-concurrent out",
+        )

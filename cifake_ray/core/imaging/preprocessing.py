@@ -1,0 +1,116 @@
+"""Pixels of any size in, a detector's input out: the same for training, evaluation and scoring.
+
+Floor: core. Whoever feeds a detector calls `Preprocessing.load_image`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import numpy as np
+from PIL import Image
+
+from cifake_ray.config import MAX_IMAGE_SIZE, Fit
+from cifake_ray.core.imaging.decode import decode_image
+
+
+def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
+    """A square of `size` pixels: uint8[H, W, 3] -> uint8[size, size, 3].
+
+    An image of that shape is given back as it is, not copied.
+    - resize: Pillow's antialiased bicubic until the shorter side is `size`, then the centre
+      (torchvision's and timm's rounding). Of images longer than 4:1 only the middle is resized, so
+      a 1 x 60,000,000 strip costs nothing.
+    - crop: the centre, never resampled; an image smaller than `size` is continued by symmetric
+      reflection.
+
+    Raises ValueError for another shape or dtype.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"fit_image takes uint8[H, W, 3], got {pixels.dtype}{list(pixels.shape)}; "
+            "decode_image gives it"
+        )
+    if pixels.shape == (size, size, 3):
+        return pixels
+    if fit == "resize":
+        short = min(pixels.shape[:2])
+        pixels = _crop_center(pixels, 4 * short, 4 * short)
+        height, width = pixels.shape[:2]
+        scaled = (size * width // short, size * height // short)
+        pixels = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.BICUBIC))
+    else:
+        missing = [max(size - side, 0) for side in pixels.shape[:2]]
+        if any(missing):
+            margins = [(n // 2, n - n // 2) for n in missing]
+            cropped = _crop_center(pixels, size, size)  # else a long strip is padded all along
+            pixels = np.pad(cropped, (*margins, (0, 0)), mode="symmetric")
+    # A copy: a view would keep a 64-megapixel image alive for the sake of its centre.
+    return np.array(_crop_center(pixels, size, size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How pixels become a detector's input: one for training, evaluation and scoring."""
+
+    image_size: int  # pixels: side of the square input, 1..MAX_IMAGE_SIZE
+    fit: Fit  # "resize" or "crop", see `fit_image`
+    mean: tuple[float, float, float]  # RGB mean in [0, 1] units, as timm's
+    std: tuple[float, float, float]  # RGB deviation in [0, 1] units, as timm's
+    test_time_flip: bool = False  # the detector sees the mirror image too, see `find_logit`
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"image_size={self.image_size!r} must be a whole number in 1..{MAX_IMAGE_SIZE}; "
+                "give the side of the detector's input in pixels"
+            )
+        if self.fit not in get_args(Fit):
+            raise ValueError(f"fit={self.fit!r} must be one of {get_args(Fit)}; choose one of them")
+        if type(self.test_time_flip) is not bool:
+            raise ValueError(f"test_time_flip={self.test_time_flip!r} must be true or false")
+        for name, lowest in (("mean", "0 <= v"), ("std", "0 < v")):
+            values = getattr(self, name)
+            if (
+                not isinstance(values, tuple)
+                or len(values) != 3
+                or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values)
+                or (name == "std" and 0 in values)
+            ):
+                raise ValueError(
+                    f"{name}={values!r} must be a tuple of three numbers, {lowest} <= 1; "
+                    "divide by 255 if it is given in 0..255"
+                )
+
+    def load_image(self, data: bytes) -> np.ndarray:
+        """Encoded bytes -> uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
+        return fit_image(decode_image(data), size=self.image_size, fit=self.fit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for a bundle's config."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`. Raises ValueError for missing, unknown or impossible values."""
+        names = set(cls.__dataclass_fields__)
+        values = {"test_time_flip": False, **values}  # bundles older than the field
+        if set(values) != names:
+            raise ValueError(
+                f"preprocessing has the keys {sorted(values)}, must have exactly {sorted(names)}; "
+                "take them from the bundle's config.json"
+            )
+        mean, std = (
+            tuple(v) if isinstance(v, list) else v for v in (values["mean"], values["std"])
+        )
+        return cls(**{**values, "mean": mean, "std": std})
+
+
+def _crop_center(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A view of the centre, no larger than height x width."""
+    # round(), half to even, is torchvision's center_crop: bundles must agree with timm.
+    top = round(max(pixels.shape[0] - height, 0) / 2)
+    left = round(max(pixels.shape[1] - width, 0) / 2)
+    return pixels[top : top + height, left : left + width]

@@ -1,0 +1,191 @@
+"""Detectors: a network of the zoo, with its half of the preprocessing inside.
+
+Floor: core. Networks are timm's where timm has them; this file adds only what it lacks. timm takes
+seconds to import, so it is imported only when one of its networks is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifake_ray.config import Fit
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.models.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small, is_small
+
+OWN_ARCHITECTURES = {
+    "cnn": "3 convolutions, 39,132 parameters, native 32x32: the CIFAKE baseline",
+    **DESCRIPTIONS,
+}
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def build_cnn() -> nn.Sequential:
+    """The baseline: float[B, 3, 32, 32] -> float[B, 2]; 39,132 parameters, no batch norm.
+
+    Three 3x3 convolutions without padding (80, 40, 20 channels), each with ReLU and 2x2 max
+    pooling, then 80 -> 10 -> 2.
+    """
+    layers: list[nn.Module] = []
+    for num_in, num_out in ((3, 80), (80, 40), (40, 20)):
+        # ReLU after pooling is the same function and touches a quarter of the numbers.
+        layers += [nn.Conv2d(num_in, num_out, 3), nn.MaxPool2d(2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, 10), nn.ReLU(), nn.Linear(10, 2))
+
+
+class Detector(nn.Module):
+    """uint8[B, S, S, 3] in, float32[B, 2] out: the outputs [z_REAL, z_FAKE].
+
+    Normalisation lives here, so that whoever has the pixels of `Preprocessing.load_image` cannot
+    feed them in differently.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, architecture: str, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.network = network
+        self.set_preprocessing(preprocessing)
+
+    def set_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Take over a bundle's own sizes, mean and deviation."""
+        self.preprocessing = preprocessing
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # [B, S, S, 3] seen as [B, 3, S, S] is channels-last already; no copy is made.
+        normalised = (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        outputs: torch.Tensor = self.network(normalised)
+        return outputs.float()
+
+    def find_logit(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8[B, S, S, 3] -> float32[B]: z_FAKE - z_REAL, uncalibrated; above 0 speaks for FAKE.
+
+        With test-time flip the mean of an image's and its mirror image's.
+        """
+        logit = to_logit(self(images))
+        if self.preprocessing.test_time_flip:
+            logit = (logit + to_logit(self(images.flip(2)))) / 2
+        return logit
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+
+def to_logit(outputs: torch.Tensor) -> torch.Tensor:
+    """float32[B, 2] -> float32[B]: z_FAKE - z_REAL."""
+    return outputs[:, 1] - outputs[:, 0]
+
+
+def build_detector(
+    architecture: str,
+    *,
+    image_size: int | None = None,
+    fit: Fit = "resize",
+    drop_path: float = 0.0,
+) -> Detector:
+    """A detector with fresh weights, drawn from torch's global generator.
+
+    `image_size` None is the architecture's own. ValueError for an unknown architecture, or a size
+    or a `drop_path` it cannot take.
+    """
+    if architecture == "cnn":
+        if drop_path:
+            raise ValueError("--drop-path: cnn has no paths to drop; leave it out")
+        if image_size not in (None, 32):
+            raise ValueError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
+        preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
+        return Detector("cnn", build_cnn(), preprocessing)
+    if is_small(architecture):
+        size = image_size or SMALL_SIZE
+        preprocessing = Preprocessing(image_size=size, fit=fit, mean=HALF, std=HALF)
+        network = build_small(architecture, size, drop_path)
+        detector = Detector(architecture, network, preprocessing)
+        check_size(detector)
+        return detector
+    import timm
+
+    if not timm.is_model(architecture):
+        known = [*OWN_ARCHITECTURES, *timm.list_models()]
+        close = difflib.get_close_matches(architecture, known, n=5)
+        hint = f"did you mean {', '.join(close)}?" if close else "`cifake-ray models` lists them"
+        raise ValueError(f"--model {architecture}: no such architecture; {hint}")
+    cfg = timm.models.get_pretrained_cfg(architecture)
+    options: dict[str, Any] = {"num_classes": 2, "pretrained": False}
+    own_size = cfg.input_size[-1] if cfg else 224
+    size = image_size or own_size
+    if cfg and cfg.fixed_input_size and size != own_size:
+        options["img_size"] = size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    try:
+        network = timm.create_model(architecture, **options)
+    except (TypeError, AssertionError) as error:
+        asked = f"--image-size {size}" + (f" and --drop-path {drop_path}" if drop_path else "")
+        raise ValueError(f"--model {architecture} with {asked}: {error}") from error
+    (r, g, b), (r_std, g_std, b_std) = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
+    preprocessing = Preprocessing(
+        image_size=size, fit=fit, mean=(r, g, b), std=(r_std, g_std, b_std)
+    )
+    detector = Detector(architecture, network, preprocessing)
+    check_size(detector)
+    return detector
+
+
+def find_head(network: nn.Module) -> nn.Module:
+    """The classifier: timm's own word for it, else the last linear layer."""
+    find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
+    if find is not None:
+        found: nn.Module | tuple[nn.Module, ...] = find()
+        return nn.ModuleList(found) if isinstance(found, tuple) else found
+    return [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def list_architectures(pattern: str) -> dict[str, str]:
+    """Name -> one line, ours first, then timm's with their own input size."""
+    from fnmatch import fnmatch
+
+    import timm
+
+    ours = {name: text for name, text in OWN_ARCHITECTURES.items() if fnmatch(name, pattern)}
+    for name in timm.list_models(pattern):
+        cfg = timm.models.get_pretrained_cfg(name)
+        size = cfg.input_size[-1] if cfg else 224
+        ours[name] = f"timm, {size}x{size}"
+    if not ours:
+        raise ValueError(f"no architecture matches {pattern!r}; try a glob such as '*resnet*'")
+    return ours
+
+
+def check_size(detector: Detector) -> None:
+    """ValueError when the network cannot take images of its size: too small to pool, say."""
+    size = detector.preprocessing.image_size
+    was_training = detector.training
+    detector.eval()
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs = detector(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--model {detector.architecture} cannot take {size} x {size} images"
+            f" ({str(error).splitlines()[0]}); choose another --image-size"
+        ) from error
+    finally:
+        detector.train(was_training)
+    if outputs.shape != (1, 2):
+        raise ValueError(
+            f"--model {detector.architecture} gives {list(outputs.shape)} outputs, not [1, 2]; it"
+            " is no image classifier"
+        )

@@ -1,0 +1,83 @@
+"""Images in, scores out: what bulk scoring and evaluation do with a slice of a shard.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
+from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
+from cifake_ray.core.processing.processor import Prepare, assemble_rows
+from cifake_ray.core.schema import FACT_FIELDS, SCORE_FIELDS
+from cifake_ray.errors import ImageError
+
+
+class ScoreWork:
+    """Decodes and scores a slice of images: the `Work` of score and evaluate."""
+
+    decodes = True
+
+    def __init__(
+        self,
+        detector: Detector,
+        calibration: Calibration,
+        domain: Domain | None,
+        *,
+        threshold: float,
+        batch_size: int,
+        device: str,
+        facts: dict[str, str],
+    ) -> None:
+        torch.set_num_threads(1)  # a worker has one core
+        self.detector = detector.to(device).eval()
+        self.temperature = calibration.temperature
+        self.domain = domain
+        self.threshold = threshold
+        self.batch_size = batch_size
+        self.device = device
+        self.facts = facts
+        self.prepare: Prepare = partial(decode_batch, detector.preprocessing)
+        self.image_bytes = 3 * detector.preprocessing.image_size**2
+
+    def finish(self, rows: pa.Table, prepared: Decoded) -> pa.Table:
+        errors = list(prepared.errors)
+        good = [i for i, error in enumerate(errors) if error is None]
+        logit = np.full(len(errors), np.nan, np.float32)
+        if good:
+            # What another process decoded is memory that must not be written; torch wants others'.
+            pixels = torch.from_numpy(np.require(prepared.pixels, requirements="W"))
+            logit[good] = predict_logit(self.detector, pixels, self.device)
+        for i in good:
+            if not np.isfinite(logit[i]):
+                errors[i] = ImageError("nan_score", f"the detector gave {logit[i]}")
+        p_fake = compute_p_fake(logit, self.temperature)
+        failed = np.array([error is not None for error in errors], bool)
+        columns: dict[str, Sequence[object] | pa.Array] = {
+            "logit": pa.array(logit, pa.float32(), mask=failed),
+            "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
+            "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
+        }
+        for field in FACT_FIELDS:
+            columns[field.name] = [f and getattr(f, field.name) for f in prepared.facts]
+        return assemble_rows(SCORE_FIELDS, rows, columns, errors)
+
+    def count_unlike(self, rows: pa.Table) -> dict[str, int]:
+        return {} if self.domain is None else self.domain.count_unlike(rows)
+
+
+@torch.inference_mode()
+def predict_logit(detector: Detector, images: torch.Tensor, device: str) -> np.ndarray:
+    """uint8[N, S, S, 3] -> float32[N] logits, in one forward pass."""
+    if device != "cpu":
+        images = images.pin_memory().to(device, non_blocking=True)
+    logit: np.ndarray = detector.find_logit(images).cpu().numpy()
+    return logit

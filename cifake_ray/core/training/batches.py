@@ -1,0 +1,99 @@
+"""What each optimiser step of a rank sees: its share of a global batch, augmented and mixed.
+
+Floor: core. All of it follows from the seed, the epoch and the step, so that a run that was killed
+goes on with the batch it stood at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.training.augmentation import Augmentation, Draws, augment, draw_augmentation
+from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
+
+
+class Images(Protocol):
+    """Decoded, labelled images by number."""
+
+    labels: np.ndarray  # int64[N], REAL or FAKE
+
+    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
+        """int64[N]: a fresh permutation, in which reading is cheap."""
+        ...
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """uint8[len(indices), S, S, 3]."""
+        ...
+
+
+class Batch(NamedTuple):
+    """A rank's share of a global batch of `size` images."""
+
+    images: torch.Tensor  # uint8[B, S, S, 3], float32 after mixup
+    labels: torch.Tensor  # int64[B], or the share of each class as float32[B, 2]
+    size: int
+
+
+def count_steps(num_images: int, batch_size: int) -> int:
+    """Optimiser steps in an epoch: whole batches only, unless there is not one."""
+    return max(1, num_images // batch_size)
+
+
+def to_device(array: np.ndarray, device: str) -> torch.Tensor:
+    """A tensor of the array's numbers; the copy to a GPU overlaps with what it computes."""
+    tensor = torch.from_numpy(array)
+    return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass
+class Batches:
+    """The training images as one rank of several sees them."""
+
+    images: Images
+    config: TrainConfig
+    augmentation: Augmentation
+    device: str
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        self.batch_size = min(self.config.batch_size, len(self.images.labels))
+        self.steps_per_epoch = count_steps(len(self.images.labels), self.batch_size)
+
+    def draw(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on, both counted from 0.
+
+        Seeds torch for each step, so that dropout repeats too; another way on every rank.
+        """
+        rng = np.random.default_rng((self.config.seed, epoch))
+        order = self.images.order_epoch(rng)
+        mirrored = rng.random(len(order)) < self.augmentation.flip
+        places = np.arange(self.rank, self.batch_size, self.num_ranks)
+        for step in range(start, self.steps_per_epoch):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
+            step_rng = np.random.default_rng((self.config.seed, epoch, step + 1))
+            draws = draw_augmentation(step_rng, mirrored[batch])
+            images, labels = self._read(order[batch], draws, places)
+            mix = draw_mix(step_rng, self.config, images.shape[1])
+            if mix is not None:  # partners are read too: they may be another rank's
+                others = self._read(order[batch], draws, self.batch_size - 1 - places)
+                images = mix_images(images, others[0], mix)
+                labels = mix_labels(labels, others[1], mix)
+            torch.manual_seed(int(step_rng.integers(2**62)) + self.rank)
+            yield Batch(images, labels, self.batch_size)
+
+    def _read(
+        self, batch: np.ndarray, draws: Draws, places: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augmented images and labels at some places of a global batch."""
+        indices = batch[places]
+        images = to_device(self.images.read(indices), self.device)
+        labels = to_device(self.images.labels[indices], self.device)
+        return augment(images, self.augmentation, draws.take(places)), labels

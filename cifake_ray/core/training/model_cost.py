@@ -1,0 +1,204 @@
+"""What an architecture costs: parameters, multiplications, images per second.
+
+Floor: core. Costs are counted on torch's meta device, where no number is computed. What was
+measured on images comes from outside and is only put beside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.models.detector import OWN_ARCHITECTURES, build_detector, list_architectures
+from cifake_ray.core.models.small_networks import SMALL_SIZE, is_small
+from cifake_ray.core.training.optimizer import build_trainee, make_optimizer
+from cifake_ray.core.training.trainer import choose_numerics
+
+# Ours, and those of timm that detectors of generated images are often made of.
+ZOO = (
+    *OWN_ARCHITECTURES,
+    "resnet18",
+    "resnet50",
+    "vgg16",
+    "efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_small_100",
+    "vit_tiny_patch16_224",
+    "convnext_atto",
+)
+MAX_COUNTED = 50  # networks in a list that are built and counted, about half a second each
+
+MAX_BATCH = 128  # train's own default
+# MACs in a batch that is timed: seconds on a CPU core, memory on a GPU.
+BATCH_MACS = {"cpu": 32e9, "cuda": 1e12}
+MIN_TIMED_BATCHES = 3
+MIN_TIMED_S = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs."""
+
+    image_size: int  # pixels, each side
+    num_parameters: int
+    macs: int  # multiply-accumulates of convolutions, matrix products and attention
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images per second here, pixels in memory: no decoding, no augmentation."""
+
+    train_images_per_s: float  # forward, backward and optimiser step
+    score_images_per_s: float
+    batch_size: int
+    device: str
+    num_threads: int
+    dtype: str
+
+
+def count_cost(architecture: str, image_size: int | None = None) -> Cost:
+    """Built and counted without a weight being drawn. ValueError as `build_detector`."""
+    with torch.device("meta"):
+        detector = build_detector(architecture, image_size=image_size).eval()
+    size = detector.preprocessing.image_size
+    # The counter hooks into whatever has a gradient, and some networks do not stand that.
+    detector.network.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        detector.network(torch.zeros(1, 3, size, size, device="meta"))
+    flops = counter.get_total_flops()  # two for each multiply-accumulate
+    return Cost(size, detector.num_parameters, flops // 2)
+
+
+def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
+    """Time a few batches of training and of scoring, after one of each to warm up.
+
+    On the GPU if there is one, with the threads that torch has, in the precision and with the
+    optimiser of `train`'s defaults.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numerics = choose_numerics(device, "auto")
+    macs = count_cost(architecture, image_size).macs
+    batch_size = choose_batch_size(macs, device)
+    config = TrainConfig(shards="-", run="-", model=architecture, image_size=image_size)
+    detector = build_trainee(config).to(device)
+    optimizer = make_optimizer(detector.network, config)
+    scaler = torch.amp.GradScaler(device, enabled=numerics.dtype is torch.float16)
+    size = detector.preprocessing.image_size
+    images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device)
+    labels = torch.arange(batch_size, device=device) % 2
+
+    def train_batch() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with numerics.autocast:
+            loss = nn.functional.cross_entropy(detector(images), labels)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
+
+    @torch.inference_mode()
+    def score_batch() -> None:
+        detector.find_logit(images)
+
+    train_s = _time_batch(train_batch, device)
+    detector.eval()
+    score_s = _time_batch(score_batch, device)
+    return Speed(
+        train_images_per_s=round(batch_size / train_s, 1),
+        score_images_per_s=round(batch_size / score_s, 1),
+        batch_size=batch_size,
+        device=device,
+        num_threads=torch.get_num_threads(),
+        dtype=str(numerics.dtype).removeprefix("torch."),
+    )
+
+
+def choose_batch_size(macs: int, device: str) -> int:
+    """A power of two up to MAX_BATCH, less for large networks, but 2 at least for batch norm."""
+    batch_size = MAX_BATCH
+    while batch_size > 2 and batch_size * macs > BATCH_MACS[device]:
+        batch_size //= 2
+    return batch_size
+
+
+def _time_batch(run_batch: Callable[[], None], device: str) -> float:
+    """Seconds for each of a few batches, the first one not counted."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run_batch()
+    wait()
+    started_s = time.perf_counter()
+    num_batches = 0
+    while num_batches < MIN_TIMED_BATCHES or time.perf_counter() - started_s < MIN_TIMED_S:
+        run_batch()
+        wait()
+        num_batches += 1
+    return (time.perf_counter() - started_s) / num_batches
+
+
+def list_catalogue(
+    pattern: str | None,
+    results: Sequence[Mapping[str, Any]] = (),
+    *,
+    image_size: int | None = None,
+    measure: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[dict[str, Any]]:
+    """A row for each architecture: of ZOO, or of all that match a glob.
+
+    `results` are rows of the benchmark, put beside the architecture they belong to. More than
+    MAX_COUNTED are named with their sizes only, `num_parameters` and `macs` being None; ValueError
+    when they were to be measured, or when nothing matches.
+    """
+    about = list_architectures("*" if pattern is None else pattern)
+    names = list(ZOO) if pattern is None else list(about)
+    is_counted = len(names) <= MAX_COUNTED
+    if (measure or image_size is not None) and not is_counted:
+        flag = "--measure" if measure else "--image-size"
+        raise ValueError(
+            f"{flag}: {len(names):,} architectures match, {MAX_COUNTED} are the most that are"
+            " built; give a narrower PATTERN"
+        )
+    rows = []
+    for number, name in enumerate(names, start=1):
+        row: dict[str, Any] = {
+            "model": name,
+            "about": about[name],
+            "image_size": image_size or find_own_size(name),
+            "num_parameters": None,
+            "macs": None,
+            "speed": None,
+            "problem": None,
+            "results": [dict(result) for result in results if result["model"] == name],
+        }
+        rows.append(row)
+        if not is_counted:
+            continue
+        try:
+            row.update(asdict(count_cost(name, image_size)))
+            if measure:
+                say(f"models: measuring {name}, {number} of {len(names)}")
+                row["speed"] = asdict(measure_speed(name, image_size))
+        except (ValueError, RuntimeError) as error:
+            row["problem"] = str(error).splitlines()[0]
+    return rows
+
+
+def find_own_size(architecture: str) -> int:
+    """The side in pixels that it takes when none is asked for."""
+    if architecture == "cnn" or is_small(architecture):
+        return SMALL_SIZE
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(architecture)
+    return int(cfg.input_size[-1]) if cfg else 224

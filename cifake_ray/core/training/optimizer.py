@@ -1,0 +1,124 @@
+"""What the options of `train` make before the first step: network, optimiser, schedule.
+
+Floor: core. timm's optimiser and layer groups are imported only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.models.detector import Detector, build_detector, find_head
+
+
+def build_trainee(config: TrainConfig) -> Detector:
+    """The detector that a run trains, with fresh weights from torch's global generator."""
+    detector = build_detector(
+        config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
+    )
+    if config.test_time_flip:
+        detector.set_preprocessing(replace(detector.preprocessing, test_time_flip=True))
+    if config.channels_last:
+        detector.network.to(memory_format=torch.channels_last)
+    return detector
+
+
+def share_norms(network: nn.Module, device: str) -> nn.Module:
+    """Batch norms whose statistics are those of all ranks' images, where torch has them: on GPUs.
+
+    Names of weights stay as they are.
+    """
+    if device == "cpu":
+        return network
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    shared: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return shared
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """adamw, sgd with Nesterov's momentum, or timm's muon. ValueError for impossible layers.
+
+    Decay on weights with two axes or more, as timm does, so not on biases and norms. Muon leaves
+    those and the head to AdamW at the same rate (Jordan 2024: it is for hidden layers).
+    """
+    groups = _make_groups(network, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
+        )
+    if config.optimizer == "muon":
+        from timm.optim.muon import Muon
+
+        muon: torch.optim.Optimizer = Muon(
+            groups, lr=config.lr, momentum=config.momentum, betas=(config.momentum, 0.95)
+        )
+        return muon
+    # fused: one pass over each tensor instead of one for each operation
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+
+
+def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Parameters by decay, and with `--layer-decay` by layer."""
+    if config.layer_decay is not None:
+        if not hasattr(network, "group_matcher"):
+            raise ValueError(
+                f"--layer-decay: timm knows no layers of {config.model}; leave it out, or take an"
+                " architecture of timm"
+            )
+        from timm.optim._param_groups import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(
+            network, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        )
+        for group in groups:
+            group["lr"] = config.lr * group["lr_scale"]
+    else:
+        decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+    if config.optimizer == "muon":
+        head = {id(p) for p in find_head(network).parameters()}
+        groups = [
+            {**group, "params": chosen, **({"use_fallback": True} if is_head else {})}
+            for group in groups
+            for is_head in (False, True)
+            if (chosen := [p for p in group["params"] if (id(p) in head) == is_head])
+        ]
+    return list(groups)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step: up to `lr` in the warm-up share, then as `--schedule` says.
+
+    onecycle: Smith 2018, from lr / 25 up and down to almost 0, both as cosines. cosine: Loshchilov
+    2017, one half wave without restarts, after a straight warm-up.
+    """
+    if config.schedule == "onecycle":
+        num_steps = max(num_steps, 3)  # it divides by the length of each of its two phases
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in optimizer.param_groups],
+            total_steps=num_steps,
+            pct_start=max(config.warmup, 2 / num_steps),
+            cycle_momentum=False,
+        )
+    num_warm = round(config.warmup * num_steps)
+
+    def factor(step: int) -> float:
+        if step < num_warm:
+            return (step + 1) / num_warm
+        if config.schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * (step - num_warm) / max(1, num_steps - num_warm))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,353 @@
+"""Training: plain PyTorch over batches that somebody else draws.
+
+Floor: core. Ray Train's workers, `--num-workers 0` and unit tests all run this loop. What is
+distributed about it goes through `torch.distributed`, and only if that has been initialised: then
+each rank sees its share of every global batch, and gradients, losses and logits are those of the
+whole batch whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.metrics import roc_auc_score
+from torch import nn
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.evaluation.metrics import find_tpr
+from cifake_ray.core.models.detector import Detector, find_head
+from cifake_ray.core.schema import FAKE
+from cifake_ray.core.training.augmentation import POLICIES, Augmentation
+from cifake_ray.core.training.batches import Batch, Batches, Images, to_device
+from cifake_ray.core.training.early_stopping import (
+    KeptEpoch,
+    Patience,
+    average_weights,
+    keep_best,
+    to_score,
+)
+from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
+from cifake_ray.errors import CifakeError
+
+EVAL_BATCH_SIZE = 512
+
+
+@dataclass
+class TrainState:
+    """Where training stands; a checkpoint is this and the weights."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # optimiser steps taken
+    history: list[dict[str, Any]] = field(default_factory=list)
+    patience: Patience = field(default_factory=Patience)
+    kept: list[KeptEpoch] = field(default_factory=list)  # best first
+    # Of the epoch under way, when it was saved:
+    batch: int = 0  # optimiser steps taken
+    loss_sum: float = 0.0  # over the images of all ranks
+    train_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """In what precision, and where, the loop computes."""
+
+    device: str
+    dtype: torch.dtype  # float32 means no autocast
+
+    @property
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device, self.dtype)
+
+
+def choose_numerics(device: str, precision: str) -> Numerics:
+    """`auto` is bf16 where the device computes it, else float32 on CPU and fp16 on GPU.
+
+    A CPU that computes it has AMX or AVX512-BF16; others imitate it, slowly. Intel's without AMX
+    have the instruction, and convolve with it at half of float32's speed (measured).
+    """
+    if precision == "auto":
+        if device == "cpu":
+            can = torch.cpu.get_capabilities()
+            is_intel = "Intel" in str(can.get("cpu_name"))
+            has_bf16 = can.get("amx_bf16") or (can.get("avx512_bf16") and not is_intel)
+            precision = "bf16" if has_bf16 else "float32"
+        else:
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if device == "cpu" and precision == "fp16":
+        raise ValueError("--precision fp16 needs a GPU; use float32 or bf16")
+    return Numerics(device, dtypes[precision])
+
+
+def _make_ema(detector: Detector, decay: float) -> Any:
+    """timm's moving average: its decay rises to `decay` as the steps go on, so short runs gain."""
+    from timm.utils.model_ema import ModelEmaV3
+
+    return ModelEmaV3(detector, decay=decay, use_warmup=True)
+
+
+class Trainer:
+    """One rank's share of a training run."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        wrapped: nn.Module,
+        config: TrainConfig,
+        train: Images,
+        val: Images,
+        numerics: Numerics,
+        augmentation: Augmentation = POLICIES["flip"],
+    ) -> None:
+        """`wrapped` is the detector itself, or the detector in DistributedDataParallel."""
+        is_distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if is_distributed else 0
+        self.num_ranks = dist.get_world_size() if is_distributed else 1
+        self.detector, self.wrapped, self.config = detector, wrapped, config
+        self.val_images, self.numerics = val, numerics
+        self.batches = Batches(
+            train, config, augmentation, numerics.device, self.rank, self.num_ranks
+        )
+        self.optimizer = make_optimizer(detector.network, config)
+        self.schedule = make_schedule(
+            self.optimizer, config, self.batches.steps_per_epoch * config.epochs
+        )
+        self.scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.dtype is torch.float16)
+        self.ema = None if config.ema_decay is None else _make_ema(detector, config.ema_decay)
+        # Whose weights are validated and kept.
+        self.judged: Detector = detector if self.ema is None else self.ema.module
+        self.state = TrainState()
+
+    def fit(self, save: Callable[[], None]) -> None:
+        """Train the epochs that are left; `save` is called on every rank when it is time to.
+
+        That is after each epoch, and after every `--checkpoint-steps` within one. Ends before the
+        last epoch when `--patience` is over. CifakeError when the loss is no longer finite.
+        """
+        state = self.state
+        while state.epoch < self.config.epochs and not state.patience.is_over(self.config.patience):
+            train_loss = self._train_epoch(save)
+            validation_started_s = time.perf_counter()
+            logit = self.predict(self.val_images)
+            row = self._measure(logit, train_loss)
+            row["workers"] = self.num_ranks
+            row["train_s"] = round(state.train_s, 3)
+            row["val_s"] = round(time.perf_counter() - validation_started_s, 3)
+            num_images = self.batches.steps_per_epoch * self.batches.batch_size
+            row["images_per_s"] = round(num_images / state.train_s, 1)
+            state.epoch += 1
+            state.batch, state.loss_sum, state.train_s = 0, 0.0, 0.0
+            state.history.append(row)
+            score = self._agree(to_score(row, self.config.monitor))
+            state.patience.watch(score, self.config.min_delta)
+            state.kept = keep_best(
+                state.kept, score, state.epoch, logit, self.judged.network, self.config.keep_epochs
+            )
+            save()
+
+    def _train_epoch(self, save: Callable[[], None]) -> float:
+        """What is left of a pass over the training images: the mean loss of all of it."""
+        state = self.state
+        is_frozen = state.epoch < self.config.freeze_epochs
+        self.wrapped.train()
+        if is_frozen:  # norms and drop-outs of the body stand still too
+            self.detector.network.eval()
+            find_head(self.detector.network).train()
+        started_s = time.perf_counter() - state.train_s
+        total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
+        if self.rank == 0:
+            total += state.loss_sum
+        for batch in self.batches.draw(state.epoch, state.batch):
+            total += self._find_gradient(batch)
+            if is_frozen:  # not requires_grad: DDP waits for every gradient it was born with
+                self._drop_gradients_of_the_body()
+            if self.config.grad_clip is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.grad_clip)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.schedule.step()
+            state.step += 1
+            state.batch += 1
+            if self.ema is not None:
+                self.ema.update(self.detector, state.step)
+            is_last = state.batch == self.batches.steps_per_epoch
+            if is_last or self._is_time_to_save():
+                state.loss_sum = self._add_up(total)
+                state.train_s = time.perf_counter() - started_s
+                if not is_last:
+                    save()
+        mean = state.loss_sum / (self.batches.steps_per_epoch * self.batches.batch_size)
+        if not np.isfinite(mean):
+            raise CifakeError(
+                f"the training loss became {mean} in epoch {state.epoch + 1}; lower --lr"
+            )
+        return mean
+
+    def _is_time_to_save(self) -> bool:
+        steps = self.config.checkpoint_steps
+        return steps is not None and self.state.batch % steps == 0
+
+    def _add_up(self, value: torch.Tensor) -> float:
+        """The sum over all ranks."""
+        total = value.clone()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        return float(total)
+
+    def _find_gradient(self, batch: Batch) -> torch.Tensor:
+        """The gradient of a global batch, in pieces; gives the sum of this rank's losses."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
+        num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
+        split = (tensor.tensor_split(num_pieces) for tensor in (batch.images, batch.labels))
+        pieces = zip(*split, strict=True)
+        for number, (piece, piece_labels) in enumerate(pieces, start=1):
+            with self._synchronised(number == num_pieces):
+                with self.numerics.autocast:
+                    outputs = self.wrapped(piece)
+                losses = nn.functional.cross_entropy(
+                    outputs,
+                    piece_labels,
+                    reduction="sum",
+                    label_smoothing=self.config.label_smoothing,
+                )
+                # DDP divides the sum of the ranks' gradients by their number; this makes it the
+                # gradient of the mean over the whole batch, however it was dealt.
+                loss = losses * (self.num_ranks / batch.size)
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += losses.detach()
+        return total
+
+    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients with the last piece only."""
+        if is_last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        held: AbstractContextManager[Any] = self.wrapped.no_sync()
+        return held
+
+    def _drop_gradients_of_the_body(self) -> None:
+        head = {id(p) for p in find_head(self.detector.network).parameters()}
+        for parameter in self.detector.parameters():
+            if id(parameter) not in head:
+                parameter.grad = None
+
+    def _agree(self, value: float) -> float:
+        """Rank 0's value: another processor may round the last digit of its own differently."""
+        if self.num_ranks == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64, device=self.numerics.device)
+        dist.broadcast(shared, 0)
+        return float(shared)
+
+    @torch.inference_mode()
+    def predict(self, images: Images) -> torch.Tensor:
+        """float32[N] on the CPU, the same on every rank: each computes its share, once.
+
+        In float32, as scoring does: the threshold and the temperature are for its numbers.
+        """
+        self.judged.eval()
+        if self.num_ranks > 1:  # batch-norm statistics are each rank's own until its next step
+            for buffer in self.judged.network.buffers():
+                dist.broadcast(buffer, 0)
+        logit = torch.zeros(len(images.labels), device=self.numerics.device)
+        for start in range(0, len(logit), EVAL_BATCH_SIZE * self.num_ranks):
+            stop = min(start + EVAL_BATCH_SIZE * self.num_ranks, len(logit))
+            indices = np.arange(start + self.rank, stop, self.num_ranks)
+            if len(indices):
+                batch = to_device(images.read(indices), self.numerics.device)
+                logit[start + self.rank : stop : self.num_ranks] = self.judged.find_logit(batch)
+        if self.num_ranks > 1:
+            dist.all_reduce(logit)  # every image is non-zero on one rank only
+        return logit.cpu()
+
+    def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
+        """A row of the history. CifakeError when there is nothing to measure."""
+        if not logit.isfinite().all():
+            raise CifakeError(
+                f"validation outputs became infinite in epoch {self.state.epoch + 1}; lower --lr"
+            )
+        is_fake = torch.from_numpy(self.val_images.labels == FAKE)
+        loss = nn.functional.binary_cross_entropy_with_logits(logit, is_fake.float())
+        return {
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step,
+            "train_loss": round(train_loss, 6),
+            "val_loss": round(float(loss), 6),
+            "val_accuracy": round(float(((logit >= 0) == is_fake).double().mean()), 6),
+            "val_auroc": round(float(roc_auc_score(is_fake, logit)), 6),
+            "val_tpr_at_fpr_1pct": round(find_tpr(logit.numpy(), self.val_images.labels, 0.01), 6),
+            "lr": max(self.schedule.get_last_lr()),
+        }
+
+    def choose_best(self) -> tuple[KeptEpoch, list[int]]:
+        """The best weights, and the epochs they are the mean of; called by every rank.
+
+        With `--keep-epochs` the mean of the kept epochs' weights, if it is better than the best of
+        them (Izmailov et al. 2018; timm's avg_checkpoints, which takes the mean unseen).
+        """
+        best, *others = self.state.kept
+        if not others:
+            return best, [best.epoch]
+        mean = average_weights([epoch.weights for epoch in self.state.kept])
+        self.judged.network.load_state_dict(mean)
+        logit = self.predict(self.val_images)
+        score = self._agree(to_score(self._measure(logit, 0.0), self.config.monitor))
+        if score > best.score:
+            epochs = sorted(epoch.epoch for epoch in self.state.kept)
+            return KeptEpoch(best.epoch, score, logit, mean), epochs
+        return best, [best.epoch]
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Everything `resume` needs: tensors and plain values only.
+
+        No state of a random generator: every step seeds its own.
+        """
+        return {
+            "network": self.detector.network.state_dict(),
+            "ema": self.ema.module.network.state_dict() if self.ema is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "state": {
+                **self.state.__dict__,
+                "patience": asdict(self.state.patience),
+                "kept": [epoch._asdict() for epoch in self.state.kept],
+            },
+        }
+
+    def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        """Moments and place in the schedule; rates and decay are those of this run's options.
+
+        They differ where population based training goes on from another trial's weights.
+        """
+        groups = [{**group} for group in self.optimizer.param_groups]
+        base_rates = self.schedule.base_lrs
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.schedule.base_lrs = base_rates
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            rate = group["lr"] * own["initial_lr"] / group["initial_lr"]
+            group.update({**own, "lr": rate})
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where `to_checkpoint` was called."""
+        self.detector.network.load_state_dict(checkpoint["network"])
+        if self.ema is not None:
+            self.ema.module.network.load_state_dict(checkpoint["ema"])
+        self._load_optimizer(checkpoint)
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        state = dict(checkpoint["state"])
+        patience, kept = Patience(**state.pop("patience")), state.pop("kept")
+        self.state = TrainState(
+            **state, patience=patience, kept=[KeptEpoch(**epoch) for epoch in kept]
+        )

@@ -1,0 +1,185 @@
+"""The report of a search: its figures, and the page around them.
+
+Floor: report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cifake_ray.core.search.trial_table import MIN_TRIALS, format_value, measure_importance, to_axis
+from cifake_ray.report.figures import (
+    COLOURS,
+    GRID,
+    INK,
+    MUTED,
+    encode_figure,
+    new_figure,
+    shorten,
+)
+from cifake_ray.report.html import render_page
+from cifake_ray.report.text import format_share
+from cifake_ray.report.tune_text import describe_end
+
+BEST = COLOURS["FAKE"]
+ROW_HEIGHT = 0.32  # inches, of a bar
+
+CAPTIONS = {
+    "objective": "Each trial over its epochs; the best one is thick, stopped ones end early.",
+    "parallel": "What was chosen: a line for each trial, the better the darker; the best is thick.",
+    "importance": (
+        "What each option explains of the objective: permutation importance of a random forest."
+    ),
+    "ends": "Why trials ended.",
+}
+
+
+def render_search(
+    summary: Mapping[str, Any],
+    rows: Sequence[dict[str, Any]],
+    histories: Mapping[int, Sequence[Mapping[str, Any]]],
+    recipe: str,
+    command: str,
+) -> str:
+    """The page, to be written as UTF-8.
+
+    `rows` are those of `core.search.trial_table.to_row`, `histories` the epochs of each trial by
+    its number, `summary` that of the stage.
+    """
+    objective = summary["objective"]
+    names = list(summary["chosen"])
+    importance = measure_importance(rows, names, objective)
+    figures = {"objective": draw_objective(histories, objective, summary["best_trial"])}
+    if any(row[objective] is not None for row in rows):
+        figures["parallel"] = draw_parallel(rows, names, objective, summary["best_trial"])
+    if importance:
+        figures["importance"] = draw_bars(importance, "Share of what is explained")
+    ends = Counter(describe_end(row) for row in rows)
+    figures["ends"] = draw_bars(dict(ends.most_common()), "Trials")
+    saved = 1 - summary["epochs"] / summary["epochs_planned"]
+    best = f"{summary['best']:.4f}"
+    return render_page(
+        "tuning.html.j2",
+        title="Search",
+        sentence=f"The best of {len(rows)} trials is trial {summary['best_trial']}:"
+        f" {objective} {best}.",
+        cards={
+            objective: (best, f"trial {summary['best_trial']}"),
+            "Trials": (f"{len(rows)}", f"{len(names)} options searched"),
+            "Epochs trained": (
+                f"{summary['epochs']:,}",
+                f"of {summary['epochs_planned']:,}, {format_share(saved)} saved by stopping early",
+            ),
+            "Optimiser steps": (f"{summary['steps']:,}", "of all trials"),
+        },
+        figures=figures,
+        captions=CAPTIONS,
+        note=""
+        if importance
+        else f"No importance is shown: it takes {MIN_TRIALS} trials that reach different values.",
+        objective=objective,
+        names=names,
+        rows=[
+            {**row, "state": describe_end(row), "values": [format_value(row[n]) for n in names]}
+            for row in sorted(rows, key=lambda row: row["trial"])
+        ],
+        best_trial=summary["best_trial"],
+        recipe=recipe,
+        facts={
+            "Command": command,
+            "Bundle": summary["bundle"],
+            "Recipe": summary["recipe"],
+        },
+    )
+
+
+def draw_objective(
+    histories: Mapping[int, Sequence[Mapping[str, Any]]], objective: str, best_trial: int
+) -> bytes:
+    """PNG: the objective of every trial over its epochs."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = new_figure()
+    for number, history in histories.items():
+        is_best = number == best_trial
+        axes.plot(
+            [row["epoch"] for row in history],
+            [row[objective] for row in history],
+            "o-",
+            color=BEST if is_best else MUTED,
+            alpha=1.0 if is_best else 0.45,
+            linewidth=2.4 if is_best else 1.0,
+            markersize=4 if is_best else 2.5,
+            zorder=3 if is_best else 2,
+            label=f"trial {number}" if is_best else None,
+        )
+    axes.set_xlabel("Epoch")
+    axes.set_ylabel(objective)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(loc="best")
+    axes.set_title("Objective over the epochs")
+    return encode_figure(figure)
+
+
+def draw_parallel(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], objective: str, best_trial: int
+) -> bytes:
+    """PNG: parallel coordinates, one axis below the other, the objective last."""
+    trained = [row for row in rows if row[objective] is not None]
+    axes_of = {name: to_axis([row[name] for row in trained]) for name in (*names, objective)}
+    figure, (axes,) = new_figure(height=1.2 + 0.55 * len(axes_of))
+    reached = axes_of[objective][0]
+    levels = 1 - reached if objective == "val_loss" else reached
+    heights = list(range(len(axes_of)))[::-1]
+    for index, row in enumerate(trained):
+        is_best = row["trial"] == best_trial
+        axes.plot(
+            [places[index] for places, _ in axes_of.values()],
+            heights,
+            color=BEST if is_best else INK,
+            alpha=1.0 if is_best else 0.1 + 0.6 * float(levels[index]),
+            linewidth=2.4 if is_best else 1.0,
+            zorder=3 if is_best else 2,
+        )
+    for height, (_, marks) in zip(heights, axes_of.values(), strict=True):
+        axes.axhline(height, color=GRID, linewidth=1)
+        for place, text in marks.items():
+            axes.annotate(
+                shorten(text),
+                (place, height),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+                zorder=4,
+            )
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks(heights, [shorten(name) for name in axes_of])
+    axes.set_xlim(-0.06, 1.06)
+    axes.set_ylim(-0.4, len(axes_of) - 0.4)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_title("What was chosen")
+    return encode_figure(figure)
+
+
+def draw_bars(values: Mapping[str, float], label: str) -> bytes:
+    """PNG: a bar for each name, the first on top."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (axes,) = new_figure(height=1.4 + ROW_HEIGHT * len(values))
+    names = [shorten(name) for name in values]
+    places = range(len(names))
+    axes.barh(places, list(values.values()), color=COLOURS["REAL"])
+    axes.set_yticks(places, names)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=all(isinstance(value, int) for value in values.values()))
+    )
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+    return encode_figure(figure)

@@ -1,0 +1,72 @@
+"""The trials of a search as text: the table for a terminal, and the winner's recipe.
+
+Floor: report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from cifake_ray.config import Monitor
+from cifake_ray.core.training.early_stopping import to_score
+from cifake_ray.report.text import format_rows
+
+RUNNING = "running"
+WAITING = "waiting"
+
+
+def describe_end(row: Mapping[str, Any]) -> str:
+    """Why a trial ended, or that it has not."""
+    if row["end"] is not None:
+        return str(row["end"])
+    return RUNNING if row["epochs"] else WAITING
+
+
+def format_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> str:
+    """A line for each trial, best first."""
+    best_first = sorted(
+        rows,
+        key=lambda row: math.inf if row[objective] is None else -to_score(dict(row), objective),
+    )
+    return format_rows(
+        ("trial", "parameters", "epoch", objective, "state"),
+        [
+            (
+                str(row["trial"]),
+                "-" if row["num_parameters"] is None else f"{row['num_parameters']:,}",
+                str(row["epochs"]),
+                "-" if row[objective] is None else f"{row[objective]:.4f}",
+                describe_end(row),
+            )
+            for row in best_first
+        ],
+    )
+
+
+def format_recipe(
+    options: Mapping[str, Any],
+    *,
+    command: str,
+    row: Mapping[str, Any],
+    objective: str,
+    is_alone: bool,
+) -> str:
+    """`recipe.yaml`: the options of a trial, as `train --recipe` reads them.
+
+    `is_alone`: these options alone made it, with no weights of another trial.
+    """
+    head = (
+        f"# Trial {row['trial']} of a search: {objective} {row[objective]:.4f} after epoch"
+        f" {row['best_epoch']} of {row['epochs']},\n# {row['train_s'] / 60:.1f} minutes of"
+        f" training.\n#\n#   {command}\n"
+    )
+    if not is_alone:
+        head += (
+            "#\n# Population based training changed its options and weights on the way: these are"
+            " the\n# last options, and on their own they come to something else.\n"
+        )
+    return head + yaml.safe_dump(dict(options), sort_keys=False)

@@ -1,0 +1,320 @@
+"""The batch spine: list -> freeze -> for each shard: fetch, work, commit -> _SUCCESS.
+
+Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
+one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
+crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs (`feeding`),
+and still commits. The row's way back to the driver carries numbers only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from cifake_ray import errors
+from cifake_ray.config import BatchConfig, Device
+from cifake_ray.core.processing.processor import Work
+from cifake_ray.errors import ExitCode, NothingToDo, StorageError
+from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker, count_retryable
+from cifake_ray.stages.batch.watchdog import watch_progress
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    place_workers,
+)
+from cifake_ray.storage.io.files import exists, read_json
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.attempts import clear_attempts
+from cifake_ray.storage.runs.manifest import choose_shard_rows
+from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run, reopen_run
+from cifake_ray.storage.sources.source import Source
+
+SHORT_LISTING_S = 0.5
+BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
+BLOCKS_PER_WORKER = 4  # at least, where there are so many shards: the last ones end together
+MAX_BLOCKS = 4_096
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch run is."""
+
+    done: int  # images, with those of resumed shards
+    failed: int
+    listed: int
+    images_per_s: float  # in this process, first work until now
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """The account of a batch run: listed = done + failed."""
+
+    command: str
+    out: str
+    listed: int
+    done: int
+    failed: int
+    errors: dict[str, int]
+    unlike_training: dict[str, int]  # images by reason; empty where no domain is known
+    left_out: dict[str, int]
+    shards_total: int
+    shards_resumed: int
+    shards_retried: int  # an earlier attempt was lost with its worker
+    elapsed_s: float
+    images_per_s: float
+    steady_images_per_s: float
+
+    def exit_code(self, max_error_rate: float) -> ExitCode:
+        too_many = self.failed > max_error_rate * self.listed
+        return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do."""
+
+    command: str
+    out: str
+    listed: int
+    size_bytes: int
+    left_out: dict[str, int]
+    shards_total: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a verb hands to the spine."""
+
+    config: BatchConfig
+    run: RunPlan
+    device: Device
+    source: Source
+    make_work: Callable[[Placement], Work]
+    on_progress: Callable[[Progress], None]
+    started_s: float  # time.time() when the process began
+    say: Callable[[str], None]
+    before_success: Callable[[Run], None] = lambda run: (
+        None
+    )  # all shards are there, no _SUCCESS yet
+
+    @property
+    def least_workers(self) -> Placement:
+        """What must find room."""
+        return Placement(self.config.num_workers or 1, 1, int(self.device == "cuda"))
+
+
+def plan_batch(plan: BatchPlan, command: str) -> DryRun:
+    """List the source and count; nothing is written and no Ray is started."""
+    plan.run.find()  # an output that belongs to another run is refused
+    listing = plan.source.list_images()
+    listed = size_bytes = num_batches = 0
+    for batch in listing.batches:
+        listed += batch.num_rows
+        size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
+        num_batches += 1
+    if not listed:
+        raise NothingToDo("the source holds no file; check the path, --include and --exclude")
+    rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
+    return DryRun(
+        command=command,
+        out=str(plan.run.out),
+        listed=listed,
+        size_bytes=size_bytes,
+        left_out=dict(listing.left_out),
+        shards_total=num_batches if listing.keeps_order else -(-listed // rows),
+    )
+
+
+@dataclass
+class _Account:
+    """Adds up what the workers report."""
+
+    listed: int
+    parts: list[PartFacts] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    unlike_training: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    resumed: int = 0
+    retried: int = 0
+    worked_rows: int = 0
+    first_s: float | None = None
+    last_s: float = 0.0
+
+    def add(self, report: dict[str, Any]) -> None:
+        part = PartFacts(**report["part"])
+        self.parts.append(part)
+        self.errors.update(part.errors)
+        self.unlike_training.update(part.unlike_training)
+        self.rows += part.rows
+        self.resumed += not report["worked"]
+        self.retried += report["retried"]
+        if report["worked"]:
+            self.worked_rows += report["worked"]
+            self.first_s = min(self.first_s or report["started_s"], report["started_s"])
+            self.last_s = max(self.last_s, report["finished_s"])
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+    def rate(self, until_s: float) -> float:
+        """Images per second from the first work until then; 0 before there is any."""
+        if self.first_s is None or until_s <= self.first_s:
+            return 0.0
+        return self.worked_rows / (until_s - self.first_s)
+
+    def progress(self) -> Progress:
+        rate = self.rate(time.time())
+        left = self.listed - self.rows
+        return Progress(
+            done=self.rows - self.failed,
+            failed=self.failed,
+            listed=self.listed,
+            images_per_s=rate,
+            eta_s=left / rate if rate else None,
+        )
+
+
+def run_batch(plan: BatchPlan) -> BatchSummary:
+    """Bring the run to its end, or tell at once that it has ended before.
+
+    ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
+    """
+    found = plan.run.find()
+    if found is None:
+        plan.run.check_new()
+    elif (summary := find_result(plan)) is not None:
+        return summary
+    with ExitStack() as stack:
+        lister = ThreadPoolExecutor(1)
+        stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
+        opening = lister.submit(lambda: found or plan.run.freeze())
+        # Ray takes seconds to start: let it, while a long source is listed. But nodes that an
+        # autoscaler makes would stand idle until then.
+        wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
+        if opening.done():
+            opening.result()  # what is wrong with the source is said before Ray is started
+        resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.say))
+        placement = choose_placement(resources, plan.config.num_workers, plan.device)
+        run = opening.result()
+        if (summary := find_result(plan)) is not None:  # somebody else finished it meanwhile
+            return summary
+        if plan.config.retry_errors:
+            reopen_run(run)
+        orders = Orders(secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s)
+        account = _Account(listed=run.manifest.num_rows)
+        with watch_progress(run, orders.session, orders.stall_timeout_s) as watchdog:
+            for report in _stream_shards(run, plan, placement, orders):
+                watchdog.beat()
+                account.add(report)
+                plan.on_progress(account.progress())
+        elapsed_s = time.time() - plan.started_s
+        summary = BatchSummary(
+            command=run.command,
+            out=str(run.out),
+            listed=run.manifest.num_rows,
+            done=account.rows - account.failed,
+            failed=account.failed,
+            errors=dict(account.errors.most_common()),
+            unlike_training=dict(account.unlike_training),
+            left_out=run.left_out,
+            shards_total=run.manifest.num_shards,
+            shards_resumed=account.resumed,
+            shards_retried=account.retried,
+            elapsed_s=round(elapsed_s, 3),
+            images_per_s=round(account.worked_rows / elapsed_s, 1),
+            steady_images_per_s=round(account.rate(account.last_s), 1),
+        )
+        plan.before_success(run)
+        clear_attempts(run)
+        finish_run(run, account.parts, asdict(summary))
+    return summary
+
+
+def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
+    """A worker for each CPU, or for each GPU, fed by tasks on all CPUs that are left.
+
+    ResourceError, with the numbers, when the cluster is too small.
+    """
+    use_gpu = choose_gpu(device, resources)
+    placement = place_workers(
+        resources,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=1,
+        default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
+    )
+    spare = resources.num_cpus - placement.num_workers if use_gpu else 0
+    return replace(placement, num_feeders=-(-spare // placement.num_workers))
+
+
+def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
+    """Ray Data tasks for a plan: each takes some shards and commits them one by one."""
+    wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
+    return min(num_shards, wanted, MAX_BLOCKS)
+
+
+def _stream_shards(
+    run: Run, plan: BatchPlan, placement: Placement, orders: Orders
+) -> Iterator[dict[str, Any]]:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Ray gives up after half an hour without a finished block, and cannot see that it is worked on.
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
+    num_actors = min(placement.num_workers, len(shards))
+    num_blocks = choose_blocks(len(shards), run.manifest.num_rows, num_actors)
+    # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
+    results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
+        ShardWorker,
+        fn_constructor_args=(run, plan.source, plan.make_work, placement, orders),
+        batch_size=1,  # a shard; with GPUs Ray insists on a number
+        num_cpus=placement.cpus_per_worker,
+        num_gpus=placement.gpus_per_worker,
+        compute=ActorPoolStrategy(size=num_actors),
+    )
+    for row in results.iter_rows():
+        report = json.loads(row["report"])
+        if "failure" in report:
+            raise getattr(errors, report["failure"])(report["message"])
+        yield report
+
+
+def find_result(plan: BatchPlan) -> BatchSummary | None:
+    """The account of a run that has ended and has nothing to try again, else None."""
+    summary = read_summary(plan.run.out)
+    if summary and plan.config.retry_errors and count_retryable(summary.errors):
+        return None
+    return summary
+
+
+def read_summary(out: Place) -> BatchSummary | None:
+    """The account of a finished run, or None when it has not finished."""
+    path = out / "_SUCCESS"
+    if not exists(path):
+        return None
+    record = read_json(path)
+    try:
+        return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+    except KeyError as error:
+        raise StorageError(
+            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
+            " repair` makes it anew"
+        ) from error

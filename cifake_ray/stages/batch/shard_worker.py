@@ -1,0 +1,260 @@
+"""What an actor does with a shard: fetch, work, commit, and leave a trace if that kills it.
+
+Floor: stages. Before a shard is begun a note is left beside the results. Ray starts an actor that
+died anew and gives it the same shard; finding the note, it tries the images in quarantine first,
+so that whatever killed a process once becomes a row with its error.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cifake_ray.core.processing.processor import Work
+from cifake_ray.core.schema import RETRYABLE_ERRORS
+from cifake_ray.errors import CifakeError, ImageError, ResourceError
+from cifake_ray.stages.batch.cpu_feeder import Batch, Feeder, prepare_images
+from cifake_ray.stages.batch.prometheus import WorkMetrics
+from cifake_ray.stages.batch.quarantine import Quarantine
+from cifake_ray.stages.cluster import Placement
+from cifake_ray.storage.runs.attempts import (
+    Attempt,
+    follow_attempt,
+    read_attempt,
+    remove_attempt,
+    write_attempt,
+)
+from cifake_ray.storage.runs.manifest import read_shard
+from cifake_ray.storage.runs.run import PartFacts, Run
+from cifake_ray.storage.runs.shards import commit_part, inspect_part, read_part
+from cifake_ray.storage.sources.source import Source
+
+MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are worked on at once
+MAX_ATTEMPTS = 5  # at one shard, by one command
+MAX_PULSE_S = 10.0  # between two signs of life
+MAX_IMAGE_S = 60.0  # for one image in quarantine
+STDERR = 2
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What every worker of a command is told."""
+
+    session: str
+    retry_errors: bool
+    stall_timeout_s: float
+
+
+class Pulse:
+    """Shows in its note that an attempt goes on, and ends the process when it does not.
+
+    A decoder that hangs holds its thread for ever; only the end of the process ends it. Ray starts
+    another one, and the note sends the shard through quarantine.
+    """
+
+    def __init__(self, run: Run, attempt: Attempt, stall_timeout_s: float) -> None:
+        self.run, self.attempt = run, attempt
+        self.rows_done = self.steps = 0
+        self.interval_s = min(MAX_PULSE_S, stall_timeout_s / 10)
+        self.silence_s = stall_timeout_s / 2
+        self.next_s = 0.0
+
+    def beat(self) -> None:
+        """Something has been done."""
+        self.steps += 1
+        if time.monotonic() >= self.next_s:
+            self.show()
+
+    def show(self) -> None:
+        """Write the note, and start the time of silence again."""
+        self.next_s = time.monotonic() + self.interval_s
+        write_attempt(self.run, replace(self.attempt, rows_done=self.rows_done, steps=self.steps))
+        faulthandler.dump_traceback_later(self.silence_s, exit=True, file=STDERR)
+
+    def stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class ShardWorker:
+    """One actor of the pool: takes shard numbers, leaves committed shards."""
+
+    def __init__(
+        self,
+        run: Run,
+        source: Source,
+        make_work: Callable[[Placement], Work],
+        placement: Placement,
+        orders: Orders,
+    ) -> None:
+        self.run = run
+        self.source = source
+        self.make_work = make_work
+        self.placement = placement
+        self.orders = orders
+        self.work: Work | None = None
+        self.feeder: Feeder | None = None
+        self.metrics = WorkMetrics(run.command)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        return {"report": [json.dumps(self._report_shard(int(shard))) for shard in batch["shard"]]}
+
+    def _report_shard(self, shard: int) -> dict[str, Any]:
+        """What the driver learns of a shard: its facts, or why the run must end."""
+        try:
+            part = inspect_part(self.run, shard)
+            started_s, worked, retried = time.time(), 0, False
+            if part is None:
+                part, retried = self._make_shard(shard)
+                worked = part.rows
+            elif self.orders.retry_errors and count_retryable(part.errors):
+                worked = count_retryable(part.errors)
+                part, retried = self._mend_shard(shard)
+            finished_s = time.time()
+            if worked:
+                self.metrics.time_shard(finished_s - started_s)
+        except CifakeError as error:  # Ray would wrap it up beyond recognition
+            return {"failure": type(error).__name__, "message": str(error)}
+        return {
+            "part": asdict(part),
+            "worked": worked,
+            "retried": retried,
+            "started_s": started_s,
+            "finished_s": finished_s,
+        }
+
+    def _make_shard(self, shard: int) -> tuple[PartFacts, bool]:
+        """All of a shard, and whether an earlier attempt came to grief."""
+        with self._attempt(shard) as (pulse, is_suspect):
+            rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
+            return self._commit(shard, self._work_on(rows, pulse, is_suspect)), is_suspect
+
+    def _mend_shard(self, shard: int) -> tuple[PartFacts, bool]:
+        """The rows of a committed shard whose error may have passed; the others stay."""
+        with self._attempt(shard) as (pulse, is_suspect):
+            rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
+            old = read_part(self.run.part_path(shard)).replace_schema_metadata(None)
+            error = old.column("error")
+            failed = pc.fill_null(pc.is_in(error, pa.array(RETRYABLE_ERRORS)), False)
+            crashed = pc.any(pc.equal(error, "worker_crash")).as_py()
+            new = self._work_on(rows.filter(failed), pulse, is_suspect or bool(crashed))
+            table = replace_rows(old, failed.to_numpy().nonzero()[0], new)
+            return self._commit(shard, table), is_suspect
+
+    def _commit(self, shard: int, table: pa.Table) -> PartFacts:
+        assert self.work is not None
+        unlike = self.work.count_unlike(table)
+        return commit_part(self.run, shard, table, self.work.facts, unlike)
+
+    @contextmanager
+    def _attempt(self, shard: int) -> Iterator[tuple[Pulse, bool]]:
+        """Leave a note while a shard is worked on; tells whether an earlier attempt came to grief.
+
+        ResourceError after MAX_ATTEMPTS.
+        """
+        earlier = read_attempt(self.run, shard)
+        attempt = follow_attempt(earlier, shard, self.orders.session)
+        if earlier is not None and attempt.number > MAX_ATTEMPTS:
+            raise ResourceError(
+                f"{self.run.out}: {earlier.describe()} has ended its worker {MAX_ATTEMPTS} times,"
+                " and not in a decoder; it may be short of memory or time: try fewer --num-workers,"
+                " a smaller --batch-size, a longer --stall-timeout-s or a larger machine, and run"
+                " the same command again"
+            )
+        pulse = Pulse(self.run, attempt, self.orders.stall_timeout_s)
+        pulse.show()
+        try:
+            if self.work is None:
+                self.work = self.make_work(self.placement)  # seconds, and only if there is work
+            yield pulse, earlier is not None
+        finally:
+            pulse.stop()
+        remove_attempt(self.run, shard)
+
+    def _work_on(self, rows: pa.Table, pulse: Pulse, is_suspect: bool) -> pa.Table:
+        """The result for some rows of the manifest. Suspect images go through quarantine first."""
+        work = self.work
+        assert work is not None
+        feed = self._feed if self.placement.num_feeders and not is_suspect else self._prepare
+        tables = []
+        with closing(feed(work, rows, pulse, is_suspect)) as batches:
+            for batch in batches:
+                tables.append(work.finish(batch.rows, batch.prepared))
+                self.metrics.count_images(tables[-1], batch.size_bytes)
+                pulse.rows_done += batch.rows.num_rows
+                pulse.beat()
+        return pa.concat_tables(tables)
+
+    def _prepare(
+        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
+    ) -> Generator[Batch, None, None]:
+        """Images fetched and prepared in this process; the next ones come while it works."""
+        with ExitStack() as stack:
+            quarantine = None
+            if is_suspect:
+                image_s = min(MAX_IMAGE_S, self.orders.stall_timeout_s / 8)
+                quarantine = stack.enter_context(
+                    Quarantine(decodes=work.decodes, timeout_s=image_s)
+                )
+            coming = self.source.read_images(rows)
+            for some in slice_rows(rows, work.batch_size):
+                images: list[bytes | ImageError] = []
+                for image in islice(coming, some.num_rows):
+                    images.append(image)
+                    pulse.beat()
+                if quarantine is not None:
+                    images = quarantine.try_images(images, pulse.beat)
+                yield Batch(some, *prepare_images(work.prepare, images))
+
+    def _feed(
+        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
+    ) -> Generator[Batch, None, None]:
+        """Images fetched and prepared by tasks on other CPUs; what ends these, in quarantine."""
+        if self.feeder is None:
+            timeout_s = self.orders.stall_timeout_s / 4  # half of the silence that ends a process
+            self.feeder = Feeder(self.source, work, self.placement.num_feeders, timeout_s)
+        for batch in self.feeder.prepare_slices(slice_rows(rows, work.batch_size)):
+            pulse.beat()
+            if batch.prepared is None:
+                yield from self._prepare(work, batch.rows, pulse, is_suspect=True)
+            else:
+                yield batch
+
+
+def count_retryable(errors: dict[str, int]) -> int:
+    """How many of the counted errors may have passed."""
+    return sum(errors.get(error, 0) for error in RETRYABLE_ERRORS)
+
+
+def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
+    """Slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
+    start = size_bytes = 0
+    for row, size in enumerate(rows.column("size_bytes").to_pylist()):
+        if row > start and (
+            row - start == batch_size or size_bytes + (size or 0) > MAX_BATCH_BYTES
+        ):
+            yield rows.slice(start, row - start)
+            start, size_bytes = row, 0
+        size_bytes += size or 0
+    yield rows.slice(start)
+
+
+def replace_rows(table: pa.Table, places: np.ndarray, new: pa.Table) -> pa.Table:
+    """`table` with the rows at `places` (ascending) replaced by those of `new`; no byte is copied.
+
+    Not by `take`, which would gather more than 2 GiB of images into one array and fail.
+    """
+    pieces, start = [], 0
+    for number, place in enumerate(places.tolist()):
+        pieces += [table.slice(start, place - start), new.slice(number, 1).cast(table.schema)]
+        start = place + 1
+    return pa.concat_tables([*pieces, table.slice(start)])

@@ -1,0 +1,317 @@
+"""train: shards -> a bundle, with Ray Train.
+
+Floor: stages. Every worker runs `train_worker`; with `--num-workers 0` this process does. Rank 0
+keeps the run's papers: the latest checkpoint, the history and, at the end, the bundle. A checkpoint
+is one file below RUN that appears whole, so a run goes on after a killed worker or a killed driver
+alike, and does not need to know which it was.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cifake_ray.config import Device, TrainConfig, effective_settings
+from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.training.augmentation import Augmentation
+from cifake_ray.core.training.early_stopping import explain_end
+from cifake_ray.core.training.optimizer import build_trainee, make_optimizer
+from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    count_local_cpus,
+    find_cause,
+    place_workers,
+)
+from cifake_ray.stages.train.worker import train_worker
+from cifake_ray.storage.bundles.bundle import read_bundle_facts
+from cifake_ray.storage.bundles.pretrained import load_starting_weights
+from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
+from cifake_ray.storage.io.paths import resolve_path, to_arrow
+from cifake_ray.storage.presets.augmentation import read_augmentation
+from cifake_ray.storage.runs.trackers import Tracking, check_trackers
+from cifake_ray.storage.runs.train_run import TrainingRun
+from cifake_ray.storage.sources.s3_prefix import open_place
+
+POLL_S = 0.5  # how often the driver looks for a finished epoch
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """The account of a training run."""
+
+    command: str
+    out: str
+    bundle: str
+    model: str
+    num_parameters: int
+    train_images: int
+    val_images: int
+    unusable: dict[str, int]
+    epochs: int
+    epochs_resumed: int
+    stopped: str  # why it ended
+    steps: int
+    best_epoch: int
+    averaged_epochs: list[int]  # whose mean the weights of the bundle are
+    val_accuracy: float  # of the bundle
+    train_s: float  # in training epochs, over all attempts
+    images_per_s: float  # training images, over all attempts
+    elapsed_s: float
+    weights: str | None = None  # what it started from, if not from fresh ones
+    untracked: dict[str, int] = field(default_factory=dict)  # rows that a tracker was not told
+
+
+def train_detector(
+    config: TrainConfig,
+    on_epoch: Callable[[dict[str, Any], int], None],
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
+
+    `on_epoch(row, epochs)` is called once for every finished epoch; `say` gets what a person should
+    know beside. With `config.track` a finished run tells its trackers what they missed.
+    """
+    check_trackers(config.track)
+    # Absolute before it travels: a Ray worker has another working folder.
+    config = replace(
+        config,
+        weights=config.weights and str(resolve_path(config.weights, config.store)),
+        shards=str(open_place(config.shards, config.store)),
+        run=str(open_place(config.run, config.store)),
+        cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
+    )
+    run = TrainingRun(resolve_path(config.run, config.store))
+    rows = read_training_rows(config)
+    augmentation = read_augmentation(config)
+    settings = {
+        **effective_settings(config),
+        "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
+        "rows": rows.hash_rows(),
+    }
+    detector = check_training(config)  # what does not fit is refused here, not in every worker
+    if (weights := load_starting_weights(config, detector)) is not None:
+        settings["weights"] = weights.digest  # another name for the same weights is the same run
+    if config.dry_run:
+        return {
+            "command": "train",
+            "out": str(run.path),
+            "model": config.model,
+            "num_parameters": detector.num_parameters,
+            "train_images": int((~rows.is_val).sum()),
+            "val_images": int(rows.is_val.sum()),
+            "epochs": config.epochs,
+        }
+    run.open(settings, asdict(config))
+    success = run.read_success()
+    if success is not None and not config.track:
+        return success
+    with Tracking(config.track, run, settings, say) as tracking:
+        if success is not None:
+            return {**success, "untracked": tracking.finish(success)}
+        if weights:
+            say(f"train: starting from {weights}")
+
+        def tell(row: dict[str, Any], epochs: int) -> None:
+            tracking.tell(row)
+            on_epoch(row, epochs)
+
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, tell)
+        if config.worker_range == (0, 0):
+            use_gpu = _choose_gpu_here(config.device)
+            train_worker(_make_payload(config, augmentation, use_gpu), watch.look)
+        else:
+            with watch:
+                _train_on_ray(config, run, augmentation, say)
+        summary = replace(
+            _summarise(config, run, tracking.resumed, detector.num_parameters, started_s),
+            weights=str(weights) if weights else None,
+        )
+        summary = replace(summary, untracked=tracking.finish(asdict(summary)))
+    run.write_success(asdict(summary))
+    return asdict(summary)
+
+
+def check_training(config: TrainConfig) -> Detector:
+    """The detector that would be trained. ValueError when the options do not fit together."""
+    torch.manual_seed(config.seed)
+    detector = build_trainee(config)
+    make_optimizer(detector.network, config)
+    return detector
+
+
+def place_training(config: TrainConfig, resources: Resources) -> Placement:
+    """The least that starts. ResourceError, with the numbers, when the cluster is too small."""
+    least, most = config.worker_range or (None, None)
+    use_gpu = choose_gpu(config.device, resources)
+    return place_workers(
+        resources,
+        num_workers=least,
+        use_gpu=use_gpu,
+        # Those that join later must find as much as those that were there.
+        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
+        default_workers=resources.num_gpus if use_gpu else 1,
+    )
+
+
+def finish_training(config: TrainConfig, use_gpu: bool) -> None:
+    """The bundle of a run that was stopped between two epochs, out of its checkpoint."""
+    train_worker({**_make_payload(config, read_augmentation(config), use_gpu), "is_over": True})
+
+
+def _choose_gpu_here(device: Device) -> bool:
+    """Whether this process computes on a GPU. ResourceError when it should and has none."""
+    is_there = torch.cuda.is_available()
+    if device == "cuda" and not is_there:
+        raise ResourceError(
+            f"--device cuda: torch {torch.__version__} sees no GPU here; use --device cpu"
+        )
+    return device != "cpu" and is_there
+
+
+def _make_payload(config: TrainConfig, augmentation: Augmentation, use_gpu: bool) -> dict[str, Any]:
+    """What `train_worker` gets when this process is the only one."""
+    return {
+        "config": asdict(replace(config, num_workers="0")),
+        "augmentation": augmentation.to_dict(),
+        "use_gpu": use_gpu,
+        "num_threads": config.cpus_per_worker or count_local_cpus(),
+    }
+
+
+def _train_on_ray(
+    config: TrainConfig,
+    run: TrainingRun,
+    augmentation: Augmentation,
+    say: Callable[[str], None],
+) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    filesystem, storage_path = to_arrow(run.path)
+    # Ray Train takes one report of each worker as often as it looks at them: every 2 s by default,
+    # for which an epoch of a small run would wait.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
+    least, most = config.worker_range or (None, None)
+    room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
+    with connect_cluster(config, room, say) as resources:
+        placement = place_training(config, resources)
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "config": asdict(config),
+                "augmentation": augmentation.to_dict(),
+                "use_gpu": placement.gpus_per_worker > 0,
+                "num_threads": placement.cpus_per_worker,
+            },
+            scaling_config=_scale(placement, most or placement.num_workers),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=storage_path,
+                storage_filesystem=filesystem,
+                # Nodes that Ray was told would go do not count: these may be any number.
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        try:
+            threads.submit(trainer.fit).result()
+        except ray.train.TrainingFailedError as error:
+            raise CifakeError(
+                f"training failed: {find_cause(error)}; run the same command again to go on from"
+                " the last epoch, with --debug for the whole story"
+            ) from error
+        finally:
+            threads.shutdown(wait=False)
+
+
+def _scale(placement: Placement, most: int) -> Any:
+    """What Ray Train starts; when nodes come or go, it starts another number anew."""
+    import ray.train
+
+    least = placement.num_workers
+    workers: Any = least if least == most else (least, most)
+    return ray.train.ScalingConfig(
+        num_workers=workers,
+        use_gpu=placement.gpus_per_worker > 0,
+        resources_per_worker={
+            "CPU": placement.cpus_per_worker,
+            **({"GPU": placement.gpus_per_worker} if placement.gpus_per_worker else {}),
+        },
+    )
+
+
+def _summarise(
+    config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
+) -> TrainSummary:
+    history = run.read_history()
+    bundle = read_bundle_facts(run.bundle_path)
+    training = bundle.training
+    train_s = sum(row["train_s"] for row in history)
+    images = sum(row["images_per_s"] * row["train_s"] for row in history)
+    return TrainSummary(
+        command="train",
+        out=str(run.path),
+        bundle=str(run.bundle_path),
+        model=config.model,
+        num_parameters=num_parameters,
+        train_images=training["train_images"],
+        val_images=training["val_images"],
+        unusable=training["unusable"],
+        epochs=len(history),
+        epochs_resumed=resumed,
+        stopped=explain_end(history, config),
+        steps=history[-1]["step"],
+        best_epoch=training["best_epoch"],
+        averaged_epochs=training["averaged_epochs"],
+        val_accuracy=round(training["val_accuracy"], 6),
+        train_s=round(train_s, 1),
+        images_per_s=round(images / train_s, 1),
+        elapsed_s=round(time.time() - started_s, 1),
+    )
+
+
+class _HistoryWatch:
+    """Calls `on_epoch` for epochs that some worker, somewhere, has finished; a thread polls."""
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        seen: int,
+        epochs: int,
+        on_epoch: Callable[[dict[str, Any], int], None],
+    ) -> None:
+        self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._poll, daemon=True)
+
+    def look(self) -> None:
+        for row in self.run.read_history()[self.seen :]:
+            self.seen = row["epoch"]
+            self.on_epoch(row, self.epochs)
+
+    def _poll(self) -> None:
+        while not self.ended.wait(POLL_S):
+            with suppress(CifakeError):  # a store that fails for a moment: the next look tells it
+                self.look()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        with suppress(CifakeError) if kind else nullcontext():
+            self.look()

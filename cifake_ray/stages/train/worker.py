@@ -1,0 +1,170 @@
+"""What each worker of a training run does; with `--num-workers 0` the process of the command does.
+
+Floor: stages. Rank 0 keeps the run's papers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.core.evaluation.calibration import calibrate
+from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.training.augmentation import parse_augmentation
+from cifake_ray.core.training.early_stopping import KeptEpoch
+from cifake_ray.core.training.optimizer import build_trainee, share_norms
+from cifake_ray.core.training.trainer import Trainer, choose_numerics
+from cifake_ray.errors import CifakeError
+from cifake_ray.report.text import model_card
+from cifake_ray.stages.malloc import keep_freed_memory
+from cifake_ray.storage.bundles.bundle import write_bundle
+from cifake_ray.storage.bundles.pretrained import load_starting_weights
+from cifake_ray.storage.datasets.domain import read_domain
+from cifake_ray.storage.datasets.training_set import (
+    TrainingData,
+    open_training_data,
+    read_training_rows,
+)
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.runs.train_run import TrainingRun
+
+
+def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: None) -> None:
+    """What each rank runs: read, resume, train; rank 0 writes and calls `on_save`."""
+    config = TrainConfig(**payload["config"])
+    run = TrainingRun(resolve_path(config.run, config.store))
+    keep_freed_memory()
+    torch.set_num_threads(payload["num_threads"])
+    torch.manual_seed(config.seed)
+    device = "cuda" if payload["use_gpu"] else "cpu"
+    detector = build_trainee(config)
+    load_starting_weights(config, detector)
+    if config.compile:
+        detector.network.compile()
+    rows = read_training_rows(config)
+    data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
+    domain = read_domain(data.train)
+    wrapped, report = _join_group(config, detector, device)
+    trainer = Trainer(
+        detector,
+        wrapped,
+        config,
+        data.train,
+        data.val,
+        choose_numerics(device, config.precision),
+        parse_augmentation(payload["augmentation"]),
+    )
+    if (checkpoint := run.read_checkpoint()) is not None:
+        trainer.resume(checkpoint)
+        if trainer.rank == 0:  # the attempt before may have died between the two
+            _show_history(run, trainer, on_save)
+
+    def save() -> None:
+        if trainer.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(trainer.to_checkpoint(), buffer)
+            run.write_checkpoint(buffer.getvalue())
+            _show_history(run, trainer, on_save)
+        report({"epoch": trainer.state.epoch, "step": trainer.state.step})
+
+    if not payload.get("is_over"):
+        with _explain_compiler(config):
+            trainer.fit(save)
+    best, averaged = trainer.choose_best()
+    if trainer.rank == 0:
+        _write_best(config, run, trainer, data, domain, best, averaged)
+
+
+@contextmanager
+def _explain_compiler(config: TrainConfig) -> Iterator[None]:
+    """CifakeError when `--compile` cannot, such as for want of a C++ compiler."""
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).splitlines()[0]
+        raise CifakeError(f"--compile: {reason}; install what it lacks, or leave it out") from error
+
+
+def _show_history(run: TrainingRun, trainer: Trainer, on_save: Callable[[], None]) -> None:
+    if trainer.state.history:
+        run.write_history(trainer.state.history)
+        on_save()
+
+
+def _join_group(
+    config: TrainConfig, detector: Detector, device: str
+) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
+    """The detector as this rank trains it, and how the rank reports where it stands."""
+    if config.worker_range == (0, 0):
+        return detector.to(device), lambda row: None
+    import ray.train
+    from ray.train.torch import prepare_model
+
+    detector.network = share_norms(detector.network, device)
+    return prepare_model(detector), ray.train.report
+
+
+def _write_best(
+    config: TrainConfig,
+    run: TrainingRun,
+    trainer: Trainer,
+    data: TrainingData,
+    domain: Domain | None,
+    best: KeptEpoch,
+    averaged: list[int],
+) -> None:
+    """The bundle: the best weights, calibrated on the validation images."""
+    state = trainer.state
+    trainer.detector.network.load_state_dict(best.weights)
+    logit, label = best.logit.numpy(), data.val.labels
+    calibration = calibrate(logit, label)
+    metrics = compute_metrics(
+        logit, label, temperature=calibration.temperature, threshold=calibration.threshold
+    )
+    settings = effective_settings(config)
+    shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
+    training = {
+        **settings,
+        "augment": trainer.batches.augmentation.to_dict(),
+        "weights": config.weights and config.weights.rpartition("/")[2],
+        "train_images": len(data.train.labels),
+        "val_images": len(data.val.labels),
+        "val_accuracy": metrics["accuracy"]["value"],
+        "best_epoch": best.epoch,
+        "averaged_epochs": averaged,
+        "steps": state.step,
+    }
+    card = model_card(
+        name=f"{config.model} trained by cifake-ray",
+        architecture=config.model,
+        num_parameters=trainer.detector.num_parameters,
+        trained_on=f"{len(data.train.labels):,} labelled images, REAL and FAKE ({shards}).",
+        domain=domain,
+        preprocessing=trainer.detector.preprocessing.to_dict(),
+        training=training,
+        calibration=calibration,
+        metrics=metrics,
+    )
+    write_bundle(
+        run.bundle_path,
+        trainer.detector,
+        calibration,
+        domain,
+        training={**training, "unusable": data.unusable},
+        metrics=metrics,
+        history=state.history,
+        model_card=card,
+    )

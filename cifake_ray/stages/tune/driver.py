@@ -1,0 +1,353 @@
+"""tune: shards -> the best of many trainings, with Ray Tune.
+
+Floor: stages. A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
+who runs, where, and for how long. What trial n gets is written down before it starts, and why it
+ended when it does, so a search that was killed goes on by telling Ray Tune what is already known.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from cifake_ray.config import TrainConfig, TuneConfig, effective_settings, list_options
+from cifake_ray.core.search.space import Space, list_grid, parse_space, sample_space
+from cifake_ray.core.search.trial_table import find_best
+from cifake_ray.core.training.augmentation import POLICIES
+from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.report.tune_page import render_search
+from cifake_ray.report.tune_text import format_recipe
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    place_workers,
+)
+from cifake_ray.stages.tune.schedulers import (
+    MOST_LEFT_OUT,
+    RecordedSearcher,
+    check_searcher,
+    make_scheduler,
+)
+from cifake_ray.stages.tune.trial_callback import TrialWatch
+from cifake_ray.stages.tune.trial_worker import FAILED, TrialPlan, finish_trial, run_trial
+from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
+from cifake_ray.storage.io.paths import resolve_path, to_arrow
+from cifake_ray.storage.presets.augmentation import read_augmentation
+from cifake_ray.storage.presets.yaml_presets import RECIPES, find_boxed, read_recipe, read_searches
+from cifake_ray.storage.runs.trackers import check_trackers
+from cifake_ray.storage.runs.tune_run import Trial
+from cifake_ray.storage.sources.s3_prefix import open_place
+
+OUT_OF_TIME = "the time budget was over"
+DEFAULTS = asdict(TrainConfig(shards="", run=""))
+
+
+@dataclass(frozen=True)
+class TuneSummary:
+    """The account of a search."""
+
+    command: str
+    out: str
+    bundle: str
+    recipe: str
+    report: str
+    trials: int
+    ends: dict[str, int]  # why trials ended
+    objective: str
+    best_trial: int
+    best: float
+    chosen: dict[str, Any]
+    epochs: int  # trained, over all trials
+    epochs_planned: int  # had no trial been stopped for falling behind
+    steps: int
+    elapsed_s: float
+
+
+def search_options(
+    config: TuneConfig,
+    started_s: float,
+    say: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Search to `config.run`/bundle. The same call again resumes; a finished one stays as it is."""
+    config = replace(
+        config,
+        shards=str(open_place(config.shards, config.store)),
+        run=str(open_place(config.run, config.store)),
+        cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
+    )
+    check_trackers(config.track)
+    plan = _make_plan(config)
+    search = plan.search
+    shared = plan.to_train_config(Trial(0, {}))
+    space = {
+        name: replace(domain, values=tuple(_pin_file(name, v, shared) for v in domain.values))
+        for name, domain in parse_space(read_searches(config.search)).items()
+    }
+    check_searcher(config, space)
+    settings = {
+        **effective_settings(config),
+        "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
+        "recipe": {**effective_settings(shared), "augment": plan.policy.to_dict()},
+        "rows": read_training_rows(shared).hash_rows(),
+    }
+    side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
+    room = Placement(
+        max(1, config.num_workers) * side_by_side,
+        config.cpus_per_worker,
+        int(config.device == "cuda"),
+    )
+    with connect_cluster(config, room, say) as resources:
+        use_gpu = choose_gpu(config.device, resources)
+        num_at_once = _count_at_once(config, resources, use_gpu)
+        if config.dry_run:
+            return {
+                "command": "tune",
+                "out": str(search.path),
+                "trials": config.trials,
+                "at_once": min(num_at_once, config.trials),
+                "epochs": plan.options["epochs"],
+                "searched": {name: list(domain.values) for name, domain in space.items()},
+            }
+        search.open(settings, asdict(config))
+        if (success := search.read_success()) is not None:
+            return success
+        trials = _prepare_trials(plan, space, say)
+        watch = TrialWatch(plan, say)
+        _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
+        return _finish(plan, watch, use_gpu, started_s)
+
+
+def _make_plan(config: TuneConfig) -> TrialPlan:
+    """What all trials share. ValueError when the recipe has other options than `train`."""
+    options = read_recipe(find_boxed(config.recipe, RECIPES))
+    options |= {
+        **asdict(config.store),
+        "shards": config.shards,
+        "seed": config.seed,
+        "monitor": config.objective,  # so that the epoch that is kept is the one that counts
+        "num_workers": str(config.num_workers),
+        "cpus_per_worker": config.cpus_per_worker,
+        "device": config.device,
+        "cache_dir": config.cache_dir,
+        "track": config.track,
+    }
+    if config.epochs is not None:
+        options["epochs"] = config.epochs
+    try:
+        train = TrialPlan(config, options).to_train_config(Trial(0, {}))
+    except TypeError as error:
+        raise ValueError(
+            f"--recipe {config.recipe}: {error}; it holds options of `train`"
+        ) from error
+    options |= {n: _pin_file(n, getattr(train, n), train) for n in ("epochs", "weights", "augment")}
+    return TrialPlan(config, options, read_augmentation(train))
+
+
+def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
+    """A path as whole, a file of steps as what it holds: trials run in folders of their own."""
+    if name == "weights" and value is not None:
+        return str(resolve_path(value, train.store))
+    if name == "augment" and value not in POLICIES:
+        return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
+    return value
+
+
+def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
+    """Trials that the cluster holds side by side. ResourceError when there is no room for one."""
+    per_trial = max(1, config.num_workers)
+    place_workers(
+        resources,
+        num_workers=per_trial,
+        use_gpu=use_gpu,
+        cpus_per_worker=config.cpus_per_worker,
+        default_workers=1,
+    )
+    num_places = resources.count_places(config.cpus_per_worker, int(use_gpu)) // per_trial
+    if config.scheduler == "pbt" and config.num_workers > 0 and num_places < 2:
+        raise ResourceError(
+            f"--scheduler pbt compares trials side by side; with --num-workers {config.num_workers}"
+            " there is room for one: give --num-workers 0, or more CPUs or GPUs"
+        )
+    return min(num_places, config.max_concurrent or num_places)
+
+
+def _prepare_trials(plan: TrialPlan, space: Space, say: Callable[[str], None]) -> list[Trial]:
+    """Every trial with what it gets, written down; those of an earlier attempt as they were.
+
+    The searcher tpe chooses as it goes. ValueError when nothing is within the budget.
+    """
+    config, search = plan.config, plan.search
+    known = search.read_trials()
+    if known:
+        over = sum(trial.end is not None for trial in known)
+        say(f"tune: going on with {len(known)} trials, {over} of them over")
+    for number, trial in enumerate(known):
+        if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # it is tried again
+            known[number] = replace(trial, end=None)
+            search.write_trial(known[number])
+    if config.searcher == "tpe" or len(known) == config.trials:
+        return known
+    trials = _choose_trials(plan, space, known, say)
+    for trial in trials:
+        search.write_trial(trial)
+    return trials
+
+
+def _choose_trials(
+    plan: TrialPlan, space: Space, known: list[Trial], say: Callable[[str], None]
+) -> list[Trial]:
+    """What is within the budget and goes together, in order; what is not is told with a reason."""
+    config, trials, left_out = plan.config, list[Trial](), Counter[str]()
+    if config.searcher == "grid":
+        choices = list_grid(space)
+        num_choices = math.prod(len(domain.values) for domain in space.values())
+        if num_choices > config.trials:
+            say(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
+    else:
+        tries = range(config.trials * MOST_LEFT_OUT)
+        choices = (sample_space(space, config.seed, number) for number in tries)
+    for chosen in choices:
+        number = len(trials)
+        if number == config.trials:
+            break
+        if number < len(known):  # else it was left out before
+            trials += [known[number]] if known[number].chosen == chosen else []
+            continue
+        try:
+            trials.append(plan.measure(Trial(number, chosen)))
+        except ValueError as error:
+            left_out[str(error)] += 1
+    reasons = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.most_common(3))
+    if not trials:
+        raise ValueError(f"none of {left_out.total():,} choices can be trained ({reasons})")
+    if left_out:
+        say(f"tune: {left_out.total():,} choices left out ({reasons})")
+    return trials
+
+
+def _run_trials(
+    plan: TrialPlan,
+    space: Space,
+    trials: list[Trial],
+    num_at_once: int,
+    use_gpu: bool,
+    watch: TrialWatch,
+) -> None:
+    """All of them, until they are over or the time is."""
+    from ray import tune
+
+    config = plan.config
+    # Ray Tune writes tables and logs of its own unless it is told not to.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    filesystem, storage_path = to_arrow(plan.search.path)
+    room: dict[str, float] = {"cpu": config.cpus_per_worker, "gpu": int(use_gpu)}
+    if config.num_workers > 0:  # a trial only waits for workers of its own
+        room = {"cpu": 0, "memory": 1}  # a byte: Ray places nothing that needs nothing
+    settings = [{"number": trial.number, "chosen": trial.chosen} for trial in trials]
+    is_tpe = config.searcher == "tpe"
+    is_shared = config.scheduler == "pbt" and config.num_workers == 0
+    tuner = tune.Tuner(
+        tune.with_resources(partial(run_trial, plan=plan), room),
+        param_space={} if is_tpe else {"trial": tune.grid_search(settings)},
+        tune_config=tune.TuneConfig(
+            search_alg=RecordedSearcher(plan, space) if is_tpe else None,
+            scheduler=make_scheduler(config, plan.options["epochs"], space),
+            num_samples=config.trials if is_tpe else 1,
+            # Population based training lets its trials take turns: all of them must have begun.
+            max_concurrent_trials=None if is_shared else num_at_once,
+            time_budget_s=config.time_budget,
+            reuse_actors=config.num_workers == 0,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            # Population based training copies them; Ray warns of fewer.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+            callbacks=[watch],
+            verbose=0,
+        ),
+    )
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback
+    threads = ThreadPoolExecutor(1)  # in the main one, Ray Tune would take over Ctrl-C
+    try:
+        threads.submit(tuner.fit).result()
+        watch.write_failures()
+    finally:
+        threads.shutdown(wait=False)
+
+
+def _finish(plan: TrialPlan, watch: TrialWatch, use_gpu: bool, started_s: float) -> dict[str, Any]:
+    """Tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
+    config, search = plan.config, plan.search
+    for trial in search.read_trials():
+        if trial.end is None:
+            watch.write_end(replace(trial, end=OUT_OF_TIME))
+    rows = watch.read_rows()
+    best = find_best(rows, config.objective)
+    if best is None:
+        ends = "; ".join(sorted({row["end"] for row in rows})) or "nothing was within the budget"
+        raise CifakeError(f"no trial trained an epoch ({ends}); see {search.path / 'trials'}")
+    trial = search.read_trial(best["trial"])
+    train = plan.to_train_config(trial)
+    if search.run_of(trial).read_success() is None:  # it was stopped, and is the best all the same
+        finish_trial(train, config.cpus_per_worker, use_gpu)
+    options = {
+        name: value
+        for name, value in effective_settings(train).items()
+        if name != "shards" and value != DEFAULTS[name]
+    }
+    recipe = format_recipe(
+        options,
+        command=f"cifake-ray train {config.shards} RUN --recipe recipe.yaml",
+        row=best,
+        objective=config.objective,
+        is_alone=trial.generation == 0,
+    )
+    search.write_tables(rows)
+    search.write_best(trial, recipe)
+    summary = TuneSummary(
+        command="tune",
+        out=str(search.path),
+        bundle=str(search.path / "bundle"),
+        recipe=str(search.path / "recipe.yaml"),
+        report=str(search.path / "report.html"),
+        trials=len(rows),
+        ends=dict(Counter(row["end"] for row in rows)),
+        objective=config.objective,
+        best_trial=trial.number,
+        best=best[config.objective],
+        chosen=trial.chosen,
+        epochs=sum(row["epochs"] for row in rows),
+        epochs_planned=sum(
+            row["epochs"]
+            if row["end"] == OUT_OF_TIME or row["end"].startswith(FAILED)
+            else plan.options["epochs"]
+            for row in rows
+        ),
+        steps=sum(row["steps"] for row in rows),
+        elapsed_s=round(time.time() - started_s, 1),
+    )
+    histories = {
+        trial.number: search.run_of(trial).read_history() for trial in search.read_trials()
+    }
+    command = shlex.join(["cifake-ray", "tune", *list_options(config)])
+    page = render_search(asdict(summary), rows, histories, recipe, command)
+    search.write_report(page.encode())
+    watch.show()
+    search.write_success(asdict(summary))
+    return asdict(summary)

@@ -1,0 +1,192 @@
+"""Who chooses a trial's options and who stops it: Ray Tune's, set up for a search.
+
+Floor: stages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from cifake_ray.config import TuneConfig
+from cifake_ray.core.search.space import AUGMENT, Domain, Space
+from cifake_ray.stages.tune.trial_worker import CURRENT, KNOWN, OBJECTIVE, TrialPlan
+from cifake_ray.storage.runs.tune_run import Trial
+
+MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
+# What may change while a network is trained.
+MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mixup", "cutmix"}
+
+
+def check_searcher(config: TuneConfig, space: Space) -> None:
+    """ValueError for a searcher or scheduler that cannot work with the space."""
+    if config.searcher == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise ValueError("--searcher tpe: optuna is not installed; `pip install optuna` brings it")
+    if config.scheduler == "pbt":
+        fixed = [n for n in space if n not in MUTABLE and not n.startswith(AUGMENT)]
+        if fixed:
+            raise ValueError(
+                f"--scheduler pbt changes options while it trains, which {', '.join(fixed)} do not"
+                f" stand; search {', '.join(sorted(MUTABLE))} and steps of augmentation"
+            )
+
+
+class _Recalling:
+    """Goes before a scheduler that stops trials: what is only told again it notes, no more.
+
+    A search that goes on tells the histories of its trials in any order, so judging anew would stop
+    trials that had passed.
+    """
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        return TrialScheduler.CONTINUE if result.get(KNOWN) else decision
+
+
+class _Asha(_Recalling, AsyncHyperBandScheduler):
+    """Asynchronous successive halving."""
+
+
+class _Median(_Recalling, MedianStoppingRule):
+    """Median stopping."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(controller, trial, result)
+        if decision == TrialScheduler.CONTINUE:  # it keeps who it would have stopped
+            self._stopped_trials.discard(trial)
+        return decision
+
+
+class _Pbt(PopulationBasedTraining):
+    """Population based training: weights and options of a better trial, changed a little."""
+
+    space: Space
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
+        """Ray Tune multiplies by 0.8 or 1.2, beyond what is searched, and copies the number too."""
+        new, operations = super()._get_new_config(trial, trial_to_clone)
+        chosen = new["trial"]["chosen"]
+        inside = {name: self.space[name].clip(value) for name, value in chosen.items()}
+        number = trial.config["trial"]["number"]
+        return {**new, "trial": {"number": number, "chosen": inside}}, operations
+
+
+def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialScheduler:
+    """Li et al. 2020 (asha), Golovin et al. 2017 (median), Jaderberg et al. 2017 (pbt)."""
+    if config.scheduler == "asha":
+        return _Asha(
+            time_attr="epoch",
+            max_t=max(epochs, config.grace_epochs),
+            grace_period=config.grace_epochs,
+            reduction_factor=config.reduction_factor,
+            stop_last_trials=False,
+            metric=OBJECTIVE,
+            mode="max",
+        )
+    if config.scheduler == "median":
+        return _Median(
+            time_attr="epoch",
+            grace_period=config.grace_epochs,
+            min_samples_required=3,
+            # Or trials would be paused while there are fewer.
+            min_time_slice=math.inf,  # type: ignore[arg-type]
+            metric=OBJECTIVE,
+            mode="max",
+        )
+    if config.scheduler == "pbt":
+        pbt = _Pbt(
+            time_attr="epoch",
+            metric=CURRENT,
+            mode="max",
+            perturbation_interval=config.grace_epochs,
+            hyperparam_mutations={"trial": {"chosen": {n: to_tune(d) for n, d in space.items()}}},
+            log_config=False,
+            require_attrs=False,
+        )
+        pbt.space = space
+        return pbt
+    return FIFOScheduler()  # type: ignore[no-untyped-call]
+
+
+def to_tune(domain: Domain) -> Any:
+    """As Ray Tune has it; of PBT's lists, which it knows the neighbours in."""
+    if domain.kind == "choice":
+        return list(domain.values)
+    return getattr(tune, domain.kind)(*domain.values)
+
+
+class RecordedSearcher(Searcher):
+    """Optuna's TPE, with every choice written down before it is tried.
+
+    Trials of an earlier attempt come again as they were, and what they came to is told to Optuna.
+    """
+
+    def __init__(self, plan: TrialPlan, space: Space) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        from ray.tune.search.optuna import OptunaSearch
+
+        domains = {
+            name: tune.choice(list(d.values)) if d.kind == "choice" else to_tune(d)
+            for name, d in space.items()
+        }
+        self.plan = plan
+        domains = OptunaSearch.convert_search_space(domains)
+        self.known = {trial.number: trial for trial in plan.search.read_trials()}
+        # Its generator starts anew: with the same seed it would choose again what is known.
+        seed = plan.config.seed + len(self.known)
+        self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=seed)
+        self.recalled: dict[str, Trial] = {}  # by Ray Tune's name for them
+        self.asked: dict[str, str] = {}  # Optuna's name for the others
+        self.number = 0
+
+    def suggest(self, trial_id: str) -> Any:
+        """Settings of `run_trial`."""
+        if self.number == self.plan.config.trials:
+            return Searcher.FINISHED
+        trial = self.known.get(self.number)
+        if trial is not None:
+            self.recalled[trial_id] = trial
+        else:
+            trial = self._ask(trial_id)
+            if trial is None:
+                return Searcher.FINISHED
+            self.plan.search.write_trial(trial)
+        self.number += 1
+        return {"trial": {"number": trial.number, "chosen": trial.chosen}}
+
+    def _ask(self, trial_id: str) -> Trial | None:
+        """What Optuna chooses, told at once of what is beyond the budget; None when all is."""
+        for attempt in range(MOST_LEFT_OUT):
+            name = f"{trial_id}-{attempt}"  # by one name it would choose the same again
+            try:
+                trial = self.plan.measure(Trial(self.number, self.inner.suggest(name) or {}))
+            except ValueError:
+                self.inner.on_trial_complete(name, error=True)
+            else:
+                self.asked[trial_id] = name
+                return trial
+        return None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id in self.asked:
+            self.inner.on_trial_result(self.asked[trial_id], result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        trial = self.recalled.get(trial_id)
+        if trial is None:
+            self.inner.on_trial_complete(self.asked[trial_id], result, error)
+        elif result and OBJECTIVE in result:
+            self.inner.add_evaluated_point(trial.chosen, result[OBJECTIVE])

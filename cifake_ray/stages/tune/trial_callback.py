@@ -1,0 +1,81 @@
+"""Follows a search from outside its trials: writes down why each ended, and tells a person.
+
+Floor: stages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ray.tune import Callback
+
+from cifake_ray.core.search.trial_table import to_row
+from cifake_ray.report.tune_text import format_trials
+from cifake_ray.stages.cluster import find_cause
+from cifake_ray.stages.tune.trial_worker import FAILED, TrialPlan
+from cifake_ray.storage.runs.tune_run import Trial
+
+TABLE_INTERVAL_S = 30.0
+
+
+class TrialWatch(Callback):
+    """What Ray Tune calls in the driver."""
+
+    def __init__(self, plan: TrialPlan, say: Callable[[str], None]) -> None:
+        self.plan, self.say = plan, say
+        self.shown_s = time.monotonic()
+        self.failed: list[Any] = []
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        """A row for each trial, out of the folder of the search."""
+        return [self._to_row(trial) for trial in self.plan.search.read_trials()]
+
+    def _to_row(self, trial: Trial) -> dict[str, Any]:
+        return to_row(
+            trial.number,
+            trial.chosen,
+            trial.end,
+            trial.num_parameters,
+            self.plan.search.run_of(trial).read_history(),
+            self.plan.config.objective,
+        )
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if time.monotonic() - self.shown_s >= TABLE_INTERVAL_S:
+            self.show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        search, number = self.plan.search, trial.config["trial"]["number"]
+        record = search.read_trial(number)
+        if record.end is None:
+            success = search.run_of(record).read_success()
+            end = success["stopped"] if success else f"stopped by {self.plan.config.scheduler}"
+            self.write_end(replace(record, end=end))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.failed.append(trial)  # Ray Tune puts the error into it only after this
+
+    def write_failures(self) -> None:
+        """Why trials failed, once Ray Tune is done with them."""
+        for trial in self.failed:
+            record = self.plan.search.read_trial(trial.config["trial"]["number"])
+            self.write_end(replace(record, end=f"{FAILED}: {find_cause(trial.get_error())}"))
+
+    def write_end(self, record: Trial) -> None:
+        """Why a trial is over."""
+        self.plan.search.write_trial(record)
+        row = self._to_row(record)
+        value = row[self.plan.config.objective]
+        came_to = "" if value is None else f", {self.plan.config.objective} {value:.4f}"
+        self.say(f"tune: trial {record.number}, {row['epochs']} epochs{came_to}: {record.end}")
+
+    def show(self) -> None:
+        """The table of all trials."""
+        self.shown_s = time.monotonic()
+        for line in format_trials(self.read_rows(), self.plan.config.objective).splitlines():
+            self.say(line)

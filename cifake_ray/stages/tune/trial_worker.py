@@ -1,0 +1,171 @@
+"""What the process of a trial does: the training of `train`, told to Ray Tune epoch by epoch.
+
+Floor: stages. A trial that is over is only told again: a search that was killed replays what it
+had, so that whoever stops trials knows what it knew, and trains no epoch twice.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.exceptions import RayError, RayTaskError
+
+from cifake_ray.config import TrainConfig, TuneConfig
+from cifake_ray.core.search.space import to_train_options
+from cifake_ray.core.training.augmentation import POLICIES, Augmentation
+from cifake_ray.core.training.early_stopping import to_score
+from cifake_ray.core.training.model_cost import count_cost, measure_speed
+from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.stages.cluster import find_cause
+from cifake_ray.stages.train.driver import finish_training, train_detector
+from cifake_ray.storage.io.files import read_bytes, read_json, write_json
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.runs.tune_run import SearchRun, Trial
+
+OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
+KNOWN = "known"  # whether it is told again
+FAILED = "failed"  # begins the end of a trial that will be tried again
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a search share."""
+
+    config: TuneConfig
+    options: dict[str, Any]  # of `train`
+    policy: Augmentation = POLICIES["none"]  # that the chosen steps change
+
+    @property
+    def search(self) -> SearchRun:
+        return SearchRun(resolve_path(self.config.run, self.config.store))
+
+    def to_train_config(self, trial: Trial) -> TrainConfig:
+        """ValueError when the options that were chosen do not go together."""
+        return TrainConfig(
+            **{**self.options, **to_train_options(trial.chosen, self.policy)},
+            run=str(self.search.run_of(trial).path),
+        )
+
+    def measure(self, trial: Trial) -> Trial:
+        """The trial with the size of its network.
+
+        ValueError when that is beyond the budget, or the options do not go together.
+        """
+        train = self.to_train_config(trial)
+        size = _count_parameters(train.model, train.image_size)
+        most, most_ms = self.config.max_parameters, self.config.max_latency_ms
+        if most is not None and size > most:
+            raise ValueError("more than --max-parameters")
+        if most_ms is not None and _measure_latency_ms(train.model, train.image_size) > most_ms:
+            raise ValueError("more than --max-latency-ms")
+        return replace(trial, num_parameters=size)
+
+
+@cache
+def _count_parameters(model: str, image_size: int | None) -> int:
+    return count_cost(model, image_size).num_parameters
+
+
+@cache
+def _measure_latency_ms(model: str, image_size: int | None) -> float:
+    """On one thread, or on the GPU if there is one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 1000 / measure_speed(model, image_size).score_images_per_s
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
+    """Train a trial, or go on with it, or tell what it came to."""
+    search = plan.search
+    trial = search.read_trial(settings["trial"]["number"])
+    checkpoint = tune.get_checkpoint()  # with population based training only
+    if checkpoint is not None:
+        trial = _take_over(search, trial, settings["trial"]["chosen"], checkpoint)
+    config = plan.to_train_config(trial)
+    report = _Report(search, trial, plan.config)
+    history = search.run_of(trial).read_history()
+    for number, row in enumerate(history, start=1):
+        report.note(row)
+        if checkpoint is None and plan.config.scheduler != "pbt":  # it goes by what is new
+            report.tell(row, is_known=trial.end is not None or number < len(history))
+    if trial.end is None:
+        train_detector(config, report, time.time())
+    report.tell_last()
+
+
+def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
+    """The bundle of a trial that was stopped, made where trials run: the driver may lack a GPU."""
+    room = ray.remote(num_cpus=num_cpus, num_gpus=int(use_gpu))
+    try:
+        ray.get(room(finish_training).remote(config, use_gpu))
+    except RayTaskError as error:
+        if isinstance(error.cause, CifakeError):
+            raise error.cause from None
+        raise CifakeError(f"the best trial has no bundle: {find_cause(error)}") from error
+    except RayError as error:
+        raise ResourceError(
+            f"the best trial has no bundle, its worker was lost ({find_cause(error)}); run the same"
+            " command again"
+        ) from error
+
+
+@dataclass
+class _Report:
+    """Tells Ray Tune of each epoch; of the last one when the bundle is written.
+
+    Whoever stops trials stops them at a report, and then nothing more is written.
+    """
+
+    search: SearchRun
+    trial: Trial
+    config: TuneConfig
+    best: float = float("-inf")
+    last: dict[str, Any] | None = None  # the row that waits
+
+    def __call__(self, row: dict[str, Any], epochs: int) -> None:
+        self.note(row)
+        if row["epoch"] == epochs:
+            self.last = row
+        elif self.config.scheduler == "pbt":
+            with tempfile.TemporaryDirectory(prefix="cifake-trial-") as folder:
+                last = self.search.run_of(self.trial).checkpoint_path
+                (Path(folder) / "last.pt").write_bytes(read_bytes(last))
+                write_json(Path(folder) / "trial.json", {"number": self.trial.number})
+                self.tell(row, tune.Checkpoint.from_directory(folder))
+        else:
+            self.tell(row)
+
+    def note(self, row: dict[str, Any]) -> None:
+        self.best = max(self.best, to_score(row, self.config.objective))
+
+    def tell(self, row: dict[str, Any], checkpoint: Any = None, is_known: bool = False) -> None:
+        score = to_score(row, self.config.objective)
+        metrics = {"epoch": row["epoch"], OBJECTIVE: self.best, CURRENT: score, KNOWN: is_known}
+        tune.report(metrics, checkpoint=checkpoint)
+
+    def tell_last(self) -> None:
+        if self.last is not None:
+            self.tell(self.last)
+
+
+def _take_over(search: SearchRun, trial: Trial, chosen: dict[str, Any], checkpoint: Any) -> Trial:
+    """The weights and options of a better trial, if it was given them, in a run of its own."""
+    with checkpoint.as_directory() as folder:
+        facts = read_json(Path(folder) / "trial.json")
+        if facts["number"] == trial.number and chosen == trial.chosen:
+            return trial  # it had to wait for its turn
+        trial = replace(trial, chosen=chosen, generation=trial.generation + 1)
+        search.run_of(trial).write_checkpoint((Path(folder) / "last.pt").read_bytes())
+    search.write_trial(trial)
+    return trial

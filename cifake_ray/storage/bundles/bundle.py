@@ -1,0 +1,221 @@
+"""Bundles: a trained detector on disk, in the layout of timm and Hugging Face.
+
+Floor: storage. `config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
+only we need stands in `config.json` under `cifake_ray`. `storage.bundles.weights` reads the
+weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
+from cifake_ray.errors import BundleError
+from cifake_ray.storage.bundles.weights import (
+    WEIGHTS_NAME,
+    check_weights,
+    encode_weights,
+    find_weights,
+    load_weights,
+)
+from cifake_ray.storage.io.files import encode_json, exists, read_bytes, write_bytes
+from cifake_ray.storage.io.paths import Place, resolve_path
+
+if TYPE_CHECKING:
+    from cifake_ray.core.models.detector import Detector
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What a bundle says of itself, without a network being made."""
+
+    path: Place
+    weights_name: str  # model.safetensors, or the pickle that --allow-pickle let in
+    fingerprint: str  # sha256(sha256(config.json) + sha256(weights)): same scores, same fingerprint
+    architecture: str
+    preprocessing: Preprocessing
+    calibration: Calibration
+    domain: Domain | None  # what it learned from; None in bundles that do not say
+    training: dict[str, Any]  # settings and counts of the run that made it
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights come from a file that --allow-pickle let in."""
+        return self.weights_name != WEIGHTS_NAME
+
+    def threshold(self, target_fpr: float | None) -> float:
+        """The stored threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
+        return {
+            None: self.calibration.threshold,
+            0.01: self.calibration.threshold_fpr_1,
+            0.001: self.calibration.threshold_fpr_01,
+        }[target_fpr]
+
+
+def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> Place:
+    """Where a bundle lies: a bundle, a RUN with one inside, or None for the one in the box."""
+    if uri is None:
+        return Path(str(files("cifake_ray") / "bundles" / "default"))
+    path = resolve_path(uri, store)
+    return path / "bundle" if exists(path / "bundle" / "config.json") else path
+
+
+def read_bundle_facts(
+    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> BundleFacts:
+    """Read and check a bundle, torch left alone; cheap enough for before any work is scheduled.
+
+    `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
+    incomplete, damaged, another one, not ours, or a pickle that `allow_pickle` does not let in.
+    """
+    return _read_bundle(path, expect_sha256, allow_pickle)[0]
+
+
+def load_bundle(
+    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> tuple[Detector, BundleFacts]:
+    """The detector on the CPU, ready to score: made of the very bytes that were checked.
+
+    BundleError as `read_bundle_facts`, and when the weights are not those of the architecture.
+    """
+    from cifake_ray.core.models.detector import build_detector
+
+    facts, weights = _read_bundle(path, expect_sha256, allow_pickle)
+    size, fit = facts.preprocessing.image_size, facts.preprocessing.fit
+    place = path / facts.weights_name
+    state = load_weights(place, weights)
+    try:
+        detector = build_detector(facts.architecture, image_size=size, fit=fit)
+        detector.set_preprocessing(facts.preprocessing)
+        detector.network.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
+        raise BundleError(
+            f"{place}: not the weights of {facts.architecture} ({str(error).splitlines()[0]});"
+            " copy or train the bundle again"
+        ) from error
+    return detector.eval(), facts
+
+
+def _read_bundle(
+    path: Place, expect_sha256: str | None, allow_pickle: bool
+) -> tuple[BundleFacts, bytes]:
+    """What the bundle says, and its weights. Each file is read once, so that no check and no use
+    see different bytes while somebody replaces the bundle."""
+    if not exists(path / "config.json"):
+        raise BundleError(
+            f"{path}: no config.json; give the bundle folder of a finished training run"
+        )
+    config = read_bytes(path / "config.json")
+    weights_name = find_weights(path, allow_pickle)
+    weights = read_bytes(path / weights_name)
+    digests = (hashlib.sha256(data).digest() for data in (config, weights))
+    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()
+    if expect_sha256 is not None and fingerprint != expect_sha256.lower():
+        raise BundleError(
+            f"{path}: its sha256 is {fingerprint}, expected is {expect_sha256}; it is another"
+            " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
+        )
+    facts = _parse_config(path, config, weights_name, fingerprint)
+    check_weights(path / weights_name, weights, facts.architecture)
+    return facts, weights
+
+
+def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str) -> BundleFacts:
+    try:
+        config = json.loads(data)
+        ours = config["cifake_ray"]
+        if ours["schema_version"] != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema_version {ours['schema_version']}, this program reads"
+                f" {SCHEMA_VERSION}; train again or use the version that wrote it"
+            )
+        architecture, calibration = config["architecture"], Calibration(**ours["calibration"])
+        if not isinstance(architecture, str):
+            raise ValueError(f"architecture is {architecture!r}")
+        if not all(math.isfinite(value) for value in asdict(calibration).values()):
+            raise ValueError("calibration holds a number that is not finite")
+        if calibration.temperature <= 0:
+            raise ValueError(f"temperature is {calibration.temperature}")
+        domain = ours.get("domain")
+        return BundleFacts(
+            path=path,
+            weights_name=weights_name,
+            fingerprint=fingerprint,
+            architecture=architecture,
+            preprocessing=Preprocessing.from_dict(ours["preprocessing"]),
+            calibration=calibration,
+            domain=None if domain is None else Domain.from_dict(domain),
+            training=dict(ours["training"]),
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path}/config.json: not a bundle of cifake-ray ({type(error).__name__}: {error});"
+            " give the bundle folder of a finished training run"
+        ) from error
+
+
+def read_history(path: Place) -> list[dict[str, Any]]:
+    """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
+    history = path / "history.jsonl"
+    if not exists(history):
+        return []
+    try:
+        return [dict(json.loads(line)) for line in read_bytes(history).splitlines()]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{history}: damaged ({error}); remove the file or copy the bundle again"
+        ) from error
+
+
+def write_bundle(
+    path: Place,
+    detector: Detector,
+    calibration: Calibration,
+    domain: Domain | None = None,
+    *,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    model_card: str,
+) -> None:
+    """Write a bundle; `config.json` comes last, so a bundle that has one is complete."""
+    preprocessing = detector.preprocessing
+    config = {
+        "architecture": detector.architecture,
+        "num_classes": len(LABEL_NAMES),
+        "label_names": list(LABEL_NAMES),
+        "pretrained_cfg": {
+            "architecture": detector.architecture,
+            "num_classes": len(LABEL_NAMES),
+            "input_size": [3, preprocessing.image_size, preprocessing.image_size],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "label_names": list(LABEL_NAMES),
+        },
+        "cifake_ray": {
+            "schema_version": SCHEMA_VERSION,
+            "preprocessing": preprocessing.to_dict(),
+            "calibration": asdict(calibration),
+            "domain": domain and asdict(domain),
+            "training": dict(training),
+        },
+    }
+    write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write_bytes(path / "history.jsonl", lines.encode())
+    write_bytes(path / "metrics.json", encode_json(dict(metrics)))
+    write_bytes(path / "README.md", model_card.encode())
+    write_bytes(path / "config.json", encode_json(config))

@@ -1,0 +1,154 @@
+"""Weights that training starts from: a file, a folder of timm's layout, a bundle, timm's hub.
+
+Floor: storage. Everything must fit except the classifier, which may be for other classes: it then
+keeps the fresh weights that the seed gave it, and that is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.errors import BundleError
+from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.weights import check_weights, find_weights, load_weights
+from cifake_ray.storage.io.files import exists, read_bytes
+from cifake_ray.storage.io.paths import Place
+
+if TYPE_CHECKING:
+    import torch
+
+    from cifake_ray.core.models.detector import Detector
+
+NUM_SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """What was taken over."""
+
+    source: str
+    digest: str  # sha256 over names, shapes and values, whatever file they lay in
+    num_loaded: int  # tensors
+    fresh: tuple[str, ...]  # names of the classifier that were not taken over
+
+    def __str__(self) -> str:
+        fresh = ", ".join(self.fresh)
+        rest = f"; the classifier is fresh: {fresh}" if fresh else ", the classifier too"
+        return f"{self.num_loaded} tensors from {self.source}{rest}"
+
+
+def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWeights | None:
+    """Load what `--weights` or `--pretrained` names into a fresh detector; None for neither.
+
+    A folder's own mean and deviation come with its weights. BundleError when the weights cannot be
+    had or do not fit.
+    """
+    if config.pretrained:
+        return _take_over(detector, _fetch_pretrained(config, detector), "timm's hub", True)
+    if config.weights is None:
+        return None
+    place = locate_bundle(config.weights, config.store)
+    if place.suffix == ".safetensors":
+        state = _read_state(place, config.model)
+    else:
+        facts = _read_facts(place, config.model)
+        state = _read_state(place / find_weights(place, allow_pickle=False), config.model)
+        own = detector.preprocessing
+        mean, std = (tuple(facts.get(name, getattr(own, name))) for name in ("mean", "std"))
+        detector.set_preprocessing(replace(own, mean=mean, std=std))
+    return _take_over(detector, state, str(place), False)
+
+
+def _read_state(place: Place, architecture: str) -> Mapping[str, torch.Tensor]:
+    data = read_bytes(place)
+    check_weights(place, data, architecture)
+    return load_weights(place, data)
+
+
+def _read_facts(folder: Place, architecture: str) -> dict[str, Any]:
+    """timm's `pretrained_cfg` of a folder, once its architecture has been checked."""
+    path = folder / "config.json"
+    if not exists(path):
+        raise BundleError(
+            f"{folder}: no config.json; --weights takes a .safetensors file, a folder in timm's"
+            " layout or a bundle"
+        )
+    try:
+        config = json.loads(read_bytes(path))
+        found, facts = config["architecture"], dict(config.get("pretrained_cfg", {}))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: names no architecture of timm ({type(error).__name__}: {error}); give the"
+            " folder of a timm model or a bundle"
+        ) from error
+    if found != architecture:
+        raise BundleError(f"{folder}: the weights of {found}; give --model {found}")
+    return facts
+
+
+def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, torch.Tensor]:
+    """timm's weights for the architecture, fitted to the input size by timm itself."""
+    import timm
+
+    options: dict[str, Any] = {}
+    cfg = timm.models.get_pretrained_cfg(config.model)
+    if cfg is None or not cfg.has_weights:
+        raise BundleError(f"--pretrained: timm has no weights of {config.model}; leave it out")
+    if cfg.fixed_input_size:
+        options["img_size"] = detector.preprocessing.image_size
+    try:
+        network = timm.create_model(config.model, pretrained=True, num_classes=2, **options)
+    except (OSError, RuntimeError) as error:  # what the hub raises are OSErrors
+        raise BundleError(
+            f"--pretrained: the weights of {config.model} cannot be fetched from timm's hub"
+            f" ({type(error).__name__}); that takes the network once; else give --weights FILE"
+        ) from error
+    state: dict[str, torch.Tensor] = network.state_dict()
+    return state
+
+
+def _take_over(
+    detector: Detector, state: Mapping[str, torch.Tensor], source: str, fresh_head: bool
+) -> StartingWeights:
+    """Load all but what of the classifier does not fit; `fresh_head` leaves it out in any case."""
+    from cifake_ray.core.models.detector import find_head
+
+    own = detector.network.state_dict(keep_vars=True)
+    in_head = {
+        id(tensor) for tensor in find_head(detector.network).state_dict(keep_vars=True).values()
+    }
+    head = {name for name, tensor in own.items() if id(tensor) in in_head}
+    fits = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in own and tensor.shape == own[name].shape
+    }
+    taken = {name: t for name, t in fits.items() if not (fresh_head and name in head)}
+    wrong = {
+        "missing": sorted(own.keys() - state.keys() - head),
+        "of another shape": sorted((own.keys() & state.keys()) - fits.keys() - head),
+        "unknown": sorted(state.keys() - own.keys()),
+    }
+    if any(wrong.values()):
+        told = "; ".join(
+            f"{len(names)} {what} ({', '.join([*names[:NUM_SHOWN], '...'][: len(names)])})"
+            for what, names in wrong.items()
+            if names
+        )
+        raise BundleError(
+            f"{source}: not the weights of {detector.architecture} at"
+            f" {detector.preprocessing.image_size} pixels: {told}; another --model or --image-size?"
+        )
+    detector.network.load_state_dict({**own, **taken})
+    digest = hashlib.sha256()
+    for name in sorted(taken):
+        values = taken[name].detach().cpu().float().contiguous().numpy()
+        digest.update(f"{name}{values.shape}".encode() + values.tobytes())
+    return StartingWeights(
+        source, digest.hexdigest(), len(taken), tuple(sorted(own.keys() - taken.keys()))
+    )

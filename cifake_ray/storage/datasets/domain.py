@@ -1,0 +1,33 @@
+"""The domain of a detector, out of the shards it is trained on.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from cifake_ray.core.imaging.training_domain import DOMAIN_FACTS, Domain, find_domain
+from cifake_ray.storage.datasets.training_set import ImageSet
+from cifake_ray.storage.runs.shards import FACTS_KEY
+from cifake_ray.storage.sources.parquet import read_columns, use_table
+
+
+def read_domain(images: ImageSet) -> Domain | None:
+    """The domain of these images, from the columns beside them; no image is read.
+
+    None when a file is not of convert: another program may mean other things by these columns.
+    """
+    rows = images.rows
+    groups, starts = np.unique(rows.group[images.positions], return_index=True)
+    distinct = []
+    for group, positions in zip(groups, np.split(images.positions, starts[1:]), strict=True):
+        path, number = rows.groups[group]
+        with use_table(path) as table:
+            if FACTS_KEY not in (table.schema_arrow.metadata or {}):
+                return None
+            facts = read_columns(table, path, [number], DOMAIN_FACTS)
+        facts = facts.take(pa.array(rows.row[positions]))
+        distinct.append(facts.group_by(DOMAIN_FACTS).aggregate([]))  # memory stays flat
+    return find_domain(pa.concat_tables(distinct))

@@ -1,0 +1,50 @@
+"""Writes the sample to disk.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from cifake_ray.config import SampleConfig
+from cifake_ray.core.sample_images import generate_images
+from cifake_ray.storage.io.files import check_writable
+from cifake_ray.storage.io.paths import explain_os_error, resolve_local
+
+RANGE_SIZE = 4_096  # images a process makes at a time
+
+
+def write_sample(config: SampleConfig) -> Path:
+    """Write the folder; files that hold the right bytes already are left alone."""
+    out = resolve_local(config.out, "the sample")
+    check_writable(out)
+    starts = range(0, config.images, RANGE_SIZE)
+    arguments = [(config, start, min(start + RANGE_SIZE, config.images)) for start in starts]
+    if len(arguments) == 1:
+        _write_range(*arguments[0])
+    else:
+        with ProcessPoolExecutor(os.cpu_count()) as processes:
+            list(processes.map(_write_range, *zip(*arguments, strict=True)))
+    return out
+
+
+def _write_range(config: SampleConfig, start: int, stop: int) -> None:
+    out = resolve_local(config.out, "the sample")
+    folders: set[Path] = set()
+    images = generate_images(
+        num_images=config.images, seed=config.seed, mixed=config.mixed, start=start, stop=stop
+    )
+    for image in images:
+        path = out / image.path
+        try:
+            if path.parent not in folders:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                folders.add(path.parent)
+            # An untouched file keeps its time stamp, so a conversion under way stays valid.
+            if not path.exists() or path.read_bytes() != image.data:
+                path.write_bytes(image.data)
+        except OSError as error:
+            raise explain_os_error(error, path) from error

@@ -1,0 +1,33 @@
+"""Augmentation policies by name or out of a YAML file.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.training.augmentation import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.storage.io.files import read_if_exists
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.presets.yaml_presets import parse_mapping
+
+
+def read_augmentation(config: TrainConfig) -> Augmentation:
+    """The policy that `--augment` names or holds. ValueError for no such name, file or step."""
+    if config.augment in POLICIES:
+        return POLICIES[config.augment]
+    if config.augment.startswith("{"):
+        data: bytes | None = config.augment.encode()
+    else:
+        data = read_if_exists(resolve_path(config.augment, config.store))
+    if data is None:
+        raise ValueError(
+            f"--augment {config.augment}: no such policy or file; there are {', '.join(POLICIES)}"
+        )
+    if not data.strip():
+        raise ValueError(f"--augment {config.augment}: holds no steps, one `step: value` a line")
+    values = parse_mapping(data, f"--augment {config.augment}")
+    try:
+        return parse_augmentation(values)
+    except ValueError as error:
+        raise ValueError(f"--augment {config.augment}: {error}") from error

@@ -1,0 +1,83 @@
+"""Recipes and search spaces: YAML files in the box, or a person's own.
+
+Floor: storage. Command lines read them too, so nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[2]
+RECIPES, SEARCHES = PACKAGE / "recipes", PACKAGE / "searches"
+EVERYTHING = "everything"
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
+    """A YAML mapping, its names as options have them in Python.
+
+    ValueError, which begins with `name`, for anything else.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Takes 1e-3 for a number as YAML 1.2 does; for PyYAML, which reads 1.1, it is text."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    try:
+        values = yaml.load(data, Loader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: not readable as YAML ({reason})") from error
+    if values is None:  # nothing but comments
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: holds no mapping; write one `name: value` a line")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The same of a file. ValueError when it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: not readable ({error.strerror})") from error
+    return parse_mapping(data, str(path))
+
+
+def find_boxed(name: str, box: Path) -> Path:
+    """The file of that name, or the one in the box. ValueError when there is neither."""
+    boxed = box / f"{name}.yaml"
+    path = boxed if Path(name).name == name and boxed.is_file() else Path(name)
+    if not path.is_file():
+        stems = [file.stem for file in box.glob("*.yaml")]
+        known = ", ".join(sorted(stems + [EVERYTHING] * (box == SEARCHES)))
+        raise ValueError(f"{name}: no such file, and not among the {box.name} in the box: {known}")
+    return path
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Options of `train`. A policy of augmentation may stand in it as a mapping of its steps."""
+    values = read_mapping(path)
+    if isinstance(values.get("augment"), dict):
+        values["augment"] = json.dumps(values["augment"])
+    return values
+
+
+def read_searches(names: tuple[str, ...]) -> dict[str, Any]:
+    """Spaces as one; of an option in several the last one counts. `everything` is all in the box.
+
+    ValueError when one is missing or not readable.
+    """
+    values: dict[str, Any] = {}
+    for name in names:
+        if name == EVERYTHING:
+            paths = sorted(SEARCHES.glob("*.yaml"))
+        else:
+            paths = [find_boxed(name, SEARCHES)]
+        for path in paths:
+            values |= read_mapping(path)
+    return values

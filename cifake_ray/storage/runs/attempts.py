@@ -1,0 +1,102 @@
+"""Notes of attempts: who works on which shard, left behind when the work kills its process.
+
+Floor: storage. A note is written before a shard is begun and removed once it is committed, so a
+note that is found tells of a crash, a hang or a kill. Nothing depends on it but caution.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.files import discard, list_folder, read_if_exists, write_note
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.run import Run
+
+NOTE_NAME = re.compile(r"(\d{5,})\.json")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a shard. `steps` grows with everything that is done: only its change matters."""
+
+    shard: int
+    session: str  # the command that made it; a rerun is another one
+    number: int  # 1 for the first of its session
+    host: str
+    pid: int
+    started: str  # UTC, by the clock of `host`: for people, never compared
+    rows_done: int = 0
+    steps: int = 0
+
+    def describe(self) -> str:
+        """For an error message."""
+        return (
+            f"shard {self.shard} (attempt {self.number}, begun {self.started} on {self.host},"
+            f" process {self.pid}, {self.rows_done} images done)"
+        )
+
+
+def find_folder(run: Run) -> Place:
+    return run.out / "attempts"
+
+
+def find_note(run: Run, shard: int) -> Place:
+    return find_folder(run) / f"{shard:05d}.json"
+
+
+def read_attempt(run: Run, shard: int) -> Attempt | None:
+    """The attempt whose note stands there, or None. A damaged note counts as one of nobody."""
+    data = read_if_exists(find_note(run, shard))
+    if data is None:
+        return None
+    try:
+        return Attempt(**json.loads(data))
+    except (ValueError, TypeError):
+        return Attempt(shard, session="", number=0, host="?", pid=0, started="?")
+
+
+def follow_attempt(earlier: Attempt | None, shard: int, session: str) -> Attempt:
+    """The attempt of this process, after an earlier one. Each session counts from 1."""
+    number = earlier.number if earlier and earlier.session == session else 0
+    started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return Attempt(shard, session, number + 1, socket.gethostname(), os.getpid(), started)
+
+
+def write_attempt(run: Run, attempt: Attempt) -> None:
+    """Leave the note of an attempt. StorageError when that fails."""
+    place, data = find_note(run, attempt.shard), json.dumps(asdict(attempt)).encode()
+    try:
+        write_note(place, data)
+    except StorageError:  # another run on the same output has just ended and removed the folder
+        write_note(place, data)
+
+
+def remove_attempt(run: Run, shard: int) -> None:
+    """Remove the note of a shard that is committed."""
+    discard(find_note(run, shard))
+
+
+def list_attempts(run: Run, session: str) -> list[Attempt]:
+    """The attempts of a session that have not ended well, or not yet."""
+    names = (NOTE_NAME.fullmatch(place.name) for place in list_folder(find_folder(run)))
+    attempts = (read_attempt(run, int(name[1])) for name in names if name)
+    return [a for a in attempts if a is not None and a.session == session]
+
+
+def clear_attempts(run: Run) -> None:
+    """Remove all notes: the run is complete."""
+    folder = find_folder(run)
+    for place in list_folder(folder):
+        if NOTE_NAME.fullmatch(place.name):
+            discard(place)
+    if isinstance(folder, Path):
+        with suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,209 @@
+"""The frozen listing: every key once, dealt to shards.
+
+Floor: storage. Keys are dealt in the order of a hash of the key, so that every shard is a random
+sample of the source. The listing is sorted through unnamed temporary files, one for each range of
+the hash, so memory is that of a 64th of the keys and a kill leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cifake_ray.core.schema import SCHEMA_VERSION
+from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.sources.source import Listing
+
+NUM_RANGES = 64  # temporary files while sorting; memory is one of them
+SHARDS_PER_FILE = 256
+MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384
+MAX_SHARD_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file of the manifest: its shards are its row groups, in order."""
+
+    name: str
+    first_shard: int
+    num_shards: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    files: tuple[ManifestFile, ...]
+    num_rows: int
+    size_bytes: int
+
+    @property
+    def num_shards(self) -> int:
+        return sum(file.num_shards for file in self.files)
+
+
+def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
+    """Images per shard, from the listing alone: N/1000 between bounds, and at most 256 MiB."""
+    rows = min(max(num_rows // 1000, MIN_SHARD_ROWS), MAX_SHARD_ROWS)
+    mean_bytes = max(size_bytes // max(num_rows, 1), 1)
+    return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
+
+
+def hash_key(key: str) -> int:
+    """uint64 that decides the place of a key in the deal; the same everywhere and for ever."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+class _HashSorter:
+    """Batches in, the same rows out in the order of their hash; on disk in between."""
+
+    def __init__(self) -> None:
+        self.ranges: list[IO[bytes] | None] = [None] * NUM_RANGES
+        self.writers: list[pa.ipc.RecordBatchStreamWriter | None] = [None] * NUM_RANGES
+        self.num_rows = 0
+        self.size_bytes = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        keys = batch.column("key").to_pylist()
+        hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
+        # The hash goes first and has no name of its own: a list may call its columns anything.
+        schema = batch.schema.insert(0, pa.field("", pa.uint64()))
+        batch = pa.RecordBatch.from_arrays([pa.array(hashes), *batch.columns], schema=schema)
+        ranges = (hashes >> np.uint64(58)).astype(np.intp)  # the upper 6 bits: NUM_RANGES
+        order = np.argsort(ranges, kind="stable")
+        bounds = np.searchsorted(ranges[order], np.arange(NUM_RANGES + 1))
+        for index in range(NUM_RANGES):
+            rows = order[bounds[index] : bounds[index + 1]]
+            if len(rows):
+                self._writer(index, batch.schema).write_batch(batch.take(pa.array(rows)))
+        self.num_rows += batch.num_rows
+        self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
+
+    def _writer(self, index: int, schema: pa.Schema) -> pa.ipc.RecordBatchStreamWriter:
+        writer = self.writers[index]
+        if writer is None:
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the sorter
+            self.ranges[index] = file
+            writer = self.writers[index] = pa.ipc.new_stream(file, schema)
+        return writer
+
+    def drain(self) -> Iterator[pa.Table]:
+        """Tables in the order of the hash. ValueError when a key stands there twice."""
+        for file, writer in zip(self.ranges, self.writers, strict=True):
+            if file is None or writer is None:
+                continue
+            writer.close()
+            file.seek(0)
+            table = pa.ipc.open_stream(file).read_all()
+            file.close()
+            place = pa.table({"hash": table.column(0), "key": table.column("key")})
+            order = [("hash", "ascending"), ("key", "ascending")]
+            table = table.remove_column(0).take(pc.sort_indices(place, sort_keys=order))
+            _refuse_duplicates(table)
+            yield table
+
+
+def _refuse_duplicates(table: pa.Table) -> None:
+    """Rows are sorted, so a key that was listed twice stands beside itself."""
+    keys = table.column("key").combine_chunks()
+    twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
+    if len(twice):
+        examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
+        raise ValueError(
+            f"{len(twice)} or more keys are listed twice, such as {examples}; every key must be"
+            " unique"
+        )
+
+
+def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
+    """Tables of any size in, tables of `shard_rows` out (the last may be smaller)."""
+    waiting: list[pa.Table] = []
+    num_waiting = 0
+    for table in tables:
+        waiting.append(table)
+        num_waiting += table.num_rows
+        if num_waiting >= shard_rows:
+            joined = pa.concat_tables(waiting)
+            whole = num_waiting - num_waiting % shard_rows
+            for start in range(0, whole, shard_rows):
+                yield joined.slice(start, shard_rows)
+            waiting, num_waiting = [joined.slice(whole)], num_waiting - whole
+    if num_waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
+    if listing.keeps_order:
+        checker = _HashSorter()
+        for batch in listing.batches:
+            checker.add(batch.select(["key", "size_bytes"]))
+            yield pa.Table.from_batches([batch])
+        for _ in checker.drain():  # refuses a key that stands there twice
+            pass
+        return
+    sorter = _HashSorter()
+    for batch in listing.batches:
+        sorter.add(batch)
+    rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
+    for shard in _deal_rows(sorter.drain(), rows):
+        yield shard.sort_by("key")
+
+
+def write_manifest(
+    folder: Place, run_id: str, listing: Listing, shard_rows: int | None
+) -> Manifest:
+    """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
+
+    NothingToDo when the source holds no file; ValueError when a key is listed twice.
+    """
+    make_folder(folder)
+    files: list[ManifestFile] = []
+    num_rows = size_bytes = 0
+    shards = _deal_listing(listing, shard_rows)
+    pending = next(shards, None)
+    if pending is None:
+        left_out = ", ".join(f"{n} {reason}" for reason, n in listing.left_out.items() if n)
+        raise NothingToDo(
+            "the source holds no file"
+            + (f" (left out: {left_out})" if left_out else "")
+            + "; check the path, --include and --exclude"
+        )
+    while pending is not None:
+        name = f"{run_id}-{len(files):05d}.parquet"
+        first_shard = sum(file.num_shards for file in files)
+        num_shards = 0
+        schema = pending.schema.with_metadata({b"schema_version": str(SCHEMA_VERSION).encode()})
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+            while pending is not None and num_shards < SHARDS_PER_FILE:
+                writer.write_table(pending, row_group_size=max(pending.num_rows, 1))
+                num_rows += pending.num_rows
+                size_bytes += int(np.nansum(pending.column("size_bytes").to_numpy()))
+                num_shards += 1
+                pending = next(shards, None)
+        data = sink.getvalue().to_pybytes()
+        write_bytes(folder / name, data)
+        files.append(ManifestFile(name, first_shard, num_shards, hashlib.sha256(data).hexdigest()))
+    return Manifest(tuple(files), num_rows, size_bytes)
+
+
+def read_shard(folder: Place, file: ManifestFile, shard: int) -> pa.Table:
+    """The rows of one shard, in key order. StorageError when the manifest is damaged."""
+    path = folder / file.name
+    try:
+        with open_ranges(path) as opened:
+            table = pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
+            return table.read_row_group(shard - file.first_shard)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(
+            f"{path}: the manifest is damaged or gone ({error}); start again in a new folder"
+        ) from error

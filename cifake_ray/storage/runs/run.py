@@ -1,0 +1,277 @@
+"""The papers of a run: `_run.json` when it starts, `_files.parquet` and `_SUCCESS` when it ends.
+
+Floor: storage. `_run.json` is created only once the manifest is complete, and only if nobody else
+created it first: whoever loses the race works on the winner's manifest.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cifake_ray import __version__
+from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
+from cifake_ray.errors import CifakeError, RunMismatch, StorageError
+from cifake_ray.storage.io.files import (
+    TEMPORARY_PREFIX,
+    check_writable,
+    create_bytes,
+    discard,
+    encode_json,
+    exists,
+    hash_json,
+    list_folder,
+    read_json,
+    remove,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.manifest import Manifest, ManifestFile, write_manifest
+from cifake_ray.storage.sources.source import Listing
+
+RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
+FILES_FIELDS = [
+    pa.field("name", pa.string()),
+    pa.field("size_bytes", pa.int64()),
+    pa.field("sha256", pa.string()),
+    pa.field("rows", pa.int64()),
+    pa.field("errors", pa.int64()),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder whose plan is frozen."""
+
+    out: Place
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    manifest: Manifest
+    left_out: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        return hash_json(self.settings)
+
+    @property
+    def identity(self) -> str:
+        """sha256 of the settings and the listing: only its own shards are taken for a run's."""
+        return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
+
+    @property
+    def results(self) -> str:
+        """shards, scores or predictions."""
+        return RESULTS[self.command]
+
+    @property
+    def results_folder(self) -> Place:
+        return self.out / self.results
+
+    @property
+    def manifest_folder(self) -> Place:
+        return self.out / "manifest"
+
+    def part_path(self, shard: int) -> Place:
+        return self.results_folder / shard_name(shard)
+
+    def find_file(self, shard: int) -> ManifestFile:
+        """The manifest file that holds a shard."""
+        for file in self.manifest.files:
+            if file.first_shard <= shard < file.first_shard + file.num_shards:
+                return file
+        raise AssertionError(f"shard {shard} is beyond the manifest")
+
+
+def read_run(out: Place) -> Run | None:
+    """The run of an output folder, or None when none has been frozen there."""
+    path = out / "_run.json"
+    if not exists(path):
+        return None
+    record = read_json(path)
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise RunMismatch(
+            f"{path}: schema_version {record.get('schema_version')}, this program writes"
+            f" {SCHEMA_VERSION}; choose a new output folder"
+        )
+    if "manifest" not in record:
+        raise RunMismatch(
+            f"{out} belongs to a {record.get('command')} run; choose a new output folder"
+        )
+    try:
+        manifest = record["manifest"]
+        command = str(record["command"])
+        if command not in RESULTS:
+            raise ValueError(f"no command {command!r}")
+        return Run(
+            out=out,
+            command=command,
+            settings=dict(record["settings"]),
+            config=dict(record["config"]),
+            manifest=Manifest(
+                files=tuple(ManifestFile(**file) for file in manifest["files"]),
+                num_rows=manifest["num_rows"],
+                size_bytes=manifest["size_bytes"],
+            ),
+            left_out=record["left_out"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path}: not the papers of a run ({type(error).__name__}: {error}); was it edited?"
+        ) from error
+
+
+def require_run(out: Place) -> Run:
+    """The run of an output folder. StorageError when there is none."""
+    run = read_run(out)
+    if run is None:
+        raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
+    return run
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`epochs: 5 there, 6 here` for every setting that differs."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
+
+
+def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """RunMismatch, with the difference, when the folder belongs to a run with other settings."""
+    if old != new:
+        if old.get("command") != new["command"]:  # nothing else is comparable
+            old, new = ({"command": settings.get("command")} for settings in (old, new))
+        raise RunMismatch(
+            f"{out} belongs to another run ({describe_difference(old, new)}); choose a new output"
+            " folder, or give the same settings"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is to be, before it is frozen."""
+
+    out: Place
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    list_source: Callable[[], Listing]
+    shard_rows: int | None
+
+    def find(self) -> Run | None:
+        """The run of `out`. RunMismatch when it has other settings."""
+        run = read_run(self.out)
+        if run is not None:
+            refuse_other_settings(self.out, run.settings, self._settings)
+        return run
+
+    def check_new(self) -> None:
+        """Fail now, not after a long listing: ValueError, RunMismatch or StorageError."""
+        if str(self.out).startswith("memory://"):
+            raise ValueError(f"{self.out}: memory is that of one process, the workers are others")
+        folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
+        foreign = [
+            place
+            for folder in folders
+            for place in list_folder(folder)
+            if not place.name.startswith(TEMPORARY_PREFIX)
+            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(place.name))
+        ]
+        if foreign and self.find() is None:  # else another process has just frozen it
+            raise RunMismatch(
+                f"{foreign[0]} stands where a run would write, and no run is there; choose a new"
+                " output folder"
+            )
+        check_writable(self.out)
+
+    def freeze(self) -> Run:
+        """List the source and freeze the plan, or take the one that was frozen meanwhile."""
+        listing = self.list_source()
+        folder = self.out / "manifest"
+        manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "tool_version": __version__,
+            "command": self.command,
+            "fingerprint": hash_json(self._settings),
+            "settings": self._settings,
+            "config": self.config,
+            "manifest": {
+                "num_rows": manifest.num_rows,
+                "size_bytes": manifest.size_bytes,
+                "files": [asdict(file) for file in manifest.files],
+            },
+            "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+        }
+        create_bytes(self.out / "_run.json", encode_json(record))
+        run = self.find()
+        assert run is not None
+        return run
+
+    def open(self) -> Run:
+        """Resume the run of `out`, or list the source and freeze a new one."""
+        run = self.find()
+        if run is None:
+            self.check_new()
+            run = self.freeze()
+        return run
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {"command": self.command, "schema_version": SCHEMA_VERSION, **self.settings}
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What a committed shard says of itself."""
+
+    shard: int
+    rows: int
+    errors: dict[str, int]
+    unlike_training: dict[str, int]
+    size_bytes: int
+    sha256: str
+
+
+def reopen_run(run: Run) -> None:
+    """Withdraw what says that a run is complete, before any of its shards is made anew."""
+    remove(run.out / "_SUCCESS")  # first: without it nobody relies on the other
+    remove(run.out / "_files.parquet")
+
+
+def finish_run(run: Run, parts: list[PartFacts], summary: dict[str, Any]) -> None:
+    """Write `_files.parquet`, check that the account adds up, then write `_SUCCESS`."""
+    missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
+    rows = sum(part.rows for part in parts)
+    if missing or rows != run.manifest.num_rows:
+        raise CifakeError(
+            f"{run.out}: the account does not add up: {run.manifest.num_rows} images listed,"
+            f" {rows} rows written, {len(missing)} shards missing; run the same command again"
+        )
+    parts = sorted(parts, key=lambda part: part.shard)
+    columns = {
+        "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],
+        "size_bytes": [part.size_bytes for part in parts],
+        "sha256": [part.sha256 for part in parts],
+        "rows": [part.rows for part in parts],
+        "errors": [sum(part.errors.values()) for part in parts],
+    }
+    schema = pa.schema(FILES_FIELDS, metadata={b"schema_version": str(SCHEMA_VERSION).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=schema), sink)
+    remove_leftovers(run.results_folder)
+    remove_leftovers(run.manifest_folder)
+    named = {file.name for file in run.manifest.files}
+    for path in list_folder(run.manifest_folder):  # listings that were killed, or lost the race
+        if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
+            discard(path)
+    write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
+    write_json(run.out / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})

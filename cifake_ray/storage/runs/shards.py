@@ -1,0 +1,114 @@
+"""Result shards: each appears whole or not at all, and says in its footer whose it is.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cifake_ray import __version__
+from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.run import PartFacts, Run
+
+FACTS_KEY = b"cifake_ray"
+
+
+def commit_part(
+    run: Run, shard: int, table: pa.Table, facts: dict[str, str], unlike_training: dict[str, int]
+) -> PartFacts:
+    """Write one result shard under its name and return what it says of itself."""
+    errors = Counter(error for error in table.column("error").to_pylist() if error)
+    footer = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "fingerprint": run.fingerprint,
+        "run": run.identity,
+        "rows": table.num_rows,
+        "errors": dict(sorted(errors.items())),
+        "unlike_training": unlike_training,
+        **facts,
+    }
+    schema = table.schema.with_metadata(
+        {FACTS_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
+    )
+    # Images are compressed already; zstd would spend time on them for nothing.
+    compression = {
+        path: "none" if path.startswith("image.") else "zstd" for path in _leaf_paths(schema)
+    }
+    dictionary = [
+        name
+        for name in ("label", "split", "source", "format", "mode", "error")
+        if name in schema.names
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.cast(schema),
+        sink,
+        compression=compression,
+        use_dictionary=dictionary,
+        write_page_checksum=True,
+    )
+    data = sink.getvalue().to_pybytes()
+    write_bytes(run.part_path(shard), data)
+    return _describe_part(shard, footer, data)
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    return [
+        f"{field.name}.{child.name}" if pa.types.is_struct(field.type) else field.name
+        for field in schema
+        for child in (field.type if pa.types.is_struct(field.type) else [field])
+    ]
+
+
+def _open_part(data: bytes) -> pq.ParquetFile:
+    """A shard is read whole by everyone: it is one GET, and its bytes are hashed as well."""
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+
+
+def read_part(path: Place) -> pa.Table:
+    """One result shard, page checksums verified. StorageError when it is damaged."""
+    try:
+        return _open_part(read_bytes(path)).read()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
+
+
+def inspect_part(run: Run, shard: int) -> PartFacts | None:
+    """A shard that this run has committed already, or None when it must be made.
+
+    The whole shard is read, page checksums included, so a damaged one is made again.
+    """
+    path = run.part_path(shard)
+    if (data := read_if_exists(path)) is None:
+        return None
+    try:
+        part = _open_part(data)
+        facts = json.loads((part.schema_arrow.metadata or {}).get(FACTS_KEY, b"null"))
+        if not isinstance(facts, dict) or facts.get("run") != run.identity:
+            return None
+        num_rows = sum(batch.num_rows for batch in part.iter_batches())
+        return _describe_part(shard, facts, data) if num_rows == facts["rows"] else None
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        return None
+
+
+def _describe_part(shard: int, footer: dict[str, Any], data: bytes) -> PartFacts:
+    return PartFacts(
+        shard=shard,
+        rows=footer["rows"],
+        errors=footer["errors"],
+        unlike_training=footer["unlike_training"],
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )

@@ -1,0 +1,130 @@
+"""Whether a finished run is still what it committed, and making room to mend it.
+
+Floor: storage. What `_files.parquet` names is taken for nothing but names: a file that is no result
+shard is never touched.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cifake_ray.core.schema import shard_name
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.files import (
+    discard,
+    exists,
+    hash_file,
+    list_folder,
+    move,
+    read_bytes,
+    read_json,
+    stamp_file,
+)
+from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.runs.run import FILES_FIELDS, Run, require_run
+
+PART_NAME = re.compile(r"part-\d{5,}\.parquet")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what was committed."""
+
+    name: str
+    reason: str
+
+
+def open_finished(out: Place) -> Run:
+    """The run of a folder that has one which has finished. StorageError otherwise."""
+    run = require_run(out)
+    if not exists(out / "_SUCCESS"):
+        raise StorageError(f"{out}: the run has not finished; run its command again first")
+    return run
+
+
+def read_files(run: Run) -> list[dict[str, Any]]:
+    """What a finished run committed: name, size_bytes, sha256, rows and errors of each shard."""
+    path = run.out / "_files.parquet"
+    try:
+        table = pq.read_table(pa.BufferReader(read_bytes(path)))
+        rows: list[dict[str, Any]] = table.cast(pa.schema(FILES_FIELDS)).to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise StorageError(
+            f"{path}: damaged ({error}); `cifake-ray repair` makes it anew"
+        ) from error
+    expected = [f"{run.results}/{shard_name(n)}" for n in range(run.manifest.num_shards)]
+    if [row["name"] for row in rows] != expected:
+        raise StorageError(
+            f"{path}: does not name the shards of the run; `cifake-ray repair` makes it anew"
+        )
+    return rows
+
+
+def find_damage(out: Place) -> list[Damage]:
+    """Compare every file of a finished run with what was committed. StorageError if it has not."""
+    run = open_finished(out)
+    read_json(out / "_SUCCESS")
+    committed = read_files(run)
+    damage = []
+    for file in run.manifest.files:
+        place = run.manifest_folder / file.name
+        if not exists(place):
+            damage.append(Damage(f"manifest/{file.name}", "missing"))
+        elif hash_file(place) != file.sha256:
+            damage.append(Damage(f"manifest/{file.name}", "sha256 differs"))
+    for row in committed:
+        place = out / row["name"]
+        if not exists(place):
+            damage.append(Damage(row["name"], "missing"))
+        elif (size_bytes := stamp_file(place)[0]) != row["size_bytes"]:
+            damage.append(Damage(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
+        elif hash_file(place) != row["sha256"]:
+            damage.append(Damage(row["name"], "sha256 differs"))
+    names = {row["name"] for row in committed}
+    for place in list_folder(run.results_folder):
+        name = f"{run.results}/{place.name}"
+        if PART_NAME.fullmatch(place.name) and name not in names:
+            damage.append(Damage(name, "not committed by this run"))
+    return damage
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Files of a run that were renamed out of the way: name -> name while aside."""
+
+    files: dict[Place, Place]
+
+    def restore(self) -> None:
+        """Put back what has not been made again."""
+        for path, aside in self.files.items():
+            if exists(aside) and not exists(path):
+                move(aside, path)
+
+    def discard(self) -> None:
+        for aside in self.files.values():
+            discard(aside)
+
+
+def set_damage_aside(out: Place) -> Aside:
+    """Rename damaged result files and `_SUCCESS`: the run's command then makes them again.
+
+    StorageError when the manifest is damaged: what was to be done is no longer known.
+    """
+    try:
+        damage = find_damage(out)
+    except StorageError:  # papers that are unfinished or damaged: every shard proves itself
+        damage = []
+    if lost := [item.name for item in damage if item.name.startswith("manifest/")]:
+        raise StorageError(
+            f"{out}/{lost[0]}: the manifest is damaged or gone; start again in a new folder"
+        )
+    paths: list[Place] = [*(out / item.name for item in damage), out / "_SUCCESS"]
+    files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}
+    for path, aside in files.items():
+        move(path, aside)
+    return Aside(files)

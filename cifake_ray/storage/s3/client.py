@@ -1,0 +1,307 @@
+"""Requests to S3: signed, retried with pauses, and explained when they fail for good.
+
+Floor: storage. botocore knows the credentials, the endpoints and how to sign; the requests go over
+urllib3 itself, which costs a third of the CPU time of a botocore client. Clients are made where
+they are used, one per process, and never travel: what travels is the `StoreConfig`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+import botocore.session
+import urllib3
+from botocore import UNSIGNED
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest, AWSResponse
+from botocore.config import Config
+from botocore.exceptions import NoCredentialsError
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.storage.s3.errors import MOVED, S3Error, TooLarge, describe_break, parse_refusal
+from cifake_ray.storage.s3.throttle import Throttle
+
+T = TypeVar("T")
+
+DEFAULT_REGION = "us-east-1"  # answers for every bucket with the region where it is
+CHUNK_BYTES = 2**18
+MAX_ANSWER_BYTES = 2**24  # a page of 1,000 keys of 1,024 bytes, escaped, is below 8 MiB
+
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Limits:
+    """How many requests, how often and for how long; the defaults suit AWS."""
+
+    max_in_flight: int = 64  # requests of one process at once
+    max_ahead_bytes: int = 256 * 2**20  # fetched or being fetched before the consumer asks
+    max_attempts: int = 8
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 30.0  # without a byte
+    deadline_s: float = 180.0  # one request with all its attempts
+    first_pause_s: float = 0.2  # doubled with each attempt; any part of it is waited
+    max_pause_s: float = 20.0
+
+
+DEFAULT_LIMITS = S3Limits()
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Where a bucket answers: addressing style, virtual host and region are botocore's choice."""
+
+    pool: urllib3.HTTPConnectionPool
+    region: str
+    origin: str  # scheme://host:port
+    list_path: str
+    key_path: str  # an object's quoted key follows
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A GET of an object or, without a key, of a page of the listing."""
+
+    bucket: str
+    key: str | None
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    max_bytes: int
+
+    def make_target(self, address: _Address) -> str:
+        if self.key is not None:
+            # Every byte as it is: SigV4 for S3 takes `//`, `.` and `..` for parts of the key, and
+            # so does urllib3 as long as it is given a target, not a URL.
+            return address.key_path + quote(self.key, safe="/~")
+        words = sorted(f"{name}={quote(value, safe='')}" for name, value in self.query.items())
+        return f"{address.list_path}?{'&'.join(words)}"
+
+
+class S3Client:
+    """The connections of one process to one store. Safe to use from several threads."""
+
+    def __init__(self, store: StoreConfig, limits: S3Limits) -> None:
+        self.store = store
+        self.limits = limits
+        self.throttle = Throttle(limits.max_in_flight)
+        self._session = botocore.session.Session(profile=store.s3_profile)
+        self._addresses: dict[str, _Address] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def threads(self) -> ThreadPoolExecutor:
+        """The threads that fetch; they start when they are needed."""
+        return ThreadPoolExecutor(self.limits.max_in_flight, "s3")
+
+    @cached_property
+    def _credentials(self) -> Any:
+        if self.store.s3_anonymous:
+            return None
+        credentials = self._session.get_credentials()
+        if credentials is None:
+            raise NoCredentialsError
+        return credentials
+
+    def list_page(
+        self, bucket: str, query: Mapping[str, str], stop: threading.Event | None = None
+    ) -> ET.Element:
+        """One page of ListObjectsV2. S3Error when it cannot be had."""
+        request = _Request(bucket, None, {"list-type": "2", **query}, {}, MAX_ANSWER_BYTES)
+        return self._retry(request, ET.fromstring, stop)
+
+    def get_object(
+        self,
+        bucket: str,
+        key: str,
+        etag: str | None,
+        max_bytes: int,
+        stop: threading.Event | None = None,
+    ) -> bytes:
+        """An object's bytes if it still has this etag. S3Error, or TooLarge."""
+        request = _Request(bucket, key, {}, {"If-Match": etag} if etag else {}, max_bytes)
+        return self._retry(request, bytes, stop)
+
+    def _retry(
+        self, request: _Request, parse: Callable[[bytes], T], stop: threading.Event | None
+    ) -> T:
+        """The answer, after as many attempts as it takes; `stop` ends them early."""
+        limits = self.limits
+        stop = stop or threading.Event()
+        deadline_s = time.monotonic() + limits.deadline_s
+        longest_s = limits.first_pause_s
+        attempt = 0
+        while True:
+            attempt += 1
+            pause_s = 0.0
+            try:
+                with self.throttle:
+                    if stop.is_set():  # it may have waited long for its turn
+                        raise S3Error(0, "", "not asked for any more")
+                    answer = self._try(request, parse, deadline_s)
+                self.throttle.speed_up()
+                return answer
+            except S3Error as error:
+                if error.is_throttled:
+                    self.throttle.slow_down()
+                if error.is_transient:
+                    pause_s = max(random.uniform(0, longest_s), error.pause_s)
+                    longest_s = min(2 * longest_s, limits.max_pause_s)
+                elif error.code != MOVED:
+                    raise
+                if attempt >= limits.max_attempts or time.monotonic() + pause_s > deadline_s:
+                    raise
+                if stop.wait(pause_s):
+                    raise
+
+    def _try(self, request: _Request, parse: Callable[[bytes], T], deadline_s: float) -> T:
+        """One request and its answer, or the S3Error it came to."""
+        address = self._find_address(request.bucket)
+        target = request.make_target(address)
+        signed = AWSRequest("GET", address.origin + target, headers=dict(request.headers))
+        if self._credentials is not None:
+            frozen = self._credentials.get_frozen_credentials()  # renews what expires
+            S3SigV4Auth(frozen, "s3", address.region).add_auth(signed)
+        left_s = max(deadline_s - time.monotonic(), 0.001)
+        timeout = urllib3.Timeout(
+            connect=min(self.limits.connect_timeout_s, left_s),
+            read=min(self.limits.read_timeout_s, left_s),
+        )
+        try:
+            response = address.pool.urlopen(
+                "GET",
+                target,
+                headers=dict(signed.headers.items()),
+                timeout=timeout,
+                retries=False,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            max_bytes = request.max_bytes if response.status == 200 else MAX_ANSWER_BYTES
+            with ExitStack() as stack:
+                stack.callback(response.close)  # else its rest would be read as the next answer
+                data = _read_body(response, max_bytes, deadline_s)
+                stack.pop_all()
+            response.release_conn()
+            if response.status == 200:
+                return parse(data)
+        except (urllib3.exceptions.HTTPError, OSError, ET.ParseError) as error:
+            raise S3Error(0, "", describe_break(error)) from error
+        raise self._explain_answer(request.bucket, address, response, data)
+
+    def _explain_answer(
+        self, bucket: str, address: _Address, response: urllib3.BaseHTTPResponse, data: bytes
+    ) -> S3Error:
+        words = parse_refusal(data)
+        status, code = response.status, words.get("Code", "")
+        region = response.headers.get("x-amz-bucket-region") or words.get("Region")
+        if region and region != address.region and status in (*REDIRECTS, 400):
+            self._find_address(bucket, region)
+            return S3Error(status, MOVED, f"the bucket is in the region {region}")
+        if status in REDIRECTS:
+            return S3Error(status, code, "the store points to another host, which is not followed")
+        after = response.headers.get("retry-after", "")
+        pause_s = min(float(after), self.limits.max_pause_s) if after.isdigit() else 0.0
+        return S3Error(status, code, words.get("Message") or str(response.reason), pause_s)
+
+    def _find_address(self, bucket: str, region: str | None = None) -> _Address:
+        """Where a bucket answers; with `region`, from now on there."""
+        address = self._addresses.get(bucket)
+        if address is not None and region in (None, address.region):
+            return address
+        with self._lock:
+            address = self._addresses.get(bucket)  # another thread may have been here
+            if address is None or region not in (None, address.region):
+                address = self._addresses[bucket] = self._make_address(bucket, region)
+        return address
+
+    def _make_address(self, bucket: str, region: str | None) -> _Address:
+        session = self._session
+        region = region or self.store.s3_region or os.environ.get("AWS_REGION")
+        region = region or session.get_config_variable("region") or DEFAULT_REGION
+        bucket_url, key_url = _ask_urls(session, self.store.s3_endpoint_url, region, bucket)
+        parts = urlsplit(key_url)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        options: dict[str, Any] = {"maxsize": self.limits.max_in_flight, "block": False}
+        proxy = None
+        if parts.scheme == "https":
+            options["ca_certs"] = get_cert_path(session.get_config_variable("ca_bundle") or True)
+            # Through a tunnel; for http:// a proxy would be told a URL, and normalise the key.
+            proxy = get_environ_proxies(origin).get("https")
+        pools = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        return _Address(
+            pools.connection_from_url(origin),
+            region,
+            origin,
+            urlsplit(bucket_url).path or "/",
+            parts.path.removesuffix("x"),
+        )
+
+
+def _ask_urls(
+    session: botocore.session.Session, endpoint_url: str | None, region: str, bucket: str
+) -> tuple[str, str]:
+    """The URLs of a bucket and of its key `x`, as botocore would send requests there."""
+    urls: list[str] = []
+
+    def answer(request: Any, **_: object) -> AWSResponse:
+        urls.append(request.url)
+        return AWSResponse(request.url, 200, {}, urllib3.HTTPResponse(io.BytesIO()))
+
+    # Unsigned: the addresses need no credentials, and so cannot hold any.
+    config = Config(signature_version=UNSIGNED)
+    client = session.create_client(
+        "s3", region_name=region, endpoint_url=endpoint_url, config=config
+    )
+    client.meta.events.register("before-send.s3", answer)  # nothing is sent
+    client.head_bucket(Bucket=bucket)
+    client.head_object(Bucket=bucket, Key="x")
+    return urls[0], urls[1]
+
+
+def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: float) -> bytes:
+    """The whole body. TooLarge before too much of it is read, HTTPError when it ends early."""
+    length = response.headers.get("content-length", "")
+    expected = int(length) if length.isdigit() else None
+    if expected is not None and expected > max_bytes:
+        raise TooLarge(f"{expected} bytes; the limit is {max_bytes}")
+    chunks, num_bytes = [], 0
+    while num_bytes != expected and (chunk := response.read1(CHUNK_BYTES)):
+        chunks.append(chunk)
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise TooLarge(f"more than {max_bytes} bytes")
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{num_bytes} bytes had come at the deadline")
+    if expected is not None and num_bytes != expected:
+        raise urllib3.exceptions.IncompleteRead(num_bytes, expected - num_bytes)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def connect(store: StoreConfig, limits: S3Limits = DEFAULT_LIMITS) -> S3Client:
+    """This process's client for a store, made when it is first asked for."""
+    # Other credentials in the environment are another client; only their hash is kept.
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
+    environment = hashlib.sha256(repr(settings).encode()).digest()
+    return _connect(store.store, limits, os.getpid(), environment)
+
+
+@lru_cache(maxsize=8)
+def _connect(store: StoreConfig, limits: S3Limits, pid: int, environment: bytes) -> S3Client:
+    del pid, environment  # a forked process must not share connections
+    return S3Client(store, limits)

@@ -1,0 +1,107 @@
+"""Why a request to S3 failed: what the answer says, and one line for a person.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from botocore.exceptions import BotoCoreError, ParamValidationError
+
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.paths import explain_store_error
+
+THROTTLED = {"SlowDown", "ServiceUnavailable", "TooManyRequests", "RequestLimitExceeded"}
+MOVED = "moved"  # our own code: the bucket is in another region, where the next attempt goes
+STALE_CREDENTIALS = {"ExpiredToken", "RequestTimeout"}  # signed anew with the next attempt
+BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken"}
+MAX_DETAIL_CHARS = 200
+
+BREAKS = {  # urllib3's names of what broke a connection
+    "ConnectTimeoutError": "no connection in time",
+    "ReadTimeoutError": "no answer in time",
+    "NewConnectionError": "no connection",
+    "NameResolutionError": "the host name is not known",
+    "ProtocolError": "the connection broke",
+    "IncompleteRead": "the answer ended early",
+    "ParseError": "the answer is not the XML of a listing",
+    "SSLError": "no trusted TLS connection",
+}
+
+
+class S3Error(Exception):
+    """A request failed for good: `status` and `code` of the answer; 0 and "" without one."""
+
+    def __init__(self, status: int, code: str, detail: str, pause_s: float = 0.0) -> None:
+        super().__init__(f"{code or status or 'no answer'}: {detail}")
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.pause_s = pause_s  # what the store asks to wait
+
+    @property
+    def is_throttled(self) -> bool:
+        return self.status in (429, 503) or self.code in THROTTLED
+
+    @property
+    def is_transient(self) -> bool:
+        return (
+            self.is_throttled
+            or self.status in (0, 408)
+            or (self.status >= 500 and self.status != 501)
+            or self.code in STALE_CREDENTIALS
+        )
+
+
+class TooLarge(Exception):
+    """The body has more bytes than were asked for."""
+
+
+def parse_refusal(data: bytes) -> dict[str, str]:
+    """What the XML of an error names, such as Code, Message and Region; nothing if it is none."""
+    try:
+        root = ET.fromstring(data)
+    except ET.ParseError:
+        return {}
+    return {
+        child.tag.rpartition("}")[2]: " ".join((child.text or "").split())[:MAX_DETAIL_CHARS]
+        for child in root
+    }
+
+
+def describe_break(error: Exception) -> str:
+    """What broke a connection, in one short line."""
+    name = type(error).__name__
+    return BREAKS.get(name) or " ".join(f"{name}: {error}".split())[:MAX_DETAIL_CHARS]
+
+
+def explain_refusal(error: S3Error | BotoCoreError, place: str) -> StorageError:
+    """One line for a request that failed for good: the place, the reason, the remedy."""
+    if isinstance(error, ParamValidationError):
+        return StorageError(f"{place}: not a valid name of a bucket; give s3://BUCKET/PREFIX")
+    if isinstance(error, BotoCoreError):
+        return explain_store_error(error, place)
+    reason, remedy = error.detail or str(error), "run the same command again"
+    if error.code == "NoSuchBucket":
+        reason, remedy = "no such bucket", "check its name and --s3-endpoint-url"
+    elif error.code in BAD_CREDENTIALS or error.status == 401:
+        reason = f"the store does not accept the credentials ({error.code or error.status})"
+        remedy = "check the AWS chain (variables, --s3-profile, a role)"
+    elif error.code == "RequestTimeTooSkewed":
+        reason, remedy = "the store says that the clock of this computer is wrong", "set it"
+    elif error.status == 403:
+        reason = f"access denied ({error.code or error.status})"
+        remedy = (
+            "the credentials need s3:ListBucket and s3:GetObject; a public bucket needs"
+            " --s3-anonymous"
+        )
+    elif error.is_throttled:
+        reason = f"the store kept asking to slow down ({error.code or error.status})"
+        remedy = "run the same command again later"
+    elif error.status == 0:
+        reason = f"no usable answer from the store ({error.detail})"
+        remedy = "check --s3-endpoint-url and the network"
+    elif 300 <= error.status < 400:
+        remedy = "check --s3-region and --s3-endpoint-url"
+    return StorageError(f"{place}: {reason}; {remedy}")

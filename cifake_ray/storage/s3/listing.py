@@ -1,0 +1,258 @@
+"""Every key of a bucket once, by many listings at the same time.
+
+Floor: storage. A listing is 1,000 keys a page, one page after another. While threads are idle, a
+listing that is not at its end gives the keys behind a branch of its names to them: at
+`train/FAKE/0999.jpg` it finds out, by listings of one key, that there are keys behind
+`train/FAKE/0...`, and hands over `train/FAKE/1`, `train/FAKE/2` and so on, or, where that folder
+ends, `train/R`. So it needs to know nothing of the names, and memory does not grow with them.
+
+Two orders of keys are in use: that of the bytes (AWS), and folder by folder (SeaweedFS). In both,
+keys with the same beginning stand together, which is all that is relied on; a listing in neither
+order is not divided.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import xml.etree.ElementTree as ET
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+from urllib.parse import unquote_to_bytes
+
+from botocore.exceptions import BotoCoreError
+
+from cifake_ray.storage.s3.errors import S3Error
+
+PAGE_KEYS = 1000
+MAX_KEY_BYTES = 1024
+LAST_CHAR = "\U0010ffff"
+WAKE_S = 0.2  # how soon a thread that waits for room sees that all is over
+
+Query: TypeAlias = dict[str, str]
+
+
+class Entry(NamedTuple):
+    """One key of a page. `key` holds the bytes that are not UTF-8 as lone surrogates."""
+
+    key: str
+    size_bytes: int
+    etag: str | None
+
+
+class Range(NamedTuple):
+    """The keys with a prefix that come after `after`; "" is before all."""
+
+    prefix: str
+    after: str = ""
+
+
+class Page(NamedTuple):
+    entries: list[Entry]
+    token: str | None  # of the next page
+
+
+def parse_page(root: ET.Element) -> Page:
+    """A page of ListObjectsV2."""
+    space = root.tag.rpartition("}")[0]
+    space += "}" if space else ""
+    key_tag, size_tag, etag_tag = (f"{space}{name}" for name in ("Key", "Size", "ETag"))
+    is_quoted = root.findtext(f"{space}EncodingType") == "url"
+    entries = []
+    for content in root.iterfind(f"{space}Contents"):
+        key = content.findtext(key_tag) or ""
+        if is_quoted and ("%" in key or "+" in key):
+            key = unquote_to_bytes(key.replace("+", " ")).decode("utf-8", "surrogateescape")
+        size_bytes = int(content.findtext(size_tag) or 0)
+        entries.append(Entry(key, size_bytes, content.findtext(etag_tag)))
+    is_truncated = root.findtext(f"{space}IsTruncated") == "true"
+    return Page(entries, root.findtext(f"{space}NextContinuationToken") if is_truncated else None)
+
+
+class _OddOrderError(Exception):
+    """The keys behind a branch cannot be told from those of the branch."""
+
+
+class KeyLister:
+    """Lists all keys below a prefix with several threads.
+
+    `ask` answers a query of ListObjectsV2 and may raise S3Error, BotoCoreError or ParseError; the
+    first such error ends the listing.
+    """
+
+    def __init__(
+        self, ask: Callable[[Query], ET.Element], num_threads: int, page_keys: int = PAGE_KEYS
+    ) -> None:
+        self.ask = ask
+        self.num_threads = num_threads
+        self.page_keys = page_keys
+        self.todo: deque[Range] = deque()
+        self.num_busy = 0
+        self.changed = threading.Condition()
+        self.stop = threading.Event()
+        self.failure: Exception | None = None
+        # None: a thread is through.
+        self.pages: queue.Queue[list[Entry] | None] = queue.Queue(2 * num_threads)
+
+    def list_entries(self, prefix: str) -> Iterator[list[Entry]]:
+        """All entries, in no particular order, a page at a time."""
+        self.todo.append(Range(prefix))
+        # Daemons: a server that hangs must not keep the process from ending.
+        for _ in range(self.num_threads):
+            threading.Thread(target=self._work, name="list", daemon=True).start()
+        num_running = self.num_threads
+        try:
+            while num_running:
+                page = self.pages.get()
+                if page is None:
+                    num_running -= 1
+                elif not self.stop.is_set():
+                    yield page
+                if self.stop.is_set():
+                    raise self.failure or RuntimeError("a thread that lists ended unexpectedly")
+        finally:
+            self.stop.set()
+            with self.changed:
+                self.changed.notify_all()
+
+    def _work(self) -> None:
+        is_well = False
+        try:
+            while (todo := self._take()) is not None:
+                self._list_range(todo)
+                with self.changed:
+                    self.num_busy -= 1
+                    self.changed.notify_all()
+            is_well = True
+        except (S3Error, BotoCoreError, ET.ParseError) as error:
+            self.failure = self.failure or error
+        finally:
+            if not is_well:
+                self.stop.set()
+                with self.changed:
+                    self.changed.notify_all()
+            self._put(None)
+
+    def _take(self) -> Range | None:
+        """The next range; None when all are listed."""
+        with self.changed:
+            while not self.todo and self.num_busy and not self.stop.is_set():
+                self.changed.wait()
+            if self.stop.is_set() or not self.todo:
+                return None
+            self.num_busy += 1
+            return self.todo.popleft()
+
+    def _put(self, page: list[Entry] | None) -> None:
+        while True:
+            try:
+                return self.pages.put(page, timeout=WAKE_S)
+            except queue.Full:
+                if self.stop.is_set():  # nobody may be there any more to make room
+                    return None
+
+    @property
+    def _num_idle(self) -> int:
+        return self.num_threads - self.num_busy - len(self.todo)
+
+    def _list_range(self, todo: Range) -> None:
+        block = todo.prefix  # shrinks when what lies behind it is given away
+        query = self._make_query(todo, self.page_keys)
+        pages_until_split, wait_pages = 1, 1
+        while not self.stop.is_set():
+            page = parse_page(self.ask(query))
+            entries = page.entries
+            if block != todo.prefix:
+                entries = [entry for entry in entries if entry.key.startswith(block)]
+            if entries:
+                self._put(entries)
+            if page.token is None or len(entries) < len(page.entries):
+                return
+            query.pop("start-after", None)
+            query["continuation-token"] = page.token
+            pages_until_split -= 1
+            if entries and pages_until_split <= 0 and self._num_idle > 0:
+                narrower = self._split(block, entries)
+                wait_pages = 1 if narrower else 2 * wait_pages
+                pages_until_split = wait_pages
+                block = narrower or block
+
+    def _make_query(self, todo: Range, max_keys: int) -> Query:
+        query = {"prefix": todo.prefix, "max-keys": str(max_keys), "encoding-type": "url"}
+        if todo.after:
+            query["start-after"] = todo.after
+        return query
+
+    def _probe(self, todo: Range) -> str | None:
+        """The first key of a range."""
+        entries = parse_page(self.ask(self._make_query(todo, 1))).entries
+        return entries[0].key if entries else None
+
+    def _split(self, block: str, entries: list[Entry]) -> str | None:
+        """Give away what lies behind the last key that was listed.
+
+        Returns the narrower block that is left to do, or None if there was nothing to give.
+        """
+        keys = [entry.key for entry in entries]
+        last = keys[-1]
+        if not _is_text(last) or not _is_in_order(keys):
+            return None
+        ranges: list[Range] = []
+        try:
+            position = self._find_branch(block, last)
+            if position is None:
+                return None
+            stem, narrower = last[:position], last[: position + 1]
+            branch = narrower
+            while (key := self._find_behind(stem, branch)) is not None:
+                if len(ranges) >= self.num_threads:
+                    ranges.append(Range(stem, branch + LAST_CHAR))
+                    break
+                branch = key[: position + 1]
+                ranges.append(Range(branch))
+        except _OddOrderError:
+            return None
+        with self.changed:
+            self.todo.extend(ranges)
+            self.changed.notify_all()
+        return narrower
+
+    def _find_branch(self, block: str, last: str) -> int | None:
+        """The first position behind `block` where other keys go on after `last`.
+
+        The later the position, the more lies behind it, so it is found by halving.
+        """
+        low, high = len(block), len(last) - 1
+        while high >= low and len((last[: high + 1] + LAST_CHAR).encode()) > MAX_KEY_BYTES:
+            high -= 1
+        if high < low or not self._has_more(block, last[: high + 1]):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._has_more(block, last[: middle + 1]):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _has_more(self, block: str, branch: str) -> bool:
+        return self._find_behind(block, branch) is not None
+
+    def _find_behind(self, stem: str, branch: str) -> str | None:
+        """The first key that begins with `stem` behind all those that begin with `branch`."""
+        key = self._probe(Range(stem, branch + LAST_CHAR))
+        if key is None:
+            return None
+        if len(key) <= len(stem) or key.startswith(branch) or not _is_text(key):
+            raise _OddOrderError  # the last of all characters is part of a key, or it is no order
+        return key
+
+
+def _is_text(key: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in key)
+
+
+def _is_in_order(keys: list[str]) -> bool:
+    """Whether keys stand in one of the two orders; code points sort as their UTF-8 bytes do."""
+    return keys == sorted(keys) or keys == sorted(keys, key=lambda key: key.split("/"))

@@ -1,0 +1,122 @@
+"""What a list may point at: its own folder, and what `--allow-prefix` adds.
+
+Floor: storage. A list is data that somebody else may have written; without a fence one line of it
+would make this program read any file or bucket that the person who runs it may read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from cifake_ray.storage.io.paths import SCHEMES, Place, refuse_credentials, resolve_path
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path of a list begins with a scheme."""
+    return _URI.match(path) is not None
+
+
+@lru_cache(maxsize=4096)
+def _find_real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Where the rows of one list may point."""
+
+    root: str  # what relative paths are relative to: a folder, or a URI without its last slash
+    folders: tuple[str, ...]  # with all links resolved
+    prefixes: tuple[str, ...]  # URIs without their last slash
+
+    def locate(self, path: str) -> str:
+        """The absolute path, or the URI, of a row's path. ValueError when it may not point there.
+
+        Keys are exact: nothing in a URI is decoded or normalised.
+        """
+        if path.startswith("file://"):
+            return self._check_local(path.removeprefix("file://"))
+        if is_uri(path):
+            return self._check_remote(path)
+        if path.startswith("/"):
+            return self._check_local(path)
+        if is_uri(self.root):
+            return self._check_remote(f"{self.root}/{path}")
+        return self._check_local(os.path.join(self.root, path))
+
+    def _check_local(self, path: str) -> str:
+        path = os.path.abspath(path)
+        folder, name = os.path.split(path)
+        real = os.path.join(_find_real_folder(folder), name)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        if not any(_is_below(real, allowed) for allowed in self.folders):
+            self._refuse(
+                path if real == path else f"{path} (that is {real})", os.path.dirname(real)
+            )
+        return path
+
+    def _check_remote(self, uri: str) -> str:
+        check_uri(uri)
+        rest = uri.partition("://")[2]
+        if not rest.partition("/")[2]:
+            raise ValueError(f"{uri!r} names no file; give the bucket and the key")
+        if ".." in rest.split("/"):  # a server or proxy might climb up with it
+            raise ValueError(f"{uri!r}: '..' is not followed; give the path without it")
+        if not any(_is_below(uri, allowed) for allowed in self.prefixes):
+            self._refuse(uri, uri.rpartition("/")[0])
+        return uri
+
+    def _refuse(self, location: str, folder: str) -> None:
+        raise ValueError(
+            f"{location} lies outside {self.root}, the folder of the list; if that is meant, give"
+            f" --allow-prefix {folder}"
+        )
+
+
+def check_uri(uri: str) -> None:
+    """ValueError for a scheme that is never fetched, and for credentials (which are not shown)."""
+    refuse_credentials(uri)
+    scheme = uri.partition("://")[0]
+    if scheme in ("http", "https"):
+        raise ValueError(
+            f"{scheme}:// is never fetched, whatever is allowed; copy the images to a folder or a"
+            " bucket first"
+        )
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"{scheme}:// is not supported; give a local path or one of"
+            f" {', '.join(f'{name}://' for name in SCHEMES)}"
+        )
+
+
+def make_fence(list_place: Place, allow_prefix: Iterable[str] = ()) -> Fence:
+    """The fence of a list. ValueError when an allowed prefix is no folder or URI."""
+    is_local = isinstance(list_place, Path)
+    _find_real_folder.cache_clear()  # a link may have moved since another list was read
+    root = str(list_place.parent) if is_local else str(list_place).rpartition("/")[0]
+    folders = [os.path.realpath(root)] if is_local else []
+    prefixes = [] if is_local else [root]
+    for value in allow_prefix:
+        try:
+            if is_uri(value) and not value.startswith("file://"):
+                check_uri(value)
+                if not value.partition("://")[2].partition("/")[0]:
+                    raise ValueError(f"{value!r} names no bucket")
+                prefixes.append(value.rstrip("/"))
+            else:
+                folders.append(os.path.realpath(str(resolve_path(value))))
+        except ValueError as error:
+            raise ValueError(f"--allow-prefix: {error}") from error
+    return Fence(root, tuple(folders), tuple(prefixes))

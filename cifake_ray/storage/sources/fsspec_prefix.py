@@ -1,0 +1,155 @@
+"""Images in any store that fsspec opens, except local folders and S3: gs://, az://, hf://, memory://.
+
+Floor: storage. It asks each store only for what all of them have, so it is slower than the code for
+S3: one listing for each folder, two requests for each image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from upath import UPath
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
+from cifake_ray.core.labels import read_path
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import ImageError
+from cifake_ray.storage.io.paths import explain_errors, resolve_path
+from cifake_ray.storage.sources.source import (
+    KEEP_ALL,
+    LISTING_BATCH_ROWS,
+    KeyFilter,
+    Listing,
+    RowBuffer,
+)
+
+NUM_FETCH_THREADS = 16
+# What the stores call the thing that changes with the content, best first.
+_STAMPS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "last_modified", "created")
+
+
+def stamp_entry(info: dict[str, Any]) -> str | None:
+    """An etag, a generation or a time out of fsspec's facts of a file, if the store tells one."""
+    value = next((info[name] for name in _STAMPS if info.get(name)), None)
+    if isinstance(value, datetime):  # in one answer; seconds in another answer of the same store
+        value = value.timestamp()
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    return None if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """Every file below a folder of a store, whatever its name."""
+
+    root: UPath
+    class_names: dict[str, int]
+    store: StoreConfig
+    key_filter: KeyFilter = KEEP_ALL
+
+    def list_images(self) -> Listing:
+        left_out: Counter[str] = Counter()
+        return Listing(self._list_batches(left_out), left_out)
+
+    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
+        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+        root = self.root.path.rstrip("/")
+        scheme = str(self.root).partition("://")[0]
+        pending = [root]
+        while pending:
+            folder = pending.pop()
+            folders = folder[len(root) :].strip("/")
+            facts = read_path(folders.split("/") if folders else (), self.class_names)
+            for info in self._list_folder(folder):
+                name = info["name"].rstrip("/")
+                if name == folder:  # some stores list a folder within itself
+                    continue
+                if info["type"] == "directory":
+                    pending.append(name)
+                    continue
+                key = name[len(root) :].removeprefix("/")
+                if not self.key_filter.keeps(key):
+                    left_out["excluded"] += 1
+                    continue
+                location = f"{scheme}://{name.removeprefix('/')}"
+                rows.append(
+                    key, location, None, info.get("size"), None, stamp_entry(info), *facts, None
+                )
+                if len(rows) >= LISTING_BATCH_ROWS:
+                    yield rows.drain()
+        if len(rows):
+            yield rows.drain()
+
+    def _list_folder(self, folder: str) -> list[dict[str, Any]]:
+        # fsspec's own walk leaves out what it cannot list below the top, and says nothing.
+        with explain_errors(self.root):
+            entries: list[dict[str, Any]] = self.root.fs.ls(folder, detail=True)
+            return entries
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
+        return read_store_files(self.store, *columns)
+
+
+def read_store_files(
+    store: StoreConfig,
+    locations: Sequence[str],
+    sizes: Sequence[int | None],
+    stamps: Sequence[str | None],
+) -> Iterator[bytes | ImageError]:
+    """One result for each URI, in order; a few are fetched ahead.
+
+    Sizes in bytes and stamps are what the listing told; a file that differs has `changed`.
+    StorageError when a store cannot be opened at all.
+    """
+    systems: dict[str, Any] = {}
+    for location in locations:
+        scheme, _, rest = location.partition("://")
+        if scheme not in systems:
+            systems[scheme] = resolve_path(f"{scheme}://{rest.partition('/')[0]}", store).fs  # type: ignore[union-attr]
+    calls = (
+        partial(read_file, systems[location.partition("://")[0]], location, size, stamp)
+        for location, size, stamp in zip(locations, sizes, stamps, strict=True)
+    )
+    with ThreadPoolExecutor(NUM_FETCH_THREADS) as threads:
+        waiting: deque[Future[bytes | ImageError]] = deque(
+            threads.submit(call) for call in islice(calls, 2 * NUM_FETCH_THREADS)
+        )
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(threads.submit(call) for call in islice(calls, 1))
+
+
+def read_file(
+    system: Any, location: str, size_bytes: int | None, stamp: str | None
+) -> bytes | ImageError:
+    """A file's bytes if it is still what was listed, else the error its row gets."""
+    path = system._strip_protocol(location)  # what fsspec's own `url_to_fs` does
+    try:
+        info = system.info(path)
+        if info["type"] != "file":
+            return ImageError("not_found", "a folder stands where the file was")
+        size = info.get("size")
+        if size_bytes not in (None, size) or stamp not in (None, stamp_entry(info)):
+            return ImageError("changed", "the file changed after it was listed")
+        if size is not None and size > MAX_IMAGE_BYTES:
+            return ImageError("too_large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
+        data: bytes = system.cat_file(path)
+    except FileNotFoundError:
+        return ImageError("not_found", "the file is gone")
+    except PermissionError:
+        return ImageError("denied", "the store refused to give the file")
+    except OSError as error:
+        return ImageError("io_network", f"{type(error).__name__}: {error}")
+    if size is not None and len(data) != size:
+        return ImageError("changed", "the file changed while it was read")
+    return data

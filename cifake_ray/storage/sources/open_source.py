@@ -1,0 +1,130 @@
+"""Opens whatever a person names as the source of images.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cifake_ray.config import SourceConfig
+from cifake_ray.core.labels import make_class_names
+from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.paths import Place, explain_errors, is_inside, resolve_path
+from cifake_ray.storage.sources.folder import FolderSource
+from cifake_ray.storage.sources.fsspec_prefix import StoreSource
+from cifake_ray.storage.sources.list_file import ListSource
+from cifake_ray.storage.sources.parquet import TableSource, open_parquet
+from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, InventorySource
+from cifake_ray.storage.sources.s3_prefix import BucketSource, open_place
+from cifake_ray.storage.sources.source import KeyFilter, Source
+
+LIST_SUFFIXES = (".csv", ".txt", ".parquet")
+GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
+
+
+def split_prefix(uri: str) -> tuple[str, str]:
+    """Bucket and prefix of s3://BUCKET/PREFIX, byte for byte; the prefix ends with a slash."""
+    bucket, _, prefix = uri.partition("://")[2].partition("/")
+    return bucket, prefix if not prefix or prefix.endswith("/") else prefix + "/"
+
+
+def iterate_names(place: Place, uri: str) -> Iterator[str]:
+    """Paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
+    with explain_errors(place):
+        if isinstance(place, Path):
+            yield from (path.name for path in place.iterdir())
+        elif uri.startswith("s3://"):
+            bucket, prefix = split_prefix(uri)
+            page = place.fs.call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
+            )
+            yield from (entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
+        else:
+            own = place.path.rstrip("/")  # some stores list a file or folder within itself
+            names = (name.rstrip("/") for name in place.fs.ls(own, detail=False))
+            yield from (name.rpartition("/")[2] for name in names if name != own)
+
+
+def check_there(place: Place, uri: str) -> bool:
+    """Whether a place is a file, True, or a folder. StorageError when there is nothing."""
+    if isinstance(place, Path):
+        if not exists(place):
+            raise StorageError(f"{place}: no such file or folder; check the path")
+        return not place.is_dir()
+    if not uri.endswith("/") and is_file(place):
+        return True
+    try:
+        is_empty = next(iterate_names(place, uri), None) is None
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and not uri.startswith("s3://"):
+            is_empty = True  # S3 says this of a bucket, the others of a folder
+        else:
+            raise
+    if is_empty:
+        bucket, prefix = split_prefix(uri)
+        raise NothingToDo(
+            f"{uri}: the bucket {bucket!r} holds nothing below {prefix!r}; check the bucket and the"
+            " prefix"
+        )
+    return False
+
+
+def detect_kind(place: Place, uri: str) -> str:
+    """folder, list, inventory or shards. ValueError when it is none of them."""
+    if not check_there(place, uri):
+        if exists(place / "_run.json"):
+            return "shards"
+        names = iterate_names(place, uri)
+        has_tables = any(name.endswith(".parquet") and "/" not in name for name in names)
+        return "shards" if has_tables else "folder"
+    suffix = place.suffix.lower()
+    if suffix == ".parquet":
+        with open_parquet(place) as table:
+            return "shards" if "image" in table.schema_arrow.names else "list"
+    if suffix in LIST_SUFFIXES:
+        return "list"
+    if place.name == INVENTORY_NAME:
+        return "inventory"
+    raise ValueError(
+        f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
+        " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
+    )
+
+
+def check_outside(out: Place, source: Place) -> None:
+    """ValueError when the output would lie inside the source."""
+    if is_inside(out, source):
+        raise ValueError(
+            f"the output {out} lies inside the source {source}; choose a folder outside it, or the"
+            " output would become input"
+        )
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source `config.src` names. StorageError or ValueError when there is none."""
+    store = config.store
+    place, out = open_place(config.src, store), resolve_path(config.out, store)
+    kind: str = config.source_kind
+    if kind == "auto":
+        kind = detect_kind(place, config.src)
+    elif check_there(place, config.src) and kind == "folder":
+        raise ValueError(f"{place} is a file; --source-kind folder needs a folder")
+    key_filter = KeyFilter(config.include, config.exclude)
+    if kind == "shards":
+        return TableSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)
+    if kind == "list":
+        columns = (config.path_column, config.label_column, config.source_column)
+        return ListSource(place, *columns, key_filter, config.allow_prefix, store)
+    class_names = make_class_names(config.real_name, config.fake_name)
+    if kind == "inventory":
+        return InventorySource(place, class_names, store, key_filter)
+    check_outside(out, place)
+    if isinstance(place, Path):
+        return FolderSource(place, class_names, key_filter, config.follow_symlinks)
+    if config.src.startswith("s3://"):
+        bucket, prefix = split_prefix(config.src)
+        return BucketSource(bucket, prefix, store, class_names, key_filter)
+    return StoreSource(place, class_names, store, key_filter)

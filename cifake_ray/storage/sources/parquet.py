@@ -1,0 +1,269 @@
+"""The images of Parquet files with an `image` column: our shards, or any Hugging Face data set.
+
+Floor: storage. Files keep their order and rows stay in their file, so that reading them never
+jumps about: one output shard covers neighbouring row groups of one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
+from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
+from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
+from cifake_ray.storage.io.paths import Place, explain_errors
+from cifake_ray.storage.runs.manifest import MIN_SHARD_ROWS
+from cifake_ray.storage.sources.source import KEEP_ALL, KeyFilter, Listing
+
+OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
+
+
+def find_tables(root: Place) -> list[Place]:
+    """The Parquet files of convert's output, its `shards/`, any folder, or one file, by name."""
+    if is_file(root):
+        return [root]
+    folder = root / "shards" if exists(root / "_run.json") else root
+    paths = [
+        folder / name
+        for name in find_files(folder)
+        if name.endswith(".parquet") and not name.rpartition("/")[2].startswith((".", "_"))
+    ]
+    if not paths:
+        raise StorageError(f"{folder}: no Parquet files; give the output of convert")
+    return sorted(paths)
+
+
+def open_parquet(path: Place) -> pq.ParquetFile:
+    """Any Parquet file; of one in a store, only what is read is fetched. StorageError otherwise."""
+    with explain_errors(path):
+        try:
+            # Arrow reads local files by itself; from a store it gathers ranges into few reads.
+            file = path if isinstance(path, Path) else open_ranges(path)
+            return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+
+
+def open_table(path: Place) -> pq.ParquetFile:
+    """A Parquet file with an `image` column. StorageError otherwise."""
+    table = open_parquet(path)
+    if "image" not in table.schema_arrow.names:
+        table.close(force=True)
+        raise StorageError(f"{path}: no column `image`; give the output of convert")
+    return table
+
+
+@contextmanager
+def use_table(path: Place) -> Iterator[pq.ParquetFile]:
+    """What `open_table` gives, closed at the end of the block."""
+    table = open_table(path)
+    try:
+        yield table
+    finally:
+        table.close(force=True)
+
+
+def read_columns(
+    table: pq.ParquetFile, path: Place, groups: list[int], columns: list[str]
+) -> pa.Table:
+    """Some columns of some row groups. StorageError when the file is damaged."""
+    with explain_errors(path):
+        try:
+            return table.read_row_groups(groups, columns=columns)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"{path}: damaged ({error}); `cifake-ray repair` redoes it"
+            ) from error
+
+
+def name_table(path: Place, root: Place) -> str:
+    """The path of a table below the root; its name when it is the root itself."""
+    if path == root:
+        return path.name
+    if isinstance(path, Path):
+        return path.relative_to(str(root)).as_posix()
+    return str(path).removeprefix(str(root).rstrip("/") + "/")
+
+
+def read_label_names(schema: pa.Schema) -> list[str] | None:
+    """Class names in the order of their numbers, from the Hugging Face footer, if it has them."""
+    footer = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    label = footer.get("info", {}).get("features", {}).get("label", {})
+    names: list[str] | None = label.get("names")
+    return names
+
+
+def find_splits(root: Place) -> set[str]:
+    """The splits that occur in Parquet files with images."""
+    splits = set()
+    for path in find_tables(root):
+        with use_table(path) as table:
+            if "split" in table.schema_arrow.names:
+                groups = list(range(table.num_row_groups))
+                found = read_columns(table, path, groups, ["split"]).column("split").unique()
+                splits |= {split for value in found.to_pylist() if (split := parse_split(value))}
+            elif split := SPLIT_NAMES.get(path.stem.split("-")[0].lower()):
+                splits.add(split)
+    return splits
+
+
+@dataclass
+class TableSource:
+    """Parquet files with images inside."""
+
+    root: Place
+    split: str | None = None  # only rows of this split
+    labelled: bool = False  # only rows with a label
+    key_filter: KeyFilter = KEEP_ALL
+    min_shard_rows: int | None = None
+    _path: str | None = None
+    _place: Place = Path()
+    _table: pq.ParquetFile | None = None
+    _group_ends: np.ndarray[Any, np.dtype[np.int64]] = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
+    _group: tuple[int, pa.Table] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As it was before it read anything: an open file does not travel."""
+        return {**self.__dict__, "_path": None, "_table": None, "_group": None}
+
+    def list_images(self) -> Listing:
+        listing = Listing(iter(()), keeps_order=True)
+        listing.batches = self._list_batches(listing)
+        return listing
+
+    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
+        paths = find_tables(self.root)
+        carried = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
+        fields: list[pa.Field] = []
+        for path in paths:
+            with use_table(path) as table:
+                extra = [f for f in table.schema_arrow if f.name not in carried]
+                if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
+                    raise ValueError(
+                        f"{path}: the output uses the column name {clash[0]!r}; rename it"
+                    )
+                if path == paths[0]:
+                    fields = [*MANIFEST_FIELDS, *extra]
+                elif extra != fields[len(MANIFEST_FIELDS) :]:
+                    raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
+                for groups in self._group_rows(table):
+                    batch = self._read_facts(path, table, groups, pa.schema(fields))
+                    kept = self._select(batch)
+                    listing.left_out["excluded"] += batch.num_rows - kept.num_rows
+                    if kept.num_rows:
+                        yield kept
+
+    def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
+        """Neighbouring row groups, together at least a shard."""
+        groups: list[int] = []
+        num_rows = 0
+        for group in range(table.num_row_groups):
+            groups.append(group)
+            num_rows += table.metadata.row_group(group).num_rows
+            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS):
+                yield groups
+                groups, num_rows = [], 0
+        if groups:
+            yield groups
+
+    def _read_facts(
+        self, path: Place, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
+    ) -> pa.RecordBatch:
+        names = [n for n in schema.names if n in table.schema_arrow.names]
+        rows = read_columns(table, path, groups, names)
+        start = sum(table.metadata.row_group(g).num_rows for g in range(groups[0]))
+        indices = range(start, start + rows.num_rows)
+        name = name_table(path, self.root)
+        columns: dict[str, Any] = {n: rows.column(n).combine_chunks() for n in names}
+        if "key" not in columns:
+            columns["key"] = [f"{name}#{index}" for index in indices]
+        columns["location"] = [name] * rows.num_rows
+        columns["row"] = list(indices)
+        if "label" in columns:
+            class_names = read_label_names(table.schema_arrow)
+            try:
+                columns["label"] = [
+                    read_class_label(v, class_names) for v in columns["label"].to_pylist()
+                ]
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+        if "split" in columns:
+            columns["split"] = [parse_split(v) for v in columns["split"].to_pylist()]
+        else:  # the layout of the Hugging Face hub: train-00000-of-00002.parquet
+            columns["split"] = [SPLIT_NAMES.get(path.stem.split("-")[0].lower())] * rows.num_rows
+        arrays = [
+            pa.nulls(rows.num_rows, f.type)
+            if f.name not in columns
+            else columns[f.name].cast(f.type)
+            if isinstance(columns[f.name], pa.Array)
+            else pa.array(columns[f.name], f.type)
+            for f in schema
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def _select(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if self.split is not None:
+            batch = batch.filter(pc.equal(batch.column("split"), self.split))
+        if self.labelled:
+            batch = batch.filter(pc.is_valid(batch.column("label")))
+        if self.key_filter != KEEP_ALL:
+            keep = [self.key_filter.keeps(key) for key in batch.column("key").to_pylist()]
+            batch = batch.filter(pa.array(keep, pa.bool_()))
+        return batch
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        for location, row in zip(
+            rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
+        ):
+            group, offset = self._find_row(location, row)
+            values = {name: group.column(name)[offset].as_py() for name in group.column_names}
+            image = values["image"]
+            data = image["bytes"] if isinstance(image, dict) else image
+            if values.get("error"):
+                yield ImageError(values["error"], values.get("error_detail") or "")
+            elif data is None:
+                yield ImageError("not_found", "the row holds no image bytes")
+            elif len(data) > MAX_IMAGE_BYTES:
+                yield ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
+            else:
+                yield data
+
+    def _find_row(self, location: str, row: int) -> tuple[pa.Table, int]:
+        """The row group that holds a row, and the row's place in it. Holds one group at a time."""
+        if location != self._path or self._table is None:
+            if self._table is not None:
+                self._table.close(force=True)
+            self._place = self.root if is_file(self.root) else self.root / location
+            self._table = open_table(self._place)
+            meta = self._table.metadata
+            counts = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
+            self._group_ends = np.cumsum(counts)
+            self._path, self._group = location, None
+        index = int(np.searchsorted(self._group_ends, row, side="right"))
+        if self._group is None or self._group[0] != index:
+            names = self._table.schema_arrow.names
+            columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
+            self._group = (index, read_columns(self._table, self._place, [index], columns))
+        start = int(self._group_ends[index - 1]) if index else 0
+        return self._group[1], row - start

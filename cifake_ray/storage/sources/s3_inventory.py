@@ -1,0 +1,224 @@
+"""The objects that an S3 Inventory names: AWS lists the bucket, nobody else has to.
+
+Floor: storage. An inventory is a `manifest.json` and its parts: CSV (gzip, no header, keys
+URL-encoded, a space as `+`), Parquet or ORC. Described at
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+from urllib.parse import unquote_plus
+
+import pyarrow as pa
+import pyarrow.orc as orc
+import pyarrow.parquet as pq
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.core.labels import PathFacts, read_path
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.io.files import open_file, read_json
+from cifake_ray.storage.io.paths import Place, explain_errors, resolve_path
+from cifake_ray.storage.sources.list_file import quote_etag, read_told_objects
+from cifake_ray.storage.sources.source import (
+    KEEP_ALL,
+    LISTING_BATCH_ROWS,
+    KeyFilter,
+    Listing,
+    RowBuffer,
+)
+
+INVENTORY_NAME = "manifest.json"
+FORMATS = ("CSV", "Parquet", "ORC")
+COPY_BYTES = 8 * 2**20
+UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, pa.ArrowException)
+_COLUMNS = ("bucket", "key", "size", "etag", "islatest", "isdeletemarker")
+
+
+class Part(NamedTuple):
+    """One file of an inventory."""
+
+    uri: str
+    md5: str
+
+
+class Inventory(NamedTuple):
+    """What a manifest.json says."""
+
+    bucket: str  # whose objects are listed
+    format: str
+    columns: list[str]  # of CSV parts
+    parts: list[Part]
+
+
+def read_inventory(place: Place) -> Inventory:
+    """The manifest of an inventory. StorageError when it is none."""
+    manifest = read_json(place)
+    try:
+        destination = manifest["destinationBucket"].rpartition(":")[2]  # arn:aws:s3:::BUCKET
+        inventory = Inventory(
+            manifest["sourceBucket"],
+            manifest["fileFormat"],
+            [_plain(name) for name in manifest["fileSchema"].split(",")],
+            [Part(f"s3://{destination}/{p['key']}", p["MD5checksum"]) for p in manifest["files"]],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(
+            f"{place}: no manifest of an S3 Inventory ({error!r}); give the manifest.json that AWS"
+            " wrote"
+        ) from error
+    if inventory.format not in FORMATS:
+        raise StorageError(
+            f"{place}: parts in the format {inventory.format!r}; set the inventory to one of"
+            f" {', '.join(FORMATS)}"
+        )
+    return inventory
+
+
+def _plain(name: str) -> str:
+    """CSV says ETag and IsLatest, Parquet e_tag and is_latest."""
+    return name.strip().lower().replace("_", "")
+
+
+@dataclass(frozen=True)
+class InventorySource:
+    """The current objects of an inventory; the key is the object's, and one bucket has them all."""
+
+    place: Place
+    class_names: dict[str, int]
+    store: StoreConfig
+    key_filter: KeyFilter = KEEP_ALL
+
+    def list_images(self) -> Listing:
+        listing = Listing(iter(()))
+        listing.batches = self._list_batches(listing)
+        return listing
+
+    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
+        inventory = read_inventory(self.place)
+        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+        known_folder, facts = "", PathFacts(None, None, None)
+        for part in inventory.parts:
+            for bucket, key, size, etag, is_latest, is_deleted in self._read_part(inventory, part):
+                if bucket != inventory.bucket:
+                    raise StorageError(
+                        f"{part.uri}: names an object of the bucket {bucket!r} in an inventory of"
+                        f" {inventory.bucket!r}; was it edited?"
+                    )
+                reason = None
+                if str(is_deleted).lower() == "true":
+                    reason = "delete marker"
+                elif str(is_latest).lower() == "false":
+                    reason = "old version"
+                elif key.endswith("/") and not size:
+                    reason = "folder marker"
+                elif not self.key_filter.keeps(key):
+                    reason = "excluded"
+                if reason:
+                    listing.left_out[reason] += 1
+                    continue
+                folder = key.rpartition("/")[0]
+                if folder != known_folder:  # neighbours lie in the same one
+                    names = [name for name in folder.split("/") if name]
+                    known_folder, facts = folder, read_path(names, self.class_names)
+                location = f"s3://{bucket}/{key}"
+                rows.append(key, location, None, size, None, quote_etag(etag), *facts, None)
+                if len(rows) >= LISTING_BATCH_ROWS:
+                    yield rows.drain()
+        if len(rows):
+            yield rows.drain()
+
+    def _read_part(self, inventory: Inventory, part: Part) -> Iterator[Sequence[Any]]:
+        """The values of `_COLUMNS` for each object; None for a column that is not there."""
+        readers = {"CSV": _read_csv, "Parquet": _read_parquet, "ORC": _read_orc}
+        with self._fetch_part(part) as file:
+            try:
+                yield from readers[inventory.format](file, inventory.columns)
+            except (
+                OSError,
+                EOFError,
+                zlib.error,
+                csv.Error,
+                ValueError,
+                pa.ArrowException,
+            ) as error:
+                raise StorageError(
+                    f"{part.uri}: not readable as a part of an inventory ({error}); give another"
+                    " day's manifest.json"
+                ) from error
+
+    @contextmanager
+    def _fetch_part(self, part: Part) -> Iterator[IO[bytes]]:
+        """A part as an unnamed local file, so that its checksum is known before its rows are."""
+        place = resolve_path(part.uri, self.store)
+        digest = hashlib.md5(usedforsecurity=False)
+        with tempfile.TemporaryFile() as copy:
+            with open_file(place) as file, explain_errors(place):
+                while data := file.read(COPY_BYTES):
+                    digest.update(data)
+                    copy.write(data)
+            if digest.hexdigest() != part.md5.lower():
+                raise StorageError(
+                    f"{part.uri}: its MD5 is {digest.hexdigest()}, the manifest says {part.md5};"
+                    " give another day's manifest.json"
+                )
+            copy.seek(0)
+            yield copy
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+
+        columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
+        return read_told_objects(self.store, *columns)
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    if missing := [name for name in ("bucket", "key") if name not in names]:
+        raise ValueError(f"no column {missing[0]}")
+
+
+def _read_csv(file: IO[bytes], names: list[str]) -> Iterator[Sequence[Any]]:
+    _check_columns(names)
+    positions = [names.index(name) if name in names else None for name in _COLUMNS]
+    key_place = names.index("key")
+    with gzip.open(file) as data, io.TextIOWrapper(data, "utf-8", newline="") as text:
+        for values in csv.reader(text, strict=True):
+            if len(values) != len(names):
+                raise ValueError(f"{len(values)} values for {len(names)} columns")
+            values[key_place] = unquote_plus(values[key_place], errors="strict")
+            bucket, key, size, *others = (None if p is None else values[p] for p in positions)
+            yield bucket, key, int(size) if size else None, *others
+
+
+def _read_parquet(file: IO[bytes], _: list[str]) -> Iterator[Sequence[Any]]:
+    table = pq.ParquetFile(file)
+    names = [name for name in table.schema_arrow.names if _plain(name) in _COLUMNS]
+    for batch in table.iter_batches(LISTING_BATCH_ROWS, columns=names):
+        yield from _iterate_batch(batch)
+
+
+def _read_orc(file: IO[bytes], _: list[str]) -> Iterator[Sequence[Any]]:
+    table = orc.ORCFile(file)
+    names = [name for name in table.schema.names if _plain(name) in _COLUMNS]
+    for stripe in range(table.nstripes):
+        yield from _iterate_batch(table.read_stripe(stripe, columns=names))
+
+
+def _iterate_batch(batch: pa.RecordBatch) -> Iterator[Sequence[Any]]:
+    names = [_plain(name) for name in batch.schema.names]
+    _check_columns(names)
+    nothing = [None] * batch.num_rows
+    columns = [
+        batch.column(names.index(name)).to_pylist() if name in names else nothing
+        for name in _COLUMNS
+    ]
+    return zip(*columns, strict=True)

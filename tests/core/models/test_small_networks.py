@@ -1,0 +1,117 @@
+"""Networks for small images: their stems keep the pixels, their names are enough to build them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.models.detector import build_detector, find_head, list_architectures
+from cifake_ray.core.models.small_networks import DESCRIPTIONS, FUSION, Fusion, build_small
+from cifake_ray.core.training.optimizer import make_optimizer
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_each_takes_small_images_and_is_listed(name: str) -> None:
+    detector = build_detector(name).eval()
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        assert detector(images).shape == (2, 2)
+    assert detector.preprocessing.image_size == 32
+    assert list_architectures(name)[name] == DESCRIPTIONS[name]
+
+
+def test_the_small_cnn_has_the_parameters_it_promises_and_no_paths() -> None:
+    assert build_detector("small_cnn").num_parameters == 450_594
+    with pytest.raises(ValueError, match="--drop-path: small_cnn has no paths"):
+        build_detector("small_cnn", drop_path=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("small_cnn", [48, 96, 128, 128, 128]),
+        ("small_cnn_w128_d2", [48, 96, 128, 128, 128]),
+        ("small_cnn_w64", [24, 48, 64, 64, 64]),
+        ("small_cnn_d1", [48, 96, 128, 128]),
+        ("small_cnn_w10_d3", [4, 8, 10, 10, 10, 10]),
+    ],
+)
+def test_the_name_of_a_small_cnn_says_how_wide_and_deep_it_is(
+    name: str, channels: list[int]
+) -> None:
+    network = build_small(name, 32, 0.0)
+    found = [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    assert found == channels
+
+
+@pytest.mark.parametrize("name", ["small_cnn_w0", "small_cnn_", "small_cnn_d2_w64", "small_cnn_x"])
+def test_another_name_of_a_small_cnn_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no such architecture; did you mean .*small_cnn"):
+        build_detector(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("small_resnet18", 4), ("small_resnet50", 4), ("small_convnext_atto", 4)],
+)
+def test_the_stem_leaves_more_of_an_image_than_timm_does(name: str, side: int) -> None:
+    network = build_small(name, 32, 0.0).eval()
+    with torch.inference_mode():
+        features = network.forward_features(torch.zeros(1, 3, 32, 32))  # type: ignore[operator]
+    assert features.shape[-2:] == (side, side)
+
+
+def test_the_patches_of_a_vit_are_four_pixels() -> None:
+    network = build_small("small_vit_tiny", 32, 0.0).eval()
+    with torch.inference_mode():
+        features = network.forward_features(torch.zeros(1, 3, 32, 32))  # type: ignore[operator]
+    assert features.shape[1] == 1 + (32 // 4) ** 2
+
+
+def test_another_size_is_taken_or_refused() -> None:
+    detector = build_detector("small_resnet18", image_size=48).eval()
+    assert detector(torch.zeros(1, 48, 48, 3, dtype=torch.uint8)).shape == (1, 2)
+    with pytest.raises(ValueError, match="--image-size 33: small_vit_tiny takes multiples of 4"):
+        build_detector("fusion", image_size=33)
+
+
+def test_fusion_rests_on_both_networks() -> None:
+    torch.manual_seed(0)
+    detector = build_detector("fusion").eval()
+    network = detector.network
+    assert isinstance(network, Fusion)
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    whole = detector(images)
+    for part in (network.vit, network.cnn):
+        hook = part.register_forward_hook(lambda module, given, features: 0 * features)
+        assert not torch.allclose(detector(images), whole)
+        hook.remove()
+    assert torch.equal(detector(images), whole)
+
+
+def test_every_weight_of_fusion_learns() -> None:
+    detector = build_detector("fusion")
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    nn.functional.cross_entropy(detector(images), torch.tensor([0, 1, 0, 1])).backward()
+    without = [n for n, p in detector.network.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_the_head_of_fusion_is_found_whole() -> None:
+    network = build_detector("fusion").network
+    assert find_head(network) is network.get_submodule("head")
+    config = TrainConfig(shards="s", run="r", model="fusion", layer_decay=0.5)
+    with pytest.raises(ValueError, match="timm knows no layers of fusion"):
+        make_optimizer(network, config)
+
+
+@pytest.mark.parametrize("name", [FUSION[0], "small_resnet18", "fusion"])
+def test_paths_are_dropped_where_asked(name: str) -> None:
+    def has_paths(drop_path: float) -> bool:
+        modules = build_detector(name, drop_path=drop_path).network.modules()
+        return any(type(module).__name__ == "DropPath" for module in modules)
+
+    assert has_paths(0.3)
+    assert not has_paths(0.0)

@@ -1,0 +1,132 @@
+"""The report of a search: its figures are pictures of the numbers, its page says them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifake_ray.core.search.trial_table import to_row
+from cifake_ray.report.tune_page import draw_bars, draw_objective, draw_parallel, render_search
+from cifake_ray.report.tune_text import format_recipe, format_trials
+
+
+def make_search(num_trials: int = 10) -> tuple[list[dict[str, Any]], dict[int, Any]]:
+    rng = np.random.default_rng(1)
+    histories = {
+        number: [
+            {
+                "epoch": epoch,
+                "step": 10 * epoch,
+                "train_s": 1.0,
+                "val_accuracy": 0.5 + 0.05 * epoch + 0.01 * float(rng.random()),
+            }
+            for epoch in range(1, 2 + number % 4)
+        ]
+        for number in range(num_trials)
+    }
+    rows = [
+        to_row(
+            number,
+            {"lr": 10 ** -float(rng.uniform(1, 4)), "model": "a|b" if number % 2 else "<script>"},
+            "stopped by asha" if number % 3 else "all 4 epochs done",
+            1234,
+            history,
+            "val_accuracy",
+        )
+        for number, history in histories.items()
+    ]
+    rows.append(to_row(num_trials, {"lr": 0.1, "model": "cnn"}, None, 99, [], "val_accuracy"))
+    return rows, {**histories, num_trials: []}
+
+
+SUMMARY: dict[str, Any] = {
+    "out": "/run",
+    "bundle": "/run/bundle",
+    "recipe": "/run/recipe.yaml",
+    "objective": "val_accuracy",
+    "best_trial": 3,
+    "best": 0.7,
+    "chosen": {"lr": 0.1, "model": "cnn"},
+    "epochs": 24,
+    "epochs_planned": 44,
+    "steps": 240,
+}
+
+
+def test_the_page_shows_every_trial_and_what_was_saved() -> None:
+    rows, histories = make_search()
+    page = render_search(SUMMARY, rows, histories, "lr: 0.1\nmodel: cnn\n", "cifake-ray tune")
+    assert page.count('<th scope="row">') == 11
+    assert "of 44, 45.5% saved by stopping early" in page
+    assert "3, the best" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<figure>") == 4
+    assert "lr: 0.1\nmodel: cnn" in page
+
+
+def test_a_small_search_says_why_it_shows_no_importance() -> None:
+    rows, histories = make_search(4)
+    page = render_search(SUMMARY, rows, histories, "", "cifake-ray tune")
+    assert "No importance is shown: it takes 8 trials" in page
+    assert page.count("<figure>") == 3
+
+
+def test_figures_are_pictures_that_change_with_the_numbers() -> None:
+    rows, histories = make_search()
+    drawn = [
+        draw_objective(histories, "val_accuracy", 3),
+        draw_objective(histories, "val_accuracy", 2),
+        draw_parallel(rows, ["lr", "model"], "val_accuracy", 3),
+        draw_parallel(rows, ["lr"], "val_accuracy", 3),
+        draw_bars({"lr": 0.75, "model": 0.25}, "Share"),
+        draw_bars({"lr": 0.25, "model": 0.75}, "Share"),
+    ]
+    assert len(set(drawn)) == len(drawn)
+    for png in drawn:
+        assert Image.open(io.BytesIO(png)).size[0] == 960
+
+
+def test_the_table_is_best_first_and_says_who_waits() -> None:
+    rows, _ = make_search()
+    lines = format_trials(rows, "val_accuracy").splitlines()[2:]
+    values = [float(line.split("|")[4]) for line in lines[:-1]]
+    assert values == sorted(values, reverse=True)
+    assert "waiting" in lines[-1]
+
+
+def test_the_table_of_losses_begins_with_the_lowest() -> None:
+    rows = [
+        to_row(
+            n, {}, None, 1, [{"epoch": 1, "step": 1, "train_s": 1, "val_loss": loss}], "val_loss"
+        )
+        for n, loss in enumerate((0.5, 0.2, 0.9))
+    ]
+    lines = format_trials(rows, "val_loss").splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["1", "0", "2"]
+    assert all("running" in line for line in lines)
+
+
+def test_a_recipe_opens_with_its_command_and_what_it_reached() -> None:
+    row = to_row(
+        3, {}, None, 1, [{"epoch": 1, "step": 1, "train_s": 90, "val_auroc": 0.9}], "val_auroc"
+    )
+    facts: Any = {"command": "train it", "row": row, "objective": "val_auroc"}
+    text = format_recipe({"lr": 0.1}, **facts, is_alone=True)
+    assert "on their own" not in text
+    assert "on their own" in format_recipe({"lr": 0.1}, **facts, is_alone=False)
+    assert text.startswith("# Trial 3 of a search: val_auroc 0.9000 after epoch 1 of 1,\n# 1.5 min")
+    assert "#   train it\n" in text
+    assert text.endswith("lr: 0.1\n")
+
+
+@pytest.mark.parametrize("objective", ["val_accuracy", "val_loss"])
+def test_the_best_line_is_the_darkest_whichever_way_is_better(objective: str) -> None:
+    rows = [
+        {"trial": n, "lr": 0.1 * n, objective: value} for n, value in enumerate((0.2, 0.5, 0.9))
+    ]
+    assert draw_parallel(rows, ["lr"], objective, 0) != draw_parallel(rows, ["lr"], objective, 2)

@@ -1,0 +1,264 @@
+"""The batch spine: what --retry-errors redoes, what a stall says, what is left behind."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray import cloudpickle
+
+from cifake_ray.config import ConvertConfig, SampleConfig
+from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
+from cifake_ray.errors import ImageError, ResourceError
+from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, run_batch
+from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker, replace_rows, slice_rows
+from cifake_ray.stages.batch.watchdog import watch_progress
+from cifake_ray.stages.cluster import ONE_WORKER
+from cifake_ray.stages.convert import make_work
+from cifake_ray.storage.datasets.sample_folder import write_sample
+from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
+from cifake_ray.storage.runs.manifest import Manifest
+from cifake_ray.storage.runs.run import Run, RunPlan
+from cifake_ray.storage.runs.verify import find_damage
+from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.source import Listing
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not know the tests
+
+
+@dataclass(frozen=True)
+class FlakySource:
+    """A folder of which some images cannot be read yet; it notes what is asked for."""
+
+    folder: Any
+    errors: dict[str, str]  # key -> error
+    log: Path
+
+    def list_images(self) -> Listing:
+        listing: Listing = self.folder.list_images()
+        return listing
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        keys = rows.column("key").to_pylist()
+        with open(self.log, "a") as file:
+            file.writelines(f"{key}\n" for key in keys)
+        for key, image in zip(keys, self.folder.read_images(rows), strict=True):
+            error = self.errors.get(key)
+            yield ImageError(error, "not now") if error else image
+
+
+@dataclass
+class Bench:
+    """A convert run over a FlakySource, again and again."""
+
+    images: Path
+    out: Path
+    log: Path
+
+    def run(self, errors: dict[str, str], **options: Any) -> BatchSummary:
+        on_progress = options.pop("on_progress", lambda progress: None)
+        config = ConvertConfig(src=str(self.images), out=str(self.out), shard_size=20, **options)
+        source = FlakySource(open_source(config), errors, self.log)
+        self.log.write_text("")
+
+        run_plan = RunPlan(
+            out=self.out,
+            command="convert",
+            settings={},
+            config={},
+            list_source=source.list_images,
+            shard_rows=20,
+        )
+        return run_batch(
+            BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, time.time(), print)
+        )
+
+    def read_keys(self) -> list[str]:
+        """What was fetched in the last run."""
+        return sorted(self.log.read_text().splitlines())
+
+    def read_parts(self) -> dict[str, pa.Table]:
+        return {path.name: pq.read_table(path) for path in sorted(self.out.glob("shards/part-*"))}
+
+    def stamps(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.out.glob("shards/part-*")}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, ray_cluster: None) -> Bench:
+    images = write_sample(SampleConfig(out=str(tmp_path / "images"), images=100))
+    return Bench(images, tmp_path / "out", tmp_path / "log")
+
+
+@pytest.fixture
+def expected(bench: Bench) -> dict[str, pa.Table]:
+    """The parts of a run in which everything could be read."""
+    whole = replace(bench, out=bench.out.parent / "whole")
+    whole.run({})
+    return whole.read_parts()
+
+
+def choose_keys(expected: dict[str, pa.Table]) -> list[str]:
+    """Two of the first part, one of the third and one of the last."""
+    parts = [table["key"].to_pylist() for table in expected.values()]
+    return [parts[0][0], parts[0][13], parts[2][7], parts[4][19]]
+
+
+def test_retryable_errors_are_errors() -> None:
+    assert set(RETRYABLE_ERRORS) < set(IMAGE_ERRORS)
+
+
+def test_only_rows_whose_error_may_pass_are_tried_again(
+    bench: Bench, expected: dict[str, pa.Table]
+) -> None:
+    first, second, third, gone = choose_keys(expected)
+    errors = {first: "io_throttled", second: "io_network", third: "denied", gone: "not_found"}
+    summary = bench.run(errors)
+    assert (summary.done, summary.failed) == (96, 4)
+    before = bench.stamps()
+    assert bench.run({}) == summary, "without the flag a finished run stays as it is"
+    assert bench.read_keys() == []
+    summary = bench.run({third: "io_network", gone: "not_found"}, retry_errors=True)
+    assert bench.read_keys() == sorted([first, second, third])
+    assert summary.errors == {"io_network": 1, "not_found": 1}
+    assert (summary.listed, summary.done, summary.shards_resumed) == (100, 98, 3)
+    changed = {name for name, stamp in bench.stamps().items() if stamp != before[name]}
+    assert changed == {"part-00000.parquet", "part-00002.parquet"}
+    assert find_damage(bench.out) == []
+    bench.run({gone: "not_found"}, retry_errors=True)
+    assert bench.read_keys() == [third]
+    parts = bench.read_parts()
+    for name in list(expected)[:4]:
+        assert parts[name] == expected[name]
+        assert parts[name].schema.metadata[b"huggingface"]
+    row = parts["part-00004.parquet"].slice(19, 1).to_pylist()[0]
+    assert (row["key"], row["error"], row["image"]["bytes"]) == (gone, "not_found", None)
+
+
+def test_a_finished_run_with_nothing_to_try_again_is_not_touched(
+    bench: Bench, expected: dict[str, pa.Table]
+) -> None:
+    summary = bench.run({choose_keys(expected)[0]: "truncated"})
+    files = {path: path.stat().st_mtime_ns for path in bench.out.rglob("*")}
+    assert bench.run({}, retry_errors=True) == summary
+    assert bench.read_keys() == []
+    assert {path: path.stat().st_mtime_ns for path in bench.out.rglob("*")} == files
+
+
+@pytest.mark.parametrize("retry_errors", [True, False])
+def test_a_retry_that_is_interrupted_can_be_resumed(
+    bench: Bench, expected: dict[str, pa.Table], retry_errors: bool
+) -> None:
+    first, second, third, gone = choose_keys(expected)
+    bench.run(dict.fromkeys([first, second, third, gone], "io_network"))
+
+    def interrupt(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run({third: "io_network", gone: "denied"}, retry_errors=True, on_progress=interrupt)
+    assert not (bench.out / "_SUCCESS").exists()
+    assert not (bench.out / "_files.parquet").exists()
+    summary = bench.run({}, retry_errors=retry_errors)
+    assert summary.listed == summary.done + summary.failed == 100
+    if retry_errors:
+        assert summary.failed == 0
+        assert bench.read_parts() == expected
+    assert find_damage(bench.out) == []
+
+
+def test_a_finished_run_leaves_no_notes(bench: Bench) -> None:
+    bench.run({})
+    assert sorted(path.name for path in bench.out.iterdir()) == [
+        "_SUCCESS",
+        "_files.parquet",
+        "_run.json",
+        "manifest",
+        "shards",
+    ]
+
+
+def make_run(out: Path) -> Run:
+    return Run(out, "convert", {}, {}, Manifest((), 0, 0), {})
+
+
+def test_a_run_that_stands_still_ends_and_names_what_it_waited_for(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    run = make_run(tmp_path)
+    write_attempt(run, replace(follow_attempt(None, 42, "mine"), rows_done=512))
+    write_attempt(run, follow_attempt(None, 43, "another"))
+    with (
+        pytest.raises(ResourceError, match=r"no progress for 1 s: waiting for shard 42 \(attempt"),
+        watch_progress(run, "mine", 1.0),
+    ):
+        time.sleep(60)
+
+
+def test_a_note_that_changes_is_progress(tmp_path: Path, ray_cluster: None) -> None:
+    run = make_run(tmp_path)
+    attempt = follow_attempt(None, 0, "mine")
+    with watch_progress(run, "mine", 1.0):
+        for steps in range(20):
+            write_attempt(run, replace(attempt, steps=steps))
+            time.sleep(0.1)
+    with watch_progress(run, "mine", 1.0) as watchdog:
+        for _ in range(20):
+            watchdog.beat()
+            time.sleep(0.1)
+
+
+def test_ctrl_c_is_not_taken_for_a_stall(tmp_path: Path, ray_cluster: None) -> None:
+    with pytest.raises(KeyboardInterrupt), watch_progress(make_run(tmp_path), "mine", 60.0):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("places", [[], [0], [4], [1, 2], [0, 1, 2, 3, 4]])
+def test_rows_are_replaced_where_they_stand(places: list[int]) -> None:
+    table = pa.table({"x": [0, 1, 2, 3, 4]})
+    new = pa.table({"x": [10 + place for place in places]}, schema=table.schema)
+    wanted = [10 + n if n in places else n for n in range(5)]
+    assert replace_rows(table, np.array(places, int), new)["x"].to_pylist() == wanted
+
+
+def test_slices_are_bounded_by_rows_and_by_bytes() -> None:
+    sizes = [1, 1, 1, 300 * 2**20, 1, 1, None]
+    rows = pa.table({"size_bytes": pa.array(sizes, pa.int64())})
+    assert [s.num_rows for s in slice_rows(rows, 2)] == [2, 1, 1, 2, 1]
+
+
+class PairWork(ConvertWork):
+    batch_size = 2
+
+
+@dataclass
+class CountedReads:
+    """Says how many images were asked for when each was taken."""
+
+    taken: list[int]
+
+    def read_images(self, rows: pa.Table) -> Iterator[bytes]:
+        for _ in range(rows.num_rows):
+            self.taken.append(rows.num_rows)
+            yield b"x"
+
+
+def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(ray_cluster: None) -> None:
+    source: Any = CountedReads([])
+    run: Any = SimpleNamespace(command="convert")
+    worker = ShardWorker(run, source, make_work, ONE_WORKER, Orders("", False, 60.0))
+    pulse: Any = SimpleNamespace(beat=lambda: None)
+    rows = pa.table({"size_bytes": [1] * 5})
+    batches = worker._prepare(PairWork(), rows, pulse, is_suspect=False)
+    assert [batch.prepared for batch in batches] == [[b"x"] * 2, [b"x"] * 2, [b"x"]]
+    assert source.taken == [5] * 5

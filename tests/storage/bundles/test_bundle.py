@@ -1,0 +1,465 @@
+"""Bundles: what is written is what scores later, here and in timm."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
+from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.models.detector import Detector, build_detector
+from cifake_ray.core.schema import SCHEMA_VERSION
+from cifake_ray.errors import BundleError, CifakeError
+from cifake_ray.storage.bundles.bundle import (
+    load_bundle,
+    locate_bundle,
+    read_bundle_facts,
+    read_history,
+    write_bundle,
+)
+from cifake_ray.storage.io.files import write_bytes
+from cifake_ray.storage.io.paths import Place, resolve_path
+
+CALIBRATION = Calibration(
+    temperature=1.5, threshold=0.4, threshold_fpr_1=0.9, threshold_fpr_01=0.99
+)
+DOMAIN = Domain(sides=(32, 64), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
+HISTORY = [{"epoch": 1, "val_loss": 0.5}, {"epoch": 2, "val_loss": 0.25}]
+
+
+def make_detector(architecture: str = "cnn", image_size: int | None = None) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(architecture, image_size=image_size, fit="crop").eval()
+
+
+def write(path: Path, detector: Detector, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "domain": DOMAIN,
+        "training": {"epochs": 2},
+        "metrics": {"accuracy": 0.9},
+        "history": HISTORY,
+        "model_card": "# Card\n",
+    }
+    write_bundle(path, detector, CALIBRATION, **{**values, **changes})
+    return path
+
+
+def make_images(size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8, generator=generator)
+
+
+def compute(detector: Detector, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        outputs: torch.Tensor = detector(images)
+    return outputs
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("cnn", 32), ("test_resnet", 48)])
+def test_a_bundle_scores_as_the_detector_that_was_written(
+    tmp_path: Path, architecture: str, size: int
+) -> None:
+    detector = make_detector(architecture, None if architecture == "cnn" else size)
+    again, facts = load_bundle(write(tmp_path / "b", detector))
+    assert torch.equal(compute(again, make_images(size)), compute(detector, make_images(size)))
+    assert not again.training
+    assert facts.architecture == again.architecture == architecture
+    assert facts.preprocessing == again.preprocessing == detector.preprocessing
+    assert facts.preprocessing.fit == "crop"
+    assert facts.calibration == CALIBRATION
+    assert facts.domain == DOMAIN
+    assert facts.training == {"epochs": 2}
+    assert read_history(tmp_path / "b") == HISTORY
+
+
+def test_a_mean_and_deviation_of_its_own_come_back(tmp_path: Path) -> None:
+    detector = make_detector()
+    own = replace(detector.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.7, 0.8, 0.9))
+    detector.set_preprocessing(own)
+    again, facts = load_bundle(write(tmp_path / "b", detector))
+    assert facts.preprocessing == own
+    assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
+
+
+def test_timm_loads_a_bundle_of_its_own_architecture(tmp_path: Path) -> None:
+    import timm
+
+    size = 48
+    detector = make_detector("test_resnet", size)
+    write(tmp_path / "b", detector)
+    network = timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval()
+    images = make_images(size)
+    mean, std = (torch.tensor(network.pretrained_cfg[name]) for name in ("mean", "std"))
+    normalised = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        outputs = network(normalised)
+    assert torch.allclose(outputs, compute(detector, images), atol=1e-5)
+    assert list(network.pretrained_cfg["input_size"]) == [3, size, size]
+    assert list(network.pretrained_cfg["label_names"]) == ["REAL", "FAKE"]
+
+
+def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((path / "config.json").read_bytes())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_a_bundle_need_not_say_what_it_learned_from(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector(), domain=None)
+    assert read_bundle_facts(bundle).domain is None
+    edit_config(bundle, lambda config: config["cifake_ray"].pop("domain"))  # an older one
+    assert read_bundle_facts(bundle).domain is None
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [{}, "JPEG", {"sides": [64, 32], "formats": ["JPEG"], "jpeg_qualities": None}],
+)
+def test_an_impossible_domain_is_refused(tmp_path: Path, domain: object) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    edit_config(bundle, lambda config: config["cifake_ray"].update(domain=domain))
+    with pytest.raises(BundleError, match="not a bundle of cifake-ray"):
+        read_bundle_facts(bundle)
+
+
+def set_architecture(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config.update(architecture=name)
+
+
+def append(path: Path, data: bytes) -> None:
+    with open(path / "model.safetensors", "ab") as file:
+        file.write(data)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    name: str
+    damage: Callable[[Path], Any]
+    says: str
+
+
+WRONGS = [
+    Wrong("no config", lambda b: (b / "config.json").unlink(), "no config.json"),
+    Wrong("no weights", lambda b: (b / "model.safetensors").unlink(), "no model.safetensors"),
+    Wrong(
+        "cut weights",
+        lambda b: os.truncate(b / "model.safetensors", 1000),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "empty weights",
+        lambda b: (b / "model.safetensors").write_bytes(b""),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "other architecture",
+        lambda b: edit_config(b, set_architecture("test_resnet")),
+        "not the weights of test_resnet",
+    ),
+    Wrong("weights with a tail", lambda b: append(b, b"more"), "model.safetensors: damaged"),
+    Wrong(
+        "weights without their tail",
+        lambda b: os.truncate(
+            b / "model.safetensors", (b / "model.safetensors").stat().st_size - 1
+        ),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "no safetensors",
+        lambda b: (b / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 9999),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "a header without end",
+        lambda b: (b / "model.safetensors").write_bytes(
+            (50_000).to_bytes(8, "little") + b"[" * 50_000
+        ),
+        "model.safetensors: damaged",
+    ),
+    Wrong(
+        "a temperature of nothing",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"]["calibration"].update(temperature=0)),
+        "temperature is 0",
+    ),
+    Wrong(
+        "a threshold in words",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"]["calibration"].update(threshold="x")),
+        "not a bundle",
+    ),
+    Wrong(
+        "an architecture that lies elsewhere",
+        lambda b: edit_config(b, set_architecture("hf-hub:someone/model")),
+        "not the weights of hf-hub",
+    ),
+    Wrong(
+        "unknown architecture",
+        lambda b: edit_config(b, set_architecture("no_such_net")),
+        "no_such_net",
+    ),
+    Wrong(
+        "other version",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"].update(schema_version=9)),
+        f"schema_version 9, this program reads {SCHEMA_VERSION}",
+    ),
+    Wrong("not ours", lambda b: edit_config(b, lambda c: c.pop("cifake_ray")), "not a bundle"),
+    Wrong(
+        "no threshold",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"]["calibration"].pop("threshold")),
+        "not a bundle",
+    ),
+    Wrong(
+        "odd preprocessing",
+        lambda b: edit_config(
+            b, lambda c: c["cifake_ray"]["preprocessing"].update(image_size="big")
+        ),
+        "not a bundle",
+    ),
+    Wrong(
+        "calibration that is no object",
+        lambda b: edit_config(b, lambda c: c["cifake_ray"].update(calibration=[1])),
+        "not a bundle",
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONGS, ids=lambda wrong: wrong.name)
+def test_a_bundle_that_is_incomplete_or_altered_is_refused_by_name(
+    tmp_path: Path, wrong: Wrong
+) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    wrong.damage(bundle)
+    for read in (read_bundle_facts, load_bundle):  # noticed before any work is scheduled
+        with pytest.raises(BundleError) as failure:
+            read(bundle)
+        assert wrong.says in str(failure.value)
+        assert str(bundle) in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+
+def test_a_config_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "config.json").write_text("{")
+    with pytest.raises(CifakeError, match=r"config\.json"):
+        load_bundle(bundle)
+
+
+def test_a_header_of_other_tensors_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """A bundle of an older version or of timm does not say in its weights whose they are."""
+    bundle = write(tmp_path / "b", make_detector())
+    state = make_detector("test_resnet", 32).network.state_dict()
+    (bundle / "model.safetensors").write_bytes(save(state))
+    with pytest.raises(BundleError, match=r"model\.safetensors: not the weights of cnn"):
+        load_bundle(bundle)
+
+
+def test_the_bundle_in_the_box_is_read_and_loaded() -> None:
+    detector, facts = load_bundle(locate_bundle(None))
+    assert facts == read_bundle_facts(locate_bundle(None))
+    assert facts.domain == Domain(sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75))
+    assert detector.architecture == facts.architecture
+
+
+# --- which bundle it is --------------------------------------------------------------------------
+
+
+def test_the_expected_bundle_is_read_and_no_other(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    found = read_bundle_facts(bundle).fingerprint
+    assert read_bundle_facts(bundle, expect_sha256=found.upper()).fingerprint == found
+    assert load_bundle(bundle, expect_sha256=found)[1].fingerprint == found
+    for read in (read_bundle_facts, load_bundle):
+        with pytest.raises(BundleError) as failure:
+            read(bundle, expect_sha256="0" * 64)
+        assert found in str(failure.value)
+        assert "0" * 64 in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_bundle_that_is_replaced_after_the_start_is_refused(tmp_path: Path, name: str) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    facts = read_bundle_facts(bundle)
+    torch.manual_seed(1)
+    other = build_detector("cnn", fit="resize")
+    new = write(tmp_path / "new", other)
+    (new / name).replace(bundle / name)
+    with pytest.raises(BundleError, match=facts.fingerprint):
+        load_bundle(bundle, expect_sha256=facts.fingerprint)
+
+
+@pytest.mark.parametrize("value", ["", "abc", "g" * 64, "0" * 63, "0" * 65, f"{'0' * 64}\n"])
+def test_an_expected_sha256_is_64_hex_digits(value: str) -> None:
+    with pytest.raises(ValueError, match="--expect-sha256"):
+        ScoreConfig(src="a", out="b", expect_sha256=value)
+    with pytest.raises(ValueError, match="--expect-sha256"):
+        EvaluateConfig(shards="a", out="b", expect_sha256=value)
+
+
+# --- weights that could run code -----------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def replace_weights(bundle: Path, name: str, state: Any) -> None:
+    (bundle / "model.safetensors").unlink()
+    if name.endswith(".pkl"):
+        (bundle / name).write_bytes(pickle.dumps(state, protocol=2))  # torch's own protocol
+    else:
+        torch.save(state, bundle / name)
+
+
+NAMES = ["pytorch_model.bin", "model.pt", "model.PTH", "last.ckpt", "model.pkl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickle_never_runs_code_with_or_without_permission(tmp_path: Path, name: str) -> None:
+    bundle, mark = write(tmp_path / "b", make_detector()), tmp_path / "ran"
+    replace_weights(bundle, name, {"weight": Bomb(mark)})
+    for read in (read_bundle_facts, load_bundle):
+        with pytest.raises(BundleError, match=rf"{name}, a pickle.*--allow-pickle"):
+            read(bundle)
+    with pytest.raises(BundleError, match=f"{name}: damaged, or not weights alone"):
+        load_bundle(bundle, allow_pickle=True)
+    assert not mark.exists()
+    with open(bundle / name, "rb") as file:  # it is one that works
+        assert file.read(2) in (b"PK", b"\x80\x02")
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_a_pickle_of_weights_alone_is_taken_with_permission(tmp_path: Path, name: str) -> None:
+    detector = make_detector()
+    bundle = write(tmp_path / "b", detector)
+    safe = read_bundle_facts(bundle)
+    replace_weights(bundle, name, detector.network.state_dict())
+    again, facts = load_bundle(bundle, allow_pickle=True)
+    assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
+    assert facts.is_pickle
+    assert not safe.is_pickle
+    assert facts.fingerprint != safe.fingerprint
+    with open(bundle / name, "ab") as file:
+        file.write(b"x")
+    assert read_bundle_facts(bundle, allow_pickle=True).fingerprint != facts.fingerprint
+
+
+def test_safetensors_go_before_pickles_and_two_pickles_are_one_too_many(tmp_path: Path) -> None:
+    bundle, mark = write(tmp_path / "b", make_detector()), tmp_path / "ran"
+    for name in ("a.pt", "b.pt"):
+        torch.save({"weight": Bomb(mark)}, bundle / name)
+    assert load_bundle(bundle, allow_pickle=True)[1].weights_name == "model.safetensors"
+    (bundle / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"a\.pt, b\.pt"):
+        load_bundle(bundle, allow_pickle=True)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"a": 1}, {1: torch.zeros(2)}, torch.zeros(3), None])
+def test_a_pickle_of_something_else_is_refused(tmp_path: Path, state: Any) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    replace_weights(bundle, "model.pt", state)
+    with pytest.raises(BundleError, match=r"model\.pt"):
+        load_bundle(bundle, allow_pickle=True)
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", b"PK\3\4 no archive", b"\x80\x02."])
+def test_a_damaged_pickle_is_refused(tmp_path: Path, data: bytes) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "model.safetensors").unlink()
+    (bundle / "model.pt").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.pt: damaged"):
+        load_bundle(bundle, allow_pickle=True)
+
+
+# --- in a bucket ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> Iterator[Place]:
+    place = resolve_path("memory://bundles")
+    yield place
+    place.fs.store.clear()  # type: ignore[union-attr]
+
+
+def test_a_bundle_in_a_store_is_found_written_and_loaded(store: Place) -> None:
+    detector = make_detector()
+    write(store / "run" / "bundle", detector)  # type: ignore[arg-type]
+    place = locate_bundle(f"{store}/run", StoreConfig())
+    assert place == store / "run" / "bundle" == locate_bundle(f"{store}/run/bundle")
+    again, facts = load_bundle(place)
+    assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
+    assert read_history(place) == HISTORY
+    with pytest.raises(BundleError, match=facts.fingerprint):
+        load_bundle(place, expect_sha256="0" * 64)
+    (place / "model.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"no model\.safetensors"):
+        read_bundle_facts(place)
+    write_bytes(place / "model.pt", b"x")
+    with pytest.raises(BundleError, match="--allow-pickle"):
+        read_bundle_facts(place)
+    with pytest.raises(BundleError, match=r"no config\.json"):
+        read_bundle_facts(store / "nowhere")
+
+
+def test_a_damaged_history_is_named(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "history.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(BundleError, match=r"history\.jsonl: damaged"):
+        read_history(bundle)
+
+
+def test_the_fingerprint_follows_weights_and_config_alone(tmp_path: Path) -> None:
+    detector = make_detector()
+    first = read_bundle_facts(write(tmp_path / "a", detector)).fingerprint
+    assert read_bundle_facts(write(tmp_path / "b", detector)).fingerprint == first
+    other_papers = write(
+        tmp_path / "c", detector, model_card="# Other\n", metrics={"accuracy": 0.1}, history=[]
+    )
+    assert read_bundle_facts(other_papers).fingerprint == first
+
+    edit_config(tmp_path / "b", lambda c: c["cifake_ray"]["calibration"].update(threshold=0.41))
+    assert read_bundle_facts(tmp_path / "b").fingerprint != first
+    with torch.no_grad():
+        next(detector.network.parameters()).view(-1)[0] += 1e-3
+    assert read_bundle_facts(write(tmp_path / "d", detector)).fingerprint != first
+
+
+def test_thresholds_are_chosen_by_false_positive_rate(tmp_path: Path) -> None:
+    facts = read_bundle_facts(write(tmp_path / "b", make_detector()))
+    assert [facts.threshold(fpr) for fpr in (None, 0.01, 0.001)] == [0.4, 0.9, 0.99]
+
+
+def test_a_bundle_is_found_in_its_run_and_on_its_own(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "run" / "bundle", make_detector())
+    assert locate_bundle(str(tmp_path / "run")) == bundle
+    assert locate_bundle(str(bundle)) == bundle
+
+
+def test_a_bundle_without_history_has_none(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    (bundle / "history.jsonl").unlink()
+    assert read_history(bundle) == []
+
+
+def test_a_write_that_breaks_off_leaves_no_bundle(tmp_path: Path) -> None:
+    """config.json comes last, so a bundle that has one is complete."""
+    (tmp_path / "b" / "README.md").mkdir(parents=True)  # the file cannot be written
+    with pytest.raises(CifakeError):
+        write(tmp_path / "b", make_detector())
+    with pytest.raises(BundleError, match=r"no config\.json"):
+        read_bundle_facts(tmp_path / "b")

@@ -1,0 +1,91 @@
+"""The domain of a detector comes from the images that trained it, and from no others."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
+from cifake_ray.storage.datasets.domain import read_domain
+from cifake_ray.storage.datasets.training_set import (
+    ImageSet,
+    open_training_data,
+    read_training_rows,
+)
+from cifake_ray.storage.runs.shards import FACTS_KEY
+
+PREPROCESSING = Preprocessing(image_size=8, fit="resize", mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def make_image(size: tuple[int, int], format: str, seed: int, quality: int = 75) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, quality=quality)
+    return buffer.getvalue()
+
+
+TRAIN = [
+    make_image((40, 30), "JPEG", 0, quality=60),
+    make_image((20, 200), "PNG", 1),
+    make_image((50, 50), "JPEG", 2, quality=90),
+]
+OTHERS = {
+    "broken": make_image((500, 500), "WEBP", 3)[:9000],  # its header is whole
+    "text": b"words",
+    "unlabelled": make_image((4, 4), "GIF", 4),
+    "test": make_image((6, 6), "BMP", 5),
+}
+
+
+def write_shards(path: Path, metadata: dict[bytes, bytes] | None) -> None:
+    """Two row groups, as convert would write them but for the footer."""
+    rows = [("train", label, image) for label in (REAL, FAKE) for image in TRAIN]
+    rows += [("val", label, make_image((700, 7), "PNG", 6)) for label in (REAL, FAKE)]
+    rows += [
+        ("test" if name == "test" else "train", None if name == "unlabelled" else REAL, image)
+        for name, image in OTHERS.items()
+    ]
+    manifest = pa.table(
+        {
+            "key": [str(number) for number in range(len(rows))],
+            "split": [split for split, _, _ in rows],
+            "label": pa.array([label for _, label, _ in rows], pa.int64()),
+            "source": pa.nulls(len(rows), pa.string()),
+        }
+    )
+    assert set(manifest.column_names) < {field.name for field in MANIFEST_FIELDS}
+    shards = ConvertWork().finish(manifest, [image for _, _, image in rows])
+    pq.write_table(shards.replace_schema_metadata(metadata), path, row_group_size=7)
+
+
+def open_images(path: Path, cache: Path) -> ImageSet:
+    config = TrainConfig(shards=str(path), run="run", val_split="val", cache_dir=str(cache))
+    return open_training_data(read_training_rows(config), PREPROCESSING, config, 1).train
+
+
+def test_it_is_that_of_the_images_that_train(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a.parquet", {FACTS_KEY: b"{}"})
+    images = open_images(tmp_path, tmp_path / "cache")
+    assert len(images.positions) == 6
+    assert read_domain(images) == Domain(
+        sides=(20, 200), formats=("JPEG", "PNG"), jpeg_qualities=(60, 90)
+    )
+
+
+@pytest.mark.parametrize("metadata", [None, {b"huggingface": b"{}"}])
+def test_it_is_not_known_where_another_program_wrote_the_columns(
+    tmp_path: Path, metadata: dict[bytes, bytes] | None
+) -> None:
+    write_shards(tmp_path / "a.parquet", {FACTS_KEY: b"{}"})
+    write_shards(tmp_path / "b.parquet", metadata)
+    assert read_domain(open_images(tmp_path, tmp_path / "cache")) is None

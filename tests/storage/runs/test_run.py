@@ -1,0 +1,531 @@
+"""The papers of a run: who freezes it, how it resumes, and when it counts as done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
+from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
+from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
+from cifake_ray.storage.runs.manifest import read_shard
+from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run
+from cifake_ray.storage.runs.shards import FACTS_KEY, commit_part, inspect_part
+from cifake_ray.storage.runs.verify import Damage, find_damage, set_damage_aside
+from cifake_ray.storage.sources.source import Listing, RowBuffer
+
+
+def list_keys(num_keys: int = 10, prefix: str = "") -> Listing:
+    rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+    for n in range(num_keys):
+        rows.append(f"{prefix}{n}", None, None, 1, None, None, None, None, None, None)
+    return Listing(iter([rows.drain()]))
+
+
+def fail_to_list() -> NoReturn:
+    raise AssertionError("a run that is frozen must not be listed again")
+
+
+def open_here(out: Path, list_source: Callable[[], Listing] = list_keys, **settings: Any) -> Run:
+    return RunPlan(
+        out=out,
+        command="score",
+        settings=settings,
+        config={"out": str(out)},
+        list_source=list_source,
+        shard_rows=4,
+    ).open()
+
+
+def make_result(run: Run, shard: int) -> pa.Table:
+    keys = read_shard(run.manifest_folder, run.find_file(shard), shard).column("key")
+    errors = ["empty" if key == "3" else None for key in keys.to_pylist()]
+    return pa.table({"key": keys, "error": pa.array(errors, pa.string())})
+
+
+def commit_all(run: Run) -> list[PartFacts]:
+    shards = range(run.manifest.num_shards)
+    return [commit_part(run, shard, make_result(run, shard), {}, {}) for shard in shards]
+
+
+def flip_byte(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+# --- freezing ------------------------------------------------------------------------------------
+
+
+def test_the_papers_name_the_run_and_its_manifest(tmp_path: Path) -> None:
+    run = open_here(tmp_path, bundle="b1")
+    record = json.loads((tmp_path / "_run.json").read_bytes())
+    assert record["schema_version"] == SCHEMA_VERSION
+    assert record["settings"]["bundle"] == "b1"
+    assert record["fingerprint"] == run.fingerprint
+    assert record["manifest"]["num_rows"] == 10
+    assert run.manifest.num_shards == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_run.json", "manifest"]
+
+
+def test_the_same_settings_resume_without_a_new_listing(tmp_path: Path) -> None:
+    assert open_here(tmp_path, a=1) == open_here(tmp_path, fail_to_list, a=1)
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    open_here(tmp_path, epochs=5, same=1)
+    with pytest.raises(RunMismatch, match=r"epochs: 5 there, 6 here\)") as failure:
+        open_here(tmp_path, fail_to_list, epochs=6, same=1)
+    assert "same" not in str(failure.value).partition("(")[2].partition(")")[0]
+
+
+def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> None:
+    open_here(tmp_path, old=1)
+    with pytest.raises(RunMismatch, match=r"new: None there, 2 here; old: 1 there, None here"):
+        open_here(tmp_path, fail_to_list, new=2)
+
+
+def test_another_command_is_refused(tmp_path: Path) -> None:
+    open_here(tmp_path)
+    with pytest.raises(RunMismatch, match="command: 'score' there, 'convert' here"):
+        RunPlan(
+            out=tmp_path,
+            command="convert",
+            settings={},
+            config={},
+            list_source=fail_to_list,
+            shard_rows=None,
+        ).open()
+
+
+def test_the_output_of_another_version_is_refused(tmp_path: Path) -> None:
+    open_here(tmp_path)
+    record = json.loads((tmp_path / "_run.json").read_bytes())
+    record["schema_version"] = SCHEMA_VERSION + 1
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(RunMismatch, match=f"schema_version {SCHEMA_VERSION + 1}"):
+        open_here(tmp_path, fail_to_list)
+
+
+def test_the_folder_of_a_training_run_is_refused(tmp_path: Path) -> None:
+    record = {"schema_version": SCHEMA_VERSION, "command": "train", "settings": {}}
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(RunMismatch, match="belongs to a train run"):
+        open_here(tmp_path, fail_to_list)
+
+
+def test_papers_that_were_cut_off_are_named(tmp_path: Path) -> None:
+    open_here(tmp_path)
+    data = (tmp_path / "_run.json").read_bytes()
+    (tmp_path / "_run.json").write_bytes(data[: len(data) // 2])
+    with pytest.raises(StorageError, match=r"_run\.json: not valid JSON"):
+        open_here(tmp_path, fail_to_list)
+
+
+def test_nothing_is_frozen_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NothingToDo):
+        open_here(tmp_path, lambda: Listing(iter(())))
+    assert not (tmp_path / "_run.json").exists()
+    assert open_here(tmp_path).manifest.num_rows == 10
+
+
+def test_a_listing_that_breaks_off_freezes_nothing(tmp_path: Path) -> None:
+    def list_half() -> Listing:
+        def batches() -> Any:
+            yield from list_keys().batches
+            raise StorageError("the disk went away")
+
+        return Listing(batches())
+
+    with pytest.raises(StorageError, match="went away"):
+        open_here(tmp_path, list_half)
+    assert not (tmp_path / "_run.json").exists()
+    assert open_here(tmp_path).manifest.num_rows == 10
+
+
+def test_two_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) -> None:
+    """Both list, each something else; both get what the winner listed."""
+    barrier = threading.Barrier(2)
+    runs: dict[str, Run] = {}
+
+    def freeze(name: str, num_keys: int) -> None:
+        def list_slowly() -> Listing:
+            barrier.wait(timeout=30)  # both are past the look for _run.json
+            return list_keys(num_keys, prefix=name)
+
+        runs[name] = open_here(tmp_path, list_slowly)
+
+    threads = [threading.Thread(target=freeze, args=pair) for pair in (("a", 10), ("b", 21))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert runs["a"] == runs["b"]
+    run = runs["a"]
+    keys = [
+        key
+        for shard in range(run.manifest.num_shards)
+        for key in read_shard(run.manifest_folder, run.find_file(shard), shard)["key"].to_pylist()
+    ]
+    assert {key[0] for key in keys} in ({"a"}, {"b"})
+    assert len(keys) == run.manifest.num_rows == {"a": 10, "b": 21}[keys[0][0]]
+
+
+FREEZE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_run
+out, name = Path(sys.argv[2]), sys.argv[3]
+def list_together():
+    (out / f"ready-{name}").touch()
+    while len(list(out.glob("ready-*"))) < 2:
+        time.sleep(0.001)
+    return test_run.list_keys(10, prefix=name)
+run = test_run.open_here(out, list_together)
+print(",".join(file.name for file in run.manifest.files))
+"""
+
+
+def test_two_processes_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FREEZE, str(Path(__file__).parent), str(tmp_path), name],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    answers = {process.communicate(timeout=60)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(answers) == 1
+    assert all((tmp_path / "manifest" / name).is_file() for name in answers.pop().split(","))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+        open_here(tmp_path / "file" / "out", fail_to_list)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    table = make_result(run, 1)
+    part = commit_part(run, 1, table, {"bundle": "b1"}, {"size": 2})
+    assert part.rows == 4
+    assert part.errors == ({"empty": 1} if "3" in table["key"].to_pylist() else {})
+    assert part.size_bytes == run.part_path(1).stat().st_size
+    assert inspect_part(run, 1) == part
+    assert inspect_part(run, 0) is None
+    found = pq.read_table(run.part_path(1))
+    assert found.to_pylist() == table.to_pylist()
+    facts = json.loads(pq.read_schema(run.part_path(1)).metadata[FACTS_KEY])
+    assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
+    assert part.unlike_training == facts["unlike_training"] == {"size": 2}
+
+
+def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> None:
+    """An older version of the program counted less."""
+    run = open_here(tmp_path)
+    commit_part(run, 0, make_result(run, 0), {}, {})
+    table = pq.read_table(run.part_path(0))
+    facts = json.loads(table.schema.metadata[FACTS_KEY])
+    del facts["unlike_training"]
+    metadata = {FACTS_KEY: json.dumps(facts).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), run.part_path(0))
+    assert inspect_part(run, 0) is None
+
+
+def test_errors_are_counted_by_class(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    errors = ["empty", None, "truncated", "empty"]
+    table = pa.table({"key": list("abcd"), "error": pa.array(errors, pa.string())})
+    assert commit_part(run, 0, table, {}, {}).errors == {"empty": 2, "truncated": 1}
+    found = inspect_part(run, 0)
+    assert found is not None
+    assert found.errors == {"empty": 2, "truncated": 1}
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
+    one, two = open_here(tmp_path / "one"), open_here(tmp_path / "two")
+    assert commit_all(one) == commit_all(two)
+
+
+def test_a_part_of_another_run_is_not_accepted(tmp_path: Path) -> None:
+    run, other = open_here(tmp_path / "one", a=1), open_here(tmp_path / "two", a=2)
+    commit_part(other, 0, make_result(other, 0), {}, {})
+    run.results_folder.mkdir()
+    run.part_path(0).write_bytes(other.part_path(0).read_bytes())
+    assert inspect_part(run, 0) is None
+
+
+@pytest.mark.parametrize("foreign", [None, {b"cifake_ray": b"{}"}, {b"cifake_ray": b"no json"}])
+def test_a_file_that_we_did_not_write_is_not_accepted(
+    tmp_path: Path, foreign: dict[bytes, bytes] | None
+) -> None:
+    run = open_here(tmp_path)
+    run.results_folder.mkdir()
+    table = make_result(run, 0).replace_schema_metadata(foreign)
+    pq.write_table(table, run.part_path(0))
+    assert inspect_part(run, 0) is None
+
+
+def test_a_truncated_or_empty_part_is_not_accepted(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    commit_part(run, 0, make_result(run, 0), {}, {})
+    data = run.part_path(0).read_bytes()
+    for end in (0, 4, len(data) // 2, len(data) - 1):
+        run.part_path(0).write_bytes(data[:end])
+        assert inspect_part(run, 0) is None, end
+
+
+def test_a_part_with_a_flipped_byte_is_not_accepted(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    keys = [f"{n:05}" for n in range(5000)]
+    table = pa.table({"key": keys, "error": pa.nulls(5000, pa.string())})
+    commit_part(run, 0, table, {}, {})
+    flip_byte(run.part_path(0), 0.3)
+    assert inspect_part(run, 0) is None
+
+
+# --- finishing -----------------------------------------------------------------------------------
+
+
+def test_success_is_written_when_the_account_adds_up(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {"listed": 10})
+    assert json.loads((tmp_path / "_SUCCESS").read_bytes()) == {
+        "schema_version": SCHEMA_VERSION,
+        "listed": 10,
+    }
+    files = pq.read_table(tmp_path / "_files.parquet").to_pylist()
+    assert [row["name"] for row in files] == [f"scores/part-0000{n}.parquet" for n in range(3)]
+    assert sum(row["rows"] for row in files) == 10
+    assert sum(row["errors"] for row in files) == 1
+    assert find_damage(tmp_path) == []
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    with pytest.raises(CifakeError, match=r"does not add up.*1 shards missing"):
+        finish_run(run, commit_all(run)[:-1], {})
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_lost_or_doubled_row_is_refused(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    for rows in (parts[0].rows - 1, parts[0].rows + 1):
+        table = pa.table({"key": ["x"] * rows, "error": pa.nulls(rows, pa.string())})
+        wrong = commit_part(run, 0, table, {}, {})
+        with pytest.raises(CifakeError, match=f"10 images listed, {6 + rows} rows written"):
+            finish_run(run, [wrong, *parts[1:]], {})
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_leftovers_of_killed_writers_and_lost_races_are_removed(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    leftovers = [
+        run.manifest_folder / "0badcafe-00000.parquet",
+        run.manifest_folder / ".writing-999999999-aa",
+        run.results_folder / ".writing-999999999-bb",
+    ]
+    for path in leftovers:
+        path.write_bytes(b"half a fi")
+    finish_run(run, parts, {})
+    assert [path.name for path in leftovers if path.exists()] == []
+    assert len(list(run.results_folder.iterdir())) == 3
+    assert len(list(run.manifest_folder.iterdir())) == len(run.manifest.files)
+    assert open_here(tmp_path, fail_to_list) == run
+
+
+def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    size_bytes = run.part_path(1).stat().st_size
+    flip_byte(run.part_path(0), 0.5)
+    os.truncate(run.part_path(1), size_bytes - 1)
+    run.part_path(2).unlink()
+    assert find_damage(tmp_path) == [
+        Damage("scores/part-00000.parquet", "sha256 differs"),
+        Damage("scores/part-00001.parquet", f"{size_bytes - 1} bytes, not {size_bytes}"),
+        Damage("scores/part-00002.parquet", "missing"),
+    ]
+
+
+def test_a_run_that_has_not_finished_cannot_be_verified(tmp_path: Path) -> None:
+    open_here(tmp_path)
+    with pytest.raises(StorageError, match="has not finished"):
+        find_damage(tmp_path)
+
+
+def test_a_damaged_list_of_files_is_named(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    os.truncate(tmp_path / "_files.parquet", 50)
+    with pytest.raises(StorageError, match=r"_files\.parquet: damaged"):
+        find_damage(tmp_path)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_write_bytes_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    write_bytes(path, b"old")
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_create_bytes_does_not_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    assert create_bytes(path, b"first")
+    assert not create_bytes(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    def make_chunks() -> Any:
+        yield b"half"
+        raise RuntimeError("interrupted")
+
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        write_chunks(path, make_chunks())
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+WRITE_TOO_MUCH = """
+import resource, signal, sys
+from pathlib import Path
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.files import write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_bytes(Path(sys.argv[1]), b"x" * 5000)
+except StorageError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    process = subprocess.run(
+        [sys.executable, "-c", WRITE_TOO_MUCH, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert str(path) in process.stdout, process.stderr
+    assert "size limit" in process.stdout
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_below_a_file_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file"):
+        write_bytes(tmp_path / "file" / "below", b"x")
+
+
+def test_a_folder_where_a_file_should_be_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="folder"):
+        write_bytes(tmp_path / "folder", b"x")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
+    for name in (".writing-999999999-ab", ".writing-probe-9", "part-00000.parquet", ".hidden"):
+        (tmp_path / name).write_bytes(b"")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "part-00000.parquet"]
+
+
+# --- what others wrote ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["manifest/photo.jpg", "attempts/a", "scores/part-00000.parquet"])
+def test_files_of_others_are_never_taken_for_ours(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(RunMismatch, match=f"{name} stands where a run would write"):
+        open_here(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_what_a_person_leaves_in_a_run_survives_its_end(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    notes = [tmp_path / "notes.txt", run.manifest_folder / "notes.txt"]
+    for note in notes:
+        note.write_bytes(b"mine")
+    finish_run(run, parts, {})
+    assert all(note.read_bytes() == b"mine" for note in notes)
+
+
+def test_a_list_of_files_that_names_others_is_refused(tmp_path: Path) -> None:
+    run = open_here(tmp_path / "out")
+    finish_run(run, commit_all(run), {})
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    files = tmp_path / "out" / "_files.parquet"
+    table = pq.read_table(files)
+    row = {**table.to_pylist()[0], "name": "../victim"}
+    pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), files)
+    with pytest.raises(StorageError, match="does not name the shards of the run"):
+        find_damage(tmp_path / "out")
+    set_damage_aside(tmp_path / "out").discard()
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_part_that_nobody_committed_is_damage(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    extra = run.results_folder / "part-99999.parquet"
+    extra.write_bytes(run.part_path(0).read_bytes())
+    assert find_damage(tmp_path) == [
+        Damage("scores/part-99999.parquet", "not committed by this run")
+    ]
+
+
+def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    file = run.manifest.files[0].name
+    flip_byte(run.manifest_folder / file, 0.5)
+    assert find_damage(tmp_path) == [Damage(f"manifest/{file}", "sha256 differs")]
+    with pytest.raises(StorageError, match="start again in a new folder"):
+        set_damage_aside(tmp_path)
+    assert (tmp_path / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("name", ["config", "settings", "manifest", "command"])
+def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
+    open_here(tmp_path)
+    papers = json.loads((tmp_path / "_run.json").read_text())
+    papers[name] = [7]
+    (tmp_path / "_run.json").write_text(json.dumps(papers))
+    with pytest.raises(CifakeError, match=r"_run\.json: .*was it edited"):
+        find_damage(tmp_path)

@@ -1,0 +1,925 @@
+"""Sources: what is an image, what its place says of it, and what reading it gives."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cifake_ray.config import ConvertConfig
+from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
+from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL, SHARD_FIELDS
+from cifake_ray.errors import ImageError, NothingToDo, StorageError
+from cifake_ray.storage.runs.manifest import read_shard, write_manifest
+from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.shards import commit_part
+from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.source import Listing, Source
+
+Row = dict[str, Any]
+
+
+def open_images(src: Path, **options: Any) -> Source:
+    out = src.parent / "out"
+    return open_source(ConvertConfig(src=str(src), out=str(out), **options))
+
+
+def gather(listing: Listing) -> pa.Table:
+    batches = list(listing.batches)
+    return pa.Table.from_batches(batches)
+
+
+def list_rows(src: Path, **options: Any) -> dict[str, Row]:
+    rows = gather(open_images(src, **options).list_images()).to_pylist()
+    by_key = {row["key"]: row for row in rows}
+    assert len(by_key) == len(rows)
+    return by_key
+
+
+def read_all(src: Path, **options: Any) -> dict[str, bytes | ImageError]:
+    source = open_images(src, **options)
+    rows = gather(source.list_images())
+    images = list(source.read_images(rows))
+    return dict(zip(rows.column("key").to_pylist(), images, strict=True))
+
+
+def error_of(image: bytes | ImageError) -> str:
+    assert isinstance(image, ImageError)
+    assert image.error in IMAGE_ERRORS
+    return image.error
+
+
+def put(path: Path, data: bytes = b"bytes") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def make_png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --- folders: names ------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "_underscore.jpg",
+    ".hidden.jpg",
+    "..two-dots",
+    "two  spaces .jpg",
+    " leading.jpg",
+    "per%20cent.jpg",
+    "per cent.jpg",
+    "hash#tag.jpg",
+    "question?.jpg",
+    "a*b[c]{d}.jpg",
+    "s3:scheme.jpg",
+    "nfc-\u00e9.jpg",
+    "nfd-e\u0301.jpg",
+    "single'.jpg",
+    'double".jpg',
+    "back\\slash.jpg",
+    "new\nline.jpg",
+    "carriage\rreturn.jpg",
+    "tab\t.jpg",
+    "escape\x1b[31m.jpg",
+    "right-to-left-\u202egpj.exe",
+    "\U0001f9ff.jpg",
+    "no extension",
+    "notes.txt",
+    "archive.parquet",
+    "-rf",
+    "x" * 246 + ".jpg",
+]
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for number, name in enumerate(ODD_NAMES):
+        put(folder / "FAKE" / name, f"bytes {number}".encode())
+    return folder
+
+
+def test_every_regular_file_is_listed_whatever_its_name(odd_folder: Path) -> None:
+    rows = list_rows(odd_folder)
+    assert set(rows) == {f"FAKE/{name}" for name in ODD_NAMES}
+    assert {row["label"] for row in rows.values()} == {FAKE}
+    assert {row["error"] for row in rows.values()} == {None}
+
+
+def test_every_odd_name_reads_its_own_bytes(odd_folder: Path) -> None:
+    images = read_all(odd_folder)
+    assert images == {f"FAKE/{name}": f"bytes {n}".encode() for n, name in enumerate(ODD_NAMES)}
+
+
+def test_files_in_hidden_folders_and_deep_below_are_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    keys = [".git/a", "_x/b", "1/2/3/4/5/6/c", "top"]
+    for key in keys:
+        put(folder / key)
+    assert set(list_rows(folder)) == set(keys)
+
+
+def test_a_row_says_where_how_large_and_from_when(tmp_path: Path) -> None:
+    path = put(tmp_path / "images" / "a.jpg", b"12345")
+    os.utime(path, ns=(1, 1_700_000_000_123_456_789))
+    (row,) = list_rows(tmp_path / "images").values()
+    assert row["size_bytes"] == 5
+    assert row["mtime_ns"] == 1_700_000_000_123_456_789
+    assert row["location"] == "a.jpg"
+
+
+def test_a_listing_has_the_columns_of_the_manifest(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    assert gather(open_images(tmp_path / "images").list_images()).schema == pa.schema(
+        MANIFEST_FIELDS
+    )
+
+
+def test_a_name_that_is_not_utf8_becomes_a_row_of_its_own(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "images" / "train" / "REAL")
+    os.makedirs(folder)
+    for name in (b"caf\xe9.jpg", b"caf\xe8.jpg", b"good.jpg"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(b"bytes")
+    rows = list_rows(tmp_path / "images")
+    bad = {key for key, row in rows.items() if row["error"] == "bad_key"}
+    assert bad == {"train/REAL/caf\\xe9.jpg", "train/REAL/caf\\xe8.jpg"}
+    assert {row["label"] for row in rows.values()} == {REAL}
+    images = read_all(tmp_path / "images")
+    assert {error_of(images[key]) for key in bad} == {"bad_key"}
+    assert images["train/REAL/good.jpg"] == b"bytes"
+
+
+def test_files_below_a_folder_that_is_not_utf8_become_rows(tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path / "images"), b"FAKE", b"g\xff")
+    os.makedirs(folder)
+    with open(os.path.join(folder, b"a.jpg"), "wb") as file:
+        file.write(b"bytes")
+    assert [(k, r["error"], r["label"]) for k, r in list_rows(tmp_path / "images").items()] == [
+        ("FAKE/g\\xff/a.jpg", "bad_key", FAKE)
+    ]
+
+
+# --- folders: what is no regular file ------------------------------------------------------------
+
+
+def test_a_dangling_link_is_listed_and_not_found(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    (tmp_path / "images" / "link.jpg").symlink_to("nowhere")
+    images = read_all(tmp_path / "images")
+    assert set(images) == {"a.jpg", "link.jpg"}
+    assert error_of(images["link.jpg"]) == "not_found"
+
+
+def test_a_link_that_leads_to_itself_is_listed_and_not_found(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
+    assert error_of(read_all(tmp_path / "images")["loop.jpg"]) == "not_found"
+
+
+def test_a_link_to_a_file_of_the_folder_is_an_image(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "real" / "a.jpg", b"linked")
+    (tmp_path / "images" / "link.jpg").symlink_to("real/a.jpg")
+    (tmp_path / "images" / "absolute.jpg").symlink_to(tmp_path / "images" / "real" / "a.jpg")
+    assert read_all(tmp_path / "images") == {
+        "real/a.jpg": b"linked",
+        "link.jpg": b"linked",
+        "absolute.jpg": b"linked",
+    }
+
+
+def test_a_link_out_of_the_folder_is_counted_and_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "a.jpg")
+    (folder / "absolute.jpg").symlink_to(put(tmp_path / "secret"))
+    (folder / "relative.jpg").symlink_to("../images-beside/b.jpg")
+    put(tmp_path / "images-beside" / "b.jpg")  # the folder's name is the beginning of this one
+    (tmp_path / "hop").symlink_to(folder / "a.jpg")
+    (folder / "out-and-in.jpg").symlink_to("../hop")
+    listing = open_images(folder).list_images()
+    assert set(gather(listing).column("key").to_pylist()) == {"a.jpg", "out-and-in.jpg"}
+    assert listing.left_out == {"link out of the folder": 2}
+
+
+def test_a_link_to_a_folder_is_counted_and_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "real" / "a.jpg")
+    (folder / "real" / "again").symlink_to(folder)
+    (folder / "out").symlink_to(put(tmp_path / "outside" / "b.jpg").parent)
+    listing = open_images(folder).list_images()
+    assert gather(listing).column("key").to_pylist() == ["real/a.jpg"]
+    assert listing.left_out == {"link to a folder": 2}
+
+
+def test_links_are_followed_when_asked_and_loops_end(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "real" / "a.jpg", b"a")
+    put(tmp_path / "outside" / "deep" / "b.jpg", b"b")
+    (folder / "fake").symlink_to(tmp_path / "outside")
+    (folder / "real" / "up").symlink_to("..")
+    (tmp_path / "outside" / "deep" / "self").symlink_to(".")
+    (folder / "file.jpg").symlink_to(tmp_path / "outside" / "deep" / "b.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    listing = open_images(folder, follow_symlinks=True).list_images()
+    keys = ["fake/deep/b.jpg", "file.jpg", "gone.jpg", "real/a.jpg"]
+    assert sorted(gather(listing).column("key").to_pylist()) == keys
+    assert listing.left_out == {"link to a folder above it": 2}
+    images = read_all(folder, follow_symlinks=True)
+    assert error_of(images.pop("gone.jpg")) == "not_found"
+    assert images == {"fake/deep/b.jpg": b"b", "file.jpg": b"b", "real/a.jpg": b"a"}
+    assert list_rows(folder, follow_symlinks=True)["fake/deep/b.jpg"]["label"] == FAKE
+
+
+def test_two_links_to_one_folder_are_two_sets_of_keys(tmp_path: Path) -> None:
+    put(tmp_path / "outside" / "a.jpg", b"a")
+    (tmp_path / "images").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).symlink_to(tmp_path / "outside")
+    images = read_all(tmp_path / "images", follow_symlinks=True)
+    assert images == {"one/a.jpg": b"a", "two/a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("swapped", ["file", "folder", "link"])
+def test_what_became_a_link_out_after_the_listing_is_denied(tmp_path: Path, swapped: str) -> None:
+    secret = put(tmp_path / "secret" / "a.jpg", b"12345")
+    path = put(tmp_path / "images" / "set" / "a.jpg", b"12345")
+    if swapped == "link":
+        os.rename(path, tmp_path / "images" / "b.jpg")
+        path.symlink_to("../b.jpg")
+    source = open_images(tmp_path / "images", include=("set/*",))
+    rows = gather(source.list_images())
+    for column in (path, secret):
+        os.utime(column, ns=(7, 7))
+    status = os.stat(secret)  # as like as the one that was listed
+    rows = rows.set_column(
+        rows.schema.get_field_index("mtime_ns"), "mtime_ns", pa.array([status.st_mtime_ns])
+    )
+    (image,) = source.read_images(rows)
+    assert image == b"12345"
+    path.unlink()
+    if swapped == "folder":
+        path.parent.rmdir()
+        path.parent.symlink_to(secret.parent)
+    else:
+        path.symlink_to(secret)
+    (image,) = source.read_images(rows)
+    assert error_of(image) == "denied"
+    (image,) = open_images(tmp_path / "images", follow_symlinks=True).read_images(rows)
+    assert image == b"12345"
+
+
+def test_a_folder_that_is_named_by_a_link_is_a_folder(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg", b"a")
+    (tmp_path / "link").symlink_to("images")
+    assert read_all(tmp_path / "link") == {"a.jpg": b"a"}
+
+
+def test_a_pipe_is_counted_and_never_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "a.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    listing = open_images(folder).list_images()
+    assert gather(listing).column("key").to_pylist() == ["a.jpg"]
+    assert listing.left_out == {"not a regular file": 1}
+
+
+def test_a_file_that_turned_into_a_pipe_does_not_block_reading(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    path = put(folder / "a.jpg")
+    source = open_images(folder)
+    rows = gather(source.list_images())
+    path.unlink()
+    os.mkfifo(path)
+    (image,) = source.read_images(rows)
+    assert error_of(image) in {"changed", "not_an_image"}
+
+
+# --- folders: reading ----------------------------------------------------------------------------
+
+
+def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("kept", "longer", "touched", "gone", "replaced-by-folder"):
+        put(folder / name, b"12345")
+    source = open_images(folder)
+    rows = gather(source.list_images())
+    put(folder / "longer", b"123456")
+    os.utime(folder / "touched", ns=(1, 1))
+    (folder / "gone").unlink()
+    (folder / "replaced-by-folder").unlink()
+    (folder / "replaced-by-folder").mkdir()
+    images = dict(zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True))
+    assert images.pop("kept") == b"12345"
+    errors = {key: error_of(image) for key, image in images.items()}
+    assert errors.pop("replaced-by-folder") in {"changed", "not_an_image"}
+    assert errors == {"longer": "changed", "touched": "changed", "gone": "not_found"}
+
+
+def test_a_file_whose_folder_was_replaced_by_a_file_is_not_found(tmp_path: Path) -> None:
+    path = put(tmp_path / "images" / "set" / "a.jpg")
+    source = open_images(tmp_path / "images")
+    rows = gather(source.list_images())
+    path.unlink()
+    path.parent.rmdir()
+    put(path.parent)
+    (image,) = source.read_images(rows)
+    assert error_of(image) == "not_found"
+
+
+def test_one_error_does_not_disturb_the_neighbours(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for n in range(9):
+        put(folder / f"{n}", f"{n}".encode())
+    source = open_images(folder)
+    rows = gather(source.list_images()).sort_by("key")
+    (folder / "4").unlink()
+    images = list(source.read_images(rows))
+    assert error_of(images.pop(4)) == "not_found"
+    assert images == [f"{n}".encode() for n in range(9) if n != 4]
+
+
+def test_a_file_above_the_limit_is_too_large_and_not_read(tmp_path: Path) -> None:
+    path = put(tmp_path / "images" / "huge.jpg", b"")
+    os.truncate(path, MAX_IMAGE_BYTES + 1)
+    assert error_of(read_all(tmp_path / "images")["huge.jpg"]) == "too_large"
+
+
+def test_an_empty_file_is_an_image_of_no_bytes(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "empty.jpg", b"")
+    assert read_all(tmp_path / "images") == {"empty.jpg": b""}
+
+
+# Runs as somebody whom permissions bind, which root is not.
+READ_AS_NOBODY = """
+import os, sys
+from cifake_ray.storage.sources.folder import read_file
+if os.getuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+print(read_file("open.jpg"), read_file("closed.jpg").error)
+"""
+
+
+def test_a_file_without_permission_is_denied(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    put(tmp_path / "open.jpg").chmod(0o644)
+    put(tmp_path / "closed.jpg").chmod(0)
+    process = subprocess.run(
+        [sys.executable, "-c", READ_AS_NOBODY],
+        cwd=tmp_path,  # the folders above it are closed to others, so paths start here
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.stdout.strip() == "b'bytes' denied", process.stderr
+
+
+# --- folders: labels -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "split", "source"),
+    [
+        ("REAL/a.jpg", REAL, None, None),
+        ("fake/a.jpg", FAKE, None, None),
+        ("ReAl/a.jpg", REAL, None, None),
+        ("0_real/a.jpg", REAL, None, None),
+        ("1_FAKE/a.jpg", FAKE, None, None),
+        ("train/REAL/a.jpg", REAL, "train", None),
+        ("test/FAKE/a.jpg", FAKE, "test", None),
+        ("val/REAL/a.jpg", REAL, "val", None),
+        ("valid/REAL/a.jpg", REAL, "val", None),
+        ("validation/REAL/a.jpg", REAL, "val", None),
+        ("TRAIN/REAL/a.jpg", REAL, "train", None),
+        ("holdout/REAL/a.jpg", REAL, None, None),
+        ("train/extra/REAL/a.jpg", REAL, None, None),  # only the folder just before is a split
+        ("fake/stable_diffusion/a.jpg", FAKE, None, "stable_diffusion"),
+        ("test/fake/SDXL 1.0/deep/a.jpg", FAKE, "test", "SDXL 1.0"),
+        ("real/fake/a.jpg", REAL, None, "fake"),  # the first class name decides
+        ("train/a.jpg", None, None, None),
+        ("surreal/a.jpg", None, None, None),
+        ("REAL", None, None, None),  # a file of that name lies in no class folder
+        ("a.jpg", None, None, None),
+    ],
+)
+def test_folders_give_label_split_and_source(
+    tmp_path: Path, key: str, label: int | None, split: str | None, source: str | None
+) -> None:
+    put(tmp_path / "images" / key)
+    row = list_rows(tmp_path / "images")[key]
+    assert (row["label"], row["split"], row["source"]) == (label, split, source)
+
+
+def test_the_root_itself_is_no_class_folder(tmp_path: Path) -> None:
+    put(tmp_path / "real" / "a.jpg")
+    assert list_rows(tmp_path / "real")["a.jpg"]["label"] is None
+
+
+def test_other_class_names_are_given_by_flag_in_any_case(tmp_path: Path) -> None:
+    for key in ("nature/a", "Photo/b", "AI/glide/c", "REAL/d"):
+        put(tmp_path / "images" / key)
+    rows = list_rows(tmp_path / "images", real_name=("Nature", "photo"), fake_name=("ai",))
+    assert {key: row["label"] for key, row in rows.items()} == {
+        "nature/a": REAL,
+        "Photo/b": REAL,
+        "AI/glide/c": FAKE,
+        "REAL/d": REAL,
+    }
+    assert rows["AI/glide/c"]["source"] == "glide"
+
+
+def test_a_name_cannot_mean_both_classes(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="'real' cannot mean both"):
+        open_images(tmp_path / "images", fake_name=("real",))
+
+
+# --- folders: filters and refusals ---------------------------------------------------------------
+
+
+def test_include_and_exclude_leave_files_out_and_count_them(tmp_path: Path) -> None:
+    for key in ("a.jpg", "b.JPG", "c.png", "deep/d.jpg", "deep/thumbs/e.jpg"):
+        put(tmp_path / "images" / key)
+    source = open_images(tmp_path / "images", include=("*.jpg", "*.png"), exclude=("*thumbs*",))
+    listing = source.list_images()
+    assert sorted(gather(listing).column("key").to_pylist()) == ["a.jpg", "c.png", "deep/d.jpg"]
+    assert listing.left_out == {"excluded": 2}
+
+
+def test_output_inside_the_source_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    for out in ("images", "images/out", "images/../images/out"):
+        config = ConvertConfig(src=str(tmp_path / "images"), out=str(tmp_path / out))
+        with pytest.raises(ValueError, match="lies inside the source"):
+            open_source(config)
+
+
+def test_output_inside_the_source_by_way_of_a_link_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    config = ConvertConfig(src=str(tmp_path / "images"), out=str(tmp_path / "link" / "out"))
+    with pytest.raises(ValueError, match="lies inside the source"):
+        open_source(config)
+
+
+def test_output_beside_the_source_is_fine_even_with_its_name_as_beginning(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    open_source(ConvertConfig(src=str(tmp_path / "images"), out=str(tmp_path / "images-out")))
+
+
+def test_an_empty_folder_is_nothing_to_do(tmp_path: Path) -> None:
+    (tmp_path / "images" / "empty").mkdir(parents=True)
+    listing = open_images(tmp_path / "images").list_images()
+    with pytest.raises(NothingToDo, match="no file"):
+        write_manifest(tmp_path / "manifest", "run", listing, None)
+
+
+def test_a_filter_that_keeps_nothing_is_nothing_to_do_and_says_why(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    listing = open_images(tmp_path / "images", include=("*.png",)).list_images()
+    with pytest.raises(NothingToDo, match="1 excluded"):
+        write_manifest(tmp_path / "manifest", "run", listing, None)
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="nowhere"):
+        open_images(tmp_path / "nowhere")
+
+
+def test_a_file_of_another_kind_is_no_source(tmp_path: Path) -> None:
+    path = put(tmp_path / "images.zip")
+    with pytest.raises(ValueError, match=r"images\.zip"):
+        open_images(path)
+
+
+def test_a_scheme_that_is_not_supported_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gopher://"):
+        open_source(ConvertConfig(src="gopher://host/x", out=str(tmp_path)))
+
+
+# --- lists ---------------------------------------------------------------------------------------
+
+
+def write_list(tmp_path: Path, text: str | bytes, name: str = "list.csv") -> Path:
+    return put(tmp_path / name, text if isinstance(text, bytes) else text.encode())
+
+
+def test_a_csv_list_gives_keys_as_written_labels_and_sources(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "a.jpg", b"a")
+    absolute = put(tmp_path / "elsewhere" / "b.jpg", b"b")
+    path = write_list(
+        tmp_path,
+        "source,label,path,split\n"
+        "coco,REAL,set/a.jpg,validation\n"
+        f"sdxl,fake,{absolute},test\n"
+        f",,file://{absolute},\n"
+        ",1,./set/a.jpg,\n",
+    )
+    rows = list_rows(path)
+    facts = {k: (r["label"], r["split"], r["source"]) for k, r in rows.items()}
+    assert facts == {
+        "set/a.jpg": (REAL, "val", "coco"),
+        str(absolute): (FAKE, "test", "sdxl"),
+        f"file://{absolute}": (None, None, None),
+        "./set/a.jpg": (FAKE, None, None),
+    }
+    assert read_all(path) == {
+        "set/a.jpg": b"a",
+        str(absolute): b"b",
+        f"file://{absolute}": b"b",
+        "./set/a.jpg": b"a",
+    }
+
+
+@pytest.mark.parametrize("suffix", ["csv", "txt", "parquet"])
+def test_paths_are_relative_to_the_list(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "lists" / "set" / "a.jpg", b"a")
+    path = tmp_path / "lists" / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"path": ["set/a.jpg", "gone.jpg"]}), path)
+    else:
+        head = "path\n" if suffix == "csv" else ""
+        path.write_text(f"{head}set/a.jpg\ngone.jpg\n")
+    monkeypatch.chdir("/")
+    images = read_all(path)
+    assert images["set/a.jpg"] == b"a"
+    assert error_of(images["gone.jpg"]) == "not_found"
+
+
+def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "file,is_ai,generator\na.jpg,1,sdxl\n")
+    row = list_rows(path, path_column="file", label_column="is_ai", source_column="generator")[
+        "a.jpg"
+    ]
+    assert (row["label"], row["source"]) == (FAKE, "sdxl")
+
+
+def test_a_list_without_its_path_column_says_which_columns_it_has(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "file,label\na.jpg,1\n")
+    with pytest.raises(ValueError, match=r"'path'.*file, label.*--path-column"):
+        list_rows(path)
+
+
+def test_an_empty_csv_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'path'"):
+        list_rows(write_list(tmp_path, ""))
+
+
+def test_a_list_of_a_header_alone_is_nothing_to_do(tmp_path: Path) -> None:
+    listing = open_images(write_list(tmp_path, "path\n")).list_images()
+    with pytest.raises(NothingToDo):
+        write_manifest(tmp_path / "manifest", "run", listing, None)
+
+
+def test_a_path_that_stands_twice_is_refused_with_examples(tmp_path: Path) -> None:
+    lines = "".join(f"{n}.jpg\n" for n in range(50))
+    listing = open_images(write_list(tmp_path, f"path\n{lines}7.jpg\n7.jpg\n")).list_images()
+    with pytest.raises(ValueError, match=r"'7\.jpg'"):
+        write_manifest(tmp_path / "manifest", "run", listing, None)
+
+
+def test_a_wrong_label_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "path,label\na.jpg,REAL\nb.jpg,maybe\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 3: label 'maybe'"):
+        list_rows(path)
+
+
+def test_a_line_without_a_path_is_named(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "path,label\na.jpg,REAL\n,FAKE\n")
+    with pytest.raises(ValueError, match=r"line 3: no path"):
+        list_rows(path)
+
+
+def test_a_scheme_in_a_list_that_is_not_supported_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "path\nhttp://example.org/a.jpg\n")
+    with pytest.raises(ValueError, match=r"line 2: http://"):
+        list_rows(path)
+
+
+def test_a_path_with_a_zero_byte_is_named_with_its_line(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "path\na.jpg\nb\0.jpg\n")
+    with pytest.raises(ValueError, match="line 3"):
+        list_rows(path)
+
+
+def test_a_ragged_row_is_named(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "path,label\na.jpg,REAL\nb, c.jpg,FAKE\n")
+    with pytest.raises(ValueError, match="line 3: 3 values for 2 columns"):
+        list_rows(path)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_a_list_that_is_not_utf8_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_list(tmp_path, b"path\ncaf\xe9.jpg\n", name)
+    with pytest.raises(ValueError, match=r"not UTF-8"):
+        list_rows(path)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, name: str) -> None:
+    head = "path\r\n" if name.endswith("csv") else ""
+    path = write_list(tmp_path, f"\ufeff{head}a.jpg\r\n\r\nb c.jpg\r\n", name)
+    assert set(list_rows(path)) == {"a.jpg", "b c.jpg"}
+
+
+def test_quotes_hold_commas_quotes_and_newlines(tmp_path: Path) -> None:
+    put(tmp_path / "new\nline.jpg", b"newline")
+    path = write_list(tmp_path, 'path,label\n"a,b.jpg",REAL\n"say ""hi"".jpg",1\n"new\nline.jpg",0')
+    rows = list_rows(path)
+    assert {k: r["label"] for k, r in rows.items()} == {
+        "a,b.jpg": REAL,
+        'say "hi".jpg': FAKE,
+        "new\nline.jpg": REAL,
+    }
+    assert read_all(path)["new\nline.jpg"] == b"newline"
+
+
+def test_a_quote_that_never_ends_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"list\.csv, line \d"):
+        list_rows(write_list(tmp_path, 'path\n"a.jpg\nb.jpg\n'))
+
+
+def test_spaces_and_odd_names_in_a_text_list_are_kept(tmp_path: Path) -> None:
+    names = [" a.jpg", "b.jpg ", "c,d.jpg", '"e".jpg', "f\x85g.jpg", "h\u2028i.jpg"]
+    for name in names:
+        put(tmp_path / name, name.encode())
+    path = write_list(tmp_path, "\n".join(names), "list.txt")
+    assert read_all(path) == {name: name.encode() for name in names}
+
+
+def test_extra_columns_are_carried_with_their_types(tmp_path: Path) -> None:
+    columns = {
+        "path": pa.array(["a.jpg", "b.jpg"]),
+        "score_of_others": pa.array([0.5, None], pa.float32()),
+        "width_cm": pa.array([1, 2], pa.uint8()),
+        "tags": pa.array([["x"], None], pa.list_(pa.string())),
+        "taken": pa.array([0, 1], pa.timestamp("us", "UTC")),
+        "title": pa.array(["one", "two"], pa.large_string()),
+    }
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table(columns), path)
+    table = gather(open_images(path).list_images())
+    for name in list(columns)[1:]:
+        assert table.column(name).combine_chunks() == columns[name], name
+
+
+def test_csv_columns_are_carried_as_text(tmp_path: Path) -> None:
+    table = gather(open_images(write_list(tmp_path, "path,n\na,007\nb,\n")).list_images())
+    assert table.column("n").to_pylist() == ["007", ""]
+
+
+@pytest.mark.parametrize("name", ["p_fake", "error", "key", "image", "mtime_ns", "location"])
+def test_an_extra_column_with_a_name_of_the_output_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_list(tmp_path, f"path,{name}\na.jpg,1\n")
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        list_rows(path)
+
+
+@pytest.mark.parametrize("name", ["hash", "shard", "bytes", "row_number", "file_name", ""])
+def test_an_extra_column_of_any_other_name_reaches_the_manifest(tmp_path: Path, name: str) -> None:
+    path = write_list(tmp_path, f"path,{name}\na.jpg,one\nb.jpg,two\n")
+    manifest = write_manifest(tmp_path / "m", "run", open_images(path).list_images(), None)
+    table = read_shard(tmp_path / "m", manifest.files[0], 0)
+    assert dict(zip(*(table.column(n).to_pylist() for n in ("key", name)), strict=True)) == {
+        "a.jpg": "one",
+        "b.jpg": "two",
+    }
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="same name"):
+        list_rows(write_list(tmp_path, "path,x,x\na.jpg,1,2\n"))
+
+
+def test_filters_work_on_lists_too(tmp_path: Path) -> None:
+    path = write_list(tmp_path, "a.jpg\nb.png\n", "list.txt")
+    listing = open_images(path, exclude=("*.png",)).list_images()
+    assert gather(listing).column("key").to_pylist() == ["a.jpg"]
+    assert listing.left_out == {"excluded": 1}
+
+
+def test_a_damaged_parquet_list_is_named(tmp_path: Path) -> None:
+    path = write_list(tmp_path, b"PAR1 no", "list.parquet")
+    with pytest.raises(StorageError, match=r"list\.parquet"):
+        open_images(path)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def write_hub_table(
+    path: Path, labels: Sequence[int | None], names: Sequence[str] | None, **columns: Any
+) -> Path:
+    """A Parquet file as `datasets` writes it, with ClassLabel names in the given order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": make_png(n), "path": f"{n}.png"} for n in range(len(labels))]
+    table = pa.table(
+        {
+            "image": pa.array(images, SHARD_FIELDS[1].type),
+            "label": pa.array(labels, pa.int64()),
+            **columns,
+        }
+    )
+    if names is not None:
+        features = {
+            "image": {"_type": "Image"},
+            "label": {"names": list(names), "_type": "ClassLabel"},
+        }
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def test_hub_labels_are_mapped_by_name_not_by_number(tmp_path: Path) -> None:
+    write_hub_table(
+        tmp_path / "hub" / "train-00000-of-00001.parquet", [0, 1, None], ["FAKE", "REAL"]
+    )
+    labels = [row["label"] for row in list_rows(tmp_path / "hub").values()]
+    assert labels == [FAKE, REAL, None]
+
+
+def test_numbers_without_class_names_are_taken_as_ours(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], None)
+    assert [row["label"] for row in list_rows(path).values()] == [REAL, FAKE]
+
+
+def test_the_hub_label_of_an_unlabelled_row_is_no_label(tmp_path: Path) -> None:
+    """`datasets` writes -1 where a test label is kept secret."""
+    path = write_hub_table(tmp_path / "hub" / "test.parquet", [-1, 0], ["REAL", "FAKE"])
+    assert [row["label"] for row in list_rows(path).values()] == [None, REAL]
+
+
+def test_a_hub_label_beyond_its_names_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 2], ["REAL", "FAKE"])
+    with pytest.raises((ValueError, StorageError), match=r"x\.parquet"):
+        list_rows(path)
+
+
+def test_hub_classes_about_something_else_leave_the_label_unknown(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["cat", "dog"])
+    assert [row["label"] for row in list_rows(path).values()] == [None, None]
+
+
+def test_hub_classes_that_are_ours_only_in_part_are_refused(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["real", "cat"])
+    with pytest.raises(ValueError, match=r"x\.parquet.*cat"):
+        list_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00001.parquet", "train"),
+        ("validation-00000-of-00001.parquet", "val"),
+        ("test.parquet", "test"),
+        ("part-00000.parquet", None),
+    ],
+)
+def test_the_split_of_a_hub_file_is_in_its_name(
+    tmp_path: Path, name: str, split: str | None
+) -> None:
+    write_hub_table(tmp_path / "hub" / "data" / name, [0], None)
+    source = open_images(tmp_path / "hub", source_kind="shards")
+    rows = gather(source.list_images()).to_pylist()
+    assert [row["split"] for row in rows] == [split]
+
+
+def test_rows_without_a_key_are_named_after_file_and_place(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"):
+        write_hub_table(tmp_path / "hub" / name, [0, 1, 0], None)
+    keys = list(list_rows(tmp_path / "hub", shard_size=1))
+    names = [f"train-0000{file}-of-00002.parquet#{row}" for file in (0, 1) for row in (0, 1, 2)]
+    assert keys == names
+    assert list(read_all(tmp_path / "hub", shard_size=1).values()) == [
+        make_png(n) for _ in (0, 1) for n in (0, 1, 2)
+    ]
+
+
+def test_a_single_hub_file_is_a_source(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "x.parquet", [0, 1, 1], None)
+    assert read_all(path) == {f"x.parquet#{n}": make_png(n) for n in range(3)}
+
+
+def test_rows_of_a_table_can_be_read_in_any_order(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        write_hub_table(tmp_path / "hub" / name, [0] * 5, None)
+    source = open_images(tmp_path / "hub")
+    rows = gather(source.list_images())
+    order = np.random.default_rng(0).permutation(rows.num_rows)
+    expected = [make_png(int(n) % 5) for n in order]
+    assert list(source.read_images(rows.take(pa.array(order)))) == expected
+
+
+def test_a_source_travels_after_it_has_been_read_from(tmp_path: Path) -> None:
+    """A worker with a GPU sends its own to the tasks that feed it."""
+    write_hub_table(tmp_path / "hub" / "a.parquet", [0] * 3, None)
+    source = open_images(tmp_path / "hub")
+    rows = gather(source.list_images())
+    images = list(source.read_images(rows))
+    assert list(pickle.loads(pickle.dumps(source)).read_images(rows)) == images
+
+
+def test_neighbouring_row_groups_make_a_shard(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "x.parquet", [0] * 9, None)  # groups of 2, 2, 2, 2, 1
+    listing = open_images(path, shard_size=3).list_images()
+    assert listing.keeps_order
+    assert [batch.num_rows for batch in listing.batches] == [4, 4, 1]
+
+
+def test_extra_columns_of_a_table_are_carried(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "x.parquet", [0, 1], None, prompt=["a cat", None])
+    assert [row["prompt"] for row in list_rows(path).values()] == ["a cat", None]
+
+
+def test_tables_with_other_columns_are_refused(tmp_path: Path) -> None:
+    write_hub_table(tmp_path / "hub" / "a.parquet", [0], None)
+    write_hub_table(tmp_path / "hub" / "b.parquet", [0], None, prompt=["a cat"])
+    with pytest.raises(StorageError, match=r"b\.parquet: other columns"):
+        list_rows(tmp_path / "hub")
+
+
+def test_a_row_without_bytes_is_not_found(tmp_path: Path) -> None:
+    images = pa.array([{"bytes": None, "path": "gone.png"}, None], SHARD_FIELDS[1].type)
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
+    assert [error_of(image) for image in read_all(tmp_path / "x.parquet").values()] == [
+        "not_found",
+        "not_found",
+    ]
+
+
+def test_a_key_that_stands_twice_in_a_table_is_refused(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "x.parquet", [0, 1, 0], None, key=["a", "b", "a"])
+    with pytest.raises(ValueError, match="'a'"):
+        write_manifest(tmp_path / "m", "run", open_images(path).list_images(), None)
+
+
+def test_our_own_shards_come_back_with_keys_labels_and_errors(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "train" / "REAL" / "sdxl" / "a.png", make_png(1))
+    put(folder / "test" / "FAKE" / "b.png", make_png(2))
+    put(folder / "broken.png", b"no image")
+    gone = put(folder / "gone.png", make_png(3))
+    source = open_images(folder)
+    run = RunPlan(
+        out=tmp_path / "shards",
+        command="convert",
+        settings={},
+        config={},
+        list_source=source.list_images,
+        shard_rows=None,
+    ).open()
+    gone.unlink()
+    rows = read_shard(run.manifest_folder, run.find_file(0), 0)
+    images = list(source.read_images(rows))
+    commit_part(run, 0, ConvertWork().finish(rows, images), {}, {})
+
+    listed = list_rows(tmp_path / "shards")
+    facts = {k: (r["label"], r["split"], r["source"]) for k, r in listed.items()}
+    assert facts == {
+        "train/REAL/sdxl/a.png": (REAL, "train", "sdxl"),
+        "test/FAKE/b.png": (FAKE, "test", None),
+        "broken.png": (None, None, None),
+        "gone.png": (None, None, None),
+    }
+    again = read_all(tmp_path / "shards")
+    assert again["train/REAL/sdxl/a.png"] == make_png(1)
+    assert again["test/FAKE/b.png"] == make_png(2)
+    assert error_of(again["broken.png"]) == "not_an_image"
+    assert error_of(again["gone.png"]) == "not_found"
+    assert isinstance(again["gone.png"], ImageError)
+    assert again["gone.png"].detail == "the file is gone"
+    assert set(list_rows(tmp_path / "shards" / "shards")) == set(listed)
+
+
+def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0], None)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StorageError, match=r"x\.parquet.*repair"):
+        list_rows(tmp_path / "hub")
+
+
+def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "hub" / "x.parquet")
+    with pytest.raises(StorageError, match="no column `image`"):
+        list_rows(tmp_path / "hub")
