@@ -130,7 +130,7 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
 
 def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
     from cifake_ray.storage.runs.verify import find_damage
-    from cifake_ray.storage.sources.s3_prefix import open_place
+    from cifake_ray.storage.s3.location import open_place
 
     damage = find_damage(open_place(config.out, config.store))
     damaged = {item.name: item.reason for item in damage}
@@ -142,7 +142,7 @@ def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import set_damage_aside
-    from cifake_ray.storage.sources.s3_prefix import open_place
+    from cifake_ray.storage.s3.location import open_place
 
     path = open_place(config.out, config.store)
     run = require_run(path)

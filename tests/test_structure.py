@@ -35,6 +35,24 @@ RANKS = {"core": 0, "config": 0, "errors": 0, "report": 1, "storage": 2, "stages
 DOORS = {"cli", "options", "console", "pipeline", "__main__"}
 DOOR_RANK = 4
 
+# The rooms of a floor, lowest first: a room imports from those before it and from itself, those of
+# one line not from each other. A file on a floor is a room of its own.
+ROOMS = {
+    "core": [
+        {"schema", "imaging"},
+        {"labels", "models", "evaluation", "sample_images"},
+        {"processing", "training"},
+        {"search"},
+    ],
+    "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
+    "stages": [
+        {"cluster", "malloc"},
+        {"batch", "train", "submit", "doctor"},
+        {"convert", "score", "tune"},
+        {"evaluate"},
+    ],
+}
+
 STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
@@ -102,6 +120,33 @@ def test_imports_only_go_down() -> None:
             if rank_of(find_floor(target)) > rank_of(find_floor(module)):
                 upward.append(f"{name_of(path)}:{line} imports {target}")
     assert upward == []
+
+
+@pytest.mark.parametrize("floor", ROOMS)
+def test_rooms_import_only_from_rooms_before_them(floor: str) -> None:
+    order = {room: number for number, rooms in enumerate(ROOMS[floor]) for room in rooms}
+    wrong = []
+    for module, path in MODULES.items():
+        if not module.startswith(f"cifake_ray.{floor}."):
+            continue
+        room = module.split(".")[2]
+        assert room in order, f"{name_of(path)}: a new room; give it its place in ROOMS"
+        for target, _, line in find_imports(path):
+            if target.startswith(f"cifake_ray.{floor}."):
+                other = target.split(".")[2]
+                if other != room and order[other] >= order[room]:
+                    wrong.append(f"{name_of(path)}:{line} imports {target}")
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    above: dict[str, set[str]] = {
+        module: {target for target, _, _ in find_imports(path) if target in MODULES}
+        for module, path in MODULES.items()
+    }
+    while leaves := {module for module, targets in above.items() if not targets}:
+        above = {module: targets - leaves for module, targets in above.items() if targets}
+    assert above == {}
 
 
 @pytest.mark.parametrize("floor", ["core", "config", "errors", "report"])

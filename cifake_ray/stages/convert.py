@@ -20,8 +20,8 @@ from cifake_ray.stages.batch.driver import (
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.s3.location import open_place
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.s3_prefix import open_place
 
 
 def make_work(placement: Placement) -> ConvertWork:

@@ -33,18 +33,14 @@ from cifake_ray.stages.batch.driver import (
     run_batch,
 )
 from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.storage.bundles.bundle import (
-    BundleFacts,
-    locate_bundle,
-    read_bundle_facts,
-    read_history,
-)
+from cifake_ray.storage.bundles.bundle import BundleFacts, locate_bundle, read_bundle_facts
 from cifake_ray.storage.io.files import write_bytes, write_json
 from cifake_ray.storage.runs.manifest import read_shard
 from cifake_ray.storage.runs.run import Run, RunPlan
 from cifake_ray.storage.runs.shards import read_part
+from cifake_ray.storage.runs.train_run import read_history
+from cifake_ray.storage.s3.location import open_place
 from cifake_ray.storage.sources.parquet import TableSource, find_splits
-from cifake_ray.storage.sources.s3_prefix import open_place
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are

@@ -32,8 +32,8 @@ from cifake_ray.storage.bundles.bundle import (
 )
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.s3.location import open_place
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.s3_prefix import open_place
 
 if TYPE_CHECKING:
     from cifake_ray.core.processing.score import ScoreWork

@@ -40,11 +40,12 @@ from cifake_ray.stages.convert import make_work
 from cifake_ray.stages.score import MakeScoreWork
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_facts
 from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.runs.manifest import MAX_SHARD_ROWS, SHARDS_PER_FILE, write_manifest
+from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest
 from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run, manifest
+from cifake_ray.storage.s3.location import open_place
 from cifake_ray.storage.sources.parquet import TableSource
-from cifake_ray.storage.sources.s3_prefix import BucketSource, open_place
-from cifake_ray.storage.sources.source import Listing
+from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.source import MAX_SHARD_ROWS, Listing
 
 BATCH_ROWS = 16_384
 NUM_SHARDS = 100_000

@@ -42,7 +42,7 @@ from cifake_ray.storage.io.paths import resolve_path, to_arrow
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.runs.trackers import Tracking, check_trackers
 from cifake_ray.storage.runs.train_run import TrainingRun
-from cifake_ray.storage.sources.s3_prefix import open_place
+from cifake_ray.storage.s3.location import open_place
 
 POLL_S = 0.5  # how often the driver looks for a finished epoch
 

@@ -48,7 +48,7 @@ from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_boxed, read_recipe, read_searches
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
-from cifake_ray.storage.sources.s3_prefix import open_place
+from cifake_ray.storage.s3.location import open_place
 
 OUT_OF_TIME = "the time budget was over"
 DEFAULTS = asdict(TrainConfig(shards="", run=""))

@@ -165,19 +165,6 @@ def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str)
         ) from error
 
 
-def read_history(path: Place) -> list[dict[str, Any]]:
-    """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
-    history = path / "history.jsonl"
-    if not exists(history):
-        return []
-    try:
-        return [dict(json.loads(line)) for line in read_bytes(history).splitlines()]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{history}: damaged ({error}); remove the file or copy the bundle again"
-        ) from error
-
-
 def write_bundle(
     path: Place,
     detector: Detector,

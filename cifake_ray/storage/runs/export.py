@@ -18,7 +18,7 @@ from cifake_ray.storage.io.files import exists, list_folder, write_chunks
 from cifake_ray.storage.io.paths import Place, is_inside, resolve_path
 from cifake_ray.storage.runs.shards import read_part
 from cifake_ray.storage.runs.verify import PART_NAME, open_finished, read_files
-from cifake_ray.storage.sources.s3_prefix import open_place
+from cifake_ray.storage.s3.location import open_place
 
 # A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
 # blanks or in full width. Source: OWASP, CSV injection.

@@ -22,12 +22,15 @@ from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.sources.source import Listing
+from cifake_ray.storage.sources.source import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_ROWS,
+    MIN_SHARD_ROWS,
+    Listing,
+)
 
 NUM_RANGES = 64  # temporary files while sorting; memory is one of them
 SHARDS_PER_FILE = 256
-MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384
-MAX_SHARD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION
-from cifake_ray.errors import RunMismatch, StorageError
-from cifake_ray.storage.bundles.bundle import read_history
+from cifake_ray.errors import BundleError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
     encode_json,
     exists,
     hash_json,
+    read_bytes,
     read_if_exists,
     read_json,
     write_bytes,
@@ -57,6 +57,19 @@ def claim_folder(
             refuse_other_settings(path, found["settings"], settings)
         else:  # refused or killed before it came to anything: there is nothing to lose
             write_json(papers, record)
+
+
+def read_history(path: Place) -> list[dict[str, Any]]:
+    """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
+    history = path / "history.jsonl"
+    if not exists(history):
+        return []
+    try:
+        return [dict(json.loads(line)) for line in read_bytes(history).splitlines()]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{history}: damaged ({error}); remove the file or copy the bundle again"
+        ) from error
 
 
 @dataclass(frozen=True)

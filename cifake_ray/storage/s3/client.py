@@ -28,12 +28,19 @@ from botocore import UNSIGNED
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import BotoCoreError, NoCredentialsError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.storage.s3.errors import MOVED, S3Error, TooLarge, describe_break, parse_refusal
+from cifake_ray.storage.s3.errors import (
+    MOVED,
+    S3Error,
+    TooLarge,
+    describe_break,
+    explain_refusal,
+    parse_refusal,
+)
 from cifake_ray.storage.s3.throttle import Throttle
 
 T = TypeVar("T")
@@ -291,6 +298,14 @@ def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: f
     if expected is not None and num_bytes != expected:
         raise urllib3.exceptions.IncompleteRead(num_bytes, expected - num_bytes)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
+    """This process's client. StorageError when the profile does not exist."""
+    try:
+        return connect(store, limits)
+    except BotoCoreError as error:
+        raise explain_refusal(error, f"s3://{bucket}") from error
 
 
 def connect(store: StoreConfig, limits: S3Limits = DEFAULT_LIMITS) -> S3Client:

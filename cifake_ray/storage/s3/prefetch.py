@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,8 +18,9 @@ from botocore.exceptions import BotoCoreError
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Client, S3Limits, connect
+from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Client, S3Limits, open_client
 from cifake_ray.storage.s3.errors import S3Error, TooLarge, explain_refusal
+from cifake_ray.storage.s3.location import split_location
 
 MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
 ASSUMED_BYTES = 16 * 2**20  # of an object of unknown size, until the first has come
@@ -115,14 +116,6 @@ def fetch_objects(
             future.cancel()
 
 
-def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
-    """This process's client. StorageError when the profile does not exist."""
-    try:
-        return connect(store, limits)
-    except BotoCoreError as error:
-        raise explain_refusal(error, f"s3://{bucket}") from error
-
-
 def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> bytes | ImageError:
     if stored.size_bytes is not None and stored.size_bytes > MAX_IMAGE_BYTES:
         return ImageError("too_large", f"{stored.size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}")
@@ -148,3 +141,28 @@ def explain_object(error: S3Error) -> ImageError:
     if error.is_transient or 300 <= error.status < 400:
         return ImageError("io_network", f"{error}")
     return ImageError("denied", f"{error}")
+
+
+def read_objects(
+    store: StoreConfig,
+    locations: Sequence[str | None],
+    sizes: Sequence[int | None],
+    etags: Sequence[str | None],
+    limits: S3Limits = DEFAULT_LIMITS,
+) -> Iterator[bytes | ImageError]:
+    """One result for each location of the form s3://BUCKET/KEY, in order.
+
+    A row without a location is one whose key is not valid UTF-8. StorageError when there are no
+    credentials to ask with.
+    """
+    objects = (
+        StoredObject(*split_location(location), etag, size_bytes)
+        for location, size_bytes, etag in zip(locations, sizes, etags, strict=True)
+        if location is not None
+    )
+    results = fetch_objects(store, objects, limits)
+    for location in locations:
+        if location is None:
+            yield ImageError("bad_key", "the key is not valid UTF-8; rename the object")
+        else:
+            yield next(results)

@@ -26,16 +26,8 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     RowBuffer,
+    escape_key,
 )
-
-
-def escape_key(name: str) -> str | None:
-    """The name with its undecodable bytes as `\\xNN`, or None when it is valid UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(name).decode("utf-8", "backslashreplace")
-    return None
 
 
 @dataclass(frozen=True)

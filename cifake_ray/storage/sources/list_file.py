@@ -22,11 +22,11 @@ from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import Place, explain_errors
+from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_fence
 from cifake_ray.storage.sources.folder import read_file
 from cifake_ray.storage.sources.fsspec_prefix import read_store_files
 from cifake_ray.storage.sources.parquet import open_parquet
-from cifake_ray.storage.sources.s3_prefix import read_objects
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,

@@ -13,12 +13,13 @@ from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import exists, is_file
 from cifake_ray.storage.io.paths import Place, explain_errors, is_inside, resolve_path
+from cifake_ray.storage.s3.location import open_place
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.fsspec_prefix import StoreSource
 from cifake_ray.storage.sources.list_file import ListSource
 from cifake_ray.storage.sources.parquet import TableSource, open_parquet
 from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, InventorySource
-from cifake_ray.storage.sources.s3_prefix import BucketSource, open_place
+from cifake_ray.storage.sources.s3_prefix import BucketSource
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
 LIST_SUFFIXES = (".csv", ".txt", ".parquet")

@@ -24,8 +24,7 @@ from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, 
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
 from cifake_ray.storage.io.paths import Place, explain_errors
-from cifake_ray.storage.runs.manifest import MIN_SHARD_ROWS
-from cifake_ray.storage.sources.source import KEEP_ALL, KeyFilter, Listing
+from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
 
 OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 

@@ -6,6 +6,7 @@ bytes, or the ImageError that becomes the row of that key.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import pyarrow as pa
 from cifake_ray.errors import ImageError
 
 LISTING_BATCH_ROWS = 16_384
+MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384  # images in a shard, unless --shard-size says
+MAX_SHARD_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -75,3 +78,12 @@ class KeyFilter:
 
 
 KEEP_ALL = KeyFilter()
+
+
+def escape_key(name: str) -> str | None:
+    """The name with its undecodable bytes as `\\xNN`, or None when it is valid UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return None

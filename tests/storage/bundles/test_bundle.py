@@ -24,11 +24,11 @@ from cifake_ray.storage.bundles.bundle import (
     load_bundle,
     locate_bundle,
     read_bundle_facts,
-    read_history,
     write_bundle,
 )
 from cifake_ray.storage.io.files import write_bytes
 from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.runs.train_run import read_history
 
 CALIBRATION = Calibration(
     temperature=1.5, threshold=0.4, threshold_fpr_1=0.9, threshold_fpr_01=0.99

@@ -15,9 +15,6 @@ import pytest
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.runs.manifest import (
-    MAX_SHARD_BYTES,
-    MAX_SHARD_ROWS,
-    MIN_SHARD_ROWS,
     SHARDS_PER_FILE,
     Manifest,
     choose_shard_rows,
@@ -25,7 +22,13 @@ from cifake_ray.storage.runs.manifest import (
     write_manifest,
 )
 from cifake_ray.storage.runs.run import Run
-from cifake_ray.storage.sources.source import Listing, RowBuffer
+from cifake_ray.storage.sources.source import (
+    MAX_SHARD_BYTES,
+    MAX_SHARD_ROWS,
+    MIN_SHARD_ROWS,
+    Listing,
+    RowBuffer,
+)
 
 SCHEMA = pa.schema(MANIFEST_FIELDS)
 

@@ -21,10 +21,11 @@ from s3_server import S3Server, find_ports
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError, StorageError
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Error, S3Limits, connect
-from cifake_ray.storage.s3.prefetch import StoredObject, fetch_objects
+from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, connect
+from cifake_ray.storage.s3.errors import S3Error
+from cifake_ray.storage.s3.location import check_bucket
+from cifake_ray.storage.s3.prefetch import StoredObject, fetch_objects, read_objects
 from cifake_ray.storage.s3.throttle import Throttle
-from cifake_ray.storage.sources.s3_prefix import check_bucket, read_objects
 
 QUICK = S3Limits(
     max_attempts=4,

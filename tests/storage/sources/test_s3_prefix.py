@@ -21,7 +21,9 @@ from cifake_ray.errors import ImageError, NothingToDo, StorageError
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3.client import S3Limits, connect
 from cifake_ray.storage.s3.listing import KeyLister, Query
-from cifake_ray.storage.sources.s3_prefix import BucketSource, read_objects, split_location
+from cifake_ray.storage.s3.location import split_location
+from cifake_ray.storage.s3.prefetch import read_objects
+from cifake_ray.storage.sources.s3_prefix import BucketSource
 from cifake_ray.storage.sources.source import KeyFilter
 
 QUICK = S3Limits(max_attempts=3, read_timeout_s=2, deadline_s=5, first_pause_s=0.01)

@@ -1,0 +1,96 @@
+"""Options that convert, score and evaluate share.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, check, check_least
+
+SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(ClusterConfig):
+    """What convert, score and evaluate have in common: they run on the batch spine."""
+
+    num_workers: Annotated[
+        int | None, Doc("Worker processes (default: one per CPU, or one per GPU)", effect=False)
+    ] = None
+    shard_size: Annotated[
+        int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
+    ] = None
+    max_error_rate: Annotated[
+        float, Doc("Exit 3 when more than this share of the images failed, 0 to 1", effect=False)
+    ] = 0.01
+    retry_errors: Annotated[
+        bool, Doc("Try again the rows that failed for a reason that may pass", effect=False)
+    ] = False
+    stall_timeout_s: Annotated[  # a worker that is silent for half as long is started anew
+        float, Doc("Exit 6 after so many seconds without progress", effect=False)
+    ] = 600.0
+    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s")
+        check(
+            0 <= self.max_error_rate <= 1,
+            f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(BatchConfig):
+    """How images are found and labelled."""
+
+    src: Annotated[
+        str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
+    ]
+    out: Annotated[str, Doc("Output folder", positional=True, effect=False)]
+    source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
+    include: Annotated[
+        tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'")
+    ] = ()
+    exclude: Annotated[tuple[str, ...], Doc("No keys that match one of these globs")] = ()
+    real_name: Annotated[
+        tuple[str, ...], Doc("Folder names that mean REAL, in any case, beside real and 0_real")
+    ] = ()
+    fake_name: Annotated[
+        tuple[str, ...], Doc("Folder names that mean FAKE, in any case, beside fake and 1_fake")
+    ] = ()
+    path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
+    label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
+    source_column: Annotated[str, Doc("Column of a list that names its sources")] = "source"
+    follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
+    allow_prefix: Annotated[
+        tuple[str, ...],
+        Doc("A list may name files below this folder or URI, beside its own folder", effect=False),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig(BatchConfig):
+    """Which detector scores."""
+
+    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
+    expect_sha256: Annotated[
+        str | None, Doc("Refuse a bundle of another sha256 (a refusal tells its own)", effect=False)
+    ] = None
+    allow_pickle: Annotated[
+        bool, Doc("Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code", effect=False)
+    ] = False
+    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "batch_size")
+        check(
+            self.expect_sha256 is None or bool(re.fullmatch("[0-9a-fA-F]{64}", self.expect_sha256)),
+            f"--expect-sha256 is {self.expect_sha256!r}; give all 64 hex digits",
+        )

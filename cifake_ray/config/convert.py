@@ -1,0 +1,15 @@
+"""Options of `convert`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cifake_ray.config.batch import SourceConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(SourceConfig):
+    """convert: images -> Parquet shards."""

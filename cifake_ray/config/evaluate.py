@@ -1,0 +1,26 @@
+"""Options of `evaluate`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifake_ray.config.batch import BundleConfig
+from cifake_ray.config.fields import Doc, check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BundleConfig):
+    """evaluate: labelled shards and a bundle -> predictions, metrics and a report."""
+
+    shards: Annotated[str, Doc("Output of convert", positional=True)]
+    out: Annotated[str, Doc("Folder for the report", effect=False)]
+    split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
+    num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 10, "num_bootstrap")

@@ -1,0 +1,34 @@
+"""Options of `pipeline`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, check_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig(ClusterConfig):
+    """pipeline: convert, train, evaluate and score below one root folder."""
+
+    src: Annotated[str, Doc("Folder of labelled images", positional=True)]
+    root: Annotated[str, Doc("Folder for everything", positional=True)]
+    model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
+    epochs: Annotated[int, Doc("Passes over the training images")] = 10
+    seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
+    num_workers: Annotated[
+        str | None, Doc("Data-parallel training workers, as for train (default: the GPUs, else 1)")
+    ] = None
+    batch_workers: Annotated[
+        int | None, Doc("Workers of convert, evaluate and score (default: one per CPU or GPU)")
+    ] = None
+    device: Annotated[Device, Doc("auto: the GPUs if there are any")] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "epochs", "batch_workers")
+        check_least(self, 0, "seed")

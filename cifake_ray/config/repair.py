@@ -1,0 +1,18 @@
+"""Options of `repair`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifake_ray.config.fields import ClusterConfig, Doc
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(ClusterConfig):
+    """repair: make the shards again that `verify` finds damaged, and only those."""
+
+    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]

@@ -1,0 +1,28 @@
+"""Options of `score`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifake_ray.config.batch import BundleConfig, SourceConfig
+from cifake_ray.config.fields import Doc, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(SourceConfig, BundleConfig):
+    """score: images -> scores."""
+
+    target_fpr: Annotated[
+        float | None, Doc("False-positive rate whose stored threshold is used: 0.01 or 0.001")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.target_fpr in (None, 0.01, 0.001),
+            f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001",
+        )

@@ -1,0 +1,18 @@
+"""Options of `verify`.
+
+Floor: core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cifake_ray.config.fields import Doc, StoreConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(StoreConfig):
+    """verify: compare every result file with what was committed."""
+
+    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]

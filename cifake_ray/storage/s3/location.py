@@ -1,0 +1,47 @@
+"""What an s3:// URI names: its bucket and key, and whether the bucket answers.
+
+Floor: storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from botocore.exceptions import BotoCoreError
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
+from cifake_ray.storage.s3.errors import S3Error, explain_refusal
+
+SCHEME = "s3://"
+CHECK_ATTEMPTS = 3  # a wrong endpoint should be told in seconds
+
+
+def open_place(uri: str, store: StoreConfig) -> Place:
+    """The place a URI names; one in S3 is asked for first, which tells in seconds what is wrong.
+
+    ValueError for what cannot be a place, StorageError when the bucket cannot be reached.
+    """
+    place = resolve_path(uri, store)
+    if uri.startswith(SCHEME):
+        check_bucket(store, *split_location(uri))
+    return place
+
+
+def check_bucket(
+    store: StoreConfig, bucket: str, prefix: str = "", limits: S3Limits = DEFAULT_LIMITS
+) -> None:
+    """StorageError, naming the remedy, when a bucket cannot be listed with these credentials."""
+    limits = replace(limits, max_attempts=min(CHECK_ATTEMPTS, limits.max_attempts))
+    try:
+        query = {"prefix": prefix, "max-keys": "1"}
+        open_client(store, limits, bucket).list_page(bucket, query)
+    except (S3Error, BotoCoreError) as error:
+        raise explain_refusal(error, f"{SCHEME}{bucket}/{prefix}") from error
+
+
+def split_location(location: str) -> tuple[str, str]:
+    """Bucket and key of s3://BUCKET/KEY, every character of the key as it is."""
+    bucket, _, key = location.removeprefix(SCHEME).partition("/")
+    return bucket, key
