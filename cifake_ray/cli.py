@@ -28,7 +28,7 @@ from cifake_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import get_log_format, run_command, say, show_line
+from cifake_ray.console import get_log_format, log, run_command, show_line
 from cifake_ray.errors import ExitCode
 from cifake_ray.options import DebugOption, JsonOption, make_command
 
@@ -93,7 +93,7 @@ def _add_submission(verb: str) -> None:
             flags = ["--json"] * json_output + ["--debug"] * debug
             flags += ["--log-format", "json"] * (get_log_format() == "json")
             log_to = sys.stderr if json_output else sys.stdout
-            return submit_job(config, job, verb, flags, say, partial(show_line, stream=log_to))
+            return submit_job(config, job, verb, flags, log, partial(show_line, stream=log_to))
 
         run_command(body, json_output=json_output, debug=debug)
 
@@ -141,19 +141,19 @@ def models(
     """The architectures that `--model` takes: what they cost, how well they did on CIFAKE."""
 
     def body() -> tuple[Any, int]:
-        from cifake_ray.core.training.model_cost import list_catalogue
+        from cifake_ray.core.training.model_cost import list_models
         from cifake_ray.stages.malloc import keep_freed_memory
-        from cifake_ray.storage.presets.model_results import read_zoo
+        from cifake_ray.storage.presets.model_results import read_model_results
 
         keep_freed_memory()  # as the workers of train and score do
-        zoo = read_zoo()
-        rows = list_catalogue(pattern, zoo["rows"], image_size=image_size, measure=measure, say=say)
+        zoo = read_model_results()
+        rows = list_models(pattern, zoo["rows"], image_size=image_size, measure=measure, log=log)
         return {"models": rows, "made_by": zoo["made_by"]}, ExitCode.OK
 
     def show(catalogue: dict[str, Any]) -> str:
-        from cifake_ray.report.models_table import format_catalogue
+        from cifake_ray.report.models_table import format_models_table
 
-        return format_catalogue(catalogue)
+        return format_models_table(catalogue)
 
     run_command(body, json_output=json_output, debug=debug, show=show)
 

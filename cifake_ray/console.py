@@ -57,7 +57,7 @@ def run_command(
         if debug:
             _show_traceback(failure)
         message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
-        say(f"cifake-ray: {message}")
+        log(f"cifake-ray: {message}")
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
@@ -84,7 +84,7 @@ def run_command(
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
-        say(f"cifake-ray: {error}")
+        log(f"cifake-ray: {error}")
     elif not json_output:
         text = show(result) if show else format_record(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
@@ -106,7 +106,7 @@ def _encode(record: dict[str, Any]) -> str:
 
 def _show_traceback(failure: BaseException) -> None:
     for line in "".join(traceback.format_exception(failure)).splitlines():
-        say(line)
+        log(line)
 
 
 def _to_record(result: Any) -> dict[str, Any]:
@@ -134,23 +134,23 @@ def _format_value(value: Any) -> str:
 
 
 def choose_log_format(log_format: LogFormat) -> LogFormat:
-    """How `say` writes from now on."""
+    """How `log` writes from now on."""
     global _log_format
     _log_format = log_format
     return log_format
 
 
-def say(message: str, **facts: Any) -> None:
-    """A line for the person who waits, or for the program that gathers logs and wants `facts`."""
+def log(message: str, **fields: Any) -> None:
+    """A line for the person who waits, or for the program that gathers logs and wants `fields`."""
     if _log_format == "json":
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
-        _put(_encode({"time": time_utc, "message": message, **facts}), sys.stderr)
+        _put(_encode({"time": time_utc, "message": message, **fields}), sys.stderr)
     else:
         _put(clean_text(message), sys.stderr)
 
 
 def get_log_format() -> LogFormat:
-    """How `say` writes."""
+    """How `log` writes."""
     return _log_format
 
 
@@ -182,7 +182,7 @@ class ProgressLine:
         if is_terminal:
             _put(f"\r\x1b[K{text}", sys.stderr, end="\n" if is_last else "")
         else:
-            say(text, verb=self.verb, **asdict(progress))
+            log(text, verb=self.verb, **asdict(progress))
 
 
 def format_time(seconds: float) -> str:
@@ -195,7 +195,7 @@ def format_time(seconds: float) -> str:
 def show_epoch(row: dict[str, Any], epochs: int) -> None:
     """A finished epoch of training."""
     left = (epochs - row["epoch"]) * (row["train_s"] + row["val_s"])
-    say(
+    log(
         f"train: epoch {row['epoch']} of {epochs}, loss {row['train_loss']:.4f}, validation loss"
         f" {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2%},"
         f" {row['images_per_s']:,.0f} images/s, {format_time(left)} left",

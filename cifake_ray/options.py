@@ -16,7 +16,7 @@ import typer
 
 from cifake_ray.config import Config, Doc, TrainConfig, doc_of
 from cifake_ray.console import LogFormat, choose_log_format
-from cifake_ray.storage.presets.yaml_presets import RECIPES, find_boxed, read_recipe
+from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe
 
 PREFIX = "CIFAKE_RAY_"
 
@@ -35,7 +35,7 @@ def load_recipe(context: typer.Context, name: str | None) -> str | None:
     """
     if name is not None:
         try:
-            path = find_boxed(name, RECIPES)
+            path = find_preset(name, RECIPES)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
         context.default_map = {**_read_values(context, path), **(context.default_map or {})}

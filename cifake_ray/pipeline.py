@@ -21,7 +21,7 @@ from cifake_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import ProgressLine, say, show_epoch
+from cifake_ray.console import ProgressLine, log, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import resolve_path
 
@@ -39,11 +39,11 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     if isinstance(config, TrainConfig):
         from cifake_ray.stages.train.driver import train_detector
 
-        return train_detector(config, show_epoch, started_s, say), ExitCode.OK
+        return train_detector(config, show_epoch, started_s, log), ExitCode.OK
     if isinstance(config, TuneConfig):
-        from cifake_ray.stages.tune.driver import search_options
+        from cifake_ray.stages.tune.driver import tune_detector
 
-        return search_options(config, started_s, say), ExitCode.OK
+        return tune_detector(config, started_s, log), ExitCode.OK
     if isinstance(config, VerifyConfig):
         return _verify_run(config)
     if isinstance(config, RepairConfig):
@@ -58,15 +58,15 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     if isinstance(config, ConvertConfig):
         from cifake_ray.stages.convert import convert_images
 
-        result = convert_images(config, ProgressLine("convert"), started_s, say)
+        result = convert_images(config, ProgressLine("convert"), started_s, log)
     elif isinstance(config, ScoreConfig):
         from cifake_ray.stages.score import score_images
 
-        result = score_images(config, ProgressLine("score"), started_s, say)
+        result = score_images(config, ProgressLine("score"), started_s, log)
     else:
         from cifake_ray.stages.evaluate import evaluate_detector
 
-        result = evaluate_detector(config, ProgressLine("evaluate"), started_s, say)
+        result = evaluate_detector(config, ProgressLine("evaluate"), started_s, log)
     if isinstance(result, BatchSummary):
         return result, result.exit_code(config.max_error_rate)
     return result, ExitCode.OK
@@ -99,7 +99,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         ScoreConfig(src=config.src, out=scores, bundle=run, device=config.device, **batch),
     )
     check_training(train)  # what cannot be trained is refused before hours of converting
-    with connect_cluster(config, say=say) as resources:
+    with connect_cluster(config, log=log) as resources:
         is_trained = exists(root / "run" / "_SUCCESS")
         if not (is_trained or config.scale_timeout_s or train.worker_range == (0, 0)):
             place_training(train, resources)
@@ -121,7 +121,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
 def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
     """The whole pipeline on the sample: a report to look at in about two minutes."""
     root = resolve_path(out)
-    say(f"demo: writing a sample of {images:,} images to {root / 'images'}")
+    log(f"demo: writing a sample of {images:,} images to {root / 'images'}")
     run_verb(SampleConfig(out=str(root / "images"), images=images, seed=seed), time.time())
     config = PipelineConfig(src=str(root / "images"), root=str(root), seed=seed)
     result, code = run_pipeline(config, DEMO_TRAINING)
@@ -129,10 +129,10 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
 
 
 def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
-    from cifake_ray.storage.runs.verify import find_damage
-    from cifake_ray.storage.s3.location import open_place
+    from cifake_ray.storage.runs.verify import verify_files
+    from cifake_ray.storage.s3.location import open_path
 
-    damage = find_damage(open_place(config.out, config.store))
+    damage = verify_files(open_path(config.out, config.store))
     damaged = {item.name: item.reason for item in damage}
     result = {"command": "verify", "out": config.out, "damaged": damaged}
     return result, ExitCode.STORAGE if damage else ExitCode.OK
@@ -141,10 +141,10 @@ def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
 def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.runs.run import require_run
-    from cifake_ray.storage.runs.verify import set_damage_aside
-    from cifake_ray.storage.s3.location import open_place
+    from cifake_ray.storage.runs.verify import set_damaged_aside
+    from cifake_ray.storage.s3.location import open_path
 
-    path = open_place(config.out, config.store)
+    path = open_path(config.out, config.store)
     run = require_run(path)
     verbs: dict[str, Any] = {
         "convert": ConvertConfig,
@@ -160,7 +160,7 @@ def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
             f"{path}/_run.json: not the papers of a run that can be repaired ({error}); was it"
             " edited?"
         ) from error
-    aside = set_damage_aside(path)
+    aside = set_damaged_aside(path)
     try:
         result = run_verb(again, started_s)
         aside.discard()

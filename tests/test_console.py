@@ -20,8 +20,8 @@ from cifake_ray.console import (
     clean_text,
     format_record,
     format_time,
+    log,
     run_command,
-    say,
     show_epoch,
 )
 from cifake_ray.errors import (
@@ -147,7 +147,7 @@ def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixtu
     assert is_harmless(end(capsys, StorageError(HOSTILE)).err)
     for value in (HOSTILE, {HOSTILE: 1}, {"x": HOSTILE}, [HOSTILE]):
         assert is_harmless(end(capsys, {"key": value}).out)
-    say(HOSTILE)
+    log(HOSTILE)
     assert is_harmless(capsys.readouterr().err)
     assert clean_text("caf\u00e9 \U0001f9ff ok") == "caf\u00e9 \U0001f9ff ok"
     assert clean_text("\x1b\udcff") == "\\x1b\\udcff"
@@ -342,7 +342,7 @@ def test_a_log_for_programs_has_an_object_in_each_line(
     line(Progress(done=3, failed=1, listed=4, images_per_s=2.0, eta_s=None))
     row = {"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}
     show_epoch({**row, "images_per_s": 10.0, "train_s": 1.0, "val_s": 1.0}, 2)
-    say("a\x1b[31m name")
+    log("a\x1b[31m name")
     progress, epoch, said = map(json.loads, capsys.readouterr().err.splitlines())
     assert (progress["verb"], progress["done"], progress["failed"]) == ("score", 3, 1)
     assert progress["message"].startswith("score: 4 of 4 images")

@@ -17,9 +17,9 @@ from cifake_ray.config import (
     ScoreConfig,
     TrainConfig,
     TuneConfig,
-    effective_settings,
+    fingerprint_settings,
 )
-from cifake_ray.console import choose_log_format, say
+from cifake_ray.console import choose_log_format, log
 from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.options import PREFIX, make_command
 from cifake_ray.storage.presets.augmentation import read_augmentation
@@ -285,9 +285,9 @@ def test_how_fast_a_run_is_does_not_make_it_another_run() -> None:
         max_error_rate=0.5,
         dry_run=True,
     )
-    assert effective_settings(plain) == effective_settings(fast)
+    assert fingerprint_settings(plain) == fingerprint_settings(fast)
     other = ScoreConfig(src="s", out="o", include=("*.jpg",))
-    assert effective_settings(plain) != effective_settings(other)
+    assert fingerprint_settings(plain) != fingerprint_settings(other)
 
 
 def test_the_format_of_the_log_is_an_option_and_a_variable(
@@ -295,11 +295,11 @@ def test_the_format_of_the_log_is_an_option_and_a_variable(
 ) -> None:
     try:
         parse(TrainConfig, "s", "r", "--log-format", "json")
-        say("hello")
+        log("hello")
         parse(TrainConfig, "s", "r")
-        say("hello")
+        log("hello")
         parse(TrainConfig, "s", "r", env={"CIFAKE_RAY_LOG_FORMAT": "json"})
-        say("hello")
+        log("hello")
     finally:
         choose_log_format("text")
     lines = capsys.readouterr().err.splitlines()

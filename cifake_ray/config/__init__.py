@@ -19,15 +19,15 @@ from cifake_ray.config.fields import (
     StoreConfig,
     check_endpoint,
     doc_of,
-    effective_settings,
     find_misfit,
+    fingerprint_settings,
     list_options,
 )
 from cifake_ray.config.pipeline import PipelineConfig
 from cifake_ray.config.repair import RepairConfig
 from cifake_ray.config.sample import SampleConfig
 from cifake_ray.config.score import ScoreConfig
-from cifake_ray.config.submit import JOBS_API, SubmitConfig, check_places
+from cifake_ray.config.submit import JOBS_API, SubmitConfig, check_remote_paths
 from cifake_ray.config.train import Monitor, TrackerName, TrainConfig
 from cifake_ray.config.tune import TuneConfig
 from cifake_ray.config.verify import VerifyConfig
@@ -71,9 +71,9 @@ __all__ = [
     "TuneConfig",
     "VerifyConfig",
     "check_endpoint",
-    "check_places",
+    "check_remote_paths",
     "doc_of",
-    "effective_settings",
     "find_misfit",
+    "fingerprint_settings",
     "list_options",
 ]

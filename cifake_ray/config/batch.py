@@ -19,21 +19,23 @@ class BatchConfig(ClusterConfig):
     """What convert, score and evaluate have in common: they run on the batch spine."""
 
     num_workers: Annotated[
-        int | None, Doc("Worker processes (default: one per CPU, or one per GPU)", effect=False)
+        int | None,
+        Doc("Worker processes (default: one per CPU, or one per GPU)", in_fingerprint=False),
     ] = None
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
     ] = None
     max_error_rate: Annotated[
-        float, Doc("Exit 3 when more than this share of the images failed, 0 to 1", effect=False)
+        float,
+        Doc("Exit 3 when more than this share of the images failed, 0 to 1", in_fingerprint=False),
     ] = 0.01
     retry_errors: Annotated[
-        bool, Doc("Try again the rows that failed for a reason that may pass", effect=False)
+        bool, Doc("Try again the rows that failed for a reason that may pass", in_fingerprint=False)
     ] = False
     stall_timeout_s: Annotated[  # a worker that is silent for half as long is started anew
-        float, Doc("Exit 6 after so many seconds without progress", effect=False)
+        float, Doc("Exit 6 after so many seconds without progress", in_fingerprint=False)
     ] = 600.0
-    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +53,7 @@ class SourceConfig(BatchConfig):
     src: Annotated[
         str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
     ]
-    out: Annotated[str, Doc("Output folder", positional=True, effect=False)]
+    out: Annotated[str, Doc("Output folder", positional=True, in_fingerprint=False)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
     include: Annotated[
         tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'")
@@ -69,7 +71,10 @@ class SourceConfig(BatchConfig):
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[
         tuple[str, ...],
-        Doc("A list may name files below this folder or URI, beside its own folder", effect=False),
+        Doc(
+            "A list may name files below this folder or URI, beside its own folder",
+            in_fingerprint=False,
+        ),
     ] = ()
 
 
@@ -79,13 +84,18 @@ class BundleConfig(BatchConfig):
 
     bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
     expect_sha256: Annotated[
-        str | None, Doc("Refuse a bundle of another sha256 (a refusal tells its own)", effect=False)
+        str | None,
+        Doc("Refuse a bundle of another sha256 (a refusal tells its own)", in_fingerprint=False),
     ] = None
     allow_pickle: Annotated[
-        bool, Doc("Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code", effect=False)
+        bool,
+        Doc(
+            "Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code",
+            in_fingerprint=False,
+        ),
     ] = False
-    batch_size: Annotated[int, Doc("Images per forward pass", effect=False)] = 256
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    batch_size: Annotated[int, Doc("Images per forward pass", in_fingerprint=False)] = 256
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

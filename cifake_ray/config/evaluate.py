@@ -17,7 +17,7 @@ class EvaluateConfig(BundleConfig):
     """evaluate: labelled shards and a bundle -> predictions, metrics and a report."""
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
-    out: Annotated[str, Doc("Folder for the report", effect=False)]
+    out: Annotated[str, Doc("Folder for the report", in_fingerprint=False)]
     split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
     num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
 

@@ -18,12 +18,12 @@ MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 
 
 class Doc(NamedTuple):
-    """Help line of a field; `positional` makes it an argument, `effect=False` keeps it out of the
-    fingerprint because it changes how fast a run is, never a row of its result."""
+    """Help line of a field. `positional` makes it an argument; `in_fingerprint=False` marks what
+    changes how fast a run is but no row of its result."""
 
     help: str
     positional: bool = False
-    effect: bool = True
+    in_fingerprint: bool = True
 
 
 TYPE_WORDS = {
@@ -99,15 +99,20 @@ class StoreConfig:
     """How buckets are reached. Credentials come from the AWS chain and are never among these."""
 
     s3_endpoint_url: Annotated[
-        str | None, Doc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)", effect=False)
+        str | None,
+        Doc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)", in_fingerprint=False),
     ] = None
     s3_region: Annotated[
-        str | None, Doc("Region of the bucket (default: AWS_REGION, else asked for)", effect=False)
+        str | None,
+        Doc("Region of the bucket (default: AWS_REGION, else asked for)", in_fingerprint=False),
     ] = None
     s3_profile: Annotated[
-        str | None, Doc("Profile in the AWS configuration (default: AWS_PROFILE)", effect=False)
+        str | None,
+        Doc("Profile in the AWS configuration (default: AWS_PROFILE)", in_fingerprint=False),
     ] = None
-    s3_anonymous: Annotated[bool, Doc("Use no credentials: public buckets", effect=False)] = False
+    s3_anonymous: Annotated[
+        bool, Doc("Use no credentials: public buckets", in_fingerprint=False)
+    ] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -127,11 +132,14 @@ class ClusterConfig(StoreConfig):
 
     address: Annotated[
         str | None,
-        Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", effect=False),
+        Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", in_fingerprint=False),
     ] = None
     scale_timeout_s: Annotated[
         float,
-        Doc("Ask an autoscaler for missing workers; wait so many seconds for them", effect=False),
+        Doc(
+            "Ask an autoscaler for missing workers; wait so many seconds for them",
+            in_fingerprint=False,
+        ),
     ] = 0.0
 
     def __post_init__(self) -> None:
@@ -150,13 +158,13 @@ def doc_of(config_class: type, name: str) -> Doc:
     return doc
 
 
-def effective_settings(config: Any) -> dict[str, Any]:
+def fingerprint_settings(config: Any) -> dict[str, Any]:
     """The fields that change a row of the result: what a run's fingerprint covers."""
     values = asdict(config)
     return {
         f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
         for f in fields(config)
-        if doc_of(type(config), f.name).effect
+        if doc_of(type(config), f.name).in_fingerprint
     }
 
 

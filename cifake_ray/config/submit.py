@@ -65,7 +65,7 @@ class SubmitConfig:
         return dict(item.split("=", 1) for item in self.env)
 
 
-def check_places(config: Any) -> None:
+def check_remote_paths(config: Any) -> None:
     """ValueError for a place of a verb that means nothing on another machine."""
     for field in fields(config):
         doc, value = doc_of(type(config), field.name), getattr(config, field.name)

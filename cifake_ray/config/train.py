@@ -33,7 +33,8 @@ class TrainConfig(ClusterConfig):
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[
-        str, Doc("Folder of this run; the same folder resumes", positional=True, effect=False)
+        str,
+        Doc("Folder of this run; the same folder resumes", positional=True, in_fingerprint=False),
     ]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
@@ -100,16 +101,17 @@ class TrainConfig(ClusterConfig):
         Doc(
             "Data-parallel workers, or MIN:MAX for as many as there is room for; 0 trains in this"
             " process (default: the GPUs, else 1)",
-            effect=False,
+            in_fingerprint=False,
         ),
     ] = None
     cpus_per_worker: Annotated[
         int | None,
         Doc(
-            "CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)", effect=False
+            "CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)",
+            in_fingerprint=False,
         ),
     ] = None
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
     precision: Annotated[
         Precision,
         Doc("auto: bf16 where the device computes it, else float32 on CPU and fp16 on GPU"),
@@ -119,25 +121,31 @@ class TrainConfig(ClusterConfig):
     ] = False
     checkpoint_steps: Annotated[
         int | None,
-        Doc("Save every so many steps within an epoch too (default: at its end)", effect=False),
+        Doc(
+            "Save every so many steps within an epoch too (default: at its end)",
+            in_fingerprint=False,
+        ),
     ] = None
-    max_failures: Annotated[int, Doc("Worker failures survived before giving up", effect=False)] = 3
+    max_failures: Annotated[
+        int, Doc("Worker failures survived before giving up", in_fingerprint=False)
+    ] = 3
     cache_dir: Annotated[
         str | None,
-        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
+        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", in_fingerprint=False),
     ] = None
     cache_gb: Annotated[
-        float, Doc("Decode into memory-mapped files up to this size; stream above", effect=False)
+        float,
+        Doc("Decode into memory-mapped files up to this size; stream above", in_fingerprint=False),
     ] = 8.0
     track: Annotated[
         tuple[TrackerName, ...],
         Doc(
             "Tell every epoch to tensorboard (files in RUN) or mlflow (at MLFLOW_TRACKING_URI);"
             " may be repeated",
-            effect=False,
+            in_fingerprint=False,
         ),
     ] = ()
-    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,10 @@ class TuneConfig(ClusterConfig):
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[
-        str, Doc("Folder of this search; the same folder resumes", positional=True, effect=False)
+        str,
+        Doc(
+            "Folder of this search; the same folder resumes", positional=True, in_fingerprint=False
+        ),
     ]
     search: Annotated[
         tuple[str, ...],
@@ -41,10 +44,12 @@ class TuneConfig(ClusterConfig):
     ] = None
     trials: Annotated[int, Doc("Trials; with the grid searcher the most of them")] = 16
     time_budget: Annotated[
-        float | None, Doc("Stop the search after so many seconds (default: never)", effect=False)
+        float | None,
+        Doc("Stop the search after so many seconds (default: never)", in_fingerprint=False),
     ] = None
     max_concurrent: Annotated[
-        int | None, Doc("Trials at once (default: as many as the cluster holds)", effect=False)
+        int | None,
+        Doc("Trials at once (default: as many as the cluster holds)", in_fingerprint=False),
     ] = None
     scheduler: Annotated[Scheduler, Doc("Who stops trials that fall behind")] = "asha"
     grace_epochs: Annotated[int, Doc("Epochs before a trial may be stopped, or copied by pbt")] = 1
@@ -54,23 +59,27 @@ class TuneConfig(ClusterConfig):
     num_workers: Annotated[
         int,
         Doc(
-            "Data-parallel workers of each trial; 0 trains in the trial's own process", effect=False
+            "Data-parallel workers of each trial; 0 trains in the trial's own process",
+            in_fingerprint=False,
         ),
     ] = 0
-    cpus_per_worker: Annotated[int, Doc("CPU threads of each worker", effect=False)] = 1
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", effect=False)] = "auto"
+    cpus_per_worker: Annotated[int, Doc("CPU threads of each worker", in_fingerprint=False)] = 1
+    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
     max_failures: Annotated[
-        int, Doc("Failures of a trial survived before it is given up", effect=False)
+        int, Doc("Failures of a trial survived before it is given up", in_fingerprint=False)
     ] = 1
     cache_dir: Annotated[
         str | None,
-        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", effect=False),
+        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", in_fingerprint=False),
     ] = None
     track: Annotated[
         tuple[TrackerName, ...],
-        Doc("Tell every trial's epochs to tensorboard or mlflow, as `train` does", effect=False),
+        Doc(
+            "Tell every trial's epochs to tensorboard or mlflow, as `train` does",
+            in_fingerprint=False,
+        ),
     ] = ()
-    dry_run: Annotated[bool, Doc("Show the plan and stop", effect=False)] = False
+    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

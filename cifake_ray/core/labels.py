@@ -19,7 +19,7 @@ SPLIT_NAMES = {
 }
 
 
-class PathFacts(NamedTuple):
+class PathLabels(NamedTuple):
     label: int | None
     split: str | None
     source: str | None
@@ -35,7 +35,7 @@ def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict
     return names
 
 
-def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathFacts:
+def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels:
     """What the folders above an image say, outermost first.
 
     The label is the first folder that is a class name; the folder before it is the split if it is
@@ -46,8 +46,8 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathFacts:
         if label is not None:
             split = SPLIT_NAMES.get(folders[index - 1].lower()) if index else None
             source = folders[index + 1] if index + 1 < len(folders) else None
-            return PathFacts(label, split, source)
-    return PathFacts(None, None, None)
+            return PathLabels(label, split, source)
+    return PathLabels(None, None, None)
 
 
 def parse_label(value: object) -> int | None:

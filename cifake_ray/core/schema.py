@@ -46,7 +46,7 @@ LABEL_FIELDS = [
 ERROR_FIELDS = [pa.field("error", pa.string()), pa.field("error_detail", pa.string())]
 
 # The facts of an image that its header tells.
-FACT_FIELDS = [
+HEADER_FIELDS = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
     pa.field("format", pa.string()),
@@ -59,7 +59,7 @@ SHARD_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
     pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     *LABEL_FIELDS,
-    *FACT_FIELDS,
+    *HEADER_FIELDS,
     pa.field("sha256", pa.binary(32)),
     *ERROR_FIELDS,
 ]
@@ -70,7 +70,7 @@ SCORE_FIELDS = [
     pa.field("p_fake", pa.float32()),
     pa.field("is_fake", pa.bool_()),
     *ERROR_FIELDS,
-    *FACT_FIELDS,
+    *HEADER_FIELDS,
     *LABEL_FIELDS,
 ]
 

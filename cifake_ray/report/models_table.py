@@ -13,8 +13,8 @@ from cifake_ray.report.text import format_interval
 GAP = "  "
 
 
-def format_catalogue(catalogue: Mapping[str, Any]) -> str:
-    """The rows of `core.training.model_cost.list_catalogue`, and what a reader of them should know.
+def format_models_table(catalogue: Mapping[str, Any]) -> str:
+    """The rows of `core.training.model_cost.list_models`, and what a reader of them should know.
 
     `catalogue` holds them as `models`; `made_by` is the command that made their results. An
     architecture has further lines for results at another size or on other images.

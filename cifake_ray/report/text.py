@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cifake_ray.core.evaluation.calibration import Calibration
-from cifake_ray.core.imaging.training_domain import Domain, Range
+from cifake_ray.core.imaging.training_domain import Bounds, TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES
 
 # Key of the metrics, name for people, whether it reads as percent.
@@ -88,8 +88,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: Domain) -> str:
-    """The counts of `Domain.count_unlike` over `num_scored` images, as one sentence."""
+def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: TrainingDomain) -> str:
+    """The counts of `TrainingDomain.count_unlike` over `num_scored` images, as one sentence."""
     there = {
         "size": ("size", f"{_format_range(domain.sides)} pixels"),
         "format": ("format", ", ".join(domain.formats)),
@@ -106,7 +106,7 @@ def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: Domain) 
     )
 
 
-def describe_domain(domain: Domain | None) -> str:
+def describe_domain(domain: TrainingDomain | None) -> str:
     """What the training images were, for a model card."""
     if domain is None:
         return "Sizes, formats and JPEG qualities of these images are not on record."
@@ -116,7 +116,7 @@ def describe_domain(domain: Domain | None) -> str:
     )
 
 
-def _format_range(bounds: Range | None) -> str:
+def _format_range(bounds: Bounds | None) -> str:
     """`32`, `32 to 1,024`, or a dash for None."""
     return "-" if bounds is None else " to ".join(f"{bound:,}" for bound in dict.fromkeys(bounds))
 
@@ -127,7 +127,7 @@ def model_card(
     architecture: str,
     num_parameters: int,
     trained_on: str,
-    domain: Domain | None,
+    domain: TrainingDomain | None,
     preprocessing: Mapping[str, object],
     training: Mapping[str, object],
     calibration: Calibration,

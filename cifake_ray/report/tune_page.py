@@ -36,7 +36,7 @@ CAPTIONS = {
 }
 
 
-def render_search(
+def render_tune_page(
     summary: Mapping[str, Any],
     rows: Sequence[dict[str, Any]],
     histories: Mapping[int, Sequence[Mapping[str, Any]]],

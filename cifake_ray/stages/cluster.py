@@ -78,7 +78,7 @@ ONE_WORKER = Placement(1, 1, 0)
 def connect_cluster(
     config: ClusterConfig,
     least: Placement = ONE_WORKER,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Resources]:
     """The cluster at `config.address`, or RAY_ADDRESS, or one started here and stopped at the end.
 
@@ -88,7 +88,7 @@ def connect_cluster(
     has fewer CPUs than `least` has workers.
     """
     if ray.is_initialized():
-        yield _make_room(least, config.scale_timeout_s, say)
+        yield _make_room(least, config.scale_timeout_s, log)
         return
     # Ray's own chatter; what goes wrong comes to us as an exception, and all of it is in its logs.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -120,14 +120,14 @@ def connect_cluster(
             " --address and RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
     if context.dashboard_url:
-        say(f"Ray's dashboard: http://{context.dashboard_url}")
+        log(f"Ray's dashboard: http://{context.dashboard_url}")
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     # Ray tells of workers that died on stdout, which is for results; at the latest in its shutdown.
     with redirect_stdout(sys.stderr):
         try:
-            yield _make_room(least, config.scale_timeout_s, say)
+            yield _make_room(least, config.scale_timeout_s, log)
         finally:
             ray.shutdown()
 
@@ -173,7 +173,7 @@ def read_resources() -> Resources:
     return Resources(tuple(Node(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes))
 
 
-def _make_room(least: Placement, timeout_s: float, say: Callable[[str], None]) -> Resources:
+def _make_room(least: Placement, timeout_s: float, log: Callable[[str], None]) -> Resources:
     """What the cluster has, at the latest after `timeout_s`; what is still missing is not said.
 
     A cluster keeps one request, the last: it is repeated, since others may make theirs, and taken
@@ -193,7 +193,7 @@ def _make_room(least: Placement, timeout_s: float, say: Callable[[str], None]) -
                 bundle = {k: v for k, v in shape.items() if v}
                 request_resources(bundles=[bundle] * wanted)
             if places != known:
-                say(
+                log(
                     f"waiting for the autoscaler: {places} of {least.num_workers} workers have room"
                 )
             known = places

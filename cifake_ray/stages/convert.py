@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cifake_ray.config import ConvertConfig, effective_settings
-from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.config import ConvertConfig, fingerprint_settings
+from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.stages.batch.driver import (
     BatchPlan,
     BatchSummary,
@@ -20,31 +20,31 @@ from cifake_ray.stages.batch.driver import (
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.run import RunPlan
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.open_source import open_source
 
 
-def make_work(placement: Placement) -> ConvertWork:
+def make_processor(placement: Placement) -> ConvertProcessor:
     """What each worker does; it needs to know nothing of the placement."""
-    return ConvertWork()
+    return ConvertProcessor()
 
 
 def convert_images(
     config: ConvertConfig,
     on_progress: Callable[[Progress], None],
     started_s: float,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Turn `config.src` into shards below `config.out`. The same call again resumes."""
-    source, out = open_source(config), open_place(config.out, config.store)
+    source, out = open_source(config), open_path(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
 
     run_plan = RunPlan(
         out=out,
         command="convert",
-        settings={**effective_settings(config), "src": src},
+        settings={**fingerprint_settings(config), "src": src},
         config={
-            **effective_settings(config),
+            **fingerprint_settings(config),
             "src": src,
             "max_error_rate": config.max_error_rate,
         },
@@ -52,5 +52,5 @@ def convert_images(
         shard_rows=config.shard_size,
     )
 
-    plan = BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, started_s, say)
+    plan = BatchPlan(config, run_plan, "cpu", source, make_processor, on_progress, started_s, log)
     return plan_batch(plan, "convert") if config.dry_run else run_batch(plan)

@@ -23,7 +23,7 @@ from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
 def examine_machine() -> tuple[dict[str, Any], int]:
     """Facts and the outcome of each check; exit code 1 when a check fails."""
     disk = shutil.disk_usage(tempfile.gettempdir())
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         **{name: version(name) for name in ("ray", "torch", "timm", "pyarrow")},
         "cpus": count_local_cpus(),
@@ -33,18 +33,18 @@ def examine_machine() -> tuple[dict[str, Any], int]:
     problems = []
     try:
         detector, bundle = load_bundle(locate_bundle(None))
-        facts["detector in the box"] = f"{detector.architecture}, {bundle.fingerprint[:12]}"
+        found["detector in the box"] = f"{detector.architecture}, {bundle.fingerprint[:12]}"
     except CifakeError as error:
         problems.append(str(error))
     try:
         with connect_cluster(ClusterConfig()) as resources:
-            facts["ray cluster"] = (
+            found["ray cluster"] = (
                 f"{len(resources.nodes)} nodes, {resources.num_cpus} CPUs,"
                 f" {resources.num_gpus} GPUs"
             )
             one = ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60)
-            facts["ray task"] = "ran" if one == 1 else "failed"
+            found["ray task"] = "ran" if one == 1 else "failed"
     except (CifakeError, ray.exceptions.GetTimeoutError) as error:
         problems.append(str(error))
-    facts["problems"] = problems or "none"
-    return facts, ExitCode.UNEXPECTED if problems else ExitCode.OK
+    found["problems"] = problems or "none"
+    return found, ExitCode.UNEXPECTED if problems else ExitCode.OK

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cifake_ray import __version__
-from cifake_ray.config import EvaluateConfig, effective_settings
+from cifake_ray.config import EvaluateConfig, fingerprint_settings
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
@@ -32,15 +32,15 @@ from cifake_ray.stages.batch.driver import (
     plan_batch,
     run_batch,
 )
-from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.storage.bundles.bundle import BundleFacts, locate_bundle, read_bundle_facts
+from cifake_ray.stages.score import MakeScoreProcessor
+from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.io.files import write_bytes, write_json
-from cifake_ray.storage.runs.manifest import read_shard
+from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, RunPlan
-from cifake_ray.storage.runs.shards import read_part
+from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
-from cifake_ray.storage.s3.location import open_place
-from cifake_ray.storage.sources.parquet import TableSource, find_splits
+from cifake_ray.storage.s3.location import open_path
+from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
@@ -52,12 +52,12 @@ def evaluate_detector(
     config: EvaluateConfig,
     on_progress: Callable[[Progress], None],
     started_s: float,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Score `config.shards`, measure, and write the report into `config.out`."""
-    root = open_place(config.shards, config.store)
-    out = open_place(config.out, config.store)
-    bundle = read_bundle_facts(
+    root = open_path(config.shards, config.store)
+    out = open_path(config.out, config.store)
+    bundle = read_bundle_info(
         locate_bundle(config.bundle, config.store),
         expect_sha256=config.expect_sha256,
         allow_pickle=config.allow_pickle,
@@ -68,23 +68,23 @@ def evaluate_detector(
         names = ", ".join(sorted(splits)) or "none"
         raise ValueError(f"--split {split}: {root} has no such split, it has {names}")
     if split is None:
-        say(
+        log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = TableSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
+    source = ParquetSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
 
     run_plan = RunPlan(
         out=out,
         command="evaluate",
         settings={
-            **effective_settings(config),
+            **fingerprint_settings(config),
             "shards": str(root),
             "split": split,
             "bundle": bundle.fingerprint,
         },
         config={
-            **effective_settings(config),
+            **fingerprint_settings(config),
             "shards": str(root),
             "bundle": config.bundle and str(bundle.path),
             "max_error_rate": config.max_error_rate,
@@ -99,21 +99,21 @@ def evaluate_detector(
         run_plan,
         config.device,
         source,
-        MakeScoreWork(bundle, bundle.threshold(None), config.batch_size),
+        MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
         on_progress,
         started_s,
-        say,
+        log,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
     return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)
 
 
 def write_report(
-    run: Run, source: TableSource, bundle: BundleFacts, config: EvaluateConfig, split: str | None
+    run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
     """metrics.json, figures/*.png and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
-    predictions = pa.concat_tables([read_part(run.part_path(shard)) for shard in shards])
+    predictions = pa.concat_tables([read_shard(run.shard_path(shard)) for shard in shards])
     scored = predictions.filter(pc.is_null(predictions.column("error")))
     errors = pc.value_counts(predictions.column("error").drop_null()).to_pylist()
     if not scored.num_rows:
@@ -151,7 +151,7 @@ def write_report(
     write_bytes(run.out / "report.html", page.encode())
 
 
-def measure(scored: pa.Table, bundle: BundleFacts, num_bootstrap: int) -> dict[str, Any]:
+def measure(scored: pa.Table, bundle: BundleInfo, num_bootstrap: int) -> dict[str, Any]:
     """The metrics of some predictions."""
     return compute_metrics(
         scored.column("logit").to_numpy(),
@@ -162,7 +162,7 @@ def measure(scored: pa.Table, bundle: BundleFacts, num_bootstrap: int) -> dict[s
     )
 
 
-def measure_slices(scored: pa.Table, bundle: BundleFacts) -> dict[str, dict[str, Any]]:
+def measure_slices(scored: pa.Table, bundle: BundleInfo) -> dict[str, dict[str, Any]]:
     """Metrics of each source, the largest first; none when there is but one."""
     counts = pc.value_counts(scored.column("source").drop_null()).to_pylist()
     counts = sorted(counts, key=lambda row: (-row["counts"], row["values"]))[:MAX_SLICES]
@@ -177,7 +177,7 @@ def measure_slices(scored: pa.Table, bundle: BundleFacts) -> dict[str, dict[str,
     }
 
 
-def find_mistakes(run: Run, source: TableSource, scored: pa.Table) -> list[Mistake]:
+def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mistake]:
     """The surest mistakes of each kind, with thumbnails."""
     label = scored.column("label").to_numpy()
     logit = scored.column("logit").to_numpy()
@@ -190,7 +190,7 @@ def find_mistakes(run: Run, source: TableSource, scored: pa.Table) -> list[Mista
     by_key = {row["key"]: row for row in scored.take(chosen).to_pylist()}
     mistakes = []
     for shard in range(run.manifest.num_shards):
-        rows = read_shard(run.manifest_folder, run.find_file(shard), shard)
+        rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
         rows = rows.filter(pc.is_in(rows.column("key"), pa.array(list(by_key), pa.string())))
         for key, data in zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True):
             if isinstance(data, ImageError):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cifake_ray.config import ScoreConfig, effective_settings
+from cifake_ray.config import ScoreConfig, fingerprint_settings
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import (
@@ -25,30 +25,32 @@ from cifake_ray.stages.batch.driver import (
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.bundles.bundle import (
-    BundleFacts,
+    BundleInfo,
     load_bundle,
     locate_bundle,
-    read_bundle_facts,
+    read_bundle_info,
 )
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.run import RunPlan
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.open_source import open_source
 
 if TYPE_CHECKING:
-    from cifake_ray.core.processing.score import ScoreWork
+    from cifake_ray.core.processing.score import ScoreProcessor
 
 
 @dataclass(frozen=True)
-class MakeScoreWork:
+class MakeScoreProcessor:
     """Loads the bundle inside the worker; this recipe is all that travels there."""
 
-    bundle: BundleFacts
+    bundle: BundleInfo
     threshold: float
     batch_size: int
 
-    def __call__(self, placement: Placement) -> ScoreWork:
-        from cifake_ray.core.processing.score import ScoreWork  # torch: only the workers need it
+    def __call__(self, placement: Placement) -> ScoreProcessor:
+        from cifake_ray.core.processing.score import (
+            ScoreProcessor,  # torch: only the workers need it
+        )
 
         keep_freed_memory()
         # The very bytes that the driver saw, or none: a bundle may be replaced meanwhile.
@@ -57,14 +59,14 @@ class MakeScoreWork:
             expect_sha256=self.bundle.fingerprint,
             allow_pickle=self.bundle.is_pickle,
         )
-        return ScoreWork(
+        return ScoreProcessor(
             detector,
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
             batch_size=self.batch_size,
             device=find_device(placement),
-            facts={
+            footer={
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
@@ -90,15 +92,15 @@ def score_images(
     config: ScoreConfig,
     on_progress: Callable[[Progress], None],
     started_s: float,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Score every image of `config.src` into `config.out`. The same call again resumes.
 
-    `say` gets a warning when images are unlike those that the detector learned from.
+    `log` gets a warning when images are unlike those that the detector learned from.
     """
-    source, out = open_source(config), open_place(config.out, config.store)
+    source, out = open_source(config), open_path(config.out, config.store)
     src = str(resolve_path(config.src, config.store))
-    bundle = read_bundle_facts(
+    bundle = read_bundle_info(
         locate_bundle(config.bundle, config.store),
         expect_sha256=config.expect_sha256,
         allow_pickle=config.allow_pickle,
@@ -108,12 +110,12 @@ def score_images(
         out=out,
         command="score",
         settings={
-            **effective_settings(config),
+            **fingerprint_settings(config),
             "src": src,
             "bundle": bundle.fingerprint,
         },
         config={
-            **effective_settings(config),
+            **fingerprint_settings(config),
             "src": src,
             "bundle": config.bundle and str(bundle.path),
             "max_error_rate": config.max_error_rate,
@@ -123,17 +125,17 @@ def score_images(
         shard_rows=config.shard_size,
     )
 
-    make_work = MakeScoreWork(
+    make_processor = MakeScoreProcessor(
         bundle=bundle,
         threshold=bundle.threshold(config.target_fpr),
         batch_size=config.batch_size,
     )
     plan = BatchPlan(
-        config, run_plan, config.device, source, make_work, on_progress, started_s, say
+        config, run_plan, config.device, source, make_processor, on_progress, started_s, log
     )
     if config.dry_run:
         return plan_batch(plan, "score")
     summary = run_batch(plan)
     if bundle.domain and summary.unlike_training["any"]:
-        say(f"score: {describe_unlike(summary.unlike_training, summary.done, bundle.domain)}")
+        log(f"score: {describe_unlike(summary.unlike_training, summary.done, bundle.domain)}")
     return summary

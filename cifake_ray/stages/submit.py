@@ -22,7 +22,13 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from cifake_ray.config import JOBS_API, SubmitConfig, check_endpoint, check_places, list_options
+from cifake_ray.config import (
+    JOBS_API,
+    SubmitConfig,
+    check_endpoint,
+    check_remote_paths,
+    list_options,
+)
 from cifake_ray.errors import ExitCode, ResourceError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
 from cifake_ray.storage.io.paths import refuse_credentials
@@ -54,7 +60,7 @@ def submit_job(
     job: SubmitConfig,
     verb: str,
     flags: Sequence[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     show_log: Callable[[str], None],
 ) -> tuple[dict[str, Any], int]:
     """Start `verb` with the options of `config` there, show its log, and give its exit code.
@@ -63,7 +69,7 @@ def submit_job(
     result as JSON, which is `result` here.
     ValueError for what cannot run elsewhere, ResourceError for a cluster that does not take it.
     """
-    check_places(config)
+    check_remote_paths(config)
     _check_words(config, job)
     words = ["python", "-m", "cifake_ray", verb, *list_options(config), *flags]
     runtime_env: dict[str, Any] = {"env_vars": job.variables}
@@ -82,20 +88,20 @@ def submit_job(
         _check_refused(client, name, error)
     result = {"command": "submit", "verb": verb, "submission_id": name, "address": address}
     try:
-        say(f"submit: job {name}, on the dashboard {address}/#/jobs/{name}")
-        say(f"submit: `ray job stop {name} --address {address}` ends it")
+        log(f"submit: job {name}, on the dashboard {address}/#/jobs/{name}")
+        log(f"submit: `ray job stop {name} --address {address}` ends it")
         if not job.wait:
-            say(f"submit: `ray job logs {name} --follow --address {address}` shows it")
+            log(f"submit: `ray job logs {name} --follow --address {address}` shows it")
             return {**result, "status": str(JobStatus.PENDING)}, ExitCode.OK
-        log = _Log(show_log)
-        details = _follow(client, name, log)
+        job_log = _Log(show_log)
+        details = _follow(client, name, job_log)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(
             f"not waiting any longer: job {name} goes on; `ray job stop {name} --address {address}`"
             " ends it"
         ) from None
     code = _read_code(details)
-    said = {"result": log.read_result()} if "--json" in flags else {}
+    said = {"result": job_log.read_result()} if "--json" in flags else {}
     return {**result, "status": str(details.status), **said}, code
 
 
@@ -193,7 +199,7 @@ class _Log:
         return None
 
 
-def _follow(client: JobSubmissionClient, name: str, log: _Log) -> JobDetails:
+def _follow(client: JobSubmissionClient, name: str, job_log: _Log) -> JobDetails:
     """The details of a job once it has ended. The head may be silent for PATIENCE_S."""
     lost_s = None
     while True:
@@ -201,11 +207,11 @@ def _follow(client: JobSubmissionClient, name: str, log: _Log) -> JobDetails:
             client.get_job_info(name)  # it answers
             lost_s = None
             with suppress(*LOST):  # not every way to a head lets a log through
-                asyncio.run(log.tail(client, name))
+                asyncio.run(job_log.tail(client, name))
             details = client.get_job_info(name)
             if details.status.is_terminal():
                 with suppress(*LOST):
-                    log.finish(client.get_job_logs(name))
+                    job_log.finish(client.get_job_logs(name))
                 return details
         except LOST as error:
             lost_s = time.monotonic() if lost_s is None else lost_s

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import yaml
 from compare import HERE, NUM_CORES, PAGE, Row, format_points, render_page, to_flags
-from measure import find_cifake, format_table, say
+from measure import find_cifake, format_table, log
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
@@ -38,7 +38,7 @@ from cifake_ray.core.models.small_networks import build_small_cnn, choose_channe
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
 from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.batches import Batch
-from cifake_ray.core.training.trainer import Trainer, choose_numerics
+from cifake_ray.core.training.trainer import Trainer, choose_precision
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.io.files import write_bytes, write_json
 from cifake_ray.storage.presets.yaml_presets import RECIPES
@@ -213,7 +213,7 @@ def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
         config,
         train,
         Part(pixels[:NUM_WATCHED], labels[:NUM_WATCHED]),
-        choose_numerics("cpu", config.precision),
+        choose_precision("cpu", config.precision),
         variant.augmentation or POLICIES[config.augment],
     )
 
@@ -247,9 +247,9 @@ def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
     trainer.fit(lambda: None)
     minutes += sum(row["train_s"] for row in trainer.state.history) / 60
     pixels, labels = (np.load(data / f"{name}.npy")[:NUM_VAL] for name in ("pixels", "labels"))
-    judged, images, is_fake = trainer.judged, Part(pixels, labels), labels == FAKE
+    eval_model, images, is_fake = trainer.eval_model, Part(pixels, labels), labels == FAKE
     logit = trainer.predict(images).numpy()
-    judged.set_preprocessing(replace(judged.preprocessing, test_time_flip=False))
+    eval_model.set_preprocessing(replace(eval_model.preprocessing, test_time_flip=False))
     plain = trainer.predict(images).numpy()
     row = {
         "variant": name,
@@ -261,7 +261,7 @@ def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
         "without_flip": float(((plain >= 0) == is_fake).mean()),
         "num_threads": num_threads,
     }
-    say(f"{name}, seed {seed}: {row['accuracy']:.2%} in {minutes:.1f} minutes")
+    log(f"{name}, seed {seed}: {row['accuracy']:.2%} in {minutes:.1f} minutes")
     return row
 
 

@@ -29,7 +29,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
-from measure import find_cifake, finish_command, format_table, link_part, say, start_command
+from measure import find_cifake, finish_command, format_table, link_part, log, start_command
 from PIL import Image, ImageEnhance
 from scipy.stats import t as student
 
@@ -92,7 +92,7 @@ def prepare(comparison: Comparison, given: Path | None, work: Path) -> Path:
             link_part(source / "train", linking / "train", comparison.images)
             link_part(source / "test", linking / "test", None)
             linking.rename(images)
-        say("convert")
+        log("convert")
         run(["convert", images, shards], work / "convert.log")
     return shards
 
@@ -102,7 +102,7 @@ def prepare_condition(shards: Path, name: str, change: dict[str, float]) -> Path
     work = shards.parent / name
     changed = work / "shards"
     if not (changed / "_SUCCESS").exists():
-        say(f"test images under {name}")
+        log(f"test images under {name}")
         images = shards.parent / "images" / "test"
         for path in images.rglob("*.jpg"):
             target = work / "images" / "test" / path.relative_to(images)
@@ -162,7 +162,7 @@ def measure(
         "tpr_at_fpr_1pct": plain["tpr_at_fpr_1pct"]["value"],
         "conditions": {name: found["accuracy"]["value"] for name, found in metrics.items()},
     }
-    say(f"{variant}, seed {seed}: {row['accuracy']:.2%} after {row['epochs']} epochs")
+    log(f"{variant}, seed {seed}: {row['accuracy']:.2%} after {row['epochs']} epochs")
     return row
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from s3_server import S3Server, find_binary, run_server
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
 OBJECT_BYTES = 1000  # as a JPEG of 32x32 pixels has
 ONE_AT_A_TIME = 400  # the slow way need not be slow for all of them
@@ -49,7 +49,7 @@ def compare(server: S3Server, num_objects: int, num_repeats: int) -> None:
         list(pool.map(lambda key: server.put(bucket, key, rng.bytes(OBJECT_BYTES)), keys))
     paths = [f"{bucket}/{key}" for key in keys]
 
-    source = BucketSource(bucket, "images/", StoreConfig(), {})
+    source = S3PrefixSource(bucket, "images/", StoreConfig(), {})
     (batch,) = source.list_images().batches
     fsspec_store = s3fs.S3FileSystem(skip_instance_cache=True)
     host = server.endpoint.removeprefix("http://")

@@ -29,10 +29,10 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.batch.shard_worker import slice_rows
 from cifake_ray.stages.cluster import ONE_WORKER
-from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_facts
+from cifake_ray.stages.score import MakeScoreProcessor
+from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
 BATCH_SIZE = 256
 WAYS = {
@@ -77,7 +77,7 @@ def make_rows(count: int, size_bytes: int) -> pa.Table:
 
 
 def read_batches(
-    source: BucketSource, rows: pa.Table, reads_on: bool
+    source: S3PrefixSource, rows: pa.Table, reads_on: bool
 ) -> Iterator[tuple[pa.Table, list[bytes | ImageError]]]:
     coming = source.read_images(rows) if reads_on else None
     for some in slice_rows(rows, BATCH_SIZE):
@@ -90,9 +90,9 @@ def measure(
 ) -> tuple[float, float]:
     """Images per second, and milliseconds of CPU time for each."""
     store = StoreConfig(s3_endpoint_url=f"http://127.0.0.1:{port}", s3_anonymous=True)
-    source = BucketSource("slow", "", store, {}, limits=limits)
-    bundle = read_bundle_facts(locate_bundle(None))
-    work = MakeScoreWork(bundle, bundle.threshold(None), BATCH_SIZE)(ONE_WORKER)
+    source = S3PrefixSource("slow", "", store, {}, limits=limits)
+    bundle = read_bundle_info(locate_bundle(None))
+    work = MakeScoreProcessor(bundle, bundle.threshold(None), BATCH_SIZE)(ONE_WORKER)
     batches = read_batches(source, make_rows(num_images + BATCH_SIZE, size_bytes), reads_on)
     rows, images = next(batches)  # connections and buffers are made
     work.finish(rows, work.prepare(images))

@@ -115,10 +115,10 @@ def list_bucket() -> None:
     from cifake_ray.config import StoreConfig
     from cifake_ray.core.labels import make_class_names
     from cifake_ray.storage.runs.manifest import write_manifest
-    from cifake_ray.storage.sources.s3_prefix import BucketSource
+    from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
     idle_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    source = BucketSource(BUCKET, "", StoreConfig(), make_class_names())
+    source = S3PrefixSource(BUCKET, "", StoreConfig(), make_class_names())
     started_s, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_manifest(Path(folder), "run", source.list_images(), None)

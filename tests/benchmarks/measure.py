@@ -175,5 +175,5 @@ def format_table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ HEADER_BYTES = 512  # where most of what parsers believe stands
 SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".txt", "", ".JPEG")
 TIMEOUT_S = 3600
 NUMBERS = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1)
-Damage = Callable[[bytes, bytes, np.random.Generator], bytes]
+DamagedFile = Callable[[bytes, bytes, np.random.Generator], bytes]
 
 
 def flip_bytes(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
@@ -95,7 +95,7 @@ def leave(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
     return data
 
 
-DAMAGES: tuple[Damage, ...] = (
+DAMAGES: tuple[DamagedFile, ...] = (
     flip_bytes,
     flip_header,
     set_number,

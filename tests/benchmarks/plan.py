@@ -34,17 +34,17 @@ from s3_server import find_binary, run_server
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker
+from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions
 from cifake_ray.stages.cluster import ONE_WORKER, Placement
-from cifake_ray.stages.convert import make_work
-from cifake_ray.stages.score import MakeScoreWork
-from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_facts
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.stages.convert import make_processor
+from cifake_ray.stages.score import MakeScoreProcessor
+from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_info
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest
-from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run, manifest
-from cifake_ray.storage.s3.location import open_place
-from cifake_ray.storage.sources.parquet import TableSource
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, manifest
+from cifake_ray.storage.s3.location import open_path
+from cifake_ray.storage.sources.parquet import ParquetSource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import MAX_SHARD_ROWS, Listing
 
 BATCH_ROWS = 16_384
@@ -106,13 +106,13 @@ def measure_rows() -> None:
 def measure_shards() -> None:
     """What the driver keeps of each shard, and the papers at the end."""
     reports = (
-        {"part": asdict(PartFacts(n, 1, {"truncated": 3}, {"any": 7, "side": 7}, 10**7, "0" * 64))}
+        {"part": asdict(ShardStats(n, 1, {"truncated": 3}, {"any": 7, "side": 7}, 10**7, "0" * 64))}
         for n in range(NUM_SHARDS)
     )
     process = psutil.Process()
     before = process.memory_info().rss
     shards = [{"shard": shard} for shard in range(NUM_SHARDS)]
-    parts = [PartFacts(**json.loads(json.dumps(report))["part"]) for report in reports]
+    parts = [ShardStats(**json.loads(json.dumps(report))["part"]) for report in reports]
     after = process.memory_info().rss
     print(f"driver: {(after - before) / len(shards):.0f} bytes a shard")
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def measure_shards() -> None:
         plan = manifest.Manifest(files, NUM_SHARDS, 0)
         run = Run(Path(folder), "score", {}, {}, plan, {})
         hashes = [os.urandom(32).hex() for _ in parts]
-        parts = [PartFacts(**{**asdict(p), "sha256": hashes[p.shard]}) for p in parts]
+        parts = [ShardStats(**{**asdict(p), "sha256": hashes[p.shard]}) for p in parts]
         started_s = time.process_time()
         finish_run(run, parts, {})
         elapsed_s = time.process_time() - started_s
@@ -156,33 +156,33 @@ def measure_requests() -> None:
         for number, image in enumerate(make_images(32, SHARD_ROWS)):
             server.put(bucket, f"in/{number}.jpg", image)
         store = StoreConfig()
-        source = BucketSource(bucket, "in/", store, {})
-        shards = open_place(f"s3://{bucket}/shards", store)
-        scores = open_place(f"s3://{bucket}/scores", store)
-        again = open_place(f"s3://{bucket}/again", store)
-        measure_shard("convert", shards, source, make_work, calls)
+        source = S3PrefixSource(bucket, "in/", store, {})
+        shards = open_path(f"s3://{bucket}/shards", store)
+        scores = open_path(f"s3://{bucket}/scores", store)
+        again = open_path(f"s3://{bucket}/again", store)
+        measure_shard("convert", shards, source, make_processor, calls)
         measure_shard("score", scores, source, make_score_work(), calls)
-        measure_shard("score", again, TableSource(shards / "shards"), make_score_work(), calls)
+        measure_shard("score", again, ParquetSource(shards / "shards"), make_score_work(), calls)
 
         # One manifest file as large as they get: what reading one shard of it asks for.
         num_rows = SHARDS_PER_FILE * 4096
         frozen = write_manifest(shards / "large", "run", Listing(make_batches(num_rows)), 4096)
         large = (shards / "large" / frozen.files[0].name).stat().st_size
         calls.clear()
-        manifest.read_shard(shards / "large", frozen.files[0], 3)
+        manifest.read_manifest_shard(shards / "large", frozen.files[0], 3)
         asked = [f"{method} {size / 2**20:.1f} MiB" for method, size in calls]
         print(f"a shard's rows of a manifest file of {large / 2**20:.0f} MiB: {asked}")
 
 
 def measure_shard(
-    command: str, out: Place, source: Any, make: Callable[[Placement], Any], calls: list[Any]
+    command: str, out: AnyPath, source: Any, make: Callable[[Placement], Any], calls: list[Any]
 ) -> None:
     """One shard made by a worker in this process, and found again."""
     run = RunPlan(
         out=out, command=command, settings={}, config={}, list_source=source.list_images,
         shard_rows=SHARD_ROWS,
     ).freeze()  # fmt: skip
-    worker = ShardWorker(run, source, make, ONE_WORKER, Orders("x", False, 600.0))
+    worker = ShardWorker(run, source, make, ONE_WORKER, WorkerOptions("x", False, 600.0))
     worker.work = make(ONE_WORKER)
     for words in ("made", "found"):
         calls.clear()
@@ -196,9 +196,9 @@ def measure_shard(
     print(f"  {size / SHARD_ROWS:.0f} bytes a row")
 
 
-def make_score_work() -> MakeScoreWork:
-    bundle = read_bundle_facts(locate_bundle(None))
-    return MakeScoreWork(bundle, bundle.threshold(None), SMALL_BATCH)
+def make_score_work() -> MakeScoreProcessor:
+    bundle = read_bundle_info(locate_bundle(None))
+    return MakeScoreProcessor(bundle, bundle.threshold(None), SMALL_BATCH)
 
 
 def make_images(side: int, count: int) -> list[bytes]:
@@ -219,14 +219,14 @@ def make_images(side: int, count: int) -> list[bytes]:
 
 def measure_images() -> None:
     """CPU time of an image that is there already: what convert and score do with it."""
-    from cifake_ray.core.processing.convert import ConvertWork
-    from cifake_ray.core.processing.processor import Work
-    from cifake_ray.core.processing.score import ScoreWork
+    from cifake_ray.core.processing.convert import ConvertProcessor
+    from cifake_ray.core.processing.processor import Processor
+    from cifake_ray.core.processing.score import ScoreProcessor
     from cifake_ray.stages.malloc import keep_freed_memory
 
     keep_freed_memory()
     detector, bundle = load_bundle(locate_bundle(None))
-    score = ScoreWork(
+    score = ScoreProcessor(
         detector, bundle.calibration, bundle.domain, threshold=0.5, batch_size=SMALL_BATCH,
         device="cpu", facts={},
     )  # fmt: skip
@@ -234,8 +234,8 @@ def measure_images() -> None:
         images = make_images(side, count)
         mean_bytes = sum(map(len, images)) / count
         rows = pa.Table.from_batches([next(iter(make_batches(count)))])
-        works: tuple[tuple[str, Work], ...] = (
-            ("convert", ConvertWork()), ("score", score)
+        works: tuple[tuple[str, Processor], ...] = (
+            ("convert", ConvertProcessor()), ("score", score)
         )  # fmt: skip
         for name, work in works:
             work.finish(rows, work.prepare(images))

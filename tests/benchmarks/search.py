@@ -21,14 +21,14 @@ from statistics import median
 from typing import Any
 
 from compare import HERE, PAGE, Row, render_page, run, to_flags
-from measure import find_cifake, format_table, link_part, say
+from measure import find_cifake, format_table, link_part, log
 
 from cifake_ray.core.search.space import to_train_options
 from cifake_ray.core.search.trial_table import format_value
 from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.storage.io.files import write_bytes
 from cifake_ray.storage.presets.yaml_presets import RECIPES
-from cifake_ray.storage.runs.tune_run import SearchRun
+from cifake_ray.storage.runs.tune_run import TuneRun
 
 NUM_IMAGES, EPOCHS, TRIALS, SEED = 10_000, 6, 16, 0
 SPACES = ("--search", "augmentation", "--search", "early-stopping")
@@ -41,14 +41,14 @@ def search(name: str, shards: Path, options: dict[str, Any]) -> Row:
     summary = run(
         ["tune", shards, folder, *SPACES, *to_flags(options)], shards.parent / f"{name}.log"
     )
-    say(f"{name}: {summary['best']:.4f} after {summary['steps']:,} steps")
+    log(f"{name}: {summary['best']:.4f} after {summary['steps']:,} steps")
     return {"name": name, **summary}
 
 
 def train_plainly(shards: Path, searched: Path, recipe: Path) -> list[tuple[float, float]]:
     """The trials of a search by calls of `train`: seconds of each in all, and of its epochs."""
     times = []
-    for trial in SearchRun(searched).read_trials():
+    for trial in TuneRun(searched).read_trials():
         chosen = to_train_options(trial.chosen, POLICIES["shift"])
         options = {
             "recipe": recipe,
@@ -59,7 +59,7 @@ def train_plainly(shards: Path, searched: Path, recipe: Path) -> list[tuple[floa
             "cpus_per_worker": 1,
         }
         folder = shards.parent / f"plain-{trial.number}"
-        say(f"train: trial {trial.number}")
+        log(f"train: trial {trial.number}")
         summary = run(["train", shards, folder, *to_flags(options)], folder.with_suffix(".log"))
         epochs = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
         times.append((summary["elapsed_s"], sum(row["train_s"] + row["val_s"] for row in epochs)))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from compare import HERE, PAGE, Row, render_page, run, to_flags
-from measure import format_table, say
+from measure import format_table, log
 from sklearn.metrics import roc_auc_score
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
@@ -90,13 +90,13 @@ def evaluate(name: str, shards: Path, folder: Path, weights: dict[str, Path]) ->
     folder.mkdir(exist_ok=True)
     options, bundle, minutes = DETECTORS[name], [], 0.0
     if options is not None:
-        say(f"{name}: train")
+        log(f"{name}: train")
         if "weights" in options:
             options = {**options, "weights": weights[options["weights"]]}
         train = ["train", shards, folder / "run", *to_flags(options)]
         minutes = run(train, folder / "train.log")["train_s"] / 60
         bundle = ["--bundle", folder / "run"]
-    say(f"{name}: evaluate")
+    log(f"{name}: evaluate")
     report = folder / "report"
     run(["evaluate", shards, "--split", "test", *bundle, "--out", report], folder / "evaluate.log")
     return {"name": name, "train_min": round(minutes, 1), **measure(report / "predictions")}

@@ -9,9 +9,9 @@ import typer
 from typer.testing import CliRunner
 
 from cifake_ray.cli import VERBS
-from cifake_ray.config import SubmitConfig, TuneConfig, check_places
+from cifake_ray.config import SubmitConfig, TuneConfig, check_remote_paths
 from cifake_ray.options import make_command
-from cifake_ray.storage.presets.yaml_presets import EVERYTHING, SEARCHES, find_boxed
+from cifake_ray.storage.presets.yaml_presets import EVERYTHING, SEARCHES, find_preset
 
 PROGRAM = ["python", "-m", "cifake_ray"]
 SCRIPT = "cifake-ray"
@@ -27,7 +27,7 @@ def parse_entrypoint(line: str) -> Any:
         raise ValueError(f"not our program: {line}")
     verb, *arguments = words[len(PROGRAM) :]
     config = parse_words(verb, arguments)
-    check_places(config)
+    check_remote_paths(config)
     return config
 
 
@@ -49,9 +49,9 @@ def parse_words(verb: str, arguments: list[str]) -> Any:
         raise ValueError(f"{verb}: {result.exception}: {result.output}")
     config = made[0] if job_class is None else made[0][0]
     if job_class is not None:
-        check_places(config)
+        check_remote_paths(config)
     if isinstance(config, TuneConfig):
         for name in config.search:
             if name != EVERYTHING:
-                find_boxed(name, SEARCHES)
+                find_preset(name, SEARCHES)
     return config

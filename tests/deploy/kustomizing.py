@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"apiVersion", "kind", "namespace", "resources", "components", "patches", "images"}
-KNOWN |= {"replacements"}
+REPLAYED = {"apiVersion", "kind", "namespace", "resources", "components", "patches", "images"}
+REPLAYED |= {"replacements"}
 CLUSTER_WIDE = {"Namespace"}
 LOCAL = "config.kubernetes.io/local-config"
 
@@ -29,7 +29,7 @@ def render(folder: Path) -> list[Manifest]:
 
 def _accumulate(folder: Path, manifests: list[Manifest]) -> list[Manifest]:
     settings = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert settings.keys() <= KNOWN, f"{folder}: {sorted(settings.keys() - KNOWN)}"
+    assert settings.keys() <= REPLAYED, f"{folder}: {sorted(settings.keys() - REPLAYED)}"
     for name in settings.get("resources", []):
         path = folder / name
         if path.is_dir():

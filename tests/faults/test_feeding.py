@@ -125,7 +125,7 @@ def test_a_run_over_parquet_goes_on_after_the_death_of_its_worker(
     (out / "_SUCCESS").unlink()
     run = require_run(out)
     for shard in range(run.manifest.num_shards):
-        run.part_path(shard).unlink()
+        run.shard_path(shard).unlink()
     write_attempt(run, follow_attempt(None, 0, "killed"))
     account = score(cluster, shards, out)
     assert (account["done"], account["shards_retried"]) == (NUM_IMAGES, 1)

@@ -33,7 +33,7 @@ from cifake_ray.config import (
     SubmitConfig,
     TrainConfig,
     TuneConfig,
-    check_places,
+    check_remote_paths,
     list_options,
 )
 from cifake_ray.errors import ExitCode, ResourceError
@@ -380,8 +380,8 @@ def test_the_result_is_found_among_the_lines_of_a_log() -> None:
 
 def test_places_are_checked_whatever_the_verb_calls_them() -> None:
     with pytest.raises(ValueError, match=r"RUN is '\.\./run'"):
-        check_places(TrainConfig(shards="s3://b/s", run="../run"))
-    check_places(TrainConfig(shards="s3://b/s", run="/shared/run"))
+        check_remote_paths(TrainConfig(shards="s3://b/s", run="../run"))
+    check_remote_paths(TrainConfig(shards="s3://b/s", run="/shared/run"))
 
 
 def test_variables_are_split_at_the_first_equals_sign() -> None:

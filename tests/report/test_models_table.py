@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 
-from cifake_ray.report.models_table import align_table, format_catalogue, format_count, format_rate
+from cifake_ray.report.models_table import (
+    align_table,
+    format_count,
+    format_models_table,
+    format_rate,
+)
 
 SPEED = {
     "train_images_per_s": 12.34,
@@ -44,7 +49,7 @@ def make_result(image_size: int, accuracy: float) -> dict[str, Any]:
 
 
 def show(*rows: dict[str, Any]) -> list[str]:
-    return format_catalogue({"models": rows, "made_by": "python zoo.py"}).splitlines()
+    return format_models_table({"models": rows, "made_by": "python zoo.py"}).splitlines()
 
 
 def test_numbers_stand_below_each_other() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.metrics import compute_metrics
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
 from cifake_ray.report.figures import draw_figures
@@ -30,7 +30,7 @@ HISTORY = [
     {"epoch": 1, "train_loss": 0.6, "val_loss": 0.5, "val_accuracy": 0.8, "lr": 1e-3, "x": "y"},
     {"epoch": 2, "train_loss": 0.4, "val_loss": float("nan"), "val_accuracy": 0.9, "lr": 1e-4},
 ]
-DOMAIN = Domain(sides=(32, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 75))
+DOMAIN = TrainingDomain(sides=(32, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 75))
 ONLY_REAL = "camera $x$ 写真\n"
 
 
@@ -306,6 +306,6 @@ def test_a_domain_in_words():
         "1,502 of 2,000 images are unlike those the detector learned from: 1,502 by size (32 to"
         " 1,024 pixels there), 7 by JPEG quality (75 there); their scores may mean little"
     )
-    no_jpeg = Domain(sides=(32, 32), formats=("PNG",), jpeg_qualities=None)
+    no_jpeg = TrainingDomain(sides=(32, 32), formats=("PNG",), jpeg_qualities=None)
     assert describe_domain(no_jpeg) == "Sides: 32 pixels; formats: PNG; JPEG quality: -."
     assert "not on record" in describe_domain(None)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cifake_ray.core.search.trial_table import to_row
-from cifake_ray.report.tune_page import draw_bars, draw_objective, draw_parallel, render_search
+from cifake_ray.report.tune_page import draw_bars, draw_objective, draw_parallel, render_tune_page
 from cifake_ray.report.tune_text import format_recipe, format_trials
 
 
@@ -59,7 +59,7 @@ SUMMARY: dict[str, Any] = {
 
 def test_the_page_shows_every_trial_and_what_was_saved() -> None:
     rows, histories = make_search()
-    page = render_search(SUMMARY, rows, histories, "lr: 0.1\nmodel: cnn\n", "cifake-ray tune")
+    page = render_tune_page(SUMMARY, rows, histories, "lr: 0.1\nmodel: cnn\n", "cifake-ray tune")
     assert page.count('<th scope="row">') == 11
     assert "of 44, 45.5% saved by stopping early" in page
     assert "3, the best" in page
@@ -71,7 +71,7 @@ def test_the_page_shows_every_trial_and_what_was_saved() -> None:
 
 def test_a_small_search_says_why_it_shows_no_importance() -> None:
     rows, histories = make_search(4)
-    page = render_search(SUMMARY, rows, histories, "", "cifake-ray tune")
+    page = render_tune_page(SUMMARY, rows, histories, "", "cifake-ray tune")
     assert "No importance is shown: it takes 8 trials" in page
     assert page.count("<figure>") == 3
 

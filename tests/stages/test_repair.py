@@ -12,7 +12,7 @@ from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.errors import StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.convert import convert_images
-from cifake_ray.storage.runs.verify import find_damage
+from cifake_ray.storage.runs.verify import verify_files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -36,10 +36,10 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> None:
-    assert [item.name for item in find_damage(damaged)] == ["shards/part-00002.parquet"]
+    assert [item.name for item in verify_files(damaged)] == ["shards/part-00002.parquet"]
     summary, code = run_verb(RepairConfig(out=str(damaged)), time.time())
     assert (summary.shards_resumed, summary.shards_total, code) == (3, 4, 0)
-    assert find_damage(damaged) == []
+    assert verify_files(damaged) == []
     assert pq.read_table(damaged / "shards").num_rows == 40
     assert not [path for path in damaged.rglob(".*") if path.is_file()]
 

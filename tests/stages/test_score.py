@@ -17,22 +17,22 @@ import pytest
 from PIL import Image
 
 from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary
 from cifake_ray.stages.score import score_images
-from cifake_ray.storage.bundles.bundle import read_bundle_facts
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.runs.export import export_scores
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def run_score(
-    src: Path, out: Path, say: Callable[[str], None] = print, **options: Any
+    src: Path, out: Path, log: Callable[[str], None] = print, **options: Any
 ) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), **options)
-    summary = score_images(config, lambda progress: None, time.time(), say)
+    summary = score_images(config, lambda progress: None, time.time(), log)
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -194,7 +194,7 @@ def mixed(sample_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bundle_says_what_it_learned_from(bundle: Path) -> None:
-    assert read_bundle_facts(bundle).domain == Domain(
+    assert read_bundle_info(bundle).domain == TrainingDomain(
         sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75)
     )
     card = (bundle / "README.md").read_text()

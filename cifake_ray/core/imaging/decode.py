@@ -63,7 +63,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageHeader:
     """What the header of one image says."""
 
     width: int  # pixels, as stored: before EXIF orientation
@@ -74,13 +74,13 @@ class ImageFacts:
     num_frames: int  # frames or pages; 1 for stills
 
 
-def inspect_image(data: bytes) -> ImageFacts:
+def inspect_image(data: bytes) -> ImageHeader:
     """The facts in the header; no pixel is decoded, so a body cut short or corrupt is not noticed.
 
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, format_not_allowed,
     truncated (inside the header), decode_failed.
     """
-    return _call_decoder(_read_facts, data)
+    return _call_decoder(_read_header, data)
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -123,13 +123,13 @@ def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
         raise ImageError("truncated" if is_truncated else "decode_failed", detail) from error
 
 
-def _read_facts(data: bytes) -> ImageFacts:
+def _read_header(data: bytes) -> ImageHeader:
     header = scan_jpeg(data)
     quality = estimate_quality(header.luminance_table) if header else None
     if header and not header.is_multi_picture:
         _check_pixels(header.width, header.height)
         mode = _PILLOW_MODES[header.num_components]
-        return ImageFacts(header.width, header.height, "JPEG", mode, quality, 1)
+        return ImageHeader(header.width, header.height, "JPEG", mode, quality, 1)
     image = _open_image(data)
     width, height = image.size
     if image.format == "TIFF":  # Pillow has swapped them already where the orientation says so
@@ -139,7 +139,7 @@ def _read_facts(data: bytes) -> ImageFacts:
     else:
         num_frames = getattr(image, "n_frames", 1)
         check_frames(num_frames)
-    return ImageFacts(width, height, str(image.format), image.mode, quality, num_frames)
+    return ImageHeader(width, height, str(image.format), image.mode, quality, num_frames)
 
 
 def _decode_pixels(data: bytes) -> np.ndarray:

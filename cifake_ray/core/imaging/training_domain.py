@@ -12,19 +12,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Range = tuple[int, int]  # lowest and highest, both inside
+Bounds = tuple[int, int]  # lowest and highest, both inside
 
-DOMAIN_FACTS = ["width", "height", "format", "jpeg_quality"]  # of FACT_FIELDS, what a domain is of
+DOMAIN_COLUMNS = [
+    "width",
+    "height",
+    "format",
+    "jpeg_quality",
+]  # of HEADER_FIELDS, what a domain is of
 QUALITIES = (1, 100)  # IJG
 
 
 @dataclass(frozen=True, kw_only=True)
-class Domain:
+class TrainingDomain:
     """What images a detector learned from. Ranges, so that no training image is unlike them."""
 
-    sides: Range  # pixels: the smallest and the largest width or height
+    sides: Bounds  # pixels: the smallest and the largest width or height
     formats: tuple[str, ...]  # Pillow's names, sorted
-    jpeg_qualities: Range | None  # see `estimate_quality`; None where no image was a JPEG
+    jpeg_qualities: Bounds | None  # see `estimate_quality`; None where no image was a JPEG
 
     def __post_init__(self) -> None:
         for name, (low, high) in (
@@ -43,7 +48,7 @@ class Domain:
         image that is no JPEG has no JPEG quality to be unlike.
         """
         scored = rows.filter(pc.is_null(rows.column("error")))
-        width, height, name, quality = (scored.column(fact) for fact in DOMAIN_FACTS)
+        width, height, name, quality = (scored.column(name) for name in DOMAIN_COLUMNS)
         unlike = {
             "size": pc.or_(_is_outside(width, self.sides), _is_outside(height, self.sides)),
             "format": pc.invert(pc.is_in(name, pa.array(self.formats, pa.string()))),
@@ -56,7 +61,7 @@ class Domain:
         return {reason: pc.sum(column).as_py() or 0 for reason, column in unlike.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Domain:
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingDomain:
         """From the config of a bundle. KeyError, TypeError or ValueError when it cannot be."""
         qualities = values["jpeg_qualities"]
         return cls(
@@ -66,17 +71,17 @@ class Domain:
         )
 
 
-def _is_outside(values: pa.ChunkedArray, bounds: Range) -> pa.ChunkedArray:
+def _is_outside(values: pa.ChunkedArray, bounds: Bounds) -> pa.ChunkedArray:
     low, high = bounds
     return pc.or_(pc.less(values, low), pc.greater(values, high))
 
 
-def find_domain(facts: pa.Table) -> Domain:
-    """The domain of images from their headers: DOMAIN_FACTS, at least one row."""
-    width, height, name, quality = (facts.column(fact) for fact in DOMAIN_FACTS)
+def find_domain(headers: pa.Table) -> TrainingDomain:
+    """The domain of images from their headers: DOMAIN_COLUMNS, at least one row."""
+    width, height, name, quality = (headers.column(name) for name in DOMAIN_COLUMNS)
     sides = pc.min_max(pa.chunked_array([*width.chunks, *height.chunks])).as_py()
     qualities = pc.min_max(quality).as_py()
-    return Domain(
+    return TrainingDomain(
         sides=(sides["min"], sides["max"]),
         formats=tuple(sorted(name.unique().to_pylist())),
         jpeg_qualities=None if qualities["min"] is None else (qualities["min"], qualities["max"]),

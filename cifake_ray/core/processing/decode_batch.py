@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cifake_ray.core.imaging.decode import ImageFacts, inspect_image
+from cifake_ray.core.imaging.decode import ImageHeader, inspect_image
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.errors import ImageError
 
@@ -20,14 +20,14 @@ class Decoded:
     """N images, of which K could be decoded."""
 
     pixels: np.ndarray  # uint8[K, S, S, 3]
-    facts: list[ImageFacts | None]  # N; None of those that could not
+    headers: list[ImageHeader | None]  # N; None of those that could not
     errors: list[ImageError | None]  # N; None of those that could
 
 
 def decode_batch(preprocessing: Preprocessing, images: Iterable[bytes | ImageError]) -> Decoded:
     """The images, one after the other as they come; what went wrong stands in its place."""
     pixels: list[np.ndarray] = []
-    facts: list[ImageFacts | None] = []
+    headers: list[ImageHeader | None] = []
     errors: list[ImageError | None] = []
     for image in images:
         try:
@@ -35,11 +35,11 @@ def decode_batch(preprocessing: Preprocessing, images: Iterable[bytes | ImageErr
                 raise image
             found = inspect_image(image)
             pixels.append(preprocessing.load_image(image))
-            facts.append(found)
+            headers.append(found)
             errors.append(None)
         except ImageError as error:
-            facts.append(None)
+            headers.append(None)
             errors.append(error)
     side = preprocessing.image_size
     stacked = np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8)
-    return Decoded(stacked, facts, errors)
+    return Decoded(stacked, headers, errors)

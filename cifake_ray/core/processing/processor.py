@@ -15,7 +15,7 @@ from cifake_ray.errors import ImageError
 Prepare = Callable[[Iterable[bytes | ImageError]], Any]
 
 
-class Work(Protocol):
+class Processor(Protocol):
     """Turns rows of the manifest and the images they name into rows of the result, in two halves.
 
     The first needs the images alone, so another process, on another machine, may do it: it travels
@@ -24,7 +24,7 @@ class Work(Protocol):
 
     batch_size: int  # images handed over at once
     decodes: bool  # whether it decodes the pixels, or reads the header only
-    facts: dict[str, str]  # what the footer of each shard records beside the spine's own facts
+    footer: dict[str, str]  # what the footer of each shard records beside the spine's own facts
     prepare: Prepare  # gives what `finish` takes
     image_bytes: int  # of memory that it gives for each image, at most
 

@@ -13,16 +13,16 @@ import pyarrow as pa
 import torch
 
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
-from cifake_ray.core.schema import FACT_FIELDS, SCORE_FIELDS
+from cifake_ray.core.schema import HEADER_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import ImageError
 
 
-class ScoreWork:
-    """Decodes and scores a slice of images: the `Work` of score and evaluate."""
+class ScoreProcessor:
+    """Decodes and scores a slice of images: the `Processor` of score and evaluate."""
 
     decodes = True
 
@@ -30,12 +30,12 @@ class ScoreWork:
         self,
         detector: Detector,
         calibration: Calibration,
-        domain: Domain | None,
+        domain: TrainingDomain | None,
         *,
         threshold: float,
         batch_size: int,
         device: str,
-        facts: dict[str, str],
+        footer: dict[str, str],
     ) -> None:
         torch.set_num_threads(1)  # a worker has one core
         self.detector = detector.to(device).eval()
@@ -44,7 +44,7 @@ class ScoreWork:
         self.threshold = threshold
         self.batch_size = batch_size
         self.device = device
-        self.facts = facts
+        self.footer = footer
         self.prepare: Prepare = partial(decode_batch, detector.preprocessing)
         self.image_bytes = 3 * detector.preprocessing.image_size**2
 
@@ -66,8 +66,8 @@ class ScoreWork:
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
             "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
         }
-        for field in FACT_FIELDS:
-            columns[field.name] = [f and getattr(f, field.name) for f in prepared.facts]
+        for field in HEADER_FIELDS:
+            columns[field.name] = [h and getattr(h, field.name) for h in prepared.headers]
         return assemble_rows(SCORE_FIELDS, rows, columns, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:

@@ -26,13 +26,13 @@ OF_THE_SEARCH = {"shards", "epochs", "seed", "val_fraction", "val_split", "monit
 SEARCHED = {
     f.name
     for f in fields(TrainConfig)
-    if f.name not in OF_THE_SEARCH and doc_of(TrainConfig, f.name).effect
+    if f.name not in OF_THE_SEARCH and doc_of(TrainConfig, f.name).in_fingerprint
 }
 OFF = {"rescale": 0, "blur": 0, "noise": 0, "jpeg_quality": 100}  # and their shares
 
 
 @dataclass(frozen=True)
-class Domain:
+class ParameterRange:
     """The values of one option."""
 
     kind: str  # one of KINDS
@@ -58,7 +58,7 @@ class Domain:
         return min(max(value, low), highest)
 
 
-Space = dict[str, Domain]  # by the name of the option
+Space = dict[str, ParameterRange]  # by the name of the option
 
 
 def parse_space(values: Mapping[str, Any]) -> Space:
@@ -85,7 +85,7 @@ def parse_space(values: Mapping[str, Any]) -> Space:
     return space
 
 
-def _parse_domain(name: str, value: Any) -> Domain:
+def _parse_domain(name: str, value: Any) -> ParameterRange:
     if isinstance(value, list):
         value = {"choice": value}
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
@@ -103,7 +103,7 @@ def _parse_domain(name: str, value: Any) -> Domain:
             raise ValueError(f"{name}: {kind} takes whole numbers; the highest is left out")
     if is_range and not kind.endswith("randint"):
         numbers = [float(n) for n in numbers]
-    return Domain(kind, tuple(numbers))
+    return ParameterRange(kind, tuple(numbers))
 
 
 def sample_space(space: Space, seed: int, number: int) -> dict[str, Any]:

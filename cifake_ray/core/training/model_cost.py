@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import OWN_ARCHITECTURES, build_detector, list_architectures
 from cifake_ray.core.models.small_networks import SMALL_SIZE, is_small
-from cifake_ray.core.training.optimizer import build_trainee, make_optimizer
-from cifake_ray.core.training.trainer import choose_numerics
+from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
+from cifake_ray.core.training.trainer import choose_precision
 
 # Ours, and those of timm that detectors of generated images are often made of.
-ZOO = (
+LISTED_MODELS = (
     *OWN_ARCHITECTURES,
     "resnet18",
     "resnet50",
@@ -84,20 +84,20 @@ def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
     optimiser of `train`'s defaults.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    numerics = choose_numerics(device, "auto")
+    precision = choose_precision(device, "auto")
     macs = count_cost(architecture, image_size).macs
     batch_size = choose_batch_size(macs, device)
     config = TrainConfig(shards="-", run="-", model=architecture, image_size=image_size)
-    detector = build_trainee(config).to(device)
+    detector = build_for_training(config).to(device)
     optimizer = make_optimizer(detector.network, config)
-    scaler = torch.amp.GradScaler(device, enabled=numerics.dtype is torch.float16)
+    scaler = torch.amp.GradScaler(device, enabled=precision.dtype is torch.float16)
     size = detector.preprocessing.image_size
     images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device)
     labels = torch.arange(batch_size, device=device) % 2
 
     def train_batch() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with numerics.autocast:
+        with precision.autocast:
             loss = nn.functional.cross_entropy(detector(images), labels)
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(optimizer)
@@ -116,7 +116,7 @@ def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
         batch_size=batch_size,
         device=device,
         num_threads=torch.get_num_threads(),
-        dtype=str(numerics.dtype).removeprefix("torch."),
+        dtype=str(precision.dtype).removeprefix("torch."),
     )
 
 
@@ -146,13 +146,13 @@ def _time_batch(run_batch: Callable[[], None], device: str) -> float:
     return (time.perf_counter() - started_s) / num_batches
 
 
-def list_catalogue(
+def list_models(
     pattern: str | None,
     results: Sequence[Mapping[str, Any]] = (),
     *,
     image_size: int | None = None,
     measure: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
     """A row for each architecture: of ZOO, or of all that match a glob.
 
@@ -161,7 +161,7 @@ def list_catalogue(
     when they were to be measured, or when nothing matches.
     """
     about = list_architectures("*" if pattern is None else pattern)
-    names = list(ZOO) if pattern is None else list(about)
+    names = list(LISTED_MODELS) if pattern is None else list(about)
     is_counted = len(names) <= MAX_COUNTED
     if (measure or image_size is not None) and not is_counted:
         flag = "--measure" if measure else "--image-size"
@@ -187,7 +187,7 @@ def list_catalogue(
         try:
             row.update(asdict(count_cost(name, image_size)))
             if measure:
-                say(f"models: measuring {name}, {number} of {len(names)}")
+                log(f"models: measuring {name}, {number} of {len(names)}")
                 row["speed"] = asdict(measure_speed(name, image_size))
         except (ValueError, RuntimeError) as error:
             row["problem"] = str(error).splitlines()[0]

@@ -15,7 +15,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import Detector, build_detector, find_head
 
 
-def build_trainee(config: TrainConfig) -> Detector:
+def build_for_training(config: TrainConfig) -> Detector:
     """The detector that a run trains, with fresh weights from torch's global generator."""
     detector = build_detector(
         config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
@@ -27,7 +27,7 @@ def build_trainee(config: TrainConfig) -> Detector:
     return detector
 
 
-def share_norms(network: nn.Module, device: str) -> nn.Module:
+def sync_batch_norms(network: nn.Module, device: str) -> nn.Module:
     """Batch norms whose statistics are those of all ranks' images, where torch has them: on GPUs.
 
     Names of weights stay as they are.

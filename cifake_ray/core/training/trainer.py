@@ -55,7 +55,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Numerics:
+class DevicePrecision:
     """In what precision, and where, the loop computes."""
 
     device: str
@@ -68,7 +68,7 @@ class Numerics:
         return torch.autocast(self.device, self.dtype)
 
 
-def choose_numerics(device: str, precision: str) -> Numerics:
+def choose_precision(device: str, precision: str) -> DevicePrecision:
     """`auto` is bf16 where the device computes it, else float32 on CPU and fp16 on GPU.
 
     A CPU that computes it has AMX or AVX512-BF16; others imitate it, slowly. Intel's without AMX
@@ -85,7 +85,7 @@ def choose_numerics(device: str, precision: str) -> Numerics:
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if device == "cpu" and precision == "fp16":
         raise ValueError("--precision fp16 needs a GPU; use float32 or bf16")
-    return Numerics(device, dtypes[precision])
+    return DevicePrecision(device, dtypes[precision])
 
 
 def _make_ema(detector: Detector, decay: float) -> Any:
@@ -105,7 +105,7 @@ class Trainer:
         config: TrainConfig,
         train: Images,
         val: Images,
-        numerics: Numerics,
+        precision: DevicePrecision,
         augmentation: Augmentation = POLICIES["flip"],
     ) -> None:
         """`wrapped` is the detector itself, or the detector in DistributedDataParallel."""
@@ -113,18 +113,20 @@ class Trainer:
         self.rank = dist.get_rank() if is_distributed else 0
         self.num_ranks = dist.get_world_size() if is_distributed else 1
         self.detector, self.wrapped, self.config = detector, wrapped, config
-        self.val_images, self.numerics = val, numerics
+        self.val_images, self.precision = val, precision
         self.batches = Batches(
-            train, config, augmentation, numerics.device, self.rank, self.num_ranks
+            train, config, augmentation, precision.device, self.rank, self.num_ranks
         )
         self.optimizer = make_optimizer(detector.network, config)
         self.schedule = make_schedule(
             self.optimizer, config, self.batches.steps_per_epoch * config.epochs
         )
-        self.scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.dtype is torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            precision.device, enabled=precision.dtype is torch.float16
+        )
         self.ema = None if config.ema_decay is None else _make_ema(detector, config.ema_decay)
         # Whose weights are validated and kept.
-        self.judged: Detector = detector if self.ema is None else self.ema.module
+        self.eval_model: Detector = detector if self.ema is None else self.ema.module
         self.state = TrainState()
 
     def fit(self, save: Callable[[], None]) -> None:
@@ -150,7 +152,12 @@ class Trainer:
             score = self._agree(to_score(row, self.config.monitor))
             state.patience.watch(score, self.config.min_delta)
             state.kept = keep_best(
-                state.kept, score, state.epoch, logit, self.judged.network, self.config.keep_epochs
+                state.kept,
+                score,
+                state.epoch,
+                logit,
+                self.eval_model.network,
+                self.config.keep_epochs,
             )
             save()
 
@@ -163,7 +170,7 @@ class Trainer:
             self.detector.network.eval()
             find_head(self.detector.network).train()
         started_s = time.perf_counter() - state.train_s
-        total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         if self.rank == 0:
             total += state.loss_sum
         for batch in self.batches.draw(state.epoch, state.batch):
@@ -207,13 +214,13 @@ class Trainer:
     def _find_gradient(self, batch: Batch) -> torch.Tensor:
         """The gradient of a global batch, in pieces; gives the sum of this rank's losses."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.numerics.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
         split = (tensor.tensor_split(num_pieces) for tensor in (batch.images, batch.labels))
         pieces = zip(*split, strict=True)
         for number, (piece, piece_labels) in enumerate(pieces, start=1):
             with self._synchronised(number == num_pieces):
-                with self.numerics.autocast:
+                with self.precision.autocast:
                     outputs = self.wrapped(piece)
                 losses = nn.functional.cross_entropy(
                     outputs,
@@ -245,7 +252,7 @@ class Trainer:
         """Rank 0's value: another processor may round the last digit of its own differently."""
         if self.num_ranks == 1:
             return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.numerics.device)
+        shared = torch.tensor(value, dtype=torch.float64, device=self.precision.device)
         dist.broadcast(shared, 0)
         return float(shared)
 
@@ -255,17 +262,17 @@ class Trainer:
 
         In float32, as scoring does: the threshold and the temperature are for its numbers.
         """
-        self.judged.eval()
+        self.eval_model.eval()
         if self.num_ranks > 1:  # batch-norm statistics are each rank's own until its next step
-            for buffer in self.judged.network.buffers():
+            for buffer in self.eval_model.network.buffers():
                 dist.broadcast(buffer, 0)
-        logit = torch.zeros(len(images.labels), device=self.numerics.device)
+        logit = torch.zeros(len(images.labels), device=self.precision.device)
         for start in range(0, len(logit), EVAL_BATCH_SIZE * self.num_ranks):
             stop = min(start + EVAL_BATCH_SIZE * self.num_ranks, len(logit))
             indices = np.arange(start + self.rank, stop, self.num_ranks)
             if len(indices):
-                batch = to_device(images.read(indices), self.numerics.device)
-                logit[start + self.rank : stop : self.num_ranks] = self.judged.find_logit(batch)
+                batch = to_device(images.read(indices), self.precision.device)
+                logit[start + self.rank : stop : self.num_ranks] = self.eval_model.find_logit(batch)
         if self.num_ranks > 1:
             dist.all_reduce(logit)  # every image is non-zero on one rank only
         return logit.cpu()
@@ -299,7 +306,7 @@ class Trainer:
         if not others:
             return best, [best.epoch]
         mean = average_weights([epoch.weights for epoch in self.state.kept])
-        self.judged.network.load_state_dict(mean)
+        self.eval_model.network.load_state_dict(mean)
         logit = self.predict(self.val_images)
         score = self._agree(to_score(self._measure(logit, 0.0), self.config.monitor))
         if score > best.score:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cifake_ray.core.processing.processor import Prepare, Work
+from cifake_ray.core.processing.processor import Prepare, Processor
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.sources.source import Source
 
@@ -23,7 +23,7 @@ MAX_WINDOW_BYTES = 384 * 2**20  # below it one more batch is begun
 MAX_RETRIES = 2  # of a task whose process or node is gone
 
 
-class Batch(NamedTuple):
+class PreparedBatch(NamedTuple):
     """What came of some rows of the manifest: `prepared` is None where the process was lost."""
 
     rows: pa.Table
@@ -63,10 +63,10 @@ def prepare_rows(source: Source, prepare: Prepare, rows: pa.Table) -> tuple[Any,
     return prepare_images(prepare, source.read_images(rows))
 
 
-class Feeder:
+class CpuFeeder:
     """Has batches prepared by tasks, in order and a few ahead."""
 
-    def __init__(self, source: Source, work: Work, num_tasks: int, timeout_s: float) -> None:
+    def __init__(self, source: Source, work: Processor, num_tasks: int, timeout_s: float) -> None:
         """`timeout_s` is how long a batch is waited for."""
         self.source, self.image_bytes, self.timeout_s = source, work.image_bytes, timeout_s
         self.source_ref, self.prepare_ref = ray.put(source), ray.put(work.prepare)
@@ -75,7 +75,7 @@ class Feeder:
         task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)
         self.prepare_rows, self.prepare_images = task(prepare_rows), task(prepare_images)
 
-    def prepare_slices(self, slices: Iterable[pa.Table]) -> Iterator[Batch]:
+    def prepare_slices(self, slices: Iterable[pa.Table]) -> Iterator[PreparedBatch]:
         """The slices, prepared. What a task raised is raised here."""
         waiting = iter(slices)
         pending: deque[_Task] = deque()
@@ -97,7 +97,7 @@ class Feeder:
                 except RayError:  # a decoder ended the process or hangs, or a node was lost
                     ray.cancel(task, force=True)
                     prepared, size_bytes = None, 0
-                yield Batch(rows, prepared, size_bytes)
+                yield PreparedBatch(rows, prepared, size_bytes)
         finally:
             for _, task, _ in pending:
                 ray.cancel(task)

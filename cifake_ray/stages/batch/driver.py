@@ -25,9 +25,9 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray import errors
 from cifake_ray.config import BatchConfig, Device
-from cifake_ray.core.processing.processor import Work
+from cifake_ray.core.processing.processor import Processor
 from cifake_ray.errors import ExitCode, NothingToDo, StorageError
-from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker, count_retryable
+from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions, count_retryable
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
     Placement,
@@ -37,10 +37,10 @@ from cifake_ray.stages.cluster import (
     place_workers,
 )
 from cifake_ray.storage.io.files import exists, read_json
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
-from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run, reopen_run
+from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, reopen_run
 from cifake_ray.storage.sources.source import Source
 
 SHORT_LISTING_S = 0.5
@@ -104,10 +104,10 @@ class BatchPlan:
     run: RunPlan
     device: Device
     source: Source
-    make_work: Callable[[Placement], Work]
+    make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     before_success: Callable[[Run], None] = lambda run: (
         None
     )  # all shards are there, no _SUCCESS yet
@@ -145,7 +145,7 @@ class _Account:
     """Adds up what the workers report."""
 
     listed: int
-    parts: list[PartFacts] = field(default_factory=list)
+    parts: list[ShardStats] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     unlike_training: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -156,7 +156,7 @@ class _Account:
     last_s: float = 0.0
 
     def add(self, report: dict[str, Any]) -> None:
-        part = PartFacts(**report["part"])
+        part = ShardStats(**report["part"])
         self.parts.append(part)
         self.errors.update(part.errors)
         self.unlike_training.update(part.unlike_training)
@@ -209,17 +209,19 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
-        resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.say))
+        resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
         if (summary := find_result(plan)) is not None:  # somebody else finished it meanwhile
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
-        orders = Orders(secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s)
+        options = WorkerOptions(
+            secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s
+        )
         account = _Account(listed=run.manifest.num_rows)
-        with watch_progress(run, orders.session, orders.stall_timeout_s) as watchdog:
-            for report in _stream_shards(run, plan, placement, orders):
+        with watch_progress(run, options.session, options.stall_timeout_s) as watchdog:
+            for report in _stream_shards(run, plan, placement, options):
                 watchdog.beat()
                 account.add(report)
                 plan.on_progress(account.progress())
@@ -270,7 +272,7 @@ def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
 
 
 def _stream_shards(
-    run: Run, plan: BatchPlan, placement: Placement, orders: Orders
+    run: Run, plan: BatchPlan, placement: Placement, options: WorkerOptions
 ) -> Iterator[dict[str, Any]]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -284,7 +286,7 @@ def _stream_shards(
     # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
     results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
         ShardWorker,
-        fn_constructor_args=(run, plan.source, plan.make_work, placement, orders),
+        fn_constructor_args=(run, plan.source, plan.make_processor, placement, options),
         batch_size=1,  # a shard; with GPUs Ray insists on a number
         num_cpus=placement.cpus_per_worker,
         num_gpus=placement.gpus_per_worker,
@@ -305,7 +307,7 @@ def find_result(plan: BatchPlan) -> BatchSummary | None:
     return summary
 
 
-def read_summary(out: Place) -> BatchSummary | None:
+def read_summary(out: AnyPath) -> BatchSummary | None:
     """The account of a finished run, or None when it has not finished."""
     path = out / "_SUCCESS"
     if not exists(path):

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cifake_ray.core.processing.processor import Work
+from cifake_ray.core.processing.processor import Processor
 from cifake_ray.core.schema import RETRYABLE_ERRORS
 from cifake_ray.errors import CifakeError, ImageError, ResourceError
-from cifake_ray.stages.batch.cpu_feeder import Batch, Feeder, prepare_images
+from cifake_ray.stages.batch.cpu_feeder import CpuFeeder, PreparedBatch, prepare_images
 from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.quarantine import Quarantine
 from cifake_ray.stages.cluster import Placement
@@ -34,9 +34,9 @@ from cifake_ray.storage.runs.attempts import (
     remove_attempt,
     write_attempt,
 )
-from cifake_ray.storage.runs.manifest import read_shard
-from cifake_ray.storage.runs.run import PartFacts, Run
-from cifake_ray.storage.runs.shards import commit_part, inspect_part, read_part
+from cifake_ray.storage.runs.manifest import read_manifest_shard
+from cifake_ray.storage.runs.run import Run, ShardStats
+from cifake_ray.storage.runs.shards import commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.sources.source import Source
 
 MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are worked on at once
@@ -47,7 +47,7 @@ STDERR = 2
 
 
 @dataclass(frozen=True)
-class Orders:
+class WorkerOptions:
     """What every worker of a command is told."""
 
     session: str
@@ -55,7 +55,7 @@ class Orders:
     stall_timeout_s: float
 
 
-class Pulse:
+class Heartbeat:
     """Shows in its note that an attempt goes on, and ends the process when it does not.
 
     A decoder that hangs holds its thread for ever; only the end of the process ends it. Ray starts
@@ -92,17 +92,17 @@ class ShardWorker:
         self,
         run: Run,
         source: Source,
-        make_work: Callable[[Placement], Work],
+        make_processor: Callable[[Placement], Processor],
         placement: Placement,
-        orders: Orders,
+        options: WorkerOptions,
     ) -> None:
         self.run = run
         self.source = source
-        self.make_work = make_work
+        self.make_processor = make_processor
         self.placement = placement
-        self.orders = orders
-        self.work: Work | None = None
-        self.feeder: Feeder | None = None
+        self.options = options
+        self.processor: Processor | None = None
+        self.feeder: CpuFeeder | None = None
         self.metrics = WorkMetrics(run.command)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
@@ -111,12 +111,12 @@ class ShardWorker:
     def _report_shard(self, shard: int) -> dict[str, Any]:
         """What the driver learns of a shard: its facts, or why the run must end."""
         try:
-            part = inspect_part(self.run, shard)
+            part = inspect_shard(self.run, shard)
             started_s, worked, retried = time.time(), 0, False
             if part is None:
                 part, retried = self._make_shard(shard)
                 worked = part.rows
-            elif self.orders.retry_errors and count_retryable(part.errors):
+            elif self.options.retry_errors and count_retryable(part.errors):
                 worked = count_retryable(part.errors)
                 part, retried = self._mend_shard(shard)
             finished_s = time.time()
@@ -132,37 +132,37 @@ class ShardWorker:
             "finished_s": finished_s,
         }
 
-    def _make_shard(self, shard: int) -> tuple[PartFacts, bool]:
+    def _make_shard(self, shard: int) -> tuple[ShardStats, bool]:
         """All of a shard, and whether an earlier attempt came to grief."""
-        with self._attempt(shard) as (pulse, is_suspect):
-            rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
-            return self._commit(shard, self._work_on(rows, pulse, is_suspect)), is_suspect
+        with self._attempt(shard) as (heartbeat, is_suspect):
+            rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
+            return self._commit(shard, self._work_on(rows, heartbeat, is_suspect)), is_suspect
 
-    def _mend_shard(self, shard: int) -> tuple[PartFacts, bool]:
+    def _mend_shard(self, shard: int) -> tuple[ShardStats, bool]:
         """The rows of a committed shard whose error may have passed; the others stay."""
-        with self._attempt(shard) as (pulse, is_suspect):
-            rows = read_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
-            old = read_part(self.run.part_path(shard)).replace_schema_metadata(None)
+        with self._attempt(shard) as (heartbeat, is_suspect):
+            rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
+            old = read_shard(self.run.shard_path(shard)).replace_schema_metadata(None)
             error = old.column("error")
             failed = pc.fill_null(pc.is_in(error, pa.array(RETRYABLE_ERRORS)), False)
             crashed = pc.any(pc.equal(error, "worker_crash")).as_py()
-            new = self._work_on(rows.filter(failed), pulse, is_suspect or bool(crashed))
+            new = self._work_on(rows.filter(failed), heartbeat, is_suspect or bool(crashed))
             table = replace_rows(old, failed.to_numpy().nonzero()[0], new)
             return self._commit(shard, table), is_suspect
 
-    def _commit(self, shard: int, table: pa.Table) -> PartFacts:
-        assert self.work is not None
-        unlike = self.work.count_unlike(table)
-        return commit_part(self.run, shard, table, self.work.facts, unlike)
+    def _commit(self, shard: int, table: pa.Table) -> ShardStats:
+        assert self.processor is not None
+        unlike = self.processor.count_unlike(table)
+        return commit_shard(self.run, shard, table, self.processor.footer, unlike)
 
     @contextmanager
-    def _attempt(self, shard: int) -> Iterator[tuple[Pulse, bool]]:
+    def _attempt(self, shard: int) -> Iterator[tuple[Heartbeat, bool]]:
         """Leave a note while a shard is worked on; tells whether an earlier attempt came to grief.
 
         ResourceError after MAX_ATTEMPTS.
         """
         earlier = read_attempt(self.run, shard)
-        attempt = follow_attempt(earlier, shard, self.orders.session)
+        attempt = follow_attempt(earlier, shard, self.options.session)
         if earlier is not None and attempt.number > MAX_ATTEMPTS:
             raise ResourceError(
                 f"{self.run.out}: {earlier.describe()} has ended its worker {MAX_ATTEMPTS} times,"
@@ -170,62 +170,64 @@ class ShardWorker:
                 " a smaller --batch-size, a longer --stall-timeout-s or a larger machine, and run"
                 " the same command again"
             )
-        pulse = Pulse(self.run, attempt, self.orders.stall_timeout_s)
-        pulse.show()
+        heartbeat = Heartbeat(self.run, attempt, self.options.stall_timeout_s)
+        heartbeat.show()
         try:
-            if self.work is None:
-                self.work = self.make_work(self.placement)  # seconds, and only if there is work
-            yield pulse, earlier is not None
+            if self.processor is None:
+                self.processor = self.make_processor(
+                    self.placement
+                )  # seconds, and only if there is work
+            yield heartbeat, earlier is not None
         finally:
-            pulse.stop()
+            heartbeat.stop()
         remove_attempt(self.run, shard)
 
-    def _work_on(self, rows: pa.Table, pulse: Pulse, is_suspect: bool) -> pa.Table:
+    def _work_on(self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool) -> pa.Table:
         """The result for some rows of the manifest. Suspect images go through quarantine first."""
-        work = self.work
-        assert work is not None
+        processor = self.processor
+        assert processor is not None
         feed = self._feed if self.placement.num_feeders and not is_suspect else self._prepare
         tables = []
-        with closing(feed(work, rows, pulse, is_suspect)) as batches:
+        with closing(feed(processor, rows, heartbeat, is_suspect)) as batches:
             for batch in batches:
-                tables.append(work.finish(batch.rows, batch.prepared))
+                tables.append(processor.finish(batch.rows, batch.prepared))
                 self.metrics.count_images(tables[-1], batch.size_bytes)
-                pulse.rows_done += batch.rows.num_rows
-                pulse.beat()
+                heartbeat.rows_done += batch.rows.num_rows
+                heartbeat.beat()
         return pa.concat_tables(tables)
 
     def _prepare(
-        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
-    ) -> Generator[Batch, None, None]:
+        self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
+    ) -> Generator[PreparedBatch, None, None]:
         """Images fetched and prepared in this process; the next ones come while it works."""
         with ExitStack() as stack:
             quarantine = None
             if is_suspect:
-                image_s = min(MAX_IMAGE_S, self.orders.stall_timeout_s / 8)
+                image_s = min(MAX_IMAGE_S, self.options.stall_timeout_s / 8)
                 quarantine = stack.enter_context(
-                    Quarantine(decodes=work.decodes, timeout_s=image_s)
+                    Quarantine(decodes=processor.decodes, timeout_s=image_s)
                 )
             coming = self.source.read_images(rows)
-            for some in slice_rows(rows, work.batch_size):
+            for some in slice_rows(rows, processor.batch_size):
                 images: list[bytes | ImageError] = []
                 for image in islice(coming, some.num_rows):
                     images.append(image)
-                    pulse.beat()
+                    heartbeat.beat()
                 if quarantine is not None:
-                    images = quarantine.try_images(images, pulse.beat)
-                yield Batch(some, *prepare_images(work.prepare, images))
+                    images = quarantine.try_images(images, heartbeat.beat)
+                yield PreparedBatch(some, *prepare_images(processor.prepare, images))
 
     def _feed(
-        self, work: Work, rows: pa.Table, pulse: Pulse, is_suspect: bool
-    ) -> Generator[Batch, None, None]:
+        self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
+    ) -> Generator[PreparedBatch, None, None]:
         """Images fetched and prepared by tasks on other CPUs; what ends these, in quarantine."""
         if self.feeder is None:
-            timeout_s = self.orders.stall_timeout_s / 4  # half of the silence that ends a process
-            self.feeder = Feeder(self.source, work, self.placement.num_feeders, timeout_s)
-        for batch in self.feeder.prepare_slices(slice_rows(rows, work.batch_size)):
-            pulse.beat()
+            timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
+            self.feeder = CpuFeeder(self.source, processor, self.placement.num_feeders, timeout_s)
+        for batch in self.feeder.prepare_slices(slice_rows(rows, processor.batch_size)):
+            heartbeat.beat()
             if batch.prepared is None:
-                yield from self._prepare(work, batch.rows, pulse, is_suspect=True)
+                yield from self._prepare(processor, batch.rows, heartbeat, is_suspect=True)
             else:
                 yield batch
 

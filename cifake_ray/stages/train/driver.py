@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from cifake_ray.config import Device, TrainConfig, effective_settings
+from cifake_ray.config import Device, TrainConfig, fingerprint_settings
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.training.augmentation import Augmentation
 from cifake_ray.core.training.early_stopping import explain_end
-from cifake_ray.core.training.optimizer import build_trainee, make_optimizer
+from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import (
     Placement,
@@ -35,14 +35,14 @@ from cifake_ray.stages.cluster import (
     place_workers,
 )
 from cifake_ray.stages.train.worker import train_worker
-from cifake_ray.storage.bundles.bundle import read_bundle_facts
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
 from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
 from cifake_ray.storage.io.paths import resolve_path, to_arrow
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.runs.trackers import Tracking, check_trackers
-from cifake_ray.storage.runs.train_run import TrainingRun
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.runs.train_run import TrainRun
+from cifake_ray.storage.s3.location import open_path
 
 POLL_S = 0.5  # how often the driver looks for a finished epoch
 
@@ -77,11 +77,11 @@ def train_detector(
     config: TrainConfig,
     on_epoch: Callable[[dict[str, Any], int], None],
     started_s: float,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    `on_epoch(row, epochs)` is called once for every finished epoch; `say` gets what a person should
+    `on_epoch(row, epochs)` is called once for every finished epoch; `log` gets what a person should
     know beside. With `config.track` a finished run tells its trackers what they missed.
     """
     check_trackers(config.track)
@@ -89,15 +89,15 @@ def train_detector(
     config = replace(
         config,
         weights=config.weights and str(resolve_path(config.weights, config.store)),
-        shards=str(open_place(config.shards, config.store)),
-        run=str(open_place(config.run, config.store)),
+        shards=str(open_path(config.shards, config.store)),
+        run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
     )
-    run = TrainingRun(resolve_path(config.run, config.store))
+    run = TrainRun(resolve_path(config.run, config.store))
     rows = read_training_rows(config)
     augmentation = read_augmentation(config)
     settings = {
-        **effective_settings(config),
+        **fingerprint_settings(config),
         "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
         "rows": rows.hash_rows(),
     }
@@ -118,11 +118,11 @@ def train_detector(
     success = run.read_success()
     if success is not None and not config.track:
         return success
-    with Tracking(config.track, run, settings, say) as tracking:
+    with Tracking(config.track, run, settings, log) as tracking:
         if success is not None:
             return {**success, "untracked": tracking.finish(success)}
         if weights:
-            say(f"train: starting from {weights}")
+            log(f"train: starting from {weights}")
 
         def tell(row: dict[str, Any], epochs: int) -> None:
             tracking.tell(row)
@@ -134,7 +134,7 @@ def train_detector(
             train_worker(_make_payload(config, augmentation, use_gpu), watch.look)
         else:
             with watch:
-                _train_on_ray(config, run, augmentation, say)
+                _train_on_ray(config, run, augmentation, log)
         summary = replace(
             _summarise(config, run, tracking.resumed, detector.num_parameters, started_s),
             weights=str(weights) if weights else None,
@@ -147,7 +147,7 @@ def train_detector(
 def check_training(config: TrainConfig) -> Detector:
     """The detector that would be trained. ValueError when the options do not fit together."""
     torch.manual_seed(config.seed)
-    detector = build_trainee(config)
+    detector = build_for_training(config)
     make_optimizer(detector.network, config)
     return detector
 
@@ -193,9 +193,9 @@ def _make_payload(config: TrainConfig, augmentation: Augmentation, use_gpu: bool
 
 def _train_on_ray(
     config: TrainConfig,
-    run: TrainingRun,
+    run: TrainRun,
     augmentation: Augmentation,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -207,7 +207,7 @@ def _train_on_ray(
     threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
     least, most = config.worker_range or (None, None)
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
-    with connect_cluster(config, room, say) as resources:
+    with connect_cluster(config, room, log) as resources:
         placement = place_training(config, resources)
         trainer = TorchTrainer(
             train_worker,
@@ -254,10 +254,10 @@ def _scale(placement: Placement, most: int) -> Any:
 
 
 def _summarise(
-    config: TrainConfig, run: TrainingRun, resumed: int, num_parameters: int, started_s: float
+    config: TrainConfig, run: TrainRun, resumed: int, num_parameters: int, started_s: float
 ) -> TrainSummary:
     history = run.read_history()
-    bundle = read_bundle_facts(run.bundle_path)
+    bundle = read_bundle_info(run.bundle_path)
     training = bundle.training
     train_s = sum(row["train_s"] for row in history)
     images = sum(row["images_per_s"] * row["train_s"] for row in history)
@@ -288,7 +288,7 @@ class _HistoryWatch:
 
     def __init__(
         self,
-        run: TrainingRun,
+        run: TrainRun,
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],

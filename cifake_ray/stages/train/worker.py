@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifake_ray.config import TrainConfig, effective_settings
+from cifake_ray.config import TrainConfig, fingerprint_settings
 from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.training.augmentation import parse_augmentation
 from cifake_ray.core.training.early_stopping import KeptEpoch
-from cifake_ray.core.training.optimizer import build_trainee, share_norms
-from cifake_ray.core.training.trainer import Trainer, choose_numerics
+from cifake_ray.core.training.optimizer import build_for_training, sync_batch_norms
+from cifake_ray.core.training.trainer import Trainer, choose_precision
 from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
@@ -34,18 +34,18 @@ from cifake_ray.storage.datasets.training_set import (
     read_training_rows,
 )
 from cifake_ray.storage.io.paths import resolve_path
-from cifake_ray.storage.runs.train_run import TrainingRun
+from cifake_ray.storage.runs.train_run import TrainRun
 
 
 def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: None) -> None:
     """What each rank runs: read, resume, train; rank 0 writes and calls `on_save`."""
     config = TrainConfig(**payload["config"])
-    run = TrainingRun(resolve_path(config.run, config.store))
+    run = TrainRun(resolve_path(config.run, config.store))
     keep_freed_memory()
     torch.set_num_threads(payload["num_threads"])
     torch.manual_seed(config.seed)
     device = "cuda" if payload["use_gpu"] else "cpu"
-    detector = build_trainee(config)
+    detector = build_for_training(config)
     load_starting_weights(config, detector)
     if config.compile:
         detector.network.compile()
@@ -59,7 +59,7 @@ def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: 
         config,
         data.train,
         data.val,
-        choose_numerics(device, config.precision),
+        choose_precision(device, config.precision),
         parse_augmentation(payload["augmentation"]),
     )
     if (checkpoint := run.read_checkpoint()) is not None:
@@ -98,7 +98,7 @@ def _explain_compiler(config: TrainConfig) -> Iterator[None]:
         raise CifakeError(f"--compile: {reason}; install what it lacks, or leave it out") from error
 
 
-def _show_history(run: TrainingRun, trainer: Trainer, on_save: Callable[[], None]) -> None:
+def _show_history(run: TrainRun, trainer: Trainer, on_save: Callable[[], None]) -> None:
     if trainer.state.history:
         run.write_history(trainer.state.history)
         on_save()
@@ -113,16 +113,16 @@ def _join_group(
     import ray.train
     from ray.train.torch import prepare_model
 
-    detector.network = share_norms(detector.network, device)
+    detector.network = sync_batch_norms(detector.network, device)
     return prepare_model(detector), ray.train.report
 
 
 def _write_best(
     config: TrainConfig,
-    run: TrainingRun,
+    run: TrainRun,
     trainer: Trainer,
     data: TrainingData,
-    domain: Domain | None,
+    domain: TrainingDomain | None,
     best: KeptEpoch,
     averaged: list[int],
 ) -> None:
@@ -134,7 +134,7 @@ def _write_best(
     metrics = compute_metrics(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
-    settings = effective_settings(config)
+    settings = fingerprint_settings(config)
     shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
     training = {
         **settings,

@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from cifake_ray.config import TrainConfig, TuneConfig, effective_settings, list_options
+from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
 from cifake_ray.core.search.space import Space, list_grid, parse_space, sample_space
 from cifake_ray.core.search.trial_table import find_best
 from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.errors import CifakeError, ResourceError
-from cifake_ray.report.tune_page import render_search
+from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
 from cifake_ray.stages.cluster import (
     Placement,
@@ -40,15 +40,15 @@ from cifake_ray.stages.tune.schedulers import (
     check_searcher,
     make_scheduler,
 )
-from cifake_ray.stages.tune.trial_callback import TrialWatch
+from cifake_ray.stages.tune.trial_callback import TrialCallback
 from cifake_ray.stages.tune.trial_worker import FAILED, TrialPlan, finish_trial, run_trial
 from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
 from cifake_ray.storage.io.paths import resolve_path, to_arrow
 from cifake_ray.storage.presets.augmentation import read_augmentation
-from cifake_ray.storage.presets.yaml_presets import RECIPES, find_boxed, read_recipe, read_searches
+from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.s3.location import open_path
 
 OUT_OF_TIME = "the time budget was over"
 DEFAULTS = asdict(TrainConfig(shards="", run=""))
@@ -75,16 +75,16 @@ class TuneSummary:
     elapsed_s: float
 
 
-def search_options(
+def tune_detector(
     config: TuneConfig,
     started_s: float,
-    say: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Search to `config.run`/bundle. The same call again resumes; a finished one stays as it is."""
     config = replace(
         config,
-        shards=str(open_place(config.shards, config.store)),
-        run=str(open_place(config.run, config.store)),
+        shards=str(open_path(config.shards, config.store)),
+        run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
     )
     check_trackers(config.track)
@@ -97,9 +97,9 @@ def search_options(
     }
     check_searcher(config, space)
     settings = {
-        **effective_settings(config),
+        **fingerprint_settings(config),
         "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
-        "recipe": {**effective_settings(shared), "augment": plan.policy.to_dict()},
+        "recipe": {**fingerprint_settings(shared), "augment": plan.policy.to_dict()},
         "rows": read_training_rows(shared).hash_rows(),
     }
     side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
@@ -108,7 +108,7 @@ def search_options(
         config.cpus_per_worker,
         int(config.device == "cuda"),
     )
-    with connect_cluster(config, room, say) as resources:
+    with connect_cluster(config, room, log) as resources:
         use_gpu = choose_gpu(config.device, resources)
         num_at_once = _count_at_once(config, resources, use_gpu)
         if config.dry_run:
@@ -123,15 +123,15 @@ def search_options(
         search.open(settings, asdict(config))
         if (success := search.read_success()) is not None:
             return success
-        trials = _prepare_trials(plan, space, say)
-        watch = TrialWatch(plan, say)
+        trials = _prepare_trials(plan, space, log)
+        watch = TrialCallback(plan, log)
         _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
         return _finish(plan, watch, use_gpu, started_s)
 
 
 def _make_plan(config: TuneConfig) -> TrialPlan:
     """What all trials share. ValueError when the recipe has other options than `train`."""
-    options = read_recipe(find_boxed(config.recipe, RECIPES))
+    options = read_recipe(find_preset(config.recipe, RECIPES))
     options |= {
         **asdict(config.store),
         "shards": config.shards,
@@ -183,7 +183,7 @@ def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> i
     return min(num_places, config.max_concurrent or num_places)
 
 
-def _prepare_trials(plan: TrialPlan, space: Space, say: Callable[[str], None]) -> list[Trial]:
+def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -> list[Trial]:
     """Every trial with what it gets, written down; those of an earlier attempt as they were.
 
     The searcher tpe chooses as it goes. ValueError when nothing is within the budget.
@@ -192,21 +192,21 @@ def _prepare_trials(plan: TrialPlan, space: Space, say: Callable[[str], None]) -
     known = search.read_trials()
     if known:
         over = sum(trial.end is not None for trial in known)
-        say(f"tune: going on with {len(known)} trials, {over} of them over")
+        log(f"tune: going on with {len(known)} trials, {over} of them over")
     for number, trial in enumerate(known):
         if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # it is tried again
             known[number] = replace(trial, end=None)
             search.write_trial(known[number])
     if config.searcher == "tpe" or len(known) == config.trials:
         return known
-    trials = _choose_trials(plan, space, known, say)
+    trials = _choose_trials(plan, space, known, log)
     for trial in trials:
         search.write_trial(trial)
     return trials
 
 
 def _choose_trials(
-    plan: TrialPlan, space: Space, known: list[Trial], say: Callable[[str], None]
+    plan: TrialPlan, space: Space, known: list[Trial], log: Callable[[str], None]
 ) -> list[Trial]:
     """What is within the budget and goes together, in order; what is not is told with a reason."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
@@ -214,7 +214,7 @@ def _choose_trials(
         choices = list_grid(space)
         num_choices = math.prod(len(domain.values) for domain in space.values())
         if num_choices > config.trials:
-            say(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
+            log(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
     else:
         tries = range(config.trials * MOST_LEFT_OUT)
         choices = (sample_space(space, config.seed, number) for number in tries)
@@ -233,7 +233,7 @@ def _choose_trials(
     if not trials:
         raise ValueError(f"none of {left_out.total():,} choices can be trained ({reasons})")
     if left_out:
-        say(f"tune: {left_out.total():,} choices left out ({reasons})")
+        log(f"tune: {left_out.total():,} choices left out ({reasons})")
     return trials
 
 
@@ -243,7 +243,7 @@ def _run_trials(
     trials: list[Trial],
     num_at_once: int,
     use_gpu: bool,
-    watch: TrialWatch,
+    watch: TrialCallback,
 ) -> None:
     """All of them, until they are over or the time is."""
     from ray import tune
@@ -291,7 +291,9 @@ def _run_trials(
         threads.shutdown(wait=False)
 
 
-def _finish(plan: TrialPlan, watch: TrialWatch, use_gpu: bool, started_s: float) -> dict[str, Any]:
+def _finish(
+    plan: TrialPlan, watch: TrialCallback, use_gpu: bool, started_s: float
+) -> dict[str, Any]:
     """Tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
     config, search = plan.config, plan.search
     for trial in search.read_trials():
@@ -308,7 +310,7 @@ def _finish(plan: TrialPlan, watch: TrialWatch, use_gpu: bool, started_s: float)
         finish_trial(train, config.cpus_per_worker, use_gpu)
     options = {
         name: value
-        for name, value in effective_settings(train).items()
+        for name, value in fingerprint_settings(train).items()
         if name != "shards" and value != DEFAULTS[name]
     }
     recipe = format_recipe(
@@ -346,7 +348,7 @@ def _finish(plan: TrialPlan, watch: TrialWatch, use_gpu: bool, started_s: float)
         trial.number: search.run_of(trial).read_history() for trial in search.read_trials()
     }
     command = shlex.join(["cifake-ray", "tune", *list_options(config)])
-    page = render_search(asdict(summary), rows, histories, recipe, command)
+    page = render_tune_page(asdict(summary), rows, histories, recipe, command)
     search.write_report(page.encode())
     watch.show()
     search.write_success(asdict(summary))

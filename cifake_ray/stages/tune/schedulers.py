@@ -20,8 +20,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from cifake_ray.config import TuneConfig
-from cifake_ray.core.search.space import AUGMENT, Domain, Space
-from cifake_ray.stages.tune.trial_worker import CURRENT, KNOWN, OBJECTIVE, TrialPlan
+from cifake_ray.core.search.space import AUGMENT, ParameterRange, Space
+from cifake_ray.stages.tune.trial_worker import CURRENT, OBJECTIVE, REPLAYED, TrialPlan
 from cifake_ray.storage.runs.tune_run import Trial
 
 MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
@@ -42,7 +42,7 @@ def check_searcher(config: TuneConfig, space: Space) -> None:
             )
 
 
-class _Recalling:
+class _ReplayAware:
     """Goes before a scheduler that stops trials: what is only told again it notes, no more.
 
     A search that goes on tells the histories of its trials in any order, so judging anew would stop
@@ -51,14 +51,14 @@ class _Recalling:
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
-        return TrialScheduler.CONTINUE if result.get(KNOWN) else decision
+        return TrialScheduler.CONTINUE if result.get(REPLAYED) else decision
 
 
-class _Asha(_Recalling, AsyncHyperBandScheduler):
+class _Asha(_ReplayAware, AsyncHyperBandScheduler):
     """Asynchronous successive halving."""
 
 
-class _Median(_Recalling, MedianStoppingRule):
+class _Median(_ReplayAware, MedianStoppingRule):
     """Median stopping."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
     return FIFOScheduler()  # type: ignore[no-untyped-call]
 
 
-def to_tune(domain: Domain) -> Any:
+def to_tune(domain: ParameterRange) -> Any:
     """As Ray Tune has it; of PBT's lists, which it knows the neighbours in."""
     if domain.kind == "choice":
         return list(domain.values)

@@ -21,11 +21,11 @@ from cifake_ray.storage.runs.tune_run import Trial
 TABLE_INTERVAL_S = 30.0
 
 
-class TrialWatch(Callback):
+class TrialCallback(Callback):
     """What Ray Tune calls in the driver."""
 
-    def __init__(self, plan: TrialPlan, say: Callable[[str], None]) -> None:
-        self.plan, self.say = plan, say
+    def __init__(self, plan: TrialPlan, log: Callable[[str], None]) -> None:
+        self.plan, self.log = plan, log
         self.shown_s = time.monotonic()
         self.failed: list[Any] = []
 
@@ -72,10 +72,10 @@ class TrialWatch(Callback):
         row = self._to_row(record)
         value = row[self.plan.config.objective]
         came_to = "" if value is None else f", {self.plan.config.objective} {value:.4f}"
-        self.say(f"tune: trial {record.number}, {row['epochs']} epochs{came_to}: {record.end}")
+        self.log(f"tune: trial {record.number}, {row['epochs']} epochs{came_to}: {record.end}")
 
     def show(self) -> None:
         """The table of all trials."""
         self.shown_s = time.monotonic()
         for line in format_trials(self.read_rows(), self.plan.config.objective).splitlines():
-            self.say(line)
+            self.log(line)

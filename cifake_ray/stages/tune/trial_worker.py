@@ -28,10 +28,10 @@ from cifake_ray.stages.cluster import find_cause
 from cifake_ray.stages.train.driver import finish_training, train_detector
 from cifake_ray.storage.io.files import read_bytes, read_json, write_json
 from cifake_ray.storage.io.paths import resolve_path
-from cifake_ray.storage.runs.tune_run import SearchRun, Trial
+from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
 OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
-KNOWN = "known"  # whether it is told again
+REPLAYED = "known"  # whether it is told again
 FAILED = "failed"  # begins the end of a trial that will be tried again
 
 
@@ -44,8 +44,8 @@ class TrialPlan:
     policy: Augmentation = POLICIES["none"]  # that the chosen steps change
 
     @property
-    def search(self) -> SearchRun:
-        return SearchRun(resolve_path(self.config.run, self.config.store))
+    def search(self) -> TuneRun:
+        return TuneRun(resolve_path(self.config.run, self.config.store))
 
     def to_train_config(self, trial: Trial) -> TrainConfig:
         """ValueError when the options that were chosen do not go together."""
@@ -98,7 +98,7 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
     for number, row in enumerate(history, start=1):
         report.note(row)
         if checkpoint is None and plan.config.scheduler != "pbt":  # it goes by what is new
-            report.tell(row, is_known=trial.end is not None or number < len(history))
+            report.tell(row, is_replayed=trial.end is not None or number < len(history))
     if trial.end is None:
         train_detector(config, report, time.time())
     report.tell_last()
@@ -127,7 +127,7 @@ class _Report:
     Whoever stops trials stops them at a report, and then nothing more is written.
     """
 
-    search: SearchRun
+    search: TuneRun
     trial: Trial
     config: TuneConfig
     best: float = float("-inf")
@@ -149,9 +149,14 @@ class _Report:
     def note(self, row: dict[str, Any]) -> None:
         self.best = max(self.best, to_score(row, self.config.objective))
 
-    def tell(self, row: dict[str, Any], checkpoint: Any = None, is_known: bool = False) -> None:
+    def tell(self, row: dict[str, Any], checkpoint: Any = None, is_replayed: bool = False) -> None:
         score = to_score(row, self.config.objective)
-        metrics = {"epoch": row["epoch"], OBJECTIVE: self.best, CURRENT: score, KNOWN: is_known}
+        metrics = {
+            "epoch": row["epoch"],
+            OBJECTIVE: self.best,
+            CURRENT: score,
+            REPLAYED: is_replayed,
+        }
         tune.report(metrics, checkpoint=checkpoint)
 
     def tell_last(self) -> None:
@@ -159,7 +164,7 @@ class _Report:
             self.tell(self.last)
 
 
-def _take_over(search: SearchRun, trial: Trial, chosen: dict[str, Any], checkpoint: Any) -> Trial:
+def _take_over(search: TuneRun, trial: Trial, chosen: dict[str, Any], checkpoint: Any) -> Trial:
     """The weights and options of a better trial, if it was given them, in a run of its own."""
     with checkpoint.as_directory() as folder:
         facts = read_json(Path(folder) / "trial.json")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.bundles.weights import (
@@ -30,23 +30,23 @@ from cifake_ray.storage.bundles.weights import (
     load_weights,
 )
 from cifake_ray.storage.io.files import encode_json, exists, read_bytes, write_bytes
-from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
 
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
 
 @dataclass(frozen=True)
-class BundleFacts:
+class BundleInfo:
     """What a bundle says of itself, without a network being made."""
 
-    path: Place
+    path: AnyPath
     weights_name: str  # model.safetensors, or the pickle that --allow-pickle let in
     fingerprint: str  # sha256(sha256(config.json) + sha256(weights)): same scores, same fingerprint
     architecture: str
     preprocessing: Preprocessing
     calibration: Calibration
-    domain: Domain | None  # what it learned from; None in bundles that do not say
+    domain: TrainingDomain | None  # what it learned from; None in bundles that do not say
     training: dict[str, Any]  # settings and counts of the run that made it
 
     @property
@@ -63,7 +63,7 @@ class BundleFacts:
         }[target_fpr]
 
 
-def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> Place:
+def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
     """Where a bundle lies: a bundle, a RUN with one inside, or None for the one in the box."""
     if uri is None:
         return Path(str(files("cifake_ray") / "bundles" / "default"))
@@ -71,9 +71,9 @@ def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> Place:
     return path / "bundle" if exists(path / "bundle" / "config.json") else path
 
 
-def read_bundle_facts(
-    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
-) -> BundleFacts:
+def read_bundle_info(
+    path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> BundleInfo:
     """Read and check a bundle, torch left alone; cheap enough for before any work is scheduled.
 
     `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
@@ -83,33 +83,33 @@ def read_bundle_facts(
 
 
 def load_bundle(
-    path: Place, *, expect_sha256: str | None = None, allow_pickle: bool = False
-) -> tuple[Detector, BundleFacts]:
+    path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
+) -> tuple[Detector, BundleInfo]:
     """The detector on the CPU, ready to score: made of the very bytes that were checked.
 
-    BundleError as `read_bundle_facts`, and when the weights are not those of the architecture.
+    BundleError as `read_bundle_info`, and when the weights are not those of the architecture.
     """
     from cifake_ray.core.models.detector import build_detector
 
-    facts, weights = _read_bundle(path, expect_sha256, allow_pickle)
-    size, fit = facts.preprocessing.image_size, facts.preprocessing.fit
-    place = path / facts.weights_name
+    info, weights = _read_bundle(path, expect_sha256, allow_pickle)
+    size, fit = info.preprocessing.image_size, info.preprocessing.fit
+    place = path / info.weights_name
     state = load_weights(place, weights)
     try:
-        detector = build_detector(facts.architecture, image_size=size, fit=fit)
-        detector.set_preprocessing(facts.preprocessing)
+        detector = build_detector(info.architecture, image_size=size, fit=fit)
+        detector.set_preprocessing(info.preprocessing)
         detector.network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise BundleError(
-            f"{place}: not the weights of {facts.architecture} ({str(error).splitlines()[0]});"
+            f"{place}: not the weights of {info.architecture} ({str(error).splitlines()[0]});"
             " copy or train the bundle again"
         ) from error
-    return detector.eval(), facts
+    return detector.eval(), info
 
 
 def _read_bundle(
-    path: Place, expect_sha256: str | None, allow_pickle: bool
-) -> tuple[BundleFacts, bytes]:
+    path: AnyPath, expect_sha256: str | None, allow_pickle: bool
+) -> tuple[BundleInfo, bytes]:
     """What the bundle says, and its weights. Each file is read once, so that no check and no use
     see different bytes while somebody replaces the bundle."""
     if not exists(path / "config.json"):
@@ -126,12 +126,12 @@ def _read_bundle(
             f"{path}: its sha256 is {fingerprint}, expected is {expect_sha256}; it is another"
             " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
         )
-    facts = _parse_config(path, config, weights_name, fingerprint)
-    check_weights(path / weights_name, weights, facts.architecture)
-    return facts, weights
+    info = _parse_config(path, config, weights_name, fingerprint)
+    check_weights(path / weights_name, weights, info.architecture)
+    return info, weights
 
 
-def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str) -> BundleFacts:
+def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: str) -> BundleInfo:
     try:
         config = json.loads(data)
         ours = config["cifake_ray"]
@@ -148,14 +148,14 @@ def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str)
         if calibration.temperature <= 0:
             raise ValueError(f"temperature is {calibration.temperature}")
         domain = ours.get("domain")
-        return BundleFacts(
+        return BundleInfo(
             path=path,
             weights_name=weights_name,
             fingerprint=fingerprint,
             architecture=architecture,
             preprocessing=Preprocessing.from_dict(ours["preprocessing"]),
             calibration=calibration,
-            domain=None if domain is None else Domain.from_dict(domain),
+            domain=None if domain is None else TrainingDomain.from_dict(domain),
             training=dict(ours["training"]),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -166,10 +166,10 @@ def _parse_config(path: Place, data: bytes, weights_name: str, fingerprint: str)
 
 
 def write_bundle(
-    path: Place,
+    path: AnyPath,
     detector: Detector,
     calibration: Calibration,
-    domain: Domain | None = None,
+    domain: TrainingDomain | None = None,
     *,
     training: Mapping[str, Any],
     metrics: Mapping[str, Any],

@@ -17,7 +17,7 @@ from cifake_ray.errors import BundleError
 from cifake_ray.storage.bundles.bundle import locate_bundle
 from cifake_ray.storage.bundles.weights import check_weights, find_weights, load_weights
 from cifake_ray.storage.io.files import exists, read_bytes
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 
 if TYPE_CHECKING:
     import torch
@@ -56,21 +56,21 @@ def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWe
     if place.suffix == ".safetensors":
         state = _read_state(place, config.model)
     else:
-        facts = _read_facts(place, config.model)
+        cfg = _read_pretrained_cfg(place, config.model)
         state = _read_state(place / find_weights(place, allow_pickle=False), config.model)
         own = detector.preprocessing
-        mean, std = (tuple(facts.get(name, getattr(own, name))) for name in ("mean", "std"))
+        mean, std = (tuple(cfg.get(name, getattr(own, name))) for name in ("mean", "std"))
         detector.set_preprocessing(replace(own, mean=mean, std=std))
     return _take_over(detector, state, str(place), False)
 
 
-def _read_state(place: Place, architecture: str) -> Mapping[str, torch.Tensor]:
+def _read_state(place: AnyPath, architecture: str) -> Mapping[str, torch.Tensor]:
     data = read_bytes(place)
     check_weights(place, data, architecture)
     return load_weights(place, data)
 
 
-def _read_facts(folder: Place, architecture: str) -> dict[str, Any]:
+def _read_pretrained_cfg(folder: AnyPath, architecture: str) -> dict[str, Any]:
     """timm's `pretrained_cfg` of a folder, once its architecture has been checked."""
     path = folder / "config.json"
     if not exists(path):
@@ -80,7 +80,7 @@ def _read_facts(folder: Place, architecture: str) -> dict[str, Any]:
         )
     try:
         config = json.loads(read_bytes(path))
-        found, facts = config["architecture"], dict(config.get("pretrained_cfg", {}))
+        found, cfg = config["architecture"], dict(config.get("pretrained_cfg", {}))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{path}: names no architecture of timm ({type(error).__name__}: {error}); give the"
@@ -88,7 +88,7 @@ def _read_facts(folder: Place, architecture: str) -> dict[str, Any]:
         ) from error
     if found != architecture:
         raise BundleError(f"{folder}: the weights of {found}; give --model {found}")
-    return facts
+    return cfg
 
 
 def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.io.files import exists, list_folder
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ ELEMENT_BYTES = {
 }
 
 
-def find_weights(bundle: Place, allow_pickle: bool) -> str:
+def find_weights(bundle: AnyPath, allow_pickle: bool) -> str:
     """The name of the file with the weights. BundleError when there is none that may be used."""
     if exists(bundle / WEIGHTS_NAME):
         return WEIGHTS_NAME
@@ -55,7 +55,7 @@ def find_weights(bundle: Place, allow_pickle: bool) -> str:
     return found[0]
 
 
-def check_weights(place: Place, data: bytes, architecture: str) -> None:
+def check_weights(place: AnyPath, data: bytes, architecture: str) -> None:
     """BundleError unless the header fits to the bytes that follow it; no tensor is made.
 
     Pickles are not looked into: that takes torch.
@@ -94,7 +94,7 @@ def _check_header(data: bytes) -> str | None:
     return architecture
 
 
-def load_weights(place: Place, data: bytes) -> Mapping[str, torch.Tensor]:
+def load_weights(place: AnyPath, data: bytes) -> Mapping[str, torch.Tensor]:
     """Tensors by name, on the CPU. BundleError when the bytes are no such thing."""
     import torch
     from safetensors import SafetensorError

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from cifake_ray.core.imaging.training_domain import DOMAIN_FACTS, Domain, find_domain
+from cifake_ray.core.imaging.training_domain import DOMAIN_COLUMNS, TrainingDomain, find_domain
 from cifake_ray.storage.datasets.training_set import ImageSet
-from cifake_ray.storage.runs.shards import FACTS_KEY
+from cifake_ray.storage.runs.shards import FOOTER_KEY
 from cifake_ray.storage.sources.parquet import read_columns, use_table
 
 
-def read_domain(images: ImageSet) -> Domain | None:
+def read_domain(images: ImageSet) -> TrainingDomain | None:
     """The domain of these images, from the columns beside them; no image is read.
 
     None when a file is not of convert: another program may mean other things by these columns.
@@ -25,9 +25,9 @@ def read_domain(images: ImageSet) -> Domain | None:
     for group, positions in zip(groups, np.split(images.positions, starts[1:]), strict=True):
         path, number = rows.groups[group]
         with use_table(path) as table:
-            if FACTS_KEY not in (table.schema_arrow.metadata or {}):
+            if FOOTER_KEY not in (table.schema_arrow.metadata or {}):
                 return None
-            facts = read_columns(table, path, [number], DOMAIN_FACTS)
-        facts = facts.take(pa.array(rows.row[positions]))
-        distinct.append(facts.group_by(DOMAIN_FACTS).aggregate([]))  # memory stays flat
+            headers = read_columns(table, path, [number], DOMAIN_COLUMNS)
+        headers = headers.take(pa.array(rows.row[positions]))
+        distinct.append(headers.group_by(DOMAIN_COLUMNS).aggregate([]))  # memory stays flat
     return find_domain(pa.concat_tables(distinct))

@@ -27,7 +27,7 @@ from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
-from cifake_ray.storage.io.paths import Place, explain_os_error, resolve_local, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
 from cifake_ray.storage.sources.parquet import (
     find_tables,
     open_table,
@@ -43,7 +43,7 @@ DECODE_CHUNK = 64  # images a decoding thread takes at once
 class TrainingRows:
     """The labelled rows of the shards that train or validate; parallel arrays."""
 
-    groups: list[tuple[Place, int]]  # (file, row group)
+    groups: list[tuple[AnyPath, int]]  # (file, row group)
     group: np.ndarray  # int32[N]: number of the row group
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
@@ -67,21 +67,21 @@ class TrainingRows:
 def read_training_rows(config: TrainConfig) -> TrainingRows:
     """Find the training and validation rows. ValueError when a class or a side has none."""
     root = resolve_path(config.shards, config.store)
-    groups: list[tuple[Place, int]] = []
+    groups: list[tuple[AnyPath, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
     for path in find_tables(root):
         table = open_table(path)
         for number in range(table.num_row_groups):
-            facts = _read_facts(table, path, number, config)
+            facts = _read_group_rows(table, path, number, config)
             parts.append((np.full(len(facts[0]), len(groups), np.int32), *facts))
             groups.append((path, number))
     group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = TrainingRows(groups, group, row, label, is_val)
-    refuse_one_sided(rows, np.ones(len(label), bool), config)
+    check_both_classes(rows, np.ones(len(label), bool), config)
     return rows
 
 
-def refuse_one_sided(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
+def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
     """ValueError when a class has no usable image to train or to validate on."""
     for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
         for value in (REAL, FAKE):
@@ -93,8 +93,8 @@ def refuse_one_sided(rows: TrainingRows, usable: np.ndarray, config: TrainConfig
                 )
 
 
-def _read_facts(
-    table: Any, path: Place, number: int, config: TrainConfig
+def _read_group_rows(
+    table: Any, path: AnyPath, number: int, config: TrainConfig
 ) -> tuple[np.ndarray, ...]:
     """row, label, is_val of the usable rows of one row group."""
     names = table.schema_arrow.names
@@ -243,16 +243,18 @@ def open_training_data(
     make_folder(folder)
     with open(folder / f"{key}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        pixels_path, facts_path = folder / f"{key}.npy", folder / f"{key}.json"
-        if not facts_path.exists() or (fits and not pixels_path.exists()):
-            _decode_all(rows, preprocessing, num_threads, pixels_path if fits else None, facts_path)
-    unusable = json.loads(facts_path.read_bytes())["unusable"]
+        pixels_path, unusable_path = folder / f"{key}.npy", folder / f"{key}.json"
+        if not unusable_path.exists() or (fits and not pixels_path.exists()):
+            _decode_all(
+                rows, preprocessing, num_threads, pixels_path if fits else None, unusable_path
+            )
+    unusable = json.loads(unusable_path.read_bytes())["unusable"]
     usable = np.ones(len(rows.label), bool)
     usable[[int(position) for position in unusable]] = False
     pixels: Pixels = (
         MappedPixels(pixels_path) if fits else StreamedPixels(rows, preprocessing, num_threads)
     )
-    refuse_one_sided(rows, usable, config)
+    check_both_classes(rows, usable, config)
     return TrainingData(
         train=_make_set(rows, pixels, usable & ~rows.is_val),
         val=_make_set(rows, pixels, usable & rows.is_val),
@@ -277,12 +279,12 @@ def _decode_all(
     preprocessing: Preprocessing,
     num_threads: int,
     pixels_path: Path | None,
-    facts_path: Path,
+    unusable_path: Path,
 ) -> None:
     """Decode every row once: write the pixels, if they fit, and which rows do not decode."""
     size = preprocessing.image_size
     unusable: dict[int, str] = {}
-    with tempfile.NamedTemporaryFile(dir=facts_path.parent, suffix=".writing") as temporary:
+    with tempfile.NamedTemporaryFile(dir=unusable_path.parent, suffix=".writing") as temporary:
         try:
             shape = (len(rows.label) if pixels_path else 0, size, size, 3)
             array = np.lib.format.open_memmap(temporary.name, "w+", np.uint8, shape)
@@ -297,8 +299,8 @@ def _decode_all(
             if pixels_path:
                 os.link(temporary.name, pixels_path)
         except OSError as error:
-            raise explain_os_error(error, facts_path.parent) from error
-    write_json(facts_path, {"unusable": {str(p): error for p, error in unusable.items()}})
+            raise explain_os_error(error, unusable_path.parent) from error
+    write_json(unusable_path, {"unusable": {str(p): error for p, error in unusable.items()}})
 
 
 def _decode_rows(

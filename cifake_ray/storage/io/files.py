@@ -18,13 +18,13 @@ from typing import IO, Any
 from upath import UPath
 
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.paths import Place, explain_errors, explain_os_error
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, explain_os_error
 
 TEMPORARY_PREFIX = ".writing-"
 MAX_PUT_BYTES = 5 * 2**30  # S3 takes no more in one PUT
 
 
-def make_folder(folder: Place) -> None:
+def make_folder(folder: AnyPath) -> None:
     """Create a folder and its parents, where there are folders. StorageError when it fails."""
     if not isinstance(folder, Path):
         return
@@ -36,13 +36,13 @@ def make_folder(folder: Place) -> None:
         raise explain_os_error(error, folder) from error
 
 
-def exists(place: Place) -> bool:
+def exists(place: AnyPath) -> bool:
     """Whether a file or folder is there. StorageError when that cannot be told."""
     with explain_errors(place):
         return place.exists()
 
 
-def is_file(place: Place) -> bool:
+def is_file(place: AnyPath) -> bool:
     """Whether a place is a file. StorageError when that cannot be told."""
     with explain_errors(place):
         if isinstance(place, Path):
@@ -53,13 +53,13 @@ def is_file(place: Place) -> bool:
             return False
 
 
-def read_bytes(place: Place) -> bytes:
+def read_bytes(place: AnyPath) -> bytes:
     """The whole file. StorageError when it cannot be read."""
     with explain_errors(place):
         return place.read_bytes()
 
 
-def read_if_exists(place: Place) -> bytes | None:
+def read_if_exists(place: AnyPath) -> bytes | None:
     """The whole file, or None when there is none. StorageError when it cannot be read."""
     with explain_errors(place):
         try:
@@ -68,14 +68,14 @@ def read_if_exists(place: Place) -> bytes | None:
             return None
 
 
-def open_file(place: Place) -> IO[bytes]:
+def open_file(place: AnyPath) -> IO[bytes]:
     """A file to read at any position. StorageError when it cannot be opened."""
     with explain_errors(place):
         file: IO[bytes] = place.open("rb")
         return file
 
 
-def open_ranges(place: Place) -> IO[bytes]:
+def open_ranges(place: AnyPath) -> IO[bytes]:
     """A file of which no more is fetched than is asked for. StorageError when it cannot be opened.
 
     What `open_file` gives reads ahead: good for a text, but a Parquet file would come whole.
@@ -86,7 +86,7 @@ def open_ranges(place: Place) -> IO[bytes]:
         return place.open("rb", cache_type="none")
 
 
-def list_folder(folder: Place) -> list[Place]:
+def list_folder(folder: AnyPath) -> list[AnyPath]:
     """What stands directly in a folder, by name; nothing when it does not exist."""
     missing = (
         FileNotFoundError if isinstance(folder, Path) else (FileNotFoundError, NotADirectoryError)
@@ -98,7 +98,7 @@ def list_folder(folder: Place) -> list[Place]:
             return []
 
 
-def find_files(folder: Place) -> list[str]:
+def find_files(folder: AnyPath) -> list[str]:
     """The files below a folder, as paths relative to it, in order."""
     with explain_errors(folder):
         if isinstance(folder, Path):
@@ -108,7 +108,7 @@ def find_files(folder: Place) -> list[str]:
         return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
 
 
-def stamp_file(place: Place) -> tuple[int, str]:
+def stamp_file(place: AnyPath) -> tuple[int, str]:
     """Size in bytes, and something that changes with the content: a time, or the store's etag."""
     with explain_errors(place):
         if isinstance(place, Path):
@@ -118,19 +118,19 @@ def stamp_file(place: Place) -> tuple[int, str]:
         return int(info["size"]), str(info.get("ETag") or info.get("mtime") or "")
 
 
-def remove(place: Place) -> None:
+def remove(place: AnyPath) -> None:
     """Remove a file if it is there. StorageError when that fails."""
     with explain_errors(place), suppress(FileNotFoundError):
         place.unlink()
 
 
-def discard(place: Place) -> None:
+def discard(place: AnyPath) -> None:
     """Remove garbage if that can be done; where deleting is not allowed it stays and harms none."""
     with suppress(StorageError):
         remove(place)
 
 
-def move(place: Place, target: Place) -> None:
+def move(place: AnyPath, target: AnyPath) -> None:
     """Give a file another name; in a bucket it is copied. StorageError when that fails."""
     with explain_errors(place):
         if isinstance(place, Path):
@@ -139,7 +139,7 @@ def move(place: Place, target: Place) -> None:
             place.fs.mv(place.path, target.path)  # type: ignore[union-attr]
 
 
-def _write_then(
+def _write_atomically(
     path: Path,
     chunks: Iterable[bytes],
     publish: Callable[[Path, Path], None],
@@ -173,33 +173,33 @@ def _put(place: UPath, data: bytes, mode: str) -> None:
     place.fs.pipe_file(place.path, data, mode=mode, **options)
 
 
-def write_bytes(place: Place, data: bytes) -> None:
+def write_bytes(place: AnyPath, data: bytes) -> None:
     """Make `place` hold `data`, whole or not at all, replacing what was there."""
     write_chunks(place, [data])
 
 
-def write_chunks(place: Place, chunks: Iterable[bytes]) -> None:
+def write_chunks(place: AnyPath, chunks: Iterable[bytes]) -> None:
     """Make `place` hold all the chunks, one after another, whole or not at all."""
     if isinstance(place, Path):
-        _write_then(place, chunks, os.replace)
+        _write_atomically(place, chunks, os.replace)
     else:
         with explain_errors(place):
             _put(place, b"".join(chunks), "overwrite")
 
 
-def write_note(place: Place, data: bytes) -> None:
+def write_volatile(place: AnyPath, data: bytes) -> None:
     """As `write_bytes`, but not forced to disk: it survives a process, not a machine."""
     if isinstance(place, Path):
-        _write_then(place, [data], os.replace, durable=False)
+        _write_atomically(place, [data], os.replace, durable=False)
     else:
         write_bytes(place, data)
 
 
-def create_bytes(place: Place, data: bytes) -> bool:
+def create_bytes(place: AnyPath, data: bytes) -> bool:
     """Make `place` hold `data` if it does not exist. False, and nothing changed, if it does."""
     try:
         if isinstance(place, Path):
-            _write_then(place, [data], _link)
+            _write_atomically(place, [data], _link)
             return True
         with explain_errors(place):
             try:
@@ -224,7 +224,7 @@ def _link(temporary: Path, path: Path) -> None:
             file.write(temporary.read_bytes())
 
 
-def read_json(place: Place) -> dict[str, Any]:
+def read_json(place: AnyPath) -> dict[str, Any]:
     """A JSON object. StorageError when it is missing or not JSON."""
     try:
         value = json.loads(read_bytes(place))
@@ -235,7 +235,7 @@ def read_json(place: Place) -> dict[str, Any]:
     return value
 
 
-def write_json(place: Place, value: dict[str, Any]) -> None:
+def write_json(place: AnyPath, value: dict[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
     write_bytes(place, encode_json(value))
 
@@ -250,7 +250,7 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(place: Place) -> str:
+def hash_file(place: AnyPath) -> str:
     """sha256 of a file. StorageError when it cannot be read."""
     if not isinstance(place, Path):
         return hashlib.sha256(read_bytes(place)).hexdigest()
@@ -258,14 +258,14 @@ def hash_file(place: Place) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Place) -> None:
+def check_writable(folder: AnyPath) -> None:
     """Fail now, not after an hour: write and remove a small file. StorageError if that fails."""
     probe = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-probe"
     write_bytes(probe, b"probe")
     discard(probe)
 
 
-def remove_leftovers(folder: Place) -> None:
+def remove_leftovers(folder: AnyPath) -> None:
     """Remove the temporary files that killed writers left in a local folder; stores have none."""
     if not isinstance(folder, Path):
         return

@@ -34,7 +34,7 @@ from upath import UPath
 from cifake_ray.config import StoreConfig, check_endpoint
 from cifake_ray.errors import StorageError
 
-Place: TypeAlias = Path | UPath
+AnyPath: TypeAlias = Path | UPath
 
 SCHEMES = ("s3", "gs", "az", "abfs", "hf", "memory")  # beside file; no http: see README, Security
 REMEDIES: dict[type[Exception], str] = {
@@ -59,7 +59,7 @@ _CREDENTIALS = re.compile(
 )
 
 
-def resolve_path(uri: str, store: StoreConfig | None = None) -> Place:
+def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     """The place a URI names; a local path becomes absolute.
 
     ValueError for a scheme that is not supported and for credentials inside the URI.
@@ -101,7 +101,7 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
-def is_inside(place: Place, folder: Place) -> bool:
+def is_inside(place: AnyPath, folder: AnyPath) -> bool:
     """Whether a place is a folder or lies below it; links are followed."""
     if isinstance(place, Path) or isinstance(folder, Path):
         return (
@@ -131,7 +131,7 @@ def _s3_options(store: StoreConfig) -> dict[str, Any]:
     }
 
 
-def to_arrow(place: Place) -> tuple[Any, str]:
+def to_arrow(place: AnyPath) -> tuple[Any, str]:
     """A place as pyarrow and Ray want it: a file system, or None for a local one, and a path."""
     if isinstance(place, Path):
         return None, str(place)
@@ -139,7 +139,7 @@ def to_arrow(place: Place) -> tuple[Any, str]:
 
 
 @contextmanager
-def explain_errors(place: Place) -> Iterator[None]:
+def explain_errors(place: AnyPath) -> Iterator[None]:
     """Whatever a store raises becomes a StorageError of one line; FileExistsError passes."""
     try:
         yield
@@ -151,7 +151,7 @@ def explain_errors(place: Place) -> Iterator[None]:
         raise explain_store_error(error, place) from error
 
 
-def explain_os_error(error: OSError, place: Place | str) -> StorageError:
+def explain_os_error(error: OSError, place: AnyPath | str) -> StorageError:
     """One line for an operating-system error: what failed, where, and what to do."""
     remedies = {
         errno.ENOENT: "check the path",
@@ -175,7 +175,7 @@ def explain_os_error(error: OSError, place: Place | str) -> StorageError:
     return StorageError(f"{place}: {reason}; {remedy}")
 
 
-def explain_store_error(error: BotoCoreError | ClientError, place: Place | str) -> StorageError:
+def explain_store_error(error: BotoCoreError | ClientError, place: AnyPath | str) -> StorageError:
     """One line for what botocore raises before or without an answer of the store."""
     for kind, remedy in REMEDIES.items():
         if isinstance(error, kind):

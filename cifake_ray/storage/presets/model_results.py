@@ -1,6 +1,6 @@
-"""What the benchmark of the zoo measured: `zoo.json`, which comes with the package.
+"""What the benchmark of the zoo measured: `model_results.json`, which comes with the package.
 
-Floor: storage. `tests/benchmarks/zoo.py --write` makes it.
+Floor: storage. `tests/benchmarks/model_results.py --write` makes it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from cifake_ray.storage.io.files import read_json
 
 
-def locate_zoo() -> Path:
+def locate_model_results() -> Path:
     """Where the results lie."""
-    return Path(str(files("cifake_ray") / "zoo.json"))
+    return Path(str(files("cifake_ray") / "model_results.json"))
 
 
-def read_zoo() -> dict[str, Any]:
+def read_model_results() -> dict[str, Any]:
     """`made_by`, the command, and `rows`, one for each network that was measured.
 
     StorageError when the file is missing or damaged.
     """
-    return read_json(locate_zoo())
+    return read_json(locate_model_results())

@@ -48,7 +48,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return parse_mapping(data, str(path))
 
 
-def find_boxed(name: str, box: Path) -> Path:
+def find_preset(name: str, box: Path) -> Path:
     """The file of that name, or the one in the box. ValueError when there is neither."""
     boxed = box / f"{name}.yaml"
     path = boxed if Path(name).name == name and boxed.is_file() else Path(name)
@@ -77,7 +77,7 @@ def read_searches(names: tuple[str, ...]) -> dict[str, Any]:
         if name == EVERYTHING:
             paths = sorted(SEARCHES.glob("*.yaml"))
         else:
-            paths = [find_boxed(name, SEARCHES)]
+            paths = [find_preset(name, SEARCHES)]
         for path in paths:
             values |= read_mapping(path)
     return values

@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.files import discard, list_folder, read_if_exists, write_note
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.files import discard, list_folder, read_if_exists, write_volatile
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run
 
-NOTE_NAME = re.compile(r"(\d{5,})\.json")
+HEARTBEAT_NAME = re.compile(r"(\d{5,})\.json")
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Attempt:
         )
 
 
-def find_folder(run: Run) -> Place:
+def find_folder(run: Run) -> AnyPath:
     return run.out / "attempts"
 
 
-def find_note(run: Run, shard: int) -> Place:
+def find_heartbeat(run: Run, shard: int) -> AnyPath:
     return find_folder(run) / f"{shard:05d}.json"
 
 
 def read_attempt(run: Run, shard: int) -> Attempt | None:
     """The attempt whose note stands there, or None. A damaged note counts as one of nobody."""
-    data = read_if_exists(find_note(run, shard))
+    data = read_if_exists(find_heartbeat(run, shard))
     if data is None:
         return None
     try:
@@ -72,21 +72,21 @@ def follow_attempt(earlier: Attempt | None, shard: int, session: str) -> Attempt
 
 def write_attempt(run: Run, attempt: Attempt) -> None:
     """Leave the note of an attempt. StorageError when that fails."""
-    place, data = find_note(run, attempt.shard), json.dumps(asdict(attempt)).encode()
+    place, data = find_heartbeat(run, attempt.shard), json.dumps(asdict(attempt)).encode()
     try:
-        write_note(place, data)
+        write_volatile(place, data)
     except StorageError:  # another run on the same output has just ended and removed the folder
-        write_note(place, data)
+        write_volatile(place, data)
 
 
 def remove_attempt(run: Run, shard: int) -> None:
     """Remove the note of a shard that is committed."""
-    discard(find_note(run, shard))
+    discard(find_heartbeat(run, shard))
 
 
 def list_attempts(run: Run, session: str) -> list[Attempt]:
     """The attempts of a session that have not ended well, or not yet."""
-    names = (NOTE_NAME.fullmatch(place.name) for place in list_folder(find_folder(run)))
+    names = (HEARTBEAT_NAME.fullmatch(place.name) for place in list_folder(find_folder(run)))
     attempts = (read_attempt(run, int(name[1])) for name in names if name)
     return [a for a in attempts if a is not None and a.session == session]
 
@@ -95,7 +95,7 @@ def clear_attempts(run: Run) -> None:
     """Remove all notes: the run is complete."""
     folder = find_folder(run)
     for place in list_folder(folder):
-        if NOTE_NAME.fullmatch(place.name):
+        if HEARTBEAT_NAME.fullmatch(place.name):
             discard(place)
     if isinstance(folder, Path):
         with suppress(OSError):

@@ -15,10 +15,10 @@ import pyarrow.csv
 from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import exists, list_folder, write_chunks
-from cifake_ray.storage.io.paths import Place, is_inside, resolve_path
-from cifake_ray.storage.runs.shards import read_part
-from cifake_ray.storage.runs.verify import PART_NAME, open_finished, read_files
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_path
+from cifake_ray.storage.runs.shards import read_shard
+from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
+from cifake_ray.storage.s3.location import open_path
 
 # A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
 # blanks or in full width. Source: OWASP, CSV injection.
@@ -37,7 +37,7 @@ PLAIN = (
 
 def export_scores(config: ExportConfig) -> int:
     """Write the scores of a run as CSV and return the number of rows."""
-    out = open_place(config.scores, config.store)
+    out = open_path(config.scores, config.store)
     target = resolve_path(config.file, config.store)
     if exists(out / "_run.json"):
         run = open_finished(out)
@@ -45,7 +45,7 @@ def export_scores(config: ExportConfig) -> int:
             raise ValueError(f"{target} lies inside {out}; choose a file outside it")
         paths = [out / row["name"] for row in read_files(run)]
     else:
-        paths = [path for path in list_folder(out) if PART_NAME.fullmatch(path.name)]
+        paths = [path for path in list_folder(out) if SHARD_NAME.fullmatch(path.name)]
     if not paths:
         raise StorageError(f"{out}: no part-*.parquet; give the output of score or evaluate")
     counts: list[int] = []
@@ -53,9 +53,9 @@ def export_scores(config: ExportConfig) -> int:
     return sum(counts)
 
 
-def _encode_parts(paths: list[Place], counts: list[int]) -> Iterator[bytes]:
+def _encode_parts(paths: list[AnyPath], counts: list[int]) -> Iterator[bytes]:
     for number, path in enumerate(paths):
-        table = read_part(path)
+        table = read_shard(path)
         counts.append(table.num_rows)
         columns = []
         for field, column in zip(table.schema, table.columns, strict=True):

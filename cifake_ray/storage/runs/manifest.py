@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -111,11 +111,11 @@ class _HashSorter:
             place = pa.table({"hash": table.column(0), "key": table.column("key")})
             order = [("hash", "ascending"), ("key", "ascending")]
             table = table.remove_column(0).take(pc.sort_indices(place, sort_keys=order))
-            _refuse_duplicates(table)
+            _check_unique(table)
             yield table
 
 
-def _refuse_duplicates(table: pa.Table) -> None:
+def _check_unique(table: pa.Table) -> None:
     """Rows are sorted, so a key that was listed twice stands beside itself."""
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
@@ -162,7 +162,7 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
 
 
 def write_manifest(
-    folder: Place, run_id: str, listing: Listing, shard_rows: int | None
+    folder: AnyPath, run_id: str, listing: Listing, shard_rows: int | None
 ) -> Manifest:
     """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
 
@@ -199,7 +199,7 @@ def write_manifest(
     return Manifest(tuple(files), num_rows, size_bytes)
 
 
-def read_shard(folder: Place, file: ManifestFile, shard: int) -> pa.Table:
+def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
     """The rows of one shard, in key order. StorageError when the manifest is damaged."""
     path = folder / file.name
     try:

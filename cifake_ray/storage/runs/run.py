@@ -33,7 +33,7 @@ from cifake_ray.storage.io.files import (
     write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.manifest import Manifest, ManifestFile, write_manifest
 from cifake_ray.storage.sources.source import Listing
 
@@ -52,7 +52,7 @@ FILES_FIELDS = [
 class Run:
     """An output folder whose plan is frozen."""
 
-    out: Place
+    out: AnyPath
     command: str
     settings: dict[str, Any]
     config: dict[str, Any]
@@ -74,14 +74,14 @@ class Run:
         return RESULTS[self.command]
 
     @property
-    def results_folder(self) -> Place:
+    def results_folder(self) -> AnyPath:
         return self.out / self.results
 
     @property
-    def manifest_folder(self) -> Place:
+    def manifest_folder(self) -> AnyPath:
         return self.out / "manifest"
 
-    def part_path(self, shard: int) -> Place:
+    def shard_path(self, shard: int) -> AnyPath:
         return self.results_folder / shard_name(shard)
 
     def find_file(self, shard: int) -> ManifestFile:
@@ -92,7 +92,7 @@ class Run:
         raise AssertionError(f"shard {shard} is beyond the manifest")
 
 
-def read_run(out: Place) -> Run | None:
+def read_run(out: AnyPath) -> Run | None:
     """The run of an output folder, or None when none has been frozen there."""
     path = out / "_run.json"
     if not exists(path):
@@ -130,7 +130,7 @@ def read_run(out: Place) -> Run | None:
         ) from error
 
 
-def require_run(out: Place) -> Run:
+def require_run(out: AnyPath) -> Run:
     """The run of an output folder. StorageError when there is none."""
     run = read_run(out)
     if run is None:
@@ -144,7 +144,7 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
 
 
-def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
     """RunMismatch, with the difference, when the folder belongs to a run with other settings."""
     if old != new:
         if old.get("command") != new["command"]:  # nothing else is comparable
@@ -159,7 +159,7 @@ def refuse_other_settings(out: Place, old: dict[str, Any], new: dict[str, Any]) 
 class RunPlan:
     """What a run is to be, before it is frozen."""
 
-    out: Place
+    out: AnyPath
     command: str
     settings: dict[str, Any]
     config: dict[str, Any]
@@ -170,7 +170,7 @@ class RunPlan:
         """The run of `out`. RunMismatch when it has other settings."""
         run = read_run(self.out)
         if run is not None:
-            refuse_other_settings(self.out, run.settings, self._settings)
+            check_settings(self.out, run.settings, self._settings)
         return run
 
     def check_new(self) -> None:
@@ -230,7 +230,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class PartFacts:
+class ShardStats:
     """What a committed shard says of itself."""
 
     shard: int
@@ -247,7 +247,7 @@ def reopen_run(run: Run) -> None:
     remove(run.out / "_files.parquet")
 
 
-def finish_run(run: Run, parts: list[PartFacts], summary: dict[str, Any]) -> None:
+def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
     """Write `_files.parquet`, check that the account adds up, then write `_SUCCESS`."""
     missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
     rows = sum(part.rows for part in parts)

@@ -17,15 +17,15 @@ from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
-from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.runs.run import PartFacts, Run
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.run import Run, ShardStats
 
-FACTS_KEY = b"cifake_ray"
+FOOTER_KEY = b"cifake_ray"
 
 
-def commit_part(
-    run: Run, shard: int, table: pa.Table, facts: dict[str, str], unlike_training: dict[str, int]
-) -> PartFacts:
+def commit_shard(
+    run: Run, shard: int, table: pa.Table, extra: dict[str, str], unlike_training: dict[str, int]
+) -> ShardStats:
     """Write one result shard under its name and return what it says of itself."""
     errors = Counter(error for error in table.column("error").to_pylist() if error)
     footer = {
@@ -36,10 +36,10 @@ def commit_part(
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         "unlike_training": unlike_training,
-        **facts,
+        **extra,
     }
     schema = table.schema.with_metadata(
-        {FACTS_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
+        {FOOTER_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
     )
     # Images are compressed already; zstd would spend time on them for nothing.
     compression = {
@@ -59,8 +59,8 @@ def commit_part(
         write_page_checksum=True,
     )
     data = sink.getvalue().to_pybytes()
-    write_bytes(run.part_path(shard), data)
-    return _describe_part(shard, footer, data)
+    write_bytes(run.shard_path(shard), data)
+    return _describe_shard(shard, footer, data)
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -71,40 +71,40 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     ]
 
 
-def _open_part(data: bytes) -> pq.ParquetFile:
+def _open_shard(data: bytes) -> pq.ParquetFile:
     """A shard is read whole by everyone: it is one GET, and its bytes are hashed as well."""
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
 
 
-def read_part(path: Place) -> pa.Table:
+def read_shard(path: AnyPath) -> pa.Table:
     """One result shard, page checksums verified. StorageError when it is damaged."""
     try:
-        return _open_part(read_bytes(path)).read()
+        return _open_shard(read_bytes(path)).read()
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
 
 
-def inspect_part(run: Run, shard: int) -> PartFacts | None:
+def inspect_shard(run: Run, shard: int) -> ShardStats | None:
     """A shard that this run has committed already, or None when it must be made.
 
     The whole shard is read, page checksums included, so a damaged one is made again.
     """
-    path = run.part_path(shard)
+    path = run.shard_path(shard)
     if (data := read_if_exists(path)) is None:
         return None
     try:
-        part = _open_part(data)
-        facts = json.loads((part.schema_arrow.metadata or {}).get(FACTS_KEY, b"null"))
-        if not isinstance(facts, dict) or facts.get("run") != run.identity:
+        part = _open_shard(data)
+        footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"null"))
+        if not isinstance(footer, dict) or footer.get("run") != run.identity:
             return None
         num_rows = sum(batch.num_rows for batch in part.iter_batches())
-        return _describe_part(shard, facts, data) if num_rows == facts["rows"] else None
+        return _describe_shard(shard, footer, data) if num_rows == footer["rows"] else None
     except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None
 
 
-def _describe_part(shard: int, footer: dict[str, Any], data: bytes) -> PartFacts:
-    return PartFacts(
+def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardStats:
+    return ShardStats(
         shard=shard,
         rows=footer["rows"],
         errors=footer["errors"],

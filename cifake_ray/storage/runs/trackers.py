@@ -28,8 +28,8 @@ from cifake_ray.storage.io.files import (
     write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.runs.train_run import TrainingRun
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.train_run import TrainRun
 
 END = 0  # stands among the numbers of epochs for the summary of the run
 EVENTS = "events.out.tfevents.{}.cifake_ray"  # the epoch, in six digits
@@ -79,11 +79,11 @@ class Tracking:
     def __init__(
         self,
         names: Sequence[TrackerName],
-        run: TrainingRun,
+        run: TrainRun,
         settings: dict[str, Any],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.say = say
+        self.log = log
         self.rows = {row["epoch"]: row for row in run.read_history()}
         self.resumed = len(self.rows)
         self.told: dict[TrackerName, set[int]] = {}
@@ -121,7 +121,7 @@ class Tracking:
             left = "all was told in the end"
             if missing[name]:
                 left = f"{missing[name]} rows are missing; run the same command again to tell them"
-            self.say(f"train: --track {name} failed {count} times; {left}")
+            self.log(f"train: --track {name} failed {count} times; {left}")
         return {name: count for name, count in missing.items() if count}
 
     def _try_all(self) -> None:
@@ -132,7 +132,7 @@ class Tracking:
                 self.unsure.add(name)  # the last row may have arrived without an answer
                 self.failures[name] += 1
                 if self.failures[name] == 1:
-                    self.say(f"train: {error}; training goes on, rows are kept until it answers")
+                    self.log(f"train: {error}; training goes on, rows are kept until it answers")
 
     def _catch_up(self, name: TrackerName) -> None:
         tracker = self.trackers[name]
@@ -159,7 +159,7 @@ class _TensorBoard:
     TensorBoard reads the files of a folder one after another, in the order of their names.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         self.folder = folder
 
     def find_told(self) -> set[int]:
@@ -195,7 +195,7 @@ class _MLflow:
     CifakeError when the server cannot be reached or does not know that id.
     """
 
-    def __init__(self, run: TrainingRun, settings: dict[str, Any]) -> None:
+    def __init__(self, run: TrainRun, settings: dict[str, Any]) -> None:
         for name, value in MLFLOW_DEFAULTS.items():
             os.environ.setdefault(name, value)
         with _explain_mlflow():
@@ -213,7 +213,7 @@ class _MLflow:
             if not self._is_finished():
                 self.client.update_run(self.run_id, status="RUNNING")
 
-    def _find_run(self, run: TrainingRun, settings: dict[str, Any]) -> str:
+    def _find_run(self, run: TrainRun, settings: dict[str, Any]) -> str:
         paper, digest = run.path / "mlflow.json", hash_json(settings)
         # Until something is trained there, a folder may get other options; MLflow's runs may not.
         if read_if_exists(paper) is None or read_json(paper).get("settings", digest) != digest:

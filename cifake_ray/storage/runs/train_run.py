@@ -27,12 +27,12 @@ from cifake_ray.storage.io.files import (
     write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.runs.run import refuse_other_settings
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.run import check_settings
 
 
 def claim_folder(
-    path: Place,
+    path: AnyPath,
     command: str,
     settings: dict[str, Any],
     config: dict[str, Any],
@@ -54,12 +54,12 @@ def claim_folder(
         if "settings" not in found:
             raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
         if found.get("command") != command or is_begun():
-            refuse_other_settings(path, found["settings"], settings)
+            check_settings(path, found["settings"], settings)
         else:  # refused or killed before it came to anything: there is nothing to lose
             write_json(papers, record)
 
 
-def read_history(path: Place) -> list[dict[str, Any]]:
+def read_history(path: AnyPath) -> list[dict[str, Any]]:
     """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
     history = path / "history.jsonl"
     if not exists(history):
@@ -73,21 +73,21 @@ def read_history(path: Place) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class TrainRun:
     """The folder RUN of `train`."""
 
-    path: Place
+    path: AnyPath
 
     @property
-    def checkpoint_path(self) -> Place:
+    def checkpoint_path(self) -> AnyPath:
         return self.path / "checkpoints" / "last.pt"
 
     @property
-    def bundle_path(self) -> Place:
+    def bundle_path(self) -> AnyPath:
         return self.path / "bundle"
 
     @property
-    def history_path(self) -> Place:
+    def history_path(self) -> AnyPath:
         return self.path / "history.jsonl"
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:

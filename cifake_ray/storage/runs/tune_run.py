@@ -25,8 +25,8 @@ from cifake_ray.storage.io.files import (
     write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import Place
-from cifake_ray.storage.runs.train_run import TrainingRun, claim_folder
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.train_run import TrainRun, claim_folder
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchRun:
+class TuneRun:
     """The folder RUN of `tune`."""
 
-    path: Place
+    path: AnyPath
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for these settings. RunMismatch when it belongs to others."""
         claim_folder(self.path, "tune", settings, config, lambda: bool(self.read_trials()))
 
-    def folder_of(self, number: int) -> Place:
+    def folder_of(self, number: int) -> AnyPath:
         return self.path / "trials" / f"{number:05d}"
 
-    def run_of(self, trial: Trial) -> TrainingRun:
+    def run_of(self, trial: Trial) -> TrainRun:
         """The training that a trial is at, or ended with."""
-        return TrainingRun(self.folder_of(trial.number) / f"run-{trial.generation}")
+        return TrainRun(self.folder_of(trial.number) / f"run-{trial.generation}")
 
     def read_trials(self) -> list[Trial]:
         """By number."""

@@ -25,21 +25,21 @@ from cifake_ray.storage.io.files import (
     read_json,
     stamp_file,
 )
-from cifake_ray.storage.io.paths import Place
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import FILES_FIELDS, Run, require_run
 
-PART_NAME = re.compile(r"part-\d{5,}\.parquet")
+SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 
 
 @dataclass(frozen=True)
-class Damage:
+class DamagedFile:
     """A file that is not what was committed."""
 
     name: str
     reason: str
 
 
-def open_finished(out: Place) -> Run:
+def open_finished(out: AnyPath) -> Run:
     """The run of a folder that has one which has finished. StorageError otherwise."""
     run = require_run(out)
     if not exists(out / "_SUCCESS"):
@@ -65,7 +65,7 @@ def read_files(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def find_damage(out: Place) -> list[Damage]:
+def verify_files(out: AnyPath) -> list[DamagedFile]:
     """Compare every file of a finished run with what was committed. StorageError if it has not."""
     run = open_finished(out)
     read_json(out / "_SUCCESS")
@@ -74,30 +74,30 @@ def find_damage(out: Place) -> list[Damage]:
     for file in run.manifest.files:
         place = run.manifest_folder / file.name
         if not exists(place):
-            damage.append(Damage(f"manifest/{file.name}", "missing"))
+            damage.append(DamagedFile(f"manifest/{file.name}", "missing"))
         elif hash_file(place) != file.sha256:
-            damage.append(Damage(f"manifest/{file.name}", "sha256 differs"))
+            damage.append(DamagedFile(f"manifest/{file.name}", "sha256 differs"))
     for row in committed:
         place = out / row["name"]
         if not exists(place):
-            damage.append(Damage(row["name"], "missing"))
+            damage.append(DamagedFile(row["name"], "missing"))
         elif (size_bytes := stamp_file(place)[0]) != row["size_bytes"]:
-            damage.append(Damage(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
+            damage.append(DamagedFile(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
         elif hash_file(place) != row["sha256"]:
-            damage.append(Damage(row["name"], "sha256 differs"))
+            damage.append(DamagedFile(row["name"], "sha256 differs"))
     names = {row["name"] for row in committed}
     for place in list_folder(run.results_folder):
         name = f"{run.results}/{place.name}"
-        if PART_NAME.fullmatch(place.name) and name not in names:
-            damage.append(Damage(name, "not committed by this run"))
+        if SHARD_NAME.fullmatch(place.name) and name not in names:
+            damage.append(DamagedFile(name, "not committed by this run"))
     return damage
 
 
 @dataclass(frozen=True)
-class Aside:
+class SetAside:
     """Files of a run that were renamed out of the way: name -> name while aside."""
 
-    files: dict[Place, Place]
+    files: dict[AnyPath, AnyPath]
 
     def restore(self) -> None:
         """Put back what has not been made again."""
@@ -110,21 +110,21 @@ class Aside:
             discard(aside)
 
 
-def set_damage_aside(out: Place) -> Aside:
+def set_damaged_aside(out: AnyPath) -> SetAside:
     """Rename damaged result files and `_SUCCESS`: the run's command then makes them again.
 
     StorageError when the manifest is damaged: what was to be done is no longer known.
     """
     try:
-        damage = find_damage(out)
+        damage = verify_files(out)
     except StorageError:  # papers that are unfinished or damaged: every shard proves itself
         damage = []
     if lost := [item.name for item in damage if item.name.startswith("manifest/")]:
         raise StorageError(
             f"{out}/{lost[0]}: the manifest is damaged or gone; start again in a new folder"
         )
-    paths: list[Place] = [*(out / item.name for item in damage), out / "_SUCCESS"]
+    paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
     files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}
     for path, aside in files.items():
         move(path, aside)
-    return Aside(files)
+    return SetAside(files)

@@ -38,8 +38,8 @@ from cifake_ray.storage.s3.errors import (
     S3Error,
     TooLarge,
     describe_break,
-    explain_refusal,
-    parse_refusal,
+    explain_s3_error,
+    parse_error_body,
 )
 from cifake_ray.storage.s3.throttle import Throttle
 
@@ -214,7 +214,7 @@ class S3Client:
     def _explain_answer(
         self, bucket: str, address: _Address, response: urllib3.BaseHTTPResponse, data: bytes
     ) -> S3Error:
-        words = parse_refusal(data)
+        words = parse_error_body(data)
         status, code = response.status, words.get("Code", "")
         region = response.headers.get("x-amz-bucket-region") or words.get("Region")
         if region and region != address.region and status in (*REDIRECTS, 400):
@@ -305,7 +305,7 @@ def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
     try:
         return connect(store, limits)
     except BotoCoreError as error:
-        raise explain_refusal(error, f"s3://{bucket}") from error
+        raise explain_s3_error(error, f"s3://{bucket}") from error
 
 
 def connect(store: StoreConfig, limits: S3Limits = DEFAULT_LIMITS) -> S3Client:

@@ -58,7 +58,7 @@ class TooLarge(Exception):
     """The body has more bytes than were asked for."""
 
 
-def parse_refusal(data: bytes) -> dict[str, str]:
+def parse_error_body(data: bytes) -> dict[str, str]:
     """What the XML of an error names, such as Code, Message and Region; nothing if it is none."""
     try:
         root = ET.fromstring(data)
@@ -76,7 +76,7 @@ def describe_break(error: Exception) -> str:
     return BREAKS.get(name) or " ".join(f"{name}: {error}".split())[:MAX_DETAIL_CHARS]
 
 
-def explain_refusal(error: S3Error | BotoCoreError, place: str) -> StorageError:
+def explain_s3_error(error: S3Error | BotoCoreError, place: str) -> StorageError:
     """One line for a request that failed for good: the place, the reason, the remedy."""
     if isinstance(error, ParamValidationError):
         return StorageError(f"{place}: not a valid name of a bucket; give s3://BUCKET/PREFIX")

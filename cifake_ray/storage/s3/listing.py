@@ -41,7 +41,7 @@ class Entry(NamedTuple):
     etag: str | None
 
 
-class Range(NamedTuple):
+class KeyRange(NamedTuple):
     """The keys with a prefix that come after `after`; "" is before all."""
 
     prefix: str
@@ -70,7 +70,7 @@ def parse_page(root: ET.Element) -> Page:
     return Page(entries, root.findtext(f"{space}NextContinuationToken") if is_truncated else None)
 
 
-class _OddOrderError(Exception):
+class _UnknownOrderError(Exception):
     """The keys behind a branch cannot be told from those of the branch."""
 
 
@@ -87,7 +87,7 @@ class KeyLister:
         self.ask = ask
         self.num_threads = num_threads
         self.page_keys = page_keys
-        self.todo: deque[Range] = deque()
+        self.todo: deque[KeyRange] = deque()
         self.num_busy = 0
         self.changed = threading.Condition()
         self.stop = threading.Event()
@@ -97,7 +97,7 @@ class KeyLister:
 
     def list_entries(self, prefix: str) -> Iterator[list[Entry]]:
         """All entries, in no particular order, a page at a time."""
-        self.todo.append(Range(prefix))
+        self.todo.append(KeyRange(prefix))
         # Daemons: a server that hangs must not keep the process from ending.
         for _ in range(self.num_threads):
             threading.Thread(target=self._work, name="list", daemon=True).start()
@@ -134,7 +134,7 @@ class KeyLister:
                     self.changed.notify_all()
             self._put(None)
 
-    def _take(self) -> Range | None:
+    def _take(self) -> KeyRange | None:
         """The next range; None when all are listed."""
         with self.changed:
             while not self.todo and self.num_busy and not self.stop.is_set():
@@ -156,7 +156,7 @@ class KeyLister:
     def _num_idle(self) -> int:
         return self.num_threads - self.num_busy - len(self.todo)
 
-    def _list_range(self, todo: Range) -> None:
+    def _list_range(self, todo: KeyRange) -> None:
         block = todo.prefix  # shrinks when what lies behind it is given away
         query = self._make_query(todo, self.page_keys)
         pages_until_split, wait_pages = 1, 1
@@ -178,13 +178,13 @@ class KeyLister:
                 pages_until_split = wait_pages
                 block = narrower or block
 
-    def _make_query(self, todo: Range, max_keys: int) -> Query:
+    def _make_query(self, todo: KeyRange, max_keys: int) -> Query:
         query = {"prefix": todo.prefix, "max-keys": str(max_keys), "encoding-type": "url"}
         if todo.after:
             query["start-after"] = todo.after
         return query
 
-    def _probe(self, todo: Range) -> str | None:
+    def _probe(self, todo: KeyRange) -> str | None:
         """The first key of a range."""
         entries = parse_page(self.ask(self._make_query(todo, 1))).entries
         return entries[0].key if entries else None
@@ -198,7 +198,7 @@ class KeyLister:
         last = keys[-1]
         if not _is_text(last) or not _is_in_order(keys):
             return None
-        ranges: list[Range] = []
+        ranges: list[KeyRange] = []
         try:
             position = self._find_branch(block, last)
             if position is None:
@@ -207,11 +207,11 @@ class KeyLister:
             branch = narrower
             while (key := self._find_behind(stem, branch)) is not None:
                 if len(ranges) >= self.num_threads:
-                    ranges.append(Range(stem, branch + LAST_CHAR))
+                    ranges.append(KeyRange(stem, branch + LAST_CHAR))
                     break
                 branch = key[: position + 1]
-                ranges.append(Range(branch))
-        except _OddOrderError:
+                ranges.append(KeyRange(branch))
+        except _UnknownOrderError:
             return None
         with self.changed:
             self.todo.extend(ranges)
@@ -241,11 +241,11 @@ class KeyLister:
 
     def _find_behind(self, stem: str, branch: str) -> str | None:
         """The first key that begins with `stem` behind all those that begin with `branch`."""
-        key = self._probe(Range(stem, branch + LAST_CHAR))
+        key = self._probe(KeyRange(stem, branch + LAST_CHAR))
         if key is None:
             return None
         if len(key) <= len(stem) or key.startswith(branch) or not _is_text(key):
-            raise _OddOrderError  # the last of all characters is part of a key, or it is no order
+            raise _UnknownOrderError  # the last of all characters is in a key, or it is no order
         return key
 
 

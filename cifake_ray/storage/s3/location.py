@@ -10,15 +10,15 @@ from dataclasses import replace
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
-from cifake_ray.storage.s3.errors import S3Error, explain_refusal
+from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 
 SCHEME = "s3://"
 CHECK_ATTEMPTS = 3  # a wrong endpoint should be told in seconds
 
 
-def open_place(uri: str, store: StoreConfig) -> Place:
+def open_path(uri: str, store: StoreConfig) -> AnyPath:
     """The place a URI names; one in S3 is asked for first, which tells in seconds what is wrong.
 
     ValueError for what cannot be a place, StorageError when the bucket cannot be reached.
@@ -38,7 +38,7 @@ def check_bucket(
         query = {"prefix": prefix, "max-keys": "1"}
         open_client(store, limits, bucket).list_page(bucket, query)
     except (S3Error, BotoCoreError) as error:
-        raise explain_refusal(error, f"{SCHEME}{bucket}/{prefix}") from error
+        raise explain_s3_error(error, f"{SCHEME}{bucket}/{prefix}") from error
 
 
 def split_location(location: str) -> tuple[str, str]:

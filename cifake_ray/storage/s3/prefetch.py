@@ -19,7 +19,7 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Client, S3Limits, open_client
-from cifake_ray.storage.s3.errors import S3Error, TooLarge, explain_refusal
+from cifake_ray.storage.s3.errors import S3Error, TooLarge, explain_s3_error
 from cifake_ray.storage.s3.location import split_location
 
 MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
@@ -36,14 +36,14 @@ class StoredObject(NamedTuple):
 
 
 @dataclass
-class _Asked:
+class _PendingObject:
     """An object that has been asked for."""
 
     stored: StoredObject
     size_bytes: int  # that it is taken to hold of the memory, until it is there
 
 
-class _Ahead:
+class _PrefetchBudget:
     """Bytes beyond what the consumer took: there already, or on their way."""
 
     def __init__(self) -> None:
@@ -51,17 +51,17 @@ class _Ahead:
         self.size_bytes = 0
         self.largest: int | None = None  # of all that have come
 
-    def ask(self, stored: StoredObject) -> _Asked:
+    def ask(self, stored: StoredObject) -> _PendingObject:
         """An object whose size is not known may be as large as any before it."""
         guess = ASSUMED_BYTES if self.largest is None else self.largest
         size_bytes = guess if stored.size_bytes is None else stored.size_bytes
-        return _Asked(stored, min(size_bytes, MAX_IMAGE_BYTES))
+        return _PendingObject(stored, min(size_bytes, MAX_IMAGE_BYTES))
 
     def add(self, size_bytes: int) -> None:
         with self.lock:
             self.size_bytes += size_bytes
 
-    def correct(self, asked: _Asked, result: bytes | ImageError) -> None:
+    def correct(self, asked: _PendingObject, result: bytes | ImageError) -> None:
         """It is there."""
         size_bytes = len(result) if isinstance(result, bytes) else 0
         with self.lock:
@@ -84,12 +84,12 @@ def fetch_objects(
     waiting = next(objects, None)
     if waiting is None:
         return
-    pending: deque[tuple[_Asked, Future[bytes | ImageError]]] = deque()
-    ahead = _Ahead()
+    pending: deque[tuple[_PendingObject, Future[bytes | ImageError]]] = deque()
+    ahead = _PrefetchBudget()
     stop = threading.Event()
     client = open_client(store, limits, waiting.bucket)
 
-    def fetch(asked: _Asked) -> bytes | ImageError:
+    def fetch(asked: _PendingObject) -> bytes | ImageError:
         result = _fetch(client, asked.stored, stop)
         ahead.correct(asked, result)
         return result
@@ -107,7 +107,7 @@ def fetch_objects(
             try:
                 result = future.result()
             except BotoCoreError as error:
-                raise explain_refusal(error, f"s3://{due.stored.bucket}") from error
+                raise explain_s3_error(error, f"s3://{due.stored.bucket}") from error
             ahead.add(-due.size_bytes)
             yield result
     finally:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from cifake_ray.storage.io.paths import SCHEMES, Place, refuse_credentials, resolve_path
+from cifake_ray.storage.io.paths import SCHEMES, AnyPath, refuse_credentials, resolve_path
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -33,7 +33,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Fence:
+class AllowedPaths:
     """Where the rows of one list may point."""
 
     root: str  # what relative paths are relative to: a folder, or a URI without its last slash
@@ -101,7 +101,7 @@ def check_uri(uri: str) -> None:
         )
 
 
-def make_fence(list_place: Place, allow_prefix: Iterable[str] = ()) -> Fence:
+def make_allowed_paths(list_place: AnyPath, allow_prefix: Iterable[str] = ()) -> AllowedPaths:
     """The fence of a list. ValueError when an allowed prefix is no folder or URI."""
     is_local = isinstance(list_place, Path)
     _find_real_folder.cache_clear()  # a link may have moved since another list was read
@@ -119,4 +119,4 @@ def make_fence(list_place: Place, allow_prefix: Iterable[str] = ()) -> Fence:
                 folders.append(os.path.realpath(str(resolve_path(value))))
         except ValueError as error:
             raise ValueError(f"--allow-prefix: {error}") from error
-    return Fence(root, tuple(folders), tuple(prefixes))
+    return AllowedPaths(root, tuple(folders), tuple(prefixes))

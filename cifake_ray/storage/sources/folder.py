@@ -50,7 +50,7 @@ class FolderSource:
         pending: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
         while pending:
             folders, above = pending.pop()
-            facts = read_path(folders, self.class_names)
+            labels = read_path(folders, self.class_names)
             prefix = "".join(f"{folder}/" for folder in folders)
             if self.follow_symlinks:
                 status = self._stat(prefix)
@@ -88,9 +88,9 @@ class FolderSource:
                         continue
                 escaped = escape_key(key)
                 if escaped is None:
-                    rows.append(key, key, None, size_bytes, mtime_ns, None, *facts, None)
+                    rows.append(key, key, None, size_bytes, mtime_ns, None, *labels, None)
                 else:
-                    known = (None, None, size_bytes, mtime_ns, None, facts.label, None, None)
+                    known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
                     rows.append(escaped, *known, "bad_key")
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
@@ -113,7 +113,7 @@ class FolderSource:
             raise explain_os_error(error, folder) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        fence = None if self.follow_symlinks else os.path.realpath(self.root)
+        allowed = None if self.follow_symlinks else os.path.realpath(self.root)
         columns = ("location", "size_bytes", "mtime_ns", "error")
         for location, size_bytes, mtime_ns, error in zip(
             *(rows.column(name).to_pylist() for name in columns), strict=True
@@ -121,7 +121,9 @@ class FolderSource:
             if error is not None:
                 yield ImageError(error, "the file name is not valid UTF-8; rename the file")
             else:
-                yield read_file(os.path.join(self.root, location), size_bytes, mtime_ns, fence)
+                yield read_local_file(
+                    os.path.join(self.root, location), size_bytes, mtime_ns, allowed
+                )
 
 
 def lies_below(path: str, root: str) -> bool:
@@ -136,22 +138,22 @@ def _find_real_path(descriptor: int, path: str) -> str:
         return os.path.realpath(path)
 
 
-def read_file(
+def read_local_file(
     path: str,
     size_bytes: int | None = None,
     mtime_ns: int | None = None,
-    fence: str | None = None,
+    allowed: str | None = None,
 ) -> bytes | ImageError:
     """A file's bytes if it is still what was listed, else the error its row gets.
 
-    `fence` is a folder, free of links, that what is read must lie in.
+    `allowed` is a folder, free of links, that what is read must lie in.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
             # Asked of the open file: names on the way may become links at any time.
-            if fence is not None and not lies_below(_find_real_path(descriptor, path), fence):
+            if allowed is not None and not lies_below(_find_real_path(descriptor, path), allowed):
                 return ImageError("denied", "a link leads out of the folder; --follow-symlinks")
             if not stat.S_ISREG(status.st_mode):
                 return ImageError("not_an_image", "not a regular file")

@@ -48,7 +48,7 @@ def stamp_entry(info: dict[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class StoreSource:
+class FsspecPrefixSource:
     """Every file below a folder of a store, whatever its name."""
 
     root: UPath
@@ -68,7 +68,7 @@ class StoreSource:
         while pending:
             folder = pending.pop()
             folders = folder[len(root) :].strip("/")
-            facts = read_path(folders.split("/") if folders else (), self.class_names)
+            labels = read_path(folders.split("/") if folders else (), self.class_names)
             for info in self._list_folder(folder):
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
@@ -82,7 +82,7 @@ class StoreSource:
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 rows.append(
-                    key, location, None, info.get("size"), None, stamp_entry(info), *facts, None
+                    key, location, None, info.get("size"), None, stamp_entry(info), *labels, None
                 )
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
@@ -97,10 +97,10 @@ class StoreSource:
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
-        return read_store_files(self.store, *columns)
+        return read_fsspec_files(self.store, *columns)
 
 
-def read_store_files(
+def read_fsspec_files(
     store: StoreConfig,
     locations: Sequence[str],
     sizes: Sequence[int | None],
@@ -117,7 +117,7 @@ def read_store_files(
         if scheme not in systems:
             systems[scheme] = resolve_path(f"{scheme}://{rest.partition('/')[0]}", store).fs  # type: ignore[union-attr]
     calls = (
-        partial(read_file, systems[location.partition("://")[0]], location, size, stamp)
+        partial(read_fsspec_file, systems[location.partition("://")[0]], location, size, stamp)
         for location, size, stamp in zip(locations, sizes, stamps, strict=True)
     )
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as threads:
@@ -129,7 +129,7 @@ def read_store_files(
             waiting.extend(threads.submit(call) for call in islice(calls, 1))
 
 
-def read_file(
+def read_fsspec_file(
     system: Any, location: str, size_bytes: int | None, stamp: str | None
 ) -> bytes | ImageError:
     """A file's bytes if it is still what was listed, else the error its row gets."""

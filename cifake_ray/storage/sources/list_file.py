@@ -21,11 +21,11 @@ from cifake_ray.core.labels import parse_label, parse_split
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.files import open_file
-from cifake_ray.storage.io.paths import Place, explain_errors
+from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
-from cifake_ray.storage.sources.allowed_paths import is_uri, make_fence
-from cifake_ray.storage.sources.folder import read_file
-from cifake_ray.storage.sources.fsspec_prefix import read_store_files
+from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
+from cifake_ray.storage.sources.folder import read_local_file
+from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
 from cifake_ray.storage.sources.parquet import open_parquet
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -57,7 +57,7 @@ def parse_size(value: object) -> int | None:
     return int(text)
 
 
-def read_told_objects(
+def read_listed_objects(
     store: StoreConfig,
     locations: Sequence[str],
     sizes: Sequence[int | None],
@@ -82,10 +82,10 @@ def stamp_local(path: str) -> Stamp:
 
 
 @dataclass(frozen=True)
-class ListSource:
+class ListFileSource:
     """A list file. The columns named here are renamed to path, label and source."""
 
-    path: Place
+    path: AnyPath
     path_column: str = "path"
     label_column: str = "label"
     source_column: str = "source"
@@ -99,7 +99,7 @@ class ListSource:
         return listing
 
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
-        fence = make_fence(self.path, self.allow_prefix)
+        allowed = make_allowed_paths(self.path, self.allow_prefix)
         names, types, lines = self._open()
         known = [self.path_column, self.label_column, "split", self.source_column]
         known += ["size_bytes", "etag"]
@@ -124,7 +124,7 @@ class ListSource:
                 continue
             try:
                 facts = (parse_label(label), parse_split(split), source or None)
-                location = fence.locate(path)
+                location = allowed.locate(path)
                 told = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = told if is_uri(location) else stamp_local(location)
             except ValueError as error:
@@ -205,14 +205,14 @@ class ListSource:
         facts = list(zip(*(rows.column(name).to_pylist() for name in columns), strict=True))
         kinds = [_find_kind(location) for location, *_ in facts]
         readers = {}  # files in stores are fetched ahead, each kind apart; local ones in their turn
-        for kind, read in (("s3", read_told_objects), ("store", read_store_files)):
+        for kind, read in (("s3", read_listed_objects), ("store", read_fsspec_files)):
             chosen = [fact for fact, its_kind in zip(facts, kinds, strict=True) if its_kind == kind]
             if chosen:
                 locations, sizes, _, etags = zip(*chosen, strict=True)
                 readers[kind] = read(self.store, locations, sizes, etags)
         for kind, (location, size_bytes, mtime_ns, _) in zip(kinds, facts, strict=True):
             if kind == "local":
-                yield read_file(location, size_bytes, mtime_ns)
+                yield read_local_file(location, size_bytes, mtime_ns)
             else:
                 yield next(readers[kind])
 

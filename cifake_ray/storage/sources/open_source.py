@@ -12,14 +12,14 @@ from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import exists, is_file
-from cifake_ray.storage.io.paths import Place, explain_errors, is_inside, resolve_path
-from cifake_ray.storage.s3.location import open_place
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside, resolve_path
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.folder import FolderSource
-from cifake_ray.storage.sources.fsspec_prefix import StoreSource
-from cifake_ray.storage.sources.list_file import ListSource
-from cifake_ray.storage.sources.parquet import TableSource, open_parquet
-from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, InventorySource
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
+from cifake_ray.storage.sources.list_file import ListFileSource
+from cifake_ray.storage.sources.parquet import ParquetSource, open_parquet
+from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, S3InventorySource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
 LIST_SUFFIXES = (".csv", ".txt", ".parquet")
@@ -32,7 +32,7 @@ def split_prefix(uri: str) -> tuple[str, str]:
     return bucket, prefix if not prefix or prefix.endswith("/") else prefix + "/"
 
 
-def iterate_names(place: Place, uri: str) -> Iterator[str]:
+def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
     """Paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
     with explain_errors(place):
         if isinstance(place, Path):
@@ -49,7 +49,7 @@ def iterate_names(place: Place, uri: str) -> Iterator[str]:
             yield from (name.rpartition("/")[2] for name in names if name != own)
 
 
-def check_there(place: Place, uri: str) -> bool:
+def check_there(place: AnyPath, uri: str) -> bool:
     """Whether a place is a file, True, or a folder. StorageError when there is nothing."""
     if isinstance(place, Path):
         if not exists(place):
@@ -73,7 +73,7 @@ def check_there(place: Place, uri: str) -> bool:
     return False
 
 
-def detect_kind(place: Place, uri: str) -> str:
+def detect_kind(place: AnyPath, uri: str) -> str:
     """folder, list, inventory or shards. ValueError when it is none of them."""
     if not check_there(place, uri):
         if exists(place / "_run.json"):
@@ -95,7 +95,7 @@ def detect_kind(place: Place, uri: str) -> str:
     )
 
 
-def check_outside(out: Place, source: Place) -> None:
+def check_outside(out: AnyPath, source: AnyPath) -> None:
     """ValueError when the output would lie inside the source."""
     if is_inside(out, source):
         raise ValueError(
@@ -107,7 +107,7 @@ def check_outside(out: Place, source: Place) -> None:
 def open_source(config: SourceConfig) -> Source:
     """The source `config.src` names. StorageError or ValueError when there is none."""
     store = config.store
-    place, out = open_place(config.src, store), resolve_path(config.out, store)
+    place, out = open_path(config.src, store), resolve_path(config.out, store)
     kind: str = config.source_kind
     if kind == "auto":
         kind = detect_kind(place, config.src)
@@ -115,17 +115,17 @@ def open_source(config: SourceConfig) -> Source:
         raise ValueError(f"{place} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
     if kind == "shards":
-        return TableSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)
+        return ParquetSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)
     if kind == "list":
         columns = (config.path_column, config.label_column, config.source_column)
-        return ListSource(place, *columns, key_filter, config.allow_prefix, store)
+        return ListFileSource(place, *columns, key_filter, config.allow_prefix, store)
     class_names = make_class_names(config.real_name, config.fake_name)
     if kind == "inventory":
-        return InventorySource(place, class_names, store, key_filter)
+        return S3InventorySource(place, class_names, store, key_filter)
     check_outside(out, place)
     if isinstance(place, Path):
         return FolderSource(place, class_names, key_filter, config.follow_symlinks)
     if config.src.startswith("s3://"):
         bucket, prefix = split_prefix(config.src)
-        return BucketSource(bucket, prefix, store, class_names, key_filter)
-    return StoreSource(place, class_names, store, key_filter)
+        return S3PrefixSource(bucket, prefix, store, class_names, key_filter)
+    return FsspecPrefixSource(place, class_names, store, key_filter)

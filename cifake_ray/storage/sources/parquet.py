@@ -23,13 +23,13 @@ from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
-from cifake_ray.storage.io.paths import Place, explain_errors
+from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
 
 OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
-def find_tables(root: Place) -> list[Place]:
+def find_tables(root: AnyPath) -> list[AnyPath]:
     """The Parquet files of convert's output, its `shards/`, any folder, or one file, by name."""
     if is_file(root):
         return [root]
@@ -44,7 +44,7 @@ def find_tables(root: Place) -> list[Place]:
     return sorted(paths)
 
 
-def open_parquet(path: Place) -> pq.ParquetFile:
+def open_parquet(path: AnyPath) -> pq.ParquetFile:
     """Any Parquet file; of one in a store, only what is read is fetched. StorageError otherwise."""
     with explain_errors(path):
         try:
@@ -60,7 +60,7 @@ def open_parquet(path: Place) -> pq.ParquetFile:
             ) from error
 
 
-def open_table(path: Place) -> pq.ParquetFile:
+def open_table(path: AnyPath) -> pq.ParquetFile:
     """A Parquet file with an `image` column. StorageError otherwise."""
     table = open_parquet(path)
     if "image" not in table.schema_arrow.names:
@@ -70,7 +70,7 @@ def open_table(path: Place) -> pq.ParquetFile:
 
 
 @contextmanager
-def use_table(path: Place) -> Iterator[pq.ParquetFile]:
+def use_table(path: AnyPath) -> Iterator[pq.ParquetFile]:
     """What `open_table` gives, closed at the end of the block."""
     table = open_table(path)
     try:
@@ -80,7 +80,7 @@ def use_table(path: Place) -> Iterator[pq.ParquetFile]:
 
 
 def read_columns(
-    table: pq.ParquetFile, path: Place, groups: list[int], columns: list[str]
+    table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: list[str]
 ) -> pa.Table:
     """Some columns of some row groups. StorageError when the file is damaged."""
     with explain_errors(path):
@@ -94,7 +94,7 @@ def read_columns(
             ) from error
 
 
-def name_table(path: Place, root: Place) -> str:
+def name_table(path: AnyPath, root: AnyPath) -> str:
     """The path of a table below the root; its name when it is the root itself."""
     if path == root:
         return path.name
@@ -111,7 +111,7 @@ def read_label_names(schema: pa.Schema) -> list[str] | None:
     return names
 
 
-def find_splits(root: Place) -> set[str]:
+def find_splits(root: AnyPath) -> set[str]:
     """The splits that occur in Parquet files with images."""
     splits = set()
     for path in find_tables(root):
@@ -126,16 +126,16 @@ def find_splits(root: Place) -> set[str]:
 
 
 @dataclass
-class TableSource:
+class ParquetSource:
     """Parquet files with images inside."""
 
-    root: Place
+    root: AnyPath
     split: str | None = None  # only rows of this split
     labelled: bool = False  # only rows with a label
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
     _path: str | None = None
-    _place: Place = Path()
+    _place: AnyPath = Path()
     _table: pq.ParquetFile | None = None
     _group_ends: np.ndarray[Any, np.dtype[np.int64]] = field(
         default_factory=lambda: np.zeros(0, np.int64)
@@ -167,7 +167,7 @@ class TableSource:
                 elif extra != fields[len(MANIFEST_FIELDS) :]:
                     raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
                 for groups in self._group_rows(table):
-                    batch = self._read_facts(path, table, groups, pa.schema(fields))
+                    batch = self._read_rows(path, table, groups, pa.schema(fields))
                     kept = self._select(batch)
                     listing.left_out["excluded"] += batch.num_rows - kept.num_rows
                     if kept.num_rows:
@@ -186,8 +186,8 @@ class TableSource:
         if groups:
             yield groups
 
-    def _read_facts(
-        self, path: Place, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
+    def _read_rows(
+        self, path: AnyPath, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
     ) -> pa.RecordBatch:
         names = [n for n in schema.names if n in table.schema_arrow.names]
         rows = read_columns(table, path, groups, names)

@@ -24,12 +24,12 @@ import pyarrow.orc as orc
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import PathFacts, read_path
+from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.files import open_file, read_json
-from cifake_ray.storage.io.paths import Place, explain_errors, resolve_path
-from cifake_ray.storage.sources.list_file import quote_etag, read_told_objects
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, resolve_path
+from cifake_ray.storage.sources.list_file import quote_etag, read_listed_objects
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,
@@ -45,7 +45,7 @@ UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, pa.ArrowExce
 _COLUMNS = ("bucket", "key", "size", "etag", "islatest", "isdeletemarker")
 
 
-class Part(NamedTuple):
+class InventoryFile(NamedTuple):
     """One file of an inventory."""
 
     uri: str
@@ -58,10 +58,10 @@ class Inventory(NamedTuple):
     bucket: str  # whose objects are listed
     format: str
     columns: list[str]  # of CSV parts
-    parts: list[Part]
+    parts: list[InventoryFile]
 
 
-def read_inventory(place: Place) -> Inventory:
+def read_inventory(place: AnyPath) -> Inventory:
     """The manifest of an inventory. StorageError when it is none."""
     manifest = read_json(place)
     try:
@@ -70,7 +70,10 @@ def read_inventory(place: Place) -> Inventory:
             manifest["sourceBucket"],
             manifest["fileFormat"],
             [_plain(name) for name in manifest["fileSchema"].split(",")],
-            [Part(f"s3://{destination}/{p['key']}", p["MD5checksum"]) for p in manifest["files"]],
+            [
+                InventoryFile(f"s3://{destination}/{p['key']}", p["MD5checksum"])
+                for p in manifest["files"]
+            ],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(
@@ -91,10 +94,10 @@ def _plain(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class InventorySource:
+class S3InventorySource:
     """The current objects of an inventory; the key is the object's, and one bucket has them all."""
 
-    place: Place
+    place: AnyPath
     class_names: dict[str, int]
     store: StoreConfig
     key_filter: KeyFilter = KEEP_ALL
@@ -107,7 +110,7 @@ class InventorySource:
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
         inventory = read_inventory(self.place)
         rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
-        known_folder, facts = "", PathFacts(None, None, None)
+        known_folder, labels = "", PathLabels(None, None, None)
         for part in inventory.parts:
             for bucket, key, size, etag, is_latest, is_deleted in self._read_part(inventory, part):
                 if bucket != inventory.bucket:
@@ -130,15 +133,15 @@ class InventorySource:
                 folder = key.rpartition("/")[0]
                 if folder != known_folder:  # neighbours lie in the same one
                     names = [name for name in folder.split("/") if name]
-                    known_folder, facts = folder, read_path(names, self.class_names)
+                    known_folder, labels = folder, read_path(names, self.class_names)
                 location = f"s3://{bucket}/{key}"
-                rows.append(key, location, None, size, None, quote_etag(etag), *facts, None)
+                rows.append(key, location, None, size, None, quote_etag(etag), *labels, None)
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
         if len(rows):
             yield rows.drain()
 
-    def _read_part(self, inventory: Inventory, part: Part) -> Iterator[Sequence[Any]]:
+    def _read_part(self, inventory: Inventory, part: InventoryFile) -> Iterator[Sequence[Any]]:
         """The values of `_COLUMNS` for each object; None for a column that is not there."""
         readers = {"CSV": _read_csv, "Parquet": _read_parquet, "ORC": _read_orc}
         with self._fetch_part(part) as file:
@@ -158,7 +161,7 @@ class InventorySource:
                 ) from error
 
     @contextmanager
-    def _fetch_part(self, part: Part) -> Iterator[IO[bytes]]:
+    def _fetch_part(self, part: InventoryFile) -> Iterator[IO[bytes]]:
         """A part as an unnamed local file, so that its checksum is known before its rows are."""
         place = resolve_path(part.uri, self.store)
         digest = hashlib.md5(usedforsecurity=False)
@@ -178,7 +181,7 @@ class InventorySource:
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
 
         columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
-        return read_told_objects(self.store, *columns)
+        return read_listed_objects(self.store, *columns)
 
 
 def _check_columns(names: Sequence[str]) -> None:

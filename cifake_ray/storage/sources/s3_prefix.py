@@ -14,11 +14,11 @@ import pyarrow as pa
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import PathFacts, read_path
+from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
-from cifake_ray.storage.s3.errors import S3Error, explain_refusal
+from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 from cifake_ray.storage.s3.listing import KeyLister, Query
 from cifake_ray.storage.s3.location import SCHEME, check_bucket
 from cifake_ray.storage.s3.prefetch import read_objects
@@ -35,7 +35,7 @@ LISTING_THREADS = 16  # a page costs CPU time, so more of them only stand in eac
 
 
 @dataclass(frozen=True)
-class BucketSource:
+class S3PrefixSource:
     """Every object below a prefix, which is empty or ends with `/`."""
 
     bucket: str
@@ -64,7 +64,7 @@ class BucketSource:
         lister = KeyLister(ask, min(LISTING_THREADS, self.limits.max_in_flight))
         rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
         location = f"{SCHEME}{self.bucket}/"
-        known_folder, facts = "", PathFacts(None, None, None)
+        known_folder, labels = "", PathLabels(None, None, None)
         try:
             for page in lister.list_entries(self.prefix):
                 for full_key, size_bytes, etag in page:
@@ -78,20 +78,20 @@ class BucketSource:
                     folder = key[: key.rfind("/") + 1]
                     if folder != known_folder:
                         folders = [name for name in folder.split("/") if name]
-                        known_folder, facts = folder, read_path(folders, self.class_names)
+                        known_folder, labels = folder, read_path(folders, self.class_names)
                     escaped = escape_key(key)
                     if escaped is None:
                         place = (key, location + full_key, None, size_bytes, None, etag)
-                        rows.append(*place, *facts, None)
+                        rows.append(*place, *labels, None)
                     else:
-                        known = (None, None, size_bytes, None, etag, facts.label, None, None)
+                        known = (None, None, size_bytes, None, etag, labels.label, None, None)
                         rows.append(escaped, *known, "bad_key")
                 if len(rows) >= LISTING_BATCH_ROWS:
                     yield rows.drain()
             if len(rows):
                 yield rows.drain()
         except (S3Error, BotoCoreError) as error:
-            raise explain_refusal(error, self.uri) from error
+            raise explain_s3_error(error, self.uri) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         names = ("location", "size_bytes", "etag")

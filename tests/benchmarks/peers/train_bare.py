@@ -20,7 +20,7 @@ def train_share(rank: int) -> Share:
     import torch.distributed as dist
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.training.optimizer import build_trainee, make_optimizer, make_schedule
+    from cifake_ray.core.training.optimizer import build_for_training, make_optimizer, make_schedule
     from cifake_ray.storage.datasets.training_set import open_training_data, read_training_rows
 
     shards, out, cache = sys.argv[1:4]
@@ -29,7 +29,7 @@ def train_share(rank: int) -> Share:
     keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     torch.manual_seed(0)
     config = TrainConfig(shards=shards, run=out, cache_dir=cache, epochs=epochs)
-    detector = build_trainee(config)
+    detector = build_for_training(config)
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, 1).train
     labels = torch.from_numpy(data.labels)

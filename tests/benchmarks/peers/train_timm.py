@@ -66,7 +66,7 @@ def train_share(rank: int) -> Share:
     from timm.task import ClassificationTask
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.training.optimizer import build_trainee, make_optimizer, make_schedule
+    from cifake_ray.core.training.optimizer import build_for_training, make_optimizer, make_schedule
 
     source, out = sys.argv[1:3]
     epochs, num_ranks, num_threads, num_loaders = map(int, sys.argv[3:7])
@@ -75,7 +75,7 @@ def train_share(rank: int) -> Share:
     keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     torch.manual_seed(0)
     config = TrainConfig(shards=source, run=out, epochs=epochs, channels_last=is_last)
-    detector = build_trainee(config)
+    detector = build_for_training(config)
     task = ClassificationTask(detector.network, torch.nn.CrossEntropyLoss(), verbose=False)
     if num_ranks > 1:
         os.makedirs(out, exist_ok=True)

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile
 
 from cifake_ray.core.imaging import decode as images
 from cifake_ray.core.imaging import limits as containers
-from cifake_ray.core.imaging.decode import ImageFacts, decode_image, inspect_image
+from cifake_ray.core.imaging.decode import ImageHeader, decode_image, inspect_image
 from cifake_ray.core.imaging.jpeg_header import count_scans, scan_jpeg
 from cifake_ray.core.imaging.preprocessing import Preprocessing, fit_image
 from cifake_ray.core.schema import IMAGE_ERRORS
@@ -585,7 +585,7 @@ def test_plain_cifake_like_jpegs_never_open_pillow(monkeypatch: pytest.MonkeyPat
     expected = images._decode_slow(data)
     monkeypatch.setattr(images, "_open_image", None)
     np.testing.assert_array_equal(decode_image(data), expected)
-    assert inspect_image(data) == ImageFacts(32, 32, "JPEG", "RGB", 75, 1)
+    assert inspect_image(data) == ImageHeader(32, 32, "JPEG", "RGB", 75, 1)
 
 
 def test_what_needs_judgement_is_left_to_pillow() -> None:
@@ -790,4 +790,4 @@ def test_real_cifake_takes_the_fast_path_and_equals_the_slow_one() -> None:
         fast = images._decode_fast(data)
         assert fast is not None, name
         np.testing.assert_array_equal(fast, images._decode_slow(data), err_msg=name)
-        assert inspect_image(data) == ImageFacts(32, 32, "JPEG", "RGB", 75, 1), name
+        assert inspect_image(data) == ImageHeader(32, 32, "JPEG", "RGB", 75, 1), name

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifake_ray.core.imaging import decode as images
-from cifake_ray.core.imaging.decode import ImageFacts, decode_image, inspect_image
+from cifake_ray.core.imaging.decode import ImageHeader, decode_image, inspect_image
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.schema import IMAGE_ERRORS
 from cifake_ray.errors import ImageError
@@ -174,7 +174,7 @@ def apply_edit(data: bytes, edit: tuple[Any, ...], seeds: list[bytes]) -> bytes:
 def check_promises(data: bytes) -> None:
     """Facts and pixels as documented, or ImageError; soon, and fast as slow."""
     facts = call(inspect_image, data)
-    if isinstance(facts, ImageFacts):
+    if isinstance(facts, ImageHeader):
         for value in (facts.width, facts.height, facts.num_frames):
             assert type(value) is int
             assert 1 <= value <= INT32_MAX, facts

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cifake_ray.core.imaging.training_domain import Domain, find_domain
-from cifake_ray.core.schema import FACT_FIELDS
+from cifake_ray.core.imaging.training_domain import TrainingDomain, find_domain
+from cifake_ray.core.schema import HEADER_FIELDS
 
-PHOTOS = Domain(sides=(200, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
+PHOTOS = TrainingDomain(sides=(200, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
 Facts = tuple[int | None, int | None, str | None, int | None]
 
 
 def make_rows(*facts: Facts, errors: list[str | None] | None = None) -> pa.Table:
-    fields = {field.name: field.type for field in FACT_FIELDS}
+    fields = {field.name: field.type for field in HEADER_FIELDS}
     names = ("width", "height", "format", "jpeg_quality")
     columns = {
         name: pa.array([row[place] for row in facts], fields[name])
@@ -29,7 +29,7 @@ def make_rows(*facts: Facts, errors: list[str | None] | None = None) -> pa.Table
 def test_it_spans_the_training_images() -> None:
     rows = make_rows((640, 480, "JPEG", 95), (200, 1024, "PNG", None), (300, 300, "JPEG", 75))
     assert find_domain(rows) == PHOTOS
-    assert find_domain(rows.slice(1, 1)) == Domain(
+    assert find_domain(rows.slice(1, 1)) == TrainingDomain(
         sides=(200, 1024), formats=("PNG",), jpeg_qualities=None
     )
     assert PHOTOS.count_unlike(rows) == {"size": 0, "format": 0, "jpeg_quality": 0, "any": 0}
@@ -64,14 +64,16 @@ def test_images_without_a_score_do_not_count() -> None:
 
 
 def test_a_detector_that_saw_no_jpeg_finds_the_format_strange_and_no_quality() -> None:
-    domain = Domain(sides=(8, 64), formats=("PNG",), jpeg_qualities=None)
+    domain = TrainingDomain(sides=(8, 64), formats=("PNG",), jpeg_qualities=None)
     counts = domain.count_unlike(make_rows((32, 32, "JPEG", 1), (32, 32, "JPEG", 100)))
     assert counts == {"size": 0, "format": 2, "jpeg_quality": 0, "any": 2}
 
 
-@pytest.mark.parametrize("domain", [PHOTOS, Domain(sides=(1, 1), formats=(), jpeg_qualities=None)])
-def test_it_comes_back_from_json(domain: Domain) -> None:
-    assert Domain.from_dict(json.loads(json.dumps(asdict(domain)))) == domain
+@pytest.mark.parametrize(
+    "domain", [PHOTOS, TrainingDomain(sides=(1, 1), formats=(), jpeg_qualities=None)]
+)
+def test_it_comes_back_from_json(domain: TrainingDomain) -> None:
+    assert TrainingDomain.from_dict(json.loads(json.dumps(asdict(domain)))) == domain
 
 
 @pytest.mark.parametrize(
@@ -90,4 +92,4 @@ def test_it_comes_back_from_json(domain: Domain) -> None:
 )
 def test_an_impossible_one_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError)):
-        Domain.from_dict({**asdict(PHOTOS), **change})
+        TrainingDomain.from_dict({**asdict(PHOTOS), **change})

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cifake_ray.cli import app
-from cifake_ray.storage.presets.model_results import read_zoo
+from cifake_ray.storage.presets.model_results import read_model_results
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def test_programs_get_rows_with_exact_numbers() -> None:
     (row,) = record["models"]
     assert (row["model"], row["image_size"]) == ("cnn", 32)
     assert (row["num_parameters"], row["macs"]) == (39_132, 6_927_220)
-    zoo = read_zoo()
+    zoo = read_model_results()
     assert row["results"] == [result for result in zoo["rows"] if result["model"] == "cnn"]
     assert record["made_by"] == zoo["made_by"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cifake_ray.core.search.space import (
-    Domain,
+    ParameterRange,
     list_grid,
     parse_space,
     sample_space,
@@ -31,8 +31,8 @@ SPACE = parse_space(
 
 
 def test_a_list_is_a_choice() -> None:
-    assert SPACE["augment.flip"] == Domain("choice", (0.0, 0.5))
-    assert SPACE["batch_size"] == Domain("lograndint", (8, 64))
+    assert SPACE["augment.flip"] == ParameterRange("choice", (0.0, 0.5))
+    assert SPACE["batch_size"] == ParameterRange("lograndint", (8, 64))
 
 
 def test_trial_n_gets_what_the_seed_and_n_say_and_nothing_else() -> None:
@@ -133,12 +133,18 @@ def test_half_a_step_is_none(steps: dict[str, Any], left: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("domain", "value", "inside"),
     [
-        (Domain("uniform", (0.1, 0.3)), 0.36, np.nextafter(0.3, 0)),  # the highest is left out
-        (Domain("uniform", (0.1, 0.3)), 0.08, 0.1),
-        (Domain("loguniform", (0.1, 0.3)), 0.2, 0.2),
-        (Domain("randint", (1, 4)), 5, 3),
-        (Domain("choice", (1, 4)), 4, 4),
+        (
+            ParameterRange("uniform", (0.1, 0.3)),
+            0.36,
+            np.nextafter(0.3, 0),
+        ),  # the highest is left out
+        (ParameterRange("uniform", (0.1, 0.3)), 0.08, 0.1),
+        (ParameterRange("loguniform", (0.1, 0.3)), 0.2, 0.2),
+        (ParameterRange("randint", (1, 4)), 5, 3),
+        (ParameterRange("choice", (1, 4)), 4, 4),
     ],
 )
-def test_a_value_is_brought_back_into_its_range(domain: Domain, value: Any, inside: Any) -> None:
+def test_a_value_is_brought_back_into_its_range(
+    domain: ParameterRange, value: Any, inside: Any
+) -> None:
     assert domain.clip(value) == inside

@@ -8,12 +8,12 @@ import torch
 from cifake_ray.core.models.detector import build_detector
 from cifake_ray.core.training.model_cost import (
     BATCH_MACS,
+    LISTED_MODELS,
     MAX_BATCH,
-    ZOO,
     choose_batch_size,
     count_cost,
     find_own_size,
-    list_catalogue,
+    list_models,
     measure_speed,
 )
 
@@ -60,11 +60,11 @@ def test_the_parameters_are_those_of_the_network_that_is_trained() -> None:
 
 def test_without_a_pattern_the_zoo_is_listed_each_with_its_results() -> None:
     results = [{"model": "resnet50", "epochs": n} for n in (1, 2)] + [{"model": "other"}]
-    rows = list_catalogue(None, results)
-    assert tuple(row["model"] for row in rows) == ZOO
-    assert [row["problem"] for row in rows] == [None] * len(ZOO)
+    rows = list_models(None, results)
+    assert tuple(row["model"] for row in rows) == LISTED_MODELS
+    assert [row["problem"] for row in rows] == [None] * len(LISTED_MODELS)
     assert all(row["macs"] > 1e6 and row["num_parameters"] > 1e4 for row in rows)
-    assert [row["image_size"] for row in rows] == [find_own_size(name) for name in ZOO]
+    assert [row["image_size"] for row in rows] == [find_own_size(name) for name in LISTED_MODELS]
     assert {row["model"]: row["results"] for row in rows if row["results"]} == {
         "resnet50": results[:2]
     }
@@ -72,17 +72,17 @@ def test_without_a_pattern_the_zoo_is_listed_each_with_its_results() -> None:
 
 
 def test_a_long_list_has_names_and_sizes_only() -> None:
-    rows = list_catalogue("*resnet*")
+    rows = list_models("*resnet*")
     assert {"small_resnet18", "resnet18"} < {row["model"] for row in rows}
     assert {row["macs"] for row in rows} == {None}
     assert {row["model"]: row["image_size"] for row in rows}["small_resnet18"] == 32
     for flag, options in (("--measure", {"measure": True}), ("--image-size", {"image_size": 64})):
         with pytest.raises(ValueError, match=rf"{flag}: \d+ architectures match, .* narrower"):
-            list_catalogue("*resnet*", **options)  # type: ignore[arg-type]
+            list_models("*resnet*", **options)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_built_at_a_size_is_a_row_that_says_why() -> None:
-    row, *others = list_catalogue("cn[n]", image_size=48)
+    row, *others = list_models("cn[n]", image_size=48)
     assert others == []
     assert row["problem"] == "--image-size 48: cnn takes 32 only; leave it out"
     assert (row["image_size"], row["macs"]) == (48, None)
@@ -90,7 +90,7 @@ def test_what_cannot_be_built_at_a_size_is_a_row_that_says_why() -> None:
 
 def test_nothing_that_matches_is_refused() -> None:
     with pytest.raises(ValueError, match="no architecture matches 'nothing-of-the-kind'"):
-        list_catalogue("nothing-of-the-kind")
+        list_models("nothing-of-the-kind")
 
 
 @pytest.mark.parametrize("device", BATCH_MACS)
@@ -103,7 +103,7 @@ def test_large_networks_are_timed_in_small_batches(device: str) -> None:
 
 def test_speed_is_measured_and_stated_with_its_batch_and_threads() -> None:
     said: list[str] = []
-    (row,) = list_catalogue("cnn", measure=True, say=said.append)
+    (row,) = list_models("cnn", measure=True, log=said.append)
     speed = row["speed"]
     assert said == ["models: measuring cnn, 1 of 1"]
     assert speed["batch_size"] == MAX_BATCH

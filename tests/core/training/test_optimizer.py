@@ -15,10 +15,10 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_cnn, build_detector, find_head
 from cifake_ray.core.training.optimizer import (
-    build_trainee,
+    build_for_training,
     make_optimizer,
     make_schedule,
-    share_norms,
+    sync_batch_norms,
 )
 
 
@@ -130,9 +130,9 @@ def test_norms_are_shared_by_the_ranks_on_gpus_only(name: str) -> None:
     names = list(network.state_dict())
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms
-    assert share_norms(network, "cpu") is network
+    assert sync_batch_norms(network, "cpu") is network
     assert [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)] == norms
-    shared = share_norms(network, "cuda")
+    shared = sync_batch_norms(network, "cuda")
     assert len([m for m in shared.modules() if isinstance(m, nn.SyncBatchNorm)]) == len(norms)
     assert not [m for m in shared.modules() if isinstance(m, nn.BatchNorm2d)]
     assert list(shared.state_dict()) == names
@@ -261,7 +261,7 @@ def test_a_longer_average_moves_less() -> None:
     for decay in (0.1, 0.9):
         trainer = make_trainer(ema_decay=decay, epochs=3)
         fit(trainer)
-        gap = weights_of(trainer)[0] - trainer.judged.network.state_dict()["0.weight"]
+        gap = weights_of(trainer)[0] - trainer.eval_model.network.state_dict()["0.weight"]
         moved[decay] = float(gap.abs().mean())
     assert moved[0.1] < moved[0.9]
 
@@ -274,7 +274,7 @@ def test_channels_last_changes_the_order_of_weights_and_no_output() -> None:
     outputs = []
     for channels_last in (False, True):
         torch.manual_seed(0)
-        detector = build_trainee(make_config(channels_last=channels_last)).eval()
+        detector = build_for_training(make_config(channels_last=channels_last)).eval()
         weight = detector.network.get_submodule("3").weight
         assert isinstance(weight, torch.Tensor)
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -283,8 +283,8 @@ def test_channels_last_changes_the_order_of_weights_and_no_output() -> None:
 
 
 def test_drop_path_reaches_the_network_and_leaves_its_weights_alike() -> None:
-    plain = build_trainee(make_config(model="test_vit"))
-    dropping = build_trainee(make_config(model="test_vit", drop_path=0.5))
+    plain = build_for_training(make_config(model="test_vit"))
+    dropping = build_for_training(make_config(model="test_vit", drop_path=0.5))
     names, plain_names = (
         {type(module).__name__ for module in detector.network.modules()}
         for detector in (dropping, plain)
@@ -295,9 +295,9 @@ def test_drop_path_reaches_the_network_and_leaves_its_weights_alike() -> None:
 
 def test_drop_path_is_refused_where_there_are_no_paths() -> None:
     with pytest.raises(ValueError, match="--drop-path: cnn has no paths"):
-        build_trainee(make_config(drop_path=0.5))
+        build_for_training(make_config(drop_path=0.5))
     with pytest.raises(ValueError, match=r"--drop-path 0.5: .*drop_path_rate"):
-        build_trainee(make_config(model="vgg11", drop_path=0.5))
+        build_for_training(make_config(model="vgg11", drop_path=0.5))
 
 
 @pytest.mark.parametrize(

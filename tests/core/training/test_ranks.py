@@ -27,7 +27,7 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_detector
 from cifake_ray.core.training.batches import Batch
-from cifake_ray.core.training.trainer import Trainer, choose_numerics
+from cifake_ray.core.training.trainer import Trainer, choose_precision
 
 NUM_STEPS = 50
 NUM_IMAGES = 8_000
@@ -78,7 +78,7 @@ def run_rank(rank: int, name: str, num_ranks: int, folder: str, source: str, opt
     detector = build_detector("cnn")
     wrapped = nn.parallel.DistributedDataParallel(detector)
     val = ArrayImages(10, seed=1, size=32)
-    trainer = Recorder(detector, wrapped, config, train, val, choose_numerics("cpu", "float32"))
+    trainer = Recorder(detector, wrapped, config, train, val, choose_precision("cpu", "float32"))
     trainer.losses = []  # type: ignore[attr-defined]
     trainer.is_reversed = name == "reversed"
     with pytest.raises(Enough):

@@ -33,11 +33,11 @@ from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.batches import count_steps
 from cifake_ray.core.training.early_stopping import average_weights, explain_end
 from cifake_ray.core.training.optimizer import make_optimizer
-from cifake_ray.core.training.trainer import Numerics, Trainer, choose_numerics
+from cifake_ray.core.training.trainer import DevicePrecision, Trainer, choose_precision
 from cifake_ray.errors import CifakeError
 
 SIZE = 8
-CPU = choose_numerics("cpu", "float32")
+CPU = choose_precision("cpu", "float32")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def make_detector() -> Detector:
 def make_trainer(
     train: ArrayImages | None = None,
     val: ArrayImages | None = None,
-    numerics: Numerics = CPU,
+    numerics: DevicePrecision = CPU,
     augmentation: Augmentation = POLICIES["flip"],
     **settings: Any,
 ) -> Trainer:
@@ -564,7 +564,7 @@ def test_validation_leaves_the_detector_and_the_generator_alone() -> None:
 
 
 def test_bf16_runs_on_the_cpu_and_keeps_weights_in_float32() -> None:
-    numerics = choose_numerics("cpu", "bf16")
+    numerics = choose_precision("cpu", "bf16")
     assert numerics.dtype is torch.bfloat16
     trainer = make_trainer(numerics=numerics, epochs=8)
     assert fit(trainer)[-1]["val_accuracy"] > 0.8
@@ -572,7 +572,7 @@ def test_bf16_runs_on_the_cpu_and_keeps_weights_in_float32() -> None:
 
 
 def test_validation_computes_as_scoring_does_whatever_the_precision() -> None:
-    trainer = make_trainer(numerics=choose_numerics("cpu", "bf16"))
+    trainer = make_trainer(numerics=choose_precision("cpu", "bf16"))
     images = trainer.val_images
     everything = torch.from_numpy(images.read(np.arange(len(images.labels))))
     with torch.inference_mode():
@@ -582,7 +582,7 @@ def test_validation_computes_as_scoring_does_whatever_the_precision() -> None:
 
 def test_fp16_on_the_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match="--precision fp16 needs a GPU"):
-        choose_numerics("cpu", "fp16")
+        choose_precision("cpu", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -600,7 +600,7 @@ def test_auto_is_bf16_on_a_cpu_that_computes_it_fast(
     capabilities: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert choose_numerics("cpu", "auto").dtype is dtype
+    assert choose_precision("cpu", "auto").dtype is dtype
 
 
 # --- detectors -----------------------------------------------------------------------------------

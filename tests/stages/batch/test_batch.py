@@ -17,19 +17,24 @@ import pytest
 from ray import cloudpickle
 
 from cifake_ray.config import ConvertConfig, SampleConfig
-from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError
 from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, run_batch
-from cifake_ray.stages.batch.shard_worker import Orders, ShardWorker, replace_rows, slice_rows
+from cifake_ray.stages.batch.shard_worker import (
+    ShardWorker,
+    WorkerOptions,
+    replace_rows,
+    slice_rows,
+)
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import ONE_WORKER
-from cifake_ray.stages.convert import make_work
+from cifake_ray.stages.convert import make_processor
 from cifake_ray.storage.datasets.sample_folder import write_sample
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.runs.manifest import Manifest
 from cifake_ray.storage.runs.run import Run, RunPlan
-from cifake_ray.storage.runs.verify import find_damage
+from cifake_ray.storage.runs.verify import verify_files
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing
 
@@ -80,7 +85,9 @@ class Bench:
             shard_rows=20,
         )
         return run_batch(
-            BatchPlan(config, run_plan, "cpu", source, make_work, on_progress, time.time(), print)
+            BatchPlan(
+                config, run_plan, "cpu", source, make_processor, on_progress, time.time(), print
+            )
         )
 
     def read_keys(self) -> list[str]:
@@ -134,7 +141,7 @@ def test_only_rows_whose_error_may_pass_are_tried_again(
     assert (summary.listed, summary.done, summary.shards_resumed) == (100, 98, 3)
     changed = {name for name, stamp in bench.stamps().items() if stamp != before[name]}
     assert changed == {"part-00000.parquet", "part-00002.parquet"}
-    assert find_damage(bench.out) == []
+    assert verify_files(bench.out) == []
     bench.run({gone: "not_found"}, retry_errors=True)
     assert bench.read_keys() == [third]
     parts = bench.read_parts()
@@ -174,7 +181,7 @@ def test_a_retry_that_is_interrupted_can_be_resumed(
     if retry_errors:
         assert summary.failed == 0
         assert bench.read_parts() == expected
-    assert find_damage(bench.out) == []
+    assert verify_files(bench.out) == []
 
 
 def test_a_finished_run_leaves_no_notes(bench: Bench) -> None:
@@ -237,7 +244,7 @@ def test_slices_are_bounded_by_rows_and_by_bytes() -> None:
     assert [s.num_rows for s in slice_rows(rows, 2)] == [2, 1, 1, 2, 1]
 
 
-class PairWork(ConvertWork):
+class PairWork(ConvertProcessor):
     batch_size = 2
 
 
@@ -256,7 +263,7 @@ class CountedReads:
 def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(ray_cluster: None) -> None:
     source: Any = CountedReads([])
     run: Any = SimpleNamespace(command="convert")
-    worker = ShardWorker(run, source, make_work, ONE_WORKER, Orders("", False, 60.0))
+    worker = ShardWorker(run, source, make_processor, ONE_WORKER, WorkerOptions("", False, 60.0))
     pulse: Any = SimpleNamespace(beat=lambda: None)
     rows = pa.table({"size_bytes": [1] * 5})
     batches = worker._prepare(PairWork(), rows, pulse, is_suspect=False)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from skimage.data import chelsea
 
 from cifake_ray.config import ConvertConfig, TrainConfig
-from cifake_ray.core.training.optimizer import build_trainee
+from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.errors import BundleError
 from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.train.driver import train_detector
@@ -72,9 +72,9 @@ def make_config(shards: Path, run: Path, **options: Any) -> TrainConfig:
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    say = options.pop("say", lambda message: None)
+    log = options.pop("say", lambda message: None)
     config = make_config(shards, run, **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), say)
+    return train_detector(config, lambda row, epochs: None, time.time(), log)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def fine_tuned(
 ) -> tuple[Path, dict[str, Any], list[str]]:
     """A finished run from ImageNet's weights, its summary and what it said."""
     run, said = tmp_path_factory.mktemp("fine-tuned") / "run", list[str]()
-    return run, run_train(cifake_shards, run, weights=str(lite0), say=said.append), said
+    return run, run_train(cifake_shards, run, weights=str(lite0), log=said.append), said
 
 
 def read_network(run: Path) -> dict[str, torch.Tensor]:
@@ -153,7 +153,7 @@ def test_a_warm_up_of_the_head_leaves_the_body_as_it_was(
     assert list_changed(tmp_path / "warm", lite0) == set()
     config = make_config(shards, tmp_path / "warm", **options)
     torch.manual_seed(config.seed)
-    fresh = build_trainee(config).network.state_dict()
+    fresh = build_for_training(config).network.state_dict()
     learned = read_network(tmp_path / "warm")
     assert not any(torch.equal(learned[name], fresh[name]) for name in HEAD)
     run_train(shards, tmp_path / "free", **options)

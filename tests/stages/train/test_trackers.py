@@ -21,13 +21,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from cifake_ray import cli
-from cifake_ray.config import StoreConfig, TrainConfig, TuneConfig, effective_settings, list_options
+from cifake_ray.config import (
+    StoreConfig,
+    TrainConfig,
+    TuneConfig,
+    fingerprint_settings,
+    list_options,
+)
 from cifake_ray.errors import CifakeError
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.stages.tune.driver import search_options
+from cifake_ray.stages.tune.driver import tune_detector
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.trackers import Tracking
-from cifake_ray.storage.runs.train_run import TrainingRun
+from cifake_ray.storage.runs.train_run import TrainRun
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -54,7 +60,7 @@ def store(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ml
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    say: Callable[[str], None] = options.pop("say", lambda message: None)
+    log: Callable[[str], None] = options.pop("say", lambda message: None)
     on_epoch = options.pop("on_epoch", lambda row, epochs: None)
     options = {
         "epochs": 3,
@@ -67,7 +73,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, on_epoch, time.time(), say)
+    return train_detector(config, on_epoch, time.time(), log)
 
 
 def stop_at(epoch: int) -> Callable[[dict[str, Any], int], None]:
@@ -181,7 +187,7 @@ def test_a_finished_run_tells_a_tracker_that_comes_later(
 
 def test_event_files_go_into_a_bucket(s3_env: S3Server, tmp_path: Path) -> None:
     bucket = s3_env.make_bucket()
-    run = TrainingRun(resolve_path(f"s3://{bucket}/run", StoreConfig()))
+    run = TrainRun(resolve_path(f"s3://{bucket}/run", StoreConfig()))
     for number in (1, 2, 3):  # each a process of its own
         run.write_history([{**ROW, "epoch": n} for n in range(1, number)] or [ROW])
         with Tracking(("tensorboard",), run, {}, print) as tracking:
@@ -313,7 +319,7 @@ def test_an_answer_that_is_lost_is_no_epoch_told_twice(
         def on_epoch(row: dict[str, Any], epochs: int) -> None:
             server.loses_answers = row["epoch"] == 1
 
-        summary = run_train(shards, run, on_epoch=on_epoch, track=("mlflow",), say=said.append)
+        summary = run_train(shards, run, on_epoch=on_epoch, track=("mlflow",), log=said.append)
     assert summary["untracked"] == {}
     assert said[-1] == "train: --track mlflow failed 1 times; all was told in the end"
     check_mlflow(run, store)
@@ -335,7 +341,7 @@ def test_trials_of_a_search_are_told(shards: Path, tmp_path: Path, store: Mlflow
         track=("tensorboard",),
         cache_dir=str(tmp_path / "cache"),
     )
-    search_options(config, time.time())
+    tune_detector(config, time.time())
     for number in (0, 1):
         check_tensorboard(run / "trials" / f"{number:05d}" / "run-0")
 
@@ -348,7 +354,7 @@ def test_the_option_is_repeatable_and_no_part_of_the_fingerprint() -> None:
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert seen[0].track == ("mlflow", "tensorboard")
     assert list_options(seen[0]) == arguments
-    assert effective_settings(seen[0]) == effective_settings(TrainConfig(shards="s", run="r"))
+    assert fingerprint_settings(seen[0]) == fingerprint_settings(TrainConfig(shards="s", run="r"))
     refused = CliRunner().invoke(cli.app, ["train", "s", "r", "--track", "wandb"])
     assert refused.exit_code == 2
     assert "--track is ('wandb',); give tensorboard or mlflow" in refused.output

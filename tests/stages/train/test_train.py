@@ -27,7 +27,7 @@ TIMM: dict[str, Any] = {"model": "test_resnet", "image_size": 32}
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    say = options.pop("say", lambda message: None)
+    log = options.pop("say", lambda message: None)
     options = {
         "epochs": 2,
         "batch_size": 16,
@@ -39,7 +39,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), say)
+    return train_detector(config, lambda row, epochs: None, time.time(), log)
 
 
 def read_losses(run: Path) -> list[float]:

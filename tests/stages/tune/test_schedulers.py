@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from cifake_ray.config import TuneConfig
 from cifake_ray.core.search.space import parse_space
 from cifake_ray.stages.tune.schedulers import make_scheduler
-from cifake_ray.stages.tune.trial_worker import KNOWN, OBJECTIVE
+from cifake_ray.stages.tune.trial_worker import OBJECTIVE, REPLAYED
 
 
 class Search:
@@ -27,8 +27,8 @@ class Search:
         self.scheduler.on_trial_add(self.controller, trial)
         return trial
 
-    def tell(self, trial: Any, epoch: int, score: float, is_known: bool = False) -> str:
-        result = {"epoch": epoch, OBJECTIVE: score, KNOWN: is_known}
+    def tell(self, trial: Any, epoch: int, score: float, is_replayed: bool = False) -> str:
+        result = {"epoch": epoch, OBJECTIVE: score, REPLAYED: is_replayed}
         decision: str = self.scheduler.on_trial_result(self.controller, trial, result)
         return decision
 
@@ -46,9 +46,9 @@ def test_what_is_told_again_is_noted_and_not_judged(scheduler: str) -> None:
     for number in range(4):
         good = search.start(f"good-{number}")
         for epoch in (1, 2, 3):
-            told = search.tell(good, epoch, 0.9 + number / 100, is_known=True)
+            told = search.tell(good, epoch, 0.9 + number / 100, is_replayed=True)
             assert told == TrialScheduler.CONTINUE
     bad = search.start("bad")
     for epoch in (1, 2):
-        assert search.tell(bad, epoch, 0.5, is_known=True) == TrialScheduler.CONTINUE
+        assert search.tell(bad, epoch, 0.5, is_replayed=True) == TrialScheduler.CONTINUE
     assert search.tell(bad, 3, 0.5) == TrialScheduler.STOP

@@ -20,9 +20,9 @@ from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
 from cifake_ray.stages.batch.driver import BatchSummary
 from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.stages.tune.driver import search_options
+from cifake_ray.stages.tune.driver import tune_detector
 from cifake_ray.storage.presets.yaml_presets import read_recipe
-from cifake_ray.storage.runs.tune_run import SearchRun
+from cifake_ray.storage.runs.tune_run import TuneRun
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
@@ -56,8 +56,8 @@ def make_config(shards: Path, run: Path, files: dict[str, str], **options: Any) 
 
 
 def run_tune(shards: Path, run: Path, files: dict[str, str], **options: Any) -> dict[str, Any]:
-    say = options.pop("say", lambda message: None)
-    return search_options(make_config(shards, run, files, **options), time.time(), say)
+    log = options.pop("say", lambda message: None)
+    return tune_detector(make_config(shards, run, files, **options), time.time(), log)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     shards: Path, files: dict[str, str], sample_folder: Path, tmp_path: Path
 ) -> None:
     run, said = tmp_path / "run", []
-    summary = run_tune(shards, run, files, scheduler="none", say=said.append)
+    summary = run_tune(shards, run, files, scheduler="none", log=said.append)
     rows = read_rows(run)
     assert [row["trial"] for row in rows] == [0, 1, 2, 3]
     assert {row["end"] for row in rows} == {"all 3 epochs done"}
@@ -135,7 +135,7 @@ def test_asha_stops_those_behind_at_the_rung_and_says_so(
         grace_epochs=2,
         max_concurrent=1,
     )
-    search, reached, stopped = SearchRun(tmp_path / "run"), [], []
+    search, reached, stopped = TuneRun(tmp_path / "run"), [], []
     for trial in search.read_trials():
         losses = [row["val_loss"] for row in search.run_of(trial).read_history()]
         if reached and min(losses[:2]) > np.median(reached):
@@ -156,14 +156,14 @@ def test_a_search_that_lost_its_end_goes_on_and_repeats_nothing(
     run = tmp_path / "run"
     first = run_tune(shards, run, files, trials=4)
     rows = read_rows(run)
-    search = SearchRun(run)
+    search = TuneRun(run)
     trial = search.read_trial(3)
     (run / "_SUCCESS").unlink()  # as if it was killed in the last trial's first epoch
     shutil.rmtree(search.folder_of(3) / "run-0")
     search.write_trial(replace(trial, end=None))
     stamps = {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p}
     said: list[str] = []
-    second = run_tune(shards, run, files, trials=4, say=said.append)
+    second = run_tune(shards, run, files, trials=4, log=said.append)
     assert said[0] == "tune: going on with 4 trials, 3 of them over"
     assert {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p} == stamps
     untimed = [{k: v for k, v in row.items() if k != "train_s"} for row in rows]
@@ -223,7 +223,7 @@ def test_options_that_do_not_go_together_are_left_out_with_the_reason(
 ) -> None:
     Path(files["search"]).write_text("patience: [null, 2]\nmin_delta: [0.0, 0.001]\n")
     said: list[str] = []
-    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, say=said.append)
+    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, log=said.append)
     assert said[0].startswith("tune: 1 choices left out (1: --min-delta needs --patience")
     assert len(read_rows(tmp_path / "run")) == 3
 
@@ -231,7 +231,7 @@ def test_options_that_do_not_go_together_are_left_out_with_the_reason(
 def test_a_grid_that_is_cut_says_so(shards: Path, files: dict[str, str], tmp_path: Path) -> None:
     Path(files["search"]).write_text("lr: [0.001, 0.002, 0.003]\n")
     said: list[str] = []
-    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, trials=2, say=said.append)
+    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, trials=2, log=said.append)
     assert said[0] == "tune: 2 of 3 combinations are tried; see --trials"
 
 
@@ -277,7 +277,7 @@ def test_in_population_based_training_all_take_turns_and_stay_themselves(
     Path(files["search"]).write_text("lr: {loguniform: [1.0e-9, 0.02]}\naugment.flip: [0.0, 0.5]\n")
     summary = run_tune(shards, run, files, scheduler="pbt", trials=4, epochs=3, seed=2)
     assert summary["ends"] == {"all 3 epochs done": 4}
-    search = SearchRun(run)
+    search = TuneRun(run)
     trials = search.read_trials()
     assert [trial.number for trial in trials] == list(range(4))
     assert any(trial.generation for trial in trials), "none was given another's weights"
@@ -316,7 +316,7 @@ def test_tpe_chooses_anew_after_a_kill(shards: Path, files: dict[str, str], tmp_
     run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
     (run / "_SUCCESS").unlink()
     for number in (2, 3):  # as if it had been killed before these
-        shutil.rmtree(SearchRun(run).folder_of(number))
+        shutil.rmtree(TuneRun(run).folder_of(number))
     run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
     assert len({row["lr"] for row in read_rows(run)}) == 4, "a trial was tried twice"
 
@@ -350,7 +350,7 @@ def test_trials_of_two_workers_run_one_after_the_other(
 ) -> None:
     summary = run_tune(shards, tmp_path / "run", files, num_workers=2, trials=2, epochs=1)
     assert summary["ends"] == {"all 1 epochs done": 2}
-    history = SearchRun(tmp_path / "run").folder_of(0) / "run-0" / "history.jsonl"
+    history = TuneRun(tmp_path / "run").folder_of(0) / "run-0" / "history.jsonl"
     assert json.loads(history.read_text())["workers"] == 2
 
 

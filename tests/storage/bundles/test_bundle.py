@@ -16,24 +16,24 @@ from safetensors.torch import save
 
 from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration
-from cifake_ray.core.imaging.training_domain import Domain
+from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, CifakeError
 from cifake_ray.storage.bundles.bundle import (
     load_bundle,
     locate_bundle,
-    read_bundle_facts,
+    read_bundle_info,
     write_bundle,
 )
 from cifake_ray.storage.io.files import write_bytes
-from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.train_run import read_history
 
 CALIBRATION = Calibration(
     temperature=1.5, threshold=0.4, threshold_fpr_1=0.9, threshold_fpr_01=0.99
 )
-DOMAIN = Domain(sides=(32, 64), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
+DOMAIN = TrainingDomain(sides=(32, 64), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
 HISTORY = [{"epoch": 1, "val_loss": 0.5}, {"epoch": 2, "val_loss": 0.25}]
 
 
@@ -116,9 +116,9 @@ def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_a_bundle_need_not_say_what_it_learned_from(tmp_path: Path) -> None:
     bundle = write(tmp_path / "b", make_detector(), domain=None)
-    assert read_bundle_facts(bundle).domain is None
+    assert read_bundle_info(bundle).domain is None
     edit_config(bundle, lambda config: config["cifake_ray"].pop("domain"))  # an older one
-    assert read_bundle_facts(bundle).domain is None
+    assert read_bundle_info(bundle).domain is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_impossible_domain_is_refused(tmp_path: Path, domain: object) -> None
     bundle = write(tmp_path / "b", make_detector())
     edit_config(bundle, lambda config: config["cifake_ray"].update(domain=domain))
     with pytest.raises(BundleError, match="not a bundle of cifake-ray"):
-        read_bundle_facts(bundle)
+        read_bundle_info(bundle)
 
 
 def set_architecture(name: str) -> Callable[[dict[str, Any]], None]:
@@ -238,7 +238,7 @@ def test_a_bundle_that_is_incomplete_or_altered_is_refused_by_name(
 ) -> None:
     bundle = write(tmp_path / "b", make_detector())
     wrong.damage(bundle)
-    for read in (read_bundle_facts, load_bundle):  # noticed before any work is scheduled
+    for read in (read_bundle_info, load_bundle):  # noticed before any work is scheduled
         with pytest.raises(BundleError) as failure:
             read(bundle)
         assert wrong.says in str(failure.value)
@@ -264,8 +264,10 @@ def test_a_header_of_other_tensors_is_refused_when_it_is_loaded(tmp_path: Path) 
 
 def test_the_bundle_in_the_box_is_read_and_loaded() -> None:
     detector, facts = load_bundle(locate_bundle(None))
-    assert facts == read_bundle_facts(locate_bundle(None))
-    assert facts.domain == Domain(sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75))
+    assert facts == read_bundle_info(locate_bundle(None))
+    assert facts.domain == TrainingDomain(
+        sides=(32, 32), formats=("JPEG",), jpeg_qualities=(75, 75)
+    )
     assert detector.architecture == facts.architecture
 
 
@@ -274,10 +276,10 @@ def test_the_bundle_in_the_box_is_read_and_loaded() -> None:
 
 def test_the_expected_bundle_is_read_and_no_other(tmp_path: Path) -> None:
     bundle = write(tmp_path / "b", make_detector())
-    found = read_bundle_facts(bundle).fingerprint
-    assert read_bundle_facts(bundle, expect_sha256=found.upper()).fingerprint == found
+    found = read_bundle_info(bundle).fingerprint
+    assert read_bundle_info(bundle, expect_sha256=found.upper()).fingerprint == found
     assert load_bundle(bundle, expect_sha256=found)[1].fingerprint == found
-    for read in (read_bundle_facts, load_bundle):
+    for read in (read_bundle_info, load_bundle):
         with pytest.raises(BundleError) as failure:
             read(bundle, expect_sha256="0" * 64)
         assert found in str(failure.value)
@@ -287,7 +289,7 @@ def test_the_expected_bundle_is_read_and_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_bundle_that_is_replaced_after_the_start_is_refused(tmp_path: Path, name: str) -> None:
     bundle = write(tmp_path / "b", make_detector())
-    facts = read_bundle_facts(bundle)
+    facts = read_bundle_info(bundle)
     torch.manual_seed(1)
     other = build_detector("cnn", fit="resize")
     new = write(tmp_path / "new", other)
@@ -332,7 +334,7 @@ NAMES = ["pytorch_model.bin", "model.pt", "model.PTH", "last.ckpt", "model.pkl"]
 def test_a_pickle_never_runs_code_with_or_without_permission(tmp_path: Path, name: str) -> None:
     bundle, mark = write(tmp_path / "b", make_detector()), tmp_path / "ran"
     replace_weights(bundle, name, {"weight": Bomb(mark)})
-    for read in (read_bundle_facts, load_bundle):
+    for read in (read_bundle_info, load_bundle):
         with pytest.raises(BundleError, match=rf"{name}, a pickle.*--allow-pickle"):
             read(bundle)
     with pytest.raises(BundleError, match=f"{name}: damaged, or not weights alone"):
@@ -346,7 +348,7 @@ def test_a_pickle_never_runs_code_with_or_without_permission(tmp_path: Path, nam
 def test_a_pickle_of_weights_alone_is_taken_with_permission(tmp_path: Path, name: str) -> None:
     detector = make_detector()
     bundle = write(tmp_path / "b", detector)
-    safe = read_bundle_facts(bundle)
+    safe = read_bundle_info(bundle)
     replace_weights(bundle, name, detector.network.state_dict())
     again, facts = load_bundle(bundle, allow_pickle=True)
     assert torch.equal(compute(again, make_images(32)), compute(detector, make_images(32)))
@@ -355,7 +357,7 @@ def test_a_pickle_of_weights_alone_is_taken_with_permission(tmp_path: Path, name
     assert facts.fingerprint != safe.fingerprint
     with open(bundle / name, "ab") as file:
         file.write(b"x")
-    assert read_bundle_facts(bundle, allow_pickle=True).fingerprint != facts.fingerprint
+    assert read_bundle_info(bundle, allow_pickle=True).fingerprint != facts.fingerprint
 
 
 def test_safetensors_go_before_pickles_and_two_pickles_are_one_too_many(tmp_path: Path) -> None:
@@ -390,13 +392,13 @@ def test_a_damaged_pickle_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.fixture
-def store() -> Iterator[Place]:
+def store() -> Iterator[AnyPath]:
     place = resolve_path("memory://bundles")
     yield place
     place.fs.store.clear()  # type: ignore[union-attr]
 
 
-def test_a_bundle_in_a_store_is_found_written_and_loaded(store: Place) -> None:
+def test_a_bundle_in_a_store_is_found_written_and_loaded(store: AnyPath) -> None:
     detector = make_detector()
     write(store / "run" / "bundle", detector)  # type: ignore[arg-type]
     place = locate_bundle(f"{store}/run", StoreConfig())
@@ -408,12 +410,12 @@ def test_a_bundle_in_a_store_is_found_written_and_loaded(store: Place) -> None:
         load_bundle(place, expect_sha256="0" * 64)
     (place / "model.safetensors").unlink()
     with pytest.raises(BundleError, match=r"no model\.safetensors"):
-        read_bundle_facts(place)
+        read_bundle_info(place)
     write_bytes(place / "model.pt", b"x")
     with pytest.raises(BundleError, match="--allow-pickle"):
-        read_bundle_facts(place)
+        read_bundle_info(place)
     with pytest.raises(BundleError, match=r"no config\.json"):
-        read_bundle_facts(store / "nowhere")
+        read_bundle_info(store / "nowhere")
 
 
 def test_a_damaged_history_is_named(tmp_path: Path) -> None:
@@ -425,22 +427,22 @@ def test_a_damaged_history_is_named(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_weights_and_config_alone(tmp_path: Path) -> None:
     detector = make_detector()
-    first = read_bundle_facts(write(tmp_path / "a", detector)).fingerprint
-    assert read_bundle_facts(write(tmp_path / "b", detector)).fingerprint == first
+    first = read_bundle_info(write(tmp_path / "a", detector)).fingerprint
+    assert read_bundle_info(write(tmp_path / "b", detector)).fingerprint == first
     other_papers = write(
         tmp_path / "c", detector, model_card="# Other\n", metrics={"accuracy": 0.1}, history=[]
     )
-    assert read_bundle_facts(other_papers).fingerprint == first
+    assert read_bundle_info(other_papers).fingerprint == first
 
     edit_config(tmp_path / "b", lambda c: c["cifake_ray"]["calibration"].update(threshold=0.41))
-    assert read_bundle_facts(tmp_path / "b").fingerprint != first
+    assert read_bundle_info(tmp_path / "b").fingerprint != first
     with torch.no_grad():
         next(detector.network.parameters()).view(-1)[0] += 1e-3
-    assert read_bundle_facts(write(tmp_path / "d", detector)).fingerprint != first
+    assert read_bundle_info(write(tmp_path / "d", detector)).fingerprint != first
 
 
 def test_thresholds_are_chosen_by_false_positive_rate(tmp_path: Path) -> None:
-    facts = read_bundle_facts(write(tmp_path / "b", make_detector()))
+    facts = read_bundle_info(write(tmp_path / "b", make_detector()))
     assert [facts.threshold(fpr) for fpr in (None, 0.01, 0.001)] == [0.4, 0.9, 0.99]
 
 
@@ -462,4 +464,4 @@ def test_a_write_that_breaks_off_leaves_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(CifakeError):
         write(tmp_path / "b", make_detector())
     with pytest.raises(BundleError, match=r"no config\.json"):
-        read_bundle_facts(tmp_path / "b")
+        read_bundle_info(tmp_path / "b")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.models.detector import Detector, build_detector
-from cifake_ray.core.training.optimizer import build_trainee
+from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
@@ -33,7 +33,7 @@ def start(weights: Path | None, **settings: Any) -> tuple[Detector, StartingWeig
     path = None if weights is None else str(weights)
     config = TrainConfig(shards="s", run="r", weights=path, **values)
     torch.manual_seed(0)
-    detector = build_trainee(config)
+    detector = build_for_training(config)
     return detector, load_starting_weights(config, detector)
 
 

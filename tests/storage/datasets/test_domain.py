@@ -13,8 +13,8 @@ from PIL import Image
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.imaging.training_domain import Domain
-from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import (
@@ -22,7 +22,7 @@ from cifake_ray.storage.datasets.training_set import (
     open_training_data,
     read_training_rows,
 )
-from cifake_ray.storage.runs.shards import FACTS_KEY
+from cifake_ray.storage.runs.shards import FOOTER_KEY
 
 PREPROCESSING = Preprocessing(image_size=8, fit="resize", mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -64,7 +64,7 @@ def write_shards(path: Path, metadata: dict[bytes, bytes] | None) -> None:
         }
     )
     assert set(manifest.column_names) < {field.name for field in MANIFEST_FIELDS}
-    shards = ConvertWork().finish(manifest, [image for _, _, image in rows])
+    shards = ConvertProcessor().finish(manifest, [image for _, _, image in rows])
     pq.write_table(shards.replace_schema_metadata(metadata), path, row_group_size=7)
 
 
@@ -74,10 +74,10 @@ def open_images(path: Path, cache: Path) -> ImageSet:
 
 
 def test_it_is_that_of_the_images_that_train(tmp_path: Path) -> None:
-    write_shards(tmp_path / "a.parquet", {FACTS_KEY: b"{}"})
+    write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
     images = open_images(tmp_path, tmp_path / "cache")
     assert len(images.positions) == 6
-    assert read_domain(images) == Domain(
+    assert read_domain(images) == TrainingDomain(
         sides=(20, 200), formats=("JPEG", "PNG"), jpeg_qualities=(60, 90)
     )
 
@@ -86,6 +86,6 @@ def test_it_is_that_of_the_images_that_train(tmp_path: Path) -> None:
 def test_it_is_not_known_where_another_program_wrote_the_columns(
     tmp_path: Path, metadata: dict[bytes, bytes] | None
 ) -> None:
-    write_shards(tmp_path / "a.parquet", {FACTS_KEY: b"{}"})
+    write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
     write_shards(tmp_path / "b.parquet", metadata)
     assert read_domain(open_images(tmp_path, tmp_path / "cache")) is None

@@ -26,13 +26,13 @@ from cifake_ray.storage.io.files import (
     stamp_file,
     write_bytes,
 )
-from cifake_ray.storage.io.paths import Place, is_inside, resolve_local, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_local, resolve_path
 
 ODD_NAMES = ["a b.txt", "ä%20+.txt", "q?x=1#y.txt", "[x]{y}*.txt", "'\"<&>.txt", "e\u0301.txt"]
 
 
 @pytest.fixture
-def folder(s3_env: S3Server) -> Place:
+def folder(s3_env: S3Server) -> AnyPath:
     return resolve_path(f"s3://{s3_env.make_bucket()}/some/out")
 
 
@@ -108,7 +108,7 @@ def test_what_must_be_local_is_refused_elsewhere() -> None:
 # --- bytes in and out of a bucket ----------------------------------------------------------------
 
 
-def test_bytes_come_back_under_their_own_name(folder: Place) -> None:
+def test_bytes_come_back_under_their_own_name(folder: AnyPath) -> None:
     for number, name in enumerate(ODD_NAMES):
         write_bytes(folder / name, b"%d" % number)
     assert [place.name for place in list_folder(folder)] == sorted(ODD_NAMES)
@@ -119,7 +119,7 @@ def test_bytes_come_back_under_their_own_name(folder: Place) -> None:
             assert file.read() == b"%d" % number
 
 
-def test_what_is_not_there_is_none(folder: Place) -> None:
+def test_what_is_not_there_is_none(folder: AnyPath) -> None:
     assert not exists(folder / "x")
     assert read_if_exists(folder / "x") is None
     assert list_folder(folder) == []
@@ -128,7 +128,7 @@ def test_what_is_not_there_is_none(folder: Place) -> None:
         read_bytes(folder / "x")
 
 
-def test_a_write_replaces_and_a_remove_removes(folder: Place) -> None:
+def test_a_write_replaces_and_a_remove_removes(folder: AnyPath) -> None:
     write_bytes(folder / "x", b"1")
     first = stamp_file(folder / "x")
     write_bytes(folder / "x", b"2")
@@ -141,7 +141,7 @@ def test_a_write_replaces_and_a_remove_removes(folder: Place) -> None:
     assert not exists(folder / "y")
 
 
-def test_a_large_object_is_written_by_one_request(folder: Place, s3_env: S3Server) -> None:
+def test_a_large_object_is_written_by_one_request(folder: AnyPath, s3_env: S3Server) -> None:
     data = os.urandom(2**20) * 60  # s3fs would cut it into parts from 50 MiB on
     write_bytes(folder / "x", data)
     assert read_bytes(folder / "x") == data
@@ -151,7 +151,7 @@ def test_a_large_object_is_written_by_one_request(folder: Place, s3_env: S3Serve
     assert "-" not in head["ETag"].strip('"'), "written in parts"
 
 
-def test_one_of_many_creates(folder: Place) -> None:
+def test_one_of_many_creates(folder: AnyPath) -> None:
     results: list[bool] = []
     threads = [
         threading.Thread(target=lambda n=n: results.append(create_bytes(folder / "x", b"%d" % n)))

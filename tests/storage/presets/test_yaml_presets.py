@@ -14,7 +14,7 @@ from cifake_ray.storage.presets.yaml_presets import (
     EVERYTHING,
     RECIPES,
     SEARCHES,
-    find_boxed,
+    find_preset,
     read_mapping,
     read_recipe,
     read_searches,
@@ -44,10 +44,10 @@ def test_the_box_goes_before_a_file_of_the_same_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fast").write_text("epochs: 1\n")
-    assert find_boxed("fast", RECIPES) == RECIPES / "fast.yaml"
-    assert find_boxed("./fast", RECIPES) == Path("fast")
+    assert find_preset("fast", RECIPES) == RECIPES / "fast.yaml"
+    assert find_preset("./fast", RECIPES) == Path("fast")
     with pytest.raises(ValueError, match="quick: no such file, and not among the recipes in the"):
-        find_boxed("quick", RECIPES)
+        find_preset("quick", RECIPES)
 
 
 def test_a_policy_may_stand_in_a_recipe(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cifake_ray.storage.io.files import find_files, write_bytes
-from cifake_ray.storage.io.paths import Place, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.attempts import (
     clear_attempts,
-    find_note,
+    find_heartbeat,
     follow_attempt,
     list_attempts,
     read_attempt,
@@ -24,7 +24,7 @@ from cifake_ray.storage.runs.manifest import Manifest
 from cifake_ray.storage.runs.run import Run
 
 
-def make_run(out: Place) -> Run:
+def make_run(out: AnyPath) -> Run:
     return Run(out, "score", {}, {}, Manifest((), 0, 0), {})
 
 
@@ -63,7 +63,7 @@ def test_each_command_counts_its_own_attempts(run: Run) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 30, b"[]", b'{"shard": 1}', b"\xff"])
 def test_a_damaged_note_still_calls_for_caution(run: Run, data: bytes) -> None:
-    write_bytes(find_note(run, 1), data)
+    write_bytes(find_heartbeat(run, 1), data)
     attempt = read_attempt(run, 1)
     assert attempt is not None
     assert follow_attempt(attempt, 1, "a").number == 1

@@ -18,7 +18,7 @@ from cifake_ray.storage.runs.manifest import (
     SHARDS_PER_FILE,
     Manifest,
     choose_shard_rows,
-    read_shard,
+    read_manifest_shard,
     write_manifest,
 )
 from cifake_ray.storage.runs.run import Run
@@ -47,7 +47,7 @@ def list_keys(keys: list[str], batch_rows: int = 100) -> Listing:
 
 def read_shards(folder: Path, manifest: Manifest) -> list[list[str]]:
     return [
-        read_shard(folder, file, shard).column("key").to_pylist()
+        read_manifest_shard(folder, file, shard).column("key").to_pylist()
         for file in manifest.files
         for shard in range(file.first_shard, file.first_shard + file.num_shards)
     ]
@@ -96,7 +96,7 @@ def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
         row
         for file in manifest.files
         for shard in range(file.num_shards)
-        for row in read_shard(tmp_path, file, shard).to_pylist()
+        for row in read_manifest_shard(tmp_path, file, shard).to_pylist()
     ]
     assert len(found) == 300
     for row in found:
@@ -181,7 +181,7 @@ def test_many_shards_span_several_files_and_each_is_found(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == [f.name for f in manifest.files]
     run = Run(tmp_path, "score", {}, {}, manifest, {})
     for shard in (0, 1, 255, 256, 300, 511, 512, 521):
-        rows = read_shard(tmp_path, run.find_file(shard), shard)
+        rows = read_manifest_shard(tmp_path, run.find_file(shard), shard)
         assert rows.column("key").to_pylist() == [f"{shard:04}"]
 
 
@@ -192,10 +192,10 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     data[len(data) // 4] ^= 1
     path.write_bytes(data)
     with pytest.raises(StorageError, match=r"run-00000\.parquet: the manifest is damaged"):
-        read_shard(tmp_path, manifest.files[0], 0)
+        read_manifest_shard(tmp_path, manifest.files[0], 0)
     path.unlink()
     with pytest.raises(StorageError, match=r"run-00000\.parquet"):
-        read_shard(tmp_path, manifest.files[0], 0)
+        read_manifest_shard(tmp_path, manifest.files[0], 0)
 
 
 def generate_batches(num_keys: int) -> Iterator[pa.RecordBatch]:

@@ -18,10 +18,10 @@ import pytest
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
-from cifake_ray.storage.runs.manifest import read_shard
-from cifake_ray.storage.runs.run import PartFacts, Run, RunPlan, finish_run
-from cifake_ray.storage.runs.shards import FACTS_KEY, commit_part, inspect_part
-from cifake_ray.storage.runs.verify import Damage, find_damage, set_damage_aside
+from cifake_ray.storage.runs.manifest import read_manifest_shard
+from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run
+from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard
+from cifake_ray.storage.runs.verify import DamagedFile, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, RowBuffer
 
 
@@ -48,14 +48,14 @@ def open_here(out: Path, list_source: Callable[[], Listing] = list_keys, **setti
 
 
 def make_result(run: Run, shard: int) -> pa.Table:
-    keys = read_shard(run.manifest_folder, run.find_file(shard), shard).column("key")
+    keys = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard).column("key")
     errors = ["empty" if key == "3" else None for key in keys.to_pylist()]
     return pa.table({"key": keys, "error": pa.array(errors, pa.string())})
 
 
-def commit_all(run: Run) -> list[PartFacts]:
+def commit_all(run: Run) -> list[ShardStats]:
     shards = range(run.manifest.num_shards)
-    return [commit_part(run, shard, make_result(run, shard), {}, {}) for shard in shards]
+    return [commit_shard(run, shard, make_result(run, shard), {}, {}) for shard in shards]
 
 
 def flip_byte(path: Path, place: float) -> None:
@@ -175,7 +175,9 @@ def test_two_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) -> None:
     keys = [
         key
         for shard in range(run.manifest.num_shards)
-        for key in read_shard(run.manifest_folder, run.find_file(shard), shard)["key"].to_pylist()
+        for key in read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)[
+            "key"
+        ].to_pylist()
     ]
     assert {key[0] for key in keys} in ({"a"}, {"b"})
     assert len(keys) == run.manifest.num_rows == {"a": 10, "b": 21}[keys[0][0]]
@@ -224,15 +226,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path
 def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     table = make_result(run, 1)
-    part = commit_part(run, 1, table, {"bundle": "b1"}, {"size": 2})
+    part = commit_shard(run, 1, table, {"bundle": "b1"}, {"size": 2})
     assert part.rows == 4
     assert part.errors == ({"empty": 1} if "3" in table["key"].to_pylist() else {})
-    assert part.size_bytes == run.part_path(1).stat().st_size
-    assert inspect_part(run, 1) == part
-    assert inspect_part(run, 0) is None
-    found = pq.read_table(run.part_path(1))
+    assert part.size_bytes == run.shard_path(1).stat().st_size
+    assert inspect_shard(run, 1) == part
+    assert inspect_shard(run, 0) is None
+    found = pq.read_table(run.shard_path(1))
     assert found.to_pylist() == table.to_pylist()
-    facts = json.loads(pq.read_schema(run.part_path(1)).metadata[FACTS_KEY])
+    facts = json.loads(pq.read_schema(run.shard_path(1)).metadata[FOOTER_KEY])
     assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
     assert part.unlike_training == facts["unlike_training"] == {"size": 2}
 
@@ -240,21 +242,21 @@ def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> Non
 def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> None:
     """An older version of the program counted less."""
     run = open_here(tmp_path)
-    commit_part(run, 0, make_result(run, 0), {}, {})
-    table = pq.read_table(run.part_path(0))
-    facts = json.loads(table.schema.metadata[FACTS_KEY])
+    commit_shard(run, 0, make_result(run, 0), {}, {})
+    table = pq.read_table(run.shard_path(0))
+    facts = json.loads(table.schema.metadata[FOOTER_KEY])
     del facts["unlike_training"]
-    metadata = {FACTS_KEY: json.dumps(facts).encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), run.part_path(0))
-    assert inspect_part(run, 0) is None
+    metadata = {FOOTER_KEY: json.dumps(facts).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), run.shard_path(0))
+    assert inspect_shard(run, 0) is None
 
 
 def test_errors_are_counted_by_class(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     errors = ["empty", None, "truncated", "empty"]
     table = pa.table({"key": list("abcd"), "error": pa.array(errors, pa.string())})
-    assert commit_part(run, 0, table, {}, {}).errors == {"empty": 2, "truncated": 1}
-    found = inspect_part(run, 0)
+    assert commit_shard(run, 0, table, {}, {}).errors == {"empty": 2, "truncated": 1}
+    found = inspect_shard(run, 0)
     assert found is not None
     assert found.errors == {"empty": 2, "truncated": 1}
 
@@ -266,10 +268,10 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_part_of_another_run_is_not_accepted(tmp_path: Path) -> None:
     run, other = open_here(tmp_path / "one", a=1), open_here(tmp_path / "two", a=2)
-    commit_part(other, 0, make_result(other, 0), {}, {})
+    commit_shard(other, 0, make_result(other, 0), {}, {})
     run.results_folder.mkdir()
-    run.part_path(0).write_bytes(other.part_path(0).read_bytes())
-    assert inspect_part(run, 0) is None
+    run.shard_path(0).write_bytes(other.shard_path(0).read_bytes())
+    assert inspect_shard(run, 0) is None
 
 
 @pytest.mark.parametrize("foreign", [None, {b"cifake_ray": b"{}"}, {b"cifake_ray": b"no json"}])
@@ -279,26 +281,26 @@ def test_a_file_that_we_did_not_write_is_not_accepted(
     run = open_here(tmp_path)
     run.results_folder.mkdir()
     table = make_result(run, 0).replace_schema_metadata(foreign)
-    pq.write_table(table, run.part_path(0))
-    assert inspect_part(run, 0) is None
+    pq.write_table(table, run.shard_path(0))
+    assert inspect_shard(run, 0) is None
 
 
 def test_a_truncated_or_empty_part_is_not_accepted(tmp_path: Path) -> None:
     run = open_here(tmp_path)
-    commit_part(run, 0, make_result(run, 0), {}, {})
-    data = run.part_path(0).read_bytes()
+    commit_shard(run, 0, make_result(run, 0), {}, {})
+    data = run.shard_path(0).read_bytes()
     for end in (0, 4, len(data) // 2, len(data) - 1):
-        run.part_path(0).write_bytes(data[:end])
-        assert inspect_part(run, 0) is None, end
+        run.shard_path(0).write_bytes(data[:end])
+        assert inspect_shard(run, 0) is None, end
 
 
 def test_a_part_with_a_flipped_byte_is_not_accepted(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     keys = [f"{n:05}" for n in range(5000)]
     table = pa.table({"key": keys, "error": pa.nulls(5000, pa.string())})
-    commit_part(run, 0, table, {}, {})
-    flip_byte(run.part_path(0), 0.3)
-    assert inspect_part(run, 0) is None
+    commit_shard(run, 0, table, {}, {})
+    flip_byte(run.shard_path(0), 0.3)
+    assert inspect_shard(run, 0) is None
 
 
 # --- finishing -----------------------------------------------------------------------------------
@@ -315,7 +317,7 @@ def test_success_is_written_when_the_account_adds_up(tmp_path: Path) -> None:
     assert [row["name"] for row in files] == [f"scores/part-0000{n}.parquet" for n in range(3)]
     assert sum(row["rows"] for row in files) == 10
     assert sum(row["errors"] for row in files) == 1
-    assert find_damage(tmp_path) == []
+    assert verify_files(tmp_path) == []
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
@@ -330,7 +332,7 @@ def test_a_lost_or_doubled_row_is_refused(tmp_path: Path) -> None:
     parts = commit_all(run)
     for rows in (parts[0].rows - 1, parts[0].rows + 1):
         table = pa.table({"key": ["x"] * rows, "error": pa.nulls(rows, pa.string())})
-        wrong = commit_part(run, 0, table, {}, {})
+        wrong = commit_shard(run, 0, table, {}, {})
         with pytest.raises(CifakeError, match=f"10 images listed, {6 + rows} rows written"):
             finish_run(run, [wrong, *parts[1:]], {})
     assert not (tmp_path / "_SUCCESS").exists()
@@ -356,21 +358,21 @@ def test_leftovers_of_killed_writers_and_lost_races_are_removed(tmp_path: Path) 
 def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     finish_run(run, commit_all(run), {})
-    size_bytes = run.part_path(1).stat().st_size
-    flip_byte(run.part_path(0), 0.5)
-    os.truncate(run.part_path(1), size_bytes - 1)
-    run.part_path(2).unlink()
-    assert find_damage(tmp_path) == [
-        Damage("scores/part-00000.parquet", "sha256 differs"),
-        Damage("scores/part-00001.parquet", f"{size_bytes - 1} bytes, not {size_bytes}"),
-        Damage("scores/part-00002.parquet", "missing"),
+    size_bytes = run.shard_path(1).stat().st_size
+    flip_byte(run.shard_path(0), 0.5)
+    os.truncate(run.shard_path(1), size_bytes - 1)
+    run.shard_path(2).unlink()
+    assert verify_files(tmp_path) == [
+        DamagedFile("scores/part-00000.parquet", "sha256 differs"),
+        DamagedFile("scores/part-00001.parquet", f"{size_bytes - 1} bytes, not {size_bytes}"),
+        DamagedFile("scores/part-00002.parquet", "missing"),
     ]
 
 
 def test_a_run_that_has_not_finished_cannot_be_verified(tmp_path: Path) -> None:
     open_here(tmp_path)
     with pytest.raises(StorageError, match="has not finished"):
-        find_damage(tmp_path)
+        verify_files(tmp_path)
 
 
 def test_a_damaged_list_of_files_is_named(tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_a_damaged_list_of_files_is_named(tmp_path: Path) -> None:
     finish_run(run, commit_all(run), {})
     os.truncate(tmp_path / "_files.parquet", 50)
     with pytest.raises(StorageError, match=r"_files\.parquet: damaged"):
-        find_damage(tmp_path)
+        verify_files(tmp_path)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -495,8 +497,8 @@ def test_a_list_of_files_that_names_others_is_refused(tmp_path: Path) -> None:
     row = {**table.to_pylist()[0], "name": "../victim"}
     pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), files)
     with pytest.raises(StorageError, match="does not name the shards of the run"):
-        find_damage(tmp_path / "out")
-    set_damage_aside(tmp_path / "out").discard()
+        verify_files(tmp_path / "out")
+    set_damaged_aside(tmp_path / "out").discard()
     assert victim.read_bytes() == b"mine"
 
 
@@ -504,9 +506,9 @@ def test_a_part_that_nobody_committed_is_damage(tmp_path: Path) -> None:
     run = open_here(tmp_path)
     finish_run(run, commit_all(run), {})
     extra = run.results_folder / "part-99999.parquet"
-    extra.write_bytes(run.part_path(0).read_bytes())
-    assert find_damage(tmp_path) == [
-        Damage("scores/part-99999.parquet", "not committed by this run")
+    extra.write_bytes(run.shard_path(0).read_bytes())
+    assert verify_files(tmp_path) == [
+        DamagedFile("scores/part-99999.parquet", "not committed by this run")
     ]
 
 
@@ -515,9 +517,9 @@ def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) ->
     finish_run(run, commit_all(run), {})
     file = run.manifest.files[0].name
     flip_byte(run.manifest_folder / file, 0.5)
-    assert find_damage(tmp_path) == [Damage(f"manifest/{file}", "sha256 differs")]
+    assert verify_files(tmp_path) == [DamagedFile(f"manifest/{file}", "sha256 differs")]
     with pytest.raises(StorageError, match="start again in a new folder"):
-        set_damage_aside(tmp_path)
+        set_damaged_aside(tmp_path)
     assert (tmp_path / "_SUCCESS").exists()
 
 
@@ -528,4 +530,4 @@ def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
     papers[name] = [7]
     (tmp_path / "_run.json").write_text(json.dumps(papers))
     with pytest.raises(CifakeError, match=r"_run\.json: .*was it edited"):
-        find_damage(tmp_path)
+        verify_files(tmp_path)

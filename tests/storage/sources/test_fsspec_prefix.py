@@ -19,9 +19,9 @@ from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
 from cifake_ray.errors import ImageError, NothingToDo, StorageError
 from cifake_ray.storage.sources import fsspec_prefix as stores
-from cifake_ray.storage.sources.fsspec_prefix import StoreSource
+from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.parquet import TableSource
+from cifake_ray.storage.sources.parquet import ParquetSource
 from cifake_ray.storage.sources.source import Source
 
 
@@ -74,7 +74,7 @@ def test_every_file_is_listed_with_label_size_and_stamp(root: UPath) -> None:
     put(root / "images" / "REAL" / "a.jpg")
     put(root / "images-other" / "b.jpg")
     source = open_images(root / "images")
-    assert isinstance(source, StoreSource)
+    assert isinstance(source, FsspecPrefixSource)
     rows = {row["key"]: row for row in list_rows(source).to_pylist()}
     odd = {f"train/FAKE/sdxl/{name}" for name in ODD_NAMES}
     assert set(rows) == odd | {"REAL/a.jpg"}
@@ -280,7 +280,7 @@ def test_tables_in_a_store_are_found_and_read(root: UPath) -> None:
         put(root / "data" / name, sink.getvalue())
     put(root / "data" / "_hidden.parquet", b"")
     source = open_images(root / "data")
-    assert isinstance(source, TableSource)
+    assert isinstance(source, ParquetSource)
     assert read_all(root / "data") == {
         "deep/test-0.parquet#0": b"3",
         "deep/test-0.parquet#1": b"4",

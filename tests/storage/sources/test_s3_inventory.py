@@ -23,7 +23,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.s3_inventory import InventorySource
+from cifake_ray.storage.sources.s3_inventory import S3InventorySource
 
 Row = dict[str, Any]
 CSV_SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
@@ -109,13 +109,13 @@ def write_inventory(
     return f"s3://{destination}/{path}"
 
 
-def open_inventory(uri: str, **options: Any) -> InventorySource:
+def open_inventory(uri: str, **options: Any) -> S3InventorySource:
     source = open_source(ConvertConfig(src=uri, out="/nowhere", **options))
-    assert isinstance(source, InventorySource)
+    assert isinstance(source, S3InventorySource)
     return source
 
 
-def list_rows(source: InventorySource) -> pa.Table:
+def list_rows(source: S3InventorySource) -> pa.Table:
     return pa.Table.from_batches(list(source.list_images().batches), pa.schema(MANIFEST_FIELDS))
 
 

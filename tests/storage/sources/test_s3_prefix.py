@@ -23,7 +23,7 @@ from cifake_ray.storage.s3.client import S3Limits, connect
 from cifake_ray.storage.s3.listing import KeyLister, Query
 from cifake_ray.storage.s3.location import split_location
 from cifake_ray.storage.s3.prefetch import read_objects
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import KeyFilter
 
 QUICK = S3Limits(max_attempts=3, read_timeout_s=2, deadline_s=5, first_pause_s=0.01)
@@ -59,11 +59,11 @@ HOSTILE_KEYS = [
 ]
 
 
-def make_source(bucket: str, prefix: str = "", **options: Any) -> BucketSource:
-    return BucketSource(bucket, prefix, StoreConfig(), make_class_names(), **options)
+def make_source(bucket: str, prefix: str = "", **options: Any) -> S3PrefixSource:
+    return S3PrefixSource(bucket, prefix, StoreConfig(), make_class_names(), **options)
 
 
-def list_table(source: BucketSource) -> pa.Table:
+def list_table(source: S3PrefixSource) -> pa.Table:
     listing = source.list_images()
     return pa.Table.from_batches(listing.batches, schema=pa.schema(MANIFEST_FIELDS))
 

@@ -20,12 +20,12 @@ from PIL import Image
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.processing.convert import ConvertWork
+from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL, SHARD_FIELDS
 from cifake_ray.errors import ImageError, NothingToDo, StorageError
-from cifake_ray.storage.runs.manifest import read_shard, write_manifest
+from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run import RunPlan
-from cifake_ray.storage.runs.shards import commit_part
+from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, Source
 
@@ -368,10 +368,10 @@ def test_an_empty_file_is_an_image_of_no_bytes(tmp_path: Path) -> None:
 # Runs as somebody whom permissions bind, which root is not.
 READ_AS_NOBODY = """
 import os, sys
-from cifake_ray.storage.sources.folder import read_file
+from cifake_ray.storage.sources.folder import read_local_file
 if os.getuid() == 0:
     os.setgid(65534); os.setuid(65534)
-print(read_file("open.jpg"), read_file("closed.jpg").error)
+print(read_local_file("open.jpg"), read_local_file("closed.jpg").error)
 """
 
 
@@ -697,7 +697,7 @@ def test_an_extra_column_with_a_name_of_the_output_is_refused(tmp_path: Path, na
 def test_an_extra_column_of_any_other_name_reaches_the_manifest(tmp_path: Path, name: str) -> None:
     path = write_list(tmp_path, f"path,{name}\na.jpg,one\nb.jpg,two\n")
     manifest = write_manifest(tmp_path / "m", "run", open_images(path).list_images(), None)
-    table = read_shard(tmp_path / "m", manifest.files[0], 0)
+    table = read_manifest_shard(tmp_path / "m", manifest.files[0], 0)
     assert dict(zip(*(table.column(n).to_pylist() for n in ("key", name)), strict=True)) == {
         "a.jpg": "one",
         "b.jpg": "two",
@@ -889,9 +889,9 @@ def test_our_own_shards_come_back_with_keys_labels_and_errors(tmp_path: Path) ->
         shard_rows=None,
     ).open()
     gone.unlink()
-    rows = read_shard(run.manifest_folder, run.find_file(0), 0)
+    rows = read_manifest_shard(run.manifest_folder, run.find_file(0), 0)
     images = list(source.read_images(rows))
-    commit_part(run, 0, ConvertWork().finish(rows, images), {}, {})
+    commit_shard(run, 0, ConvertProcessor().finish(rows, images), {}, {})
 
     listed = list_rows(tmp_path / "shards")
     facts = {k: (r["label"], r["split"], r["source"]) for k, r in listed.items()}

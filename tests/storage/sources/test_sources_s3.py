@@ -16,10 +16,10 @@ from s3fs.core import S3File
 from cifake_ray.config import ConvertConfig
 from cifake_ray.errors import CifakeError, ImageError, NothingToDo, StorageError
 from cifake_ray.storage.sources import open_source as sources
-from cifake_ray.storage.sources.list_file import ListSource
+from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.parquet import TableSource
-from cifake_ray.storage.sources.s3_prefix import BucketSource
+from cifake_ray.storage.sources.parquet import ParquetSource
+from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import Source
 
 ODD_NAMES = ["a b.jpg", "c%20d.jpg", "e#f.jpg", "g?h.jpg", "i+j.jpg", "k&l=m.jpg", "\u00e9.jpg"]
@@ -69,7 +69,7 @@ def test_a_prefix_is_a_folder_byte_for_byte(s3_env: S3Server, bucket: str, prefi
     s3_env.put(bucket, f"{prefix}-other/x.jpg", b"x")
     expected = {f"FAKE/{name}": name.encode() for name in ODD_NAMES}
     for src in (f"s3://{bucket}/{prefix}", f"s3://{bucket}/{prefix}/"):
-        assert isinstance(open_images(src), BucketSource)
+        assert isinstance(open_images(src), S3PrefixSource)
         assert read_all(src) == expected
 
 
@@ -98,9 +98,9 @@ def test_a_bucket_is_a_folder(s3_env: S3Server, bucket: str) -> None:
 def test_tables_directly_below_are_shards(s3_env: S3Server, bucket: str) -> None:
     s3_env.put(bucket, "hub/README.md", b"")
     s3_env.put(bucket, "hub/train-0.parquet", encode_table(range(2)))
-    assert isinstance(open_images(f"s3://{bucket}/hub"), TableSource)
-    assert isinstance(open_images(f"s3://{bucket}/hub/train-0.parquet"), TableSource)
-    assert isinstance(open_images(f"s3://{bucket}/hub", source_kind="folder"), BucketSource)
+    assert isinstance(open_images(f"s3://{bucket}/hub"), ParquetSource)
+    assert isinstance(open_images(f"s3://{bucket}/hub/train-0.parquet"), ParquetSource)
+    assert isinstance(open_images(f"s3://{bucket}/hub", source_kind="folder"), S3PrefixSource)
 
 
 def test_the_output_of_convert_is_shards_however_many_keys_come_first(
@@ -109,7 +109,7 @@ def test_the_output_of_convert_is_shards_however_many_keys_come_first(
     for name in ("A", "B", "C", "_run.json", "shards/part-00000.parquet"):
         s3_env.put(bucket, f"run/{name}", b"{}")
     monkeypatch.setattr(sources, "GLANCE_KEYS", 2)
-    assert isinstance(open_images(f"s3://{bucket}/run"), TableSource)
+    assert isinstance(open_images(f"s3://{bucket}/run"), ParquetSource)
 
 
 def test_no_more_than_the_first_keys_are_looked_at(
@@ -118,7 +118,7 @@ def test_no_more_than_the_first_keys_are_looked_at(
     for name in ("a.jpg", "b.jpg", "z.parquet"):
         s3_env.put(bucket, f"images/{name}", b"")
     monkeypatch.setattr(sources, "GLANCE_KEYS", 2)
-    assert isinstance(open_images(f"s3://{bucket}/images"), BucketSource)
+    assert isinstance(open_images(f"s3://{bucket}/images"), S3PrefixSource)
 
 
 def test_a_folder_named_like_a_list_is_a_folder(s3_env: S3Server, bucket: str) -> None:
@@ -218,7 +218,7 @@ def test_a_list_in_a_bucket_names_objects_beside_it(
     data = sink.getvalue() if suffix == "parquet" else text
     s3_env.put(bucket, f"my lists/list.{suffix}", data)
     src = f"s3://{bucket}/my lists/list.{suffix}"
-    assert isinstance(open_images(src), ListSource)
+    assert isinstance(open_images(src), ListFileSource)
     assert read_all(src) == {key: name.encode() for key, name in zip(keys, ODD_NAMES, strict=True)}
 
 
@@ -317,7 +317,7 @@ def test_of_a_large_table_only_what_is_read_is_fetched(s3_env: S3Server, bucket:
     pq.write_table(table, sink, row_group_size=4, compression="none")
     s3_env.put(bucket, "big.parquet", sink.getvalue())
     source = open_images(f"s3://{bucket}/big.parquet")
-    assert isinstance(source, TableSource)
+    assert isinstance(source, ParquetSource)
     fetched = []
     fetch_range = S3File._fetch_range
 

@@ -1,6 +1,6 @@
 """The networks side by side on CIFAKE: each trained, killed, resumed, evaluated and put to work.
 
-    python tests/benchmarks/zoo.py [NAME[@SIZE] ...] [--source DIR] [--full] [--write]
+    python tests/benchmarks/model_results.py [NAME[@SIZE] ...] [--source DIR] [--full] [--write]
 
 Everything goes through the commands. A balanced part of the train split and a part of the test
 split are converted once. Each network is trained with `--patience`; the process of `train` is
@@ -8,8 +8,8 @@ killed with SIGKILL when its first epoch is in the history, and the same command
 Then the bundle is evaluated on the test images and scores a folder. Without names all of ENTRIES
 that are not `slow` are run: some 35 minutes on two quiet CPU cores, an hour with `--all`.
 
-`--write` puts the rows into `cifake_ray/zoo.json`, where rows of other networks stay, and makes
-`cifake_ray/MODELS.md` anew; both after every network.
+`--write` puts the rows into `cifake_ray/model_results.json`, where rows of other networks stay, and
+makes `cifake_ray/MODELS.md` anew; both after every network.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from measure import (
     finish_command,
     format_table,
     link_part,
-    say,
+    log,
     start_command,
 )
 
 from cifake_ray.report.models_table import format_count, format_rate
 from cifake_ray.report.text import format_interval
 from cifake_ray.storage.io.files import write_bytes, write_json
-from cifake_ray.storage.presets.model_results import locate_zoo, read_zoo
+from cifake_ray.storage.presets.model_results import locate_model_results, read_model_results
 
-SCRIPT = "python tests/benchmarks/zoo.py"
+SCRIPT = "python tests/benchmarks/model_results.py"
 FULL_TRAIN_IMAGES, FULL_EPOCHS, FULL_BATCH_SIZE = 100_000, 10, 128
 SCORED_IMAGES = 200
 POLL_S = 0.05
@@ -127,7 +127,7 @@ class Bench:
         link_part(source / "test", self.folder, SCORED_IMAGES)
         total = self.options.train_images + self.options.test_images
         # Some shards for every worker, of the test images too.
-        say("convert")
+        log("convert")
         self.finish(["convert", images, self.shards, "--shard-size", max(64, total // 16)])
 
     def start(self, arguments: Sequence[object]) -> subprocess.Popen[str]:
@@ -159,7 +159,7 @@ class Bench:
         recipe += ["--batch-size", options.batch_size, "--lr", entry.lr]
         recipe += ["--patience", options.patience, "--num-workers", options.num_workers]
         train = ["train", self.shards, run, *recipe, "--cache-dir", self.work / "cache"]
-        say(f"{entry.name}: train, kill, train")
+        log(f"{entry.name}: train, kill, train")
         was_killed = self.kill_after_first_epoch(train, run)
         summary = self.finish(train)
         history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
@@ -167,7 +167,7 @@ class Bench:
             raise Failure(f"the history is not that of {summary['epochs']} epochs in order")
         if was_killed and not summary["epochs_resumed"]:
             raise Failure("killed after an epoch, and begun again from the start")
-        say(f"{entry.name}: evaluate, score, models --measure")
+        log(f"{entry.name}: evaluate, score, models --measure")
         evaluated = self.finish(["evaluate", self.shards, "--bundle", run, "--out", report])
         scored = self.finish(["score", self.folder, scores, "--bundle", run])
         for record, num_images in ((evaluated, options.test_images), (scored, SCORED_IMAGES)):
@@ -307,8 +307,8 @@ compare costs and show what learns quickly; they say little about what a network
 
 
 def write_results(rows: list[Row]) -> None:
-    """zoo.json and MODELS.md, each whole or not at all."""
-    path = locate_zoo()
+    """model_results.json and MODELS.md, each whole or not at all."""
+    path = locate_model_results()
     write_json(path, {"made_by": f"{SCRIPT} --write", "rows": rows})
     write_bytes(path.with_name("MODELS.md"), render_page(rows).encode())
 
@@ -331,8 +331,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num-workers", default="0", help="of train; 0 starts no Ray for it")
     parser.add_argument("--workdir", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", type=Path, help="file for the rows of this run")
-    parser.add_argument("--write", action="store_true", help="into zoo.json and MODELS.md")
-    parser.add_argument("--page", action="store_true", help="only MODELS.md, from zoo.json")
+    parser.add_argument(
+        "--write", action="store_true", help="into model_results.json and MODELS.md"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="only MODELS.md, from model_results.json"
+    )
     options = parser.parse_args()
     defaults = {action.dest: action.default for action in parser._actions}
     defaults["batch_size"] = FULL_BATCH_SIZE if options.full else 32
@@ -350,7 +354,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.page:
-        write_results(read_zoo()["rows"])
+        write_results(read_model_results()["rows"])
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     rows: list[Row] = []
@@ -372,7 +376,7 @@ def main() -> None:
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=2) + "\n")
             if options.write:
-                write_results(merge_rows(read_zoo()["rows"], [row]))
+                write_results(merge_rows(read_model_results()["rows"], [row]))
     print(f"\n{tabulate(rows)}" if rows else "no row")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from measure import link_part
-from zoo import ENTRIES, Bench, Entry, choose_entries, merge_rows, render_page
+from model_results import ENTRIES, Bench, Entry, choose_entries, merge_rows, render_page
 
-from cifake_ray.core.training.model_cost import ZOO, count_cost, find_own_size
-from cifake_ray.storage.presets.model_results import locate_zoo, read_zoo
+from cifake_ray.core.training.model_cost import LISTED_MODELS, count_cost, find_own_size
+from cifake_ray.storage.presets.model_results import locate_model_results, read_model_results
 
 
 def make_row(
@@ -40,7 +40,7 @@ def make_row(
         "test_auroc": interval,
         "num_cpus": 2,
         "torch": "2.14.1",
-        "command": "python tests/benchmarks/zoo.py cnn@32",
+        "command": "python tests/benchmarks/model_results.py cnn@32",
         "train_command": "cifake-ray train SHARDS RUN --model cnn",
         **values,
     }
@@ -76,7 +76,7 @@ def test_names_choose_entries_with_and_without_a_size() -> None:
 
 
 def test_every_network_of_the_zoo_has_an_entry_and_takes_its_size() -> None:
-    assert {entry.model for entry in ENTRIES} == set(ZOO)
+    assert {entry.model for entry in ENTRIES} == set(LISTED_MODELS)
     for entry in ENTRIES:
         if entry.image_size != find_own_size(entry.model):  # the catalogue's tests build those
             assert count_cost(entry.model, entry.image_size).image_size == entry.image_size
@@ -104,12 +104,12 @@ def test_the_page_shows_a_row_and_how_it_was_made() -> None:
     assert cells["epochs"] == "2 of 3"
     assert cells["resumed after"] == "epoch 1"
     assert cells["test accuracy (95%)"] == "90.0% (80.0-95.0)"
-    assert "    python tests/benchmarks/zoo.py cnn@32\n" in page
+    assert "    python tests/benchmarks/model_results.py cnn@32\n" in page
 
 
 def test_the_page_in_the_package_is_that_of_its_rows() -> None:
-    page = locate_zoo().with_name("MODELS.md").read_text(encoding="utf-8")
-    assert page == render_page(read_zoo()["rows"])
+    page = locate_model_results().with_name("MODELS.md").read_text(encoding="utf-8")
+    assert page == render_page(read_model_results()["rows"])
 
 
 class ScriptBench(Bench):
