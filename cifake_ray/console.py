@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -56,7 +57,11 @@ def run_command(
     def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
         if debug:
             _show_traceback(failure)
-        message = f"unexpected {kind.__name__}: {failure}; --debug shows where it came from"
+        place = traceback.extract_tb(trace)[-1]
+        message = (
+            f"unexpected {kind.__name__}: {failure} ({Path(place.filename).name}:{place.lineno}, in"
+            f" {place.name}); --debug shows the whole traceback"
+        )
         log(f"cifake-ray: {message}")
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
@@ -69,10 +74,6 @@ def run_command(
         result, code = body()
     except CifakeError as failure:
         error, code = str(failure), failure.exit_code
-        if debug:
-            _show_traceback(failure)
-    except ValueError as failure:
-        error, code = str(failure), ExitCode.USAGE
         if debug:
             _show_traceback(failure)
     except KeyboardInterrupt as failure:

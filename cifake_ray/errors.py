@@ -1,13 +1,15 @@
 """Every error a person can meet, and the exit code each one ends the command with.
 
-ValueError                  a wrong request: usage, exit 2
-CifakeError                 a wrong world, exit 1
+CifakeError                 exit 1
+├── UsageError              a wrong request, exit 2; also a ValueError
 ├── StorageError            cannot read or write where told to, exit 4
 ├── RunMismatch             the output belongs to another run, exit 2
 ├── BundleError             a bundle that is missing, incomplete or altered, exit 4
 ├── NothingToDo             the source holds no file, exit 5
 └── ResourceError           the cluster cannot place the plan or carry it out, exit 6
 ImageError                  a wrong image: becomes a row, never ends a run
+
+Anything else, such as a ValueError that numpy, pyarrow, torch or json raise, is a bug: exit 1.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ class CifakeError(Exception):
     """One line that names the thing and the remedy. Raised where the world is not as asked."""
 
     exit_code = ExitCode.UNEXPECTED
+
+
+class UsageError(CifakeError, ValueError):
+    """A wrong request: an option, a path or a file of options that cannot mean anything."""
+
+    exit_code = ExitCode.USAGE
 
 
 class StorageError(CifakeError):

@@ -93,7 +93,7 @@ def make_command(
 ) -> Callable[..., None]:
     """A function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
-    `make()` builds the config, so that its ValueError is reported where all errors are. With a
+    `make()` builds the config, so that its UsageError is reported where all errors are. With a
     `job_class` its fields are added, those of the same name replaced, and `make()` builds both.
     """
     classes = [config_class] if job_class is None else [job_class, config_class]

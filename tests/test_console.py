@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from cifake_ray.errors import (
     ResourceError,
     RunMismatch,
     StorageError,
+    UsageError,
 )
 from cifake_ray.stages.batch.driver import Progress
 
@@ -77,7 +79,7 @@ def end(
 
 FAILURES = [
     (CifakeError("x"), 1),
-    (ValueError("x"), 2),
+    (UsageError("x"), 2),
     (RunMismatch("x"), 2),
     (StorageError("x"), 4),
     (BundleError("x"), 4),
@@ -133,7 +135,7 @@ def test_a_dataclass_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_traceback_is_shown_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" not in end(capsys, StorageError("x")).err
     assert "Traceback" in end(capsys, StorageError("x"), debug=True).err
-    assert "Traceback" in end(capsys, ValueError("x"), debug=True).err
+    assert "Traceback" in end(capsys, UsageError("x"), debug=True).err
 
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\r\nb\x9bc\x7f\u202egpj\u2028\x00"
@@ -153,7 +155,7 @@ def test_control_characters_never_reach_the_terminal(capsys: pytest.CaptureFixtu
     assert clean_text("\x1b\udcff") == "\\x1b\\udcff"
 
 
-@pytest.mark.parametrize("kind", [StorageError, ValueError])
+@pytest.mark.parametrize("kind", [StorageError, UsageError])
 def test_control_characters_of_a_traceback_never_reach_the_terminal(
     capsys: pytest.CaptureFixture[str], kind: type[Exception]
 ) -> None:
@@ -219,15 +221,17 @@ def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_what_nobody_expected_ends_with_1_and_one_line(debug: bool) -> None:
-    process = run_body("raise RuntimeError('boom\\x1b[2J')", json_output=True, debug=debug)
+@pytest.mark.parametrize("kind", ["RuntimeError", "ValueError"])  # of numpy, pyarrow, torch, json
+def test_what_nobody_expected_ends_with_1_its_class_and_place(kind: str, debug: bool) -> None:
+    process = run_body(f"raise {kind}('boom\\x1b[2J')", json_output=True, debug=debug)
     assert process.returncode == 1
-    assert b"unexpected RuntimeError: boom" in process.stderr
+    assert f"unexpected {kind}: boom".encode() in process.stderr
+    assert re.search(rb"\(<string>:\d+, in body\); --debug shows", process.stderr)
     assert b"\x1b" not in process.stderr + process.stdout
     assert (b"Traceback" in process.stderr) == debug
     record = json.loads(process.stdout)
     assert record["exit_code"] == 1
-    assert "RuntimeError" in record["error"]
+    assert kind in record["error"]
 
 
 @pytest.mark.parametrize("json_output", [False, True])

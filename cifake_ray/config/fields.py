@@ -12,6 +12,8 @@ from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from cifake_ray.errors import UsageError
+
 Device = Literal["auto", "cpu", "cuda"]
 Fit = Literal["resize", "crop"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
@@ -37,7 +39,7 @@ TYPE_WORDS = {
 
 def check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def find_misfit(config_class: type, name: str, value: object) -> str | None:
@@ -87,7 +89,7 @@ S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
 
 
 def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
-    """ValueError, which does not repeat it, for a URL that is no bare address of a server."""
+    """UsageError, which does not repeat it, for a URL that is no bare address of a server."""
     check(
         url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
         f"{name}: give http://HOST:PORT or https://HOST, {what}",
@@ -171,7 +173,7 @@ def fingerprint_settings(config: Any) -> dict[str, Any]:
 def list_options(config: Any) -> list[str]:
     """The words of a command line that make a config: all that is not as it is by default.
 
-    ValueError for a None that no option can say.
+    UsageError for a None that no option can say.
     """
     arguments, options = [], []
     for field in fields(config):

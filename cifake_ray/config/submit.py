@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
+from cifake_ray.errors import UsageError
 
 PLACES = ("out", "bundle", "weights")  # beside all that are arguments
 SECRETS = re.compile(
@@ -66,13 +67,13 @@ class SubmitConfig:
 
 
 def check_remote_paths(config: Any) -> None:
-    """ValueError for a place of a verb that means nothing on another machine."""
+    """UsageError for a place of a verb that means nothing on another machine."""
     for field in fields(config):
         doc, value = doc_of(type(config), field.name), getattr(config, field.name)
         is_place = doc.positional or field.name in PLACES
         if is_place and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
             name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
-            raise ValueError(
+            raise UsageError(
                 f"{name} is {value!r}: a job runs elsewhere; give s3://BUCKET/... or an absolute"
                 " path that every node sees"
             )

@@ -200,7 +200,7 @@ class TrainConfig(ClusterConfig):
     def worker_range(self) -> tuple[int, int] | None:
         """The least and the most workers, equal unless MIN:MAX was given; None leaves it open.
 
-        ValueError for what is neither.
+        UsageError for what is neither.
         """
         if self.num_workers is None:
             return None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.errors import UsageError
 
 SPLIT_NAMES = {
     "train": "train",
@@ -26,12 +27,12 @@ class PathLabels(NamedTuple):
 
 
 def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:
-    """Lower-case folder name -> label. ValueError when one name means both."""
+    """Lower-case folder name -> label. UsageError when one name means both."""
     names = {"real": REAL, "0_real": REAL, "fake": FAKE, "1_fake": FAKE}
     for label, extra in ((REAL, real), (FAKE, fake)):
         for name in extra:
             if names.setdefault(name.lower(), label) != label:
-                raise ValueError(f"the folder name {name!r} cannot mean both REAL and FAKE")
+                raise UsageError(f"the folder name {name!r} cannot mean both REAL and FAKE")
     return names
 
 
@@ -51,14 +52,14 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
 
 
 def parse_label(value: object) -> int | None:
-    """REAL, FAKE, 0 or 1 in any case or type; empty means unknown. ValueError otherwise."""
+    """REAL, FAKE, 0 or 1 in any case or type; empty means unknown. UsageError otherwise."""
     if value is None:
         return None
     text = str(value).strip().lower()
     labels = {"": None, "nan": None, "real": REAL, "fake": FAKE}
     labels |= {"0": REAL, "1": FAKE, "0.0": REAL, "1.0": FAKE, "false": REAL, "true": FAKE}
     if text not in labels:
-        raise ValueError(f"label {value!r} is none of REAL, FAKE, 0, 1")
+        raise UsageError(f"label {value!r} is none of REAL, FAKE, 0, 1")
     return labels[text]
 
 
@@ -66,14 +67,14 @@ def read_class_label(value: object, class_names: Sequence[str] | None) -> int | 
     """A label of a Parquet file, by the class names of its footer where it has them.
 
     Hugging Face writes -1 for "unknown". Names of which none means REAL or FAKE are about something
-    else, so the label is unknown. ValueError for a number beyond the names.
+    else, so the label is unknown. UsageError for a number beyond the names.
     """
     if class_names is None or not isinstance(value, int):
         return parse_label(value)
     if value < 0:
         return None
     if value >= len(class_names):
-        raise ValueError(f"label {value} is beyond the class names {', '.join(class_names)}")
+        raise UsageError(f"label {value} is beyond the class names {', '.join(class_names)}")
     known = make_class_names()
     if not any(name.lower() in known for name in class_names):
         return None

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL, SPLITS
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, UsageError
 
 MIN_IMAGES = 20  # the least that gives every class of every split one image
 IMAGE_SIZE = 32  # px, as CIFAKE
@@ -108,19 +108,19 @@ def generate_images(
     `mixed` gives a load generator instead: sides of about 27 to 600 px, most of them small, in
     several formats and modes, all drawn without regard to the label; not meant for training.
 
-    Raises ValueError for a number or range out of bounds, CifakeError if a photograph's package is
+    Raises UsageError for a number or range out of bounds, CifakeError if a photograph's package is
     not installed.
     """
     stop = num_images if stop is None else stop
     if num_images < MIN_IMAGES:
-        raise ValueError(
+        raise UsageError(
             f"num_images is {num_images}, below {MIN_IMAGES}, the least that gives every class of "
             f"every split an image; ask for {MIN_IMAGES} or more"
         )
     if seed < 0:
-        raise ValueError(f"seed is {seed}; give 0 or more")
+        raise UsageError(f"seed is {seed}; give 0 or more")
     if not 0 <= start <= stop <= num_images:
-        raise ValueError(
+        raise UsageError(
             f"range {start}:{stop} is not within 0:{num_images}; "
             f"give 0 <= start <= stop <= {num_images}"
         )

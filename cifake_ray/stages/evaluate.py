@@ -21,7 +21,7 @@ from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
 from cifake_ray.core.schema import FAKE, REAL
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.stages.batch.driver import (
@@ -66,7 +66,7 @@ def evaluate_detector(
     split = config.split or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
-        raise ValueError(f"--split {split}: {root} has no such split, it has {names}")
+        raise UsageError(f"--split {split}: {root} has no such split, it has {names}")
     if split is None:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
@@ -117,7 +117,7 @@ def write_report(
     scored = predictions.filter(pc.is_null(predictions.column("error")))
     errors = pc.value_counts(predictions.column("error").drop_null()).to_pylist()
     if not scored.num_rows:
-        raise ValueError(
+        raise UsageError(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
     metrics = measure(scored, bundle, config.num_bootstrap)

@@ -29,7 +29,7 @@ from cifake_ray.config import (
     check_remote_paths,
     list_options,
 )
-from cifake_ray.errors import ExitCode, ResourceError
+from cifake_ray.errors import ExitCode, ResourceError, UsageError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
 from cifake_ray.storage.io.paths import refuse_credentials
 
@@ -67,7 +67,7 @@ def submit_job(
 
     `flags` are words without a config, such as --debug. With --json among them the job prints its
     result as JSON, which is `result` here.
-    ValueError for what cannot run elsewhere, ResourceError for a cluster that does not take it.
+    UsageError for what cannot run elsewhere, ResourceError for a cluster that does not take it.
     """
     check_remote_paths(config)
     _check_words(config, job)
@@ -75,7 +75,7 @@ def submit_job(
     runtime_env: dict[str, Any] = {"env_vars": job.variables}
     if job.working_dir is not None:
         if not (Path(job.working_dir) / "cifake_ray" / "__main__.py").is_file():
-            raise ValueError(
+            raise UsageError(
                 f"--working-dir {job.working_dir}: no checkout of cifake_ray lies there"
             )
         runtime_env["working_dir"] = job.working_dir
@@ -121,7 +121,7 @@ def _check_refused(client: JobSubmissionClient, name: str, error: Exception) -> 
 
 
 def _check_words(config: Any, job: SubmitConfig) -> None:
-    """ValueError for what would be shown to all who see the job, and for files of this machine."""
+    """UsageError for what would be shown to all who see the job, and for files of this machine."""
     for field in fields(config):
         value = getattr(config, field.name)
         for word in value if isinstance(value, tuple) else (value,):
@@ -136,7 +136,7 @@ def _check_words(config: Any, job: SubmitConfig) -> None:
 
 def _refuse_file(word: str) -> None:
     if "\0" not in word and Path(word).is_file():
-        raise ValueError(
+        raise UsageError(
             f"{word} is a file here: a job runs elsewhere; give a URI or an absolute path that"
             " every node sees, or --working-dir"
         )

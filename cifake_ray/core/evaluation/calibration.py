@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.errors import UsageError
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -47,7 +48,7 @@ def compute_p_fake(logit: Floats, temperature: float) -> npt.NDArray[np.float32]
 def calibrate(logit: Floats, label: Ints) -> Calibration:
     """Temperature and thresholds from labelled logits, float[N] and int[N] in {0, 1}.
 
-    Raises ValueError for an empty or non-finite input, for a missing class, and when so many REAL
+    ValueError for an empty or non-finite input or a missing class; UsageError when so many REAL
     images saturate at p_fake == 1.0 that no threshold in [0, 1] keeps the false positive rate.
     """
     check_scores(logit, label)
@@ -120,7 +121,7 @@ def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) 
     allowed = count_allowed(len(real), fpr)
     below = real[allowed]  # the highest score that must be called REAL
     if below == 1.0:
-        raise ValueError(
+        raise UsageError(
             f"over {fpr:.1%} of {len(real)} REAL images have p_fake = 1.0, so no threshold keeps "
             "that false positive rate: check the labels, or train with a lower learning rate"
         )

@@ -17,6 +17,7 @@ from torch import nn
 from cifake_ray.config import Fit
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small, is_small
+from cifake_ray.errors import UsageError
 
 OWN_ARCHITECTURES = {
     "cnn": "3 convolutions, 39,132 parameters, native 32x32: the CIFAKE baseline",
@@ -97,14 +98,14 @@ def build_detector(
 ) -> Detector:
     """A detector with fresh weights, drawn from torch's global generator.
 
-    `image_size` None is the architecture's own. ValueError for an unknown architecture, or a size
+    `image_size` None is the architecture's own. UsageError for an unknown architecture, or a size
     or a `drop_path` it cannot take.
     """
     if architecture == "cnn":
         if drop_path:
-            raise ValueError("--drop-path: cnn has no paths to drop; leave it out")
+            raise UsageError("--drop-path: cnn has no paths to drop; leave it out")
         if image_size not in (None, 32):
-            raise ValueError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
+            raise UsageError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
         preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
         return Detector("cnn", build_cnn(), preprocessing)
     if is_small(architecture):
@@ -120,7 +121,7 @@ def build_detector(
         known = [*OWN_ARCHITECTURES, *timm.list_models()]
         close = difflib.get_close_matches(architecture, known, n=5)
         hint = f"did you mean {', '.join(close)}?" if close else "`cifake-ray models` lists them"
-        raise ValueError(f"--model {architecture}: no such architecture; {hint}")
+        raise UsageError(f"--model {architecture}: no such architecture; {hint}")
     cfg = timm.models.get_pretrained_cfg(architecture)
     options: dict[str, Any] = {"num_classes": 2, "pretrained": False}
     own_size = cfg.input_size[-1] if cfg else 224
@@ -133,7 +134,7 @@ def build_detector(
         network = timm.create_model(architecture, **options)
     except (TypeError, AssertionError) as error:
         asked = f"--image-size {size}" + (f" and --drop-path {drop_path}" if drop_path else "")
-        raise ValueError(f"--model {architecture} with {asked}: {error}") from error
+        raise UsageError(f"--model {architecture} with {asked}: {error}") from error
     (r, g, b), (r_std, g_std, b_std) = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
     preprocessing = Preprocessing(
         image_size=size, fit=fit, mean=(r, g, b), std=(r_std, g_std, b_std)
@@ -164,12 +165,12 @@ def list_architectures(pattern: str) -> dict[str, str]:
         size = cfg.input_size[-1] if cfg else 224
         ours[name] = f"timm, {size}x{size}"
     if not ours:
-        raise ValueError(f"no architecture matches {pattern!r}; try a glob such as '*resnet*'")
+        raise UsageError(f"no architecture matches {pattern!r}; try a glob such as '*resnet*'")
     return ours
 
 
 def check_size(detector: Detector) -> None:
-    """ValueError when the network cannot take images of its size: too small to pool, say."""
+    """UsageError when the network cannot take images of its size: too small to pool, say."""
     size = detector.preprocessing.image_size
     was_training = detector.training
     detector.eval()
@@ -178,14 +179,14 @@ def check_size(detector: Detector) -> None:
             warnings.simplefilter("ignore")
             outputs = detector(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"--model {detector.architecture} cannot take {size} x {size} images"
             f" ({str(error).splitlines()[0]}); choose another --image-size"
         ) from error
     finally:
         detector.train(was_training)
     if outputs.shape != (1, 2):
-        raise ValueError(
+        raise UsageError(
             f"--model {detector.architecture} gives {list(outputs.shape)} outputs, not [1, 2]; it"
             " is no image classifier"
         )

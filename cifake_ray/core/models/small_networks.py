@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cifake_ray.errors import UsageError
+
 SMALL_SIZE = 32
 NUM_HIDDEN = 256
 
@@ -55,11 +57,11 @@ def is_small(name: str) -> bool:
 def build_small(name: str, image_size: int, drop_path: float, num_classes: int = 2) -> nn.Module:
     """float[B, 3, S, S] -> float[B, 2], or features for `num_classes` 0.
 
-    ValueError for an image size or a drop_path it cannot take.
+    UsageError for an image size or a drop_path it cannot take.
     """
     if match := SMALL_CNN.fullmatch(name):
         if drop_path:
-            raise ValueError(f"--drop-path: {name} has no paths to drop; leave it out")
+            raise UsageError(f"--drop-path: {name} has no paths to drop; leave it out")
         return build_small_cnn(choose_channels(**match.groupdict()))
     if name == "fusion":
         return Fusion(image_size, drop_path)
@@ -69,7 +71,7 @@ def build_small(name: str, image_size: int, drop_path: float, num_classes: int =
     options: dict[str, Any] = {**patches, "num_classes": num_classes, "drop_path_rate": drop_path}
     if "vit" in name:
         if image_size % patches["patch_size"]:
-            raise ValueError(
+            raise UsageError(
                 f"--image-size {image_size}: {name} takes multiples of {patches['patch_size']}"
             )
         options["img_size"] = image_size

@@ -17,6 +17,7 @@ import numpy as np
 
 from cifake_ray.config import TrainConfig, doc_of, find_misfit
 from cifake_ray.core.training.augmentation import Augmentation
+from cifake_ray.errors import UsageError
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
@@ -62,26 +63,26 @@ Space = dict[str, ParameterRange]  # by the name of the option
 
 
 def parse_space(values: Mapping[str, Any]) -> Space:
-    """A space from a mapping. ValueError for names that cannot be searched and odd distributions.
+    """A space from a mapping. UsageError for names that cannot be searched and odd distributions.
 
     `lr: {loguniform: [0.001, 0.01]}`, `patience: {choice: [2, 4]}`, or a list of choices alone;
     `augment.shift` and the like are steps of the augmentation.
     """
     if not values:
-        raise ValueError("searches nothing; write one `option: {choice: [...]}` a line")
+        raise UsageError("searches nothing; write one `option: {choice: [...]}` a line")
     known = SEARCHED | {AUGMENT + f.name for f in fields(Augmentation)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(
+        raise UsageError(
             f"{', '.join(unknown)}: cannot be searched; it takes {', '.join(sorted(known))}"
         )
     if "augment" in values and any(name.startswith(AUGMENT) for name in values):
-        raise ValueError("search either `augment` or its steps, `augment.flip` and the like")
+        raise UsageError("search either `augment` or its steps, `augment.flip` and the like")
     space = {name: _parse_domain(name, value) for name, value in values.items()}
     for name, domain in space.items():
         owner = Augmentation if name.startswith(AUGMENT) else TrainConfig
         for value in (domain.pick(0.0), *(domain.values if domain.kind == "choice" else ())):
             if misfit := find_misfit(owner, name.removeprefix(AUGMENT), value):
-                raise ValueError(f"{name} {misfit}")
+                raise UsageError(f"{name} {misfit}")
     return space
 
 
@@ -89,18 +90,18 @@ def _parse_domain(name: str, value: Any) -> ParameterRange:
     if isinstance(value, list):
         value = {"choice": value}
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
-        raise ValueError(f"{name}: give a list of values, or one of {', '.join(KINDS)}")
+        raise UsageError(f"{name}: give a list of values, or one of {', '.join(KINDS)}")
     (kind, numbers), is_range = *value.items(), next(iter(value)) in RANGES
     if not isinstance(numbers, list) or not numbers:
-        raise ValueError(f"{name}: {kind} takes a list of values")
+        raise UsageError(f"{name}: {kind} takes a list of values")
     if is_range:
         is_number = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
         if not is_number or len(numbers) != 2 or not numbers[0] < numbers[1]:
-            raise ValueError(f"{name}: {kind} takes [lowest, highest]")
+            raise UsageError(f"{name}: {kind} takes [lowest, highest]")
         if kind.startswith("log") and numbers[0] <= 0:
-            raise ValueError(f"{name}: {kind} begins above 0")
+            raise UsageError(f"{name}: {kind} begins above 0")
         if kind.endswith("randint") and any(not isinstance(n, int) for n in numbers):
-            raise ValueError(f"{name}: {kind} takes whole numbers; the highest is left out")
+            raise UsageError(f"{name}: {kind} takes whole numbers; the highest is left out")
     if is_range and not kind.endswith("randint"):
         numbers = [float(n) for n in numbers]
     return ParameterRange(kind, tuple(numbers))
@@ -113,10 +114,10 @@ def sample_space(space: Space, seed: int, number: int) -> dict[str, Any]:
 
 
 def list_grid(space: Space) -> Iterator[dict[str, Any]]:
-    """Every combination, the last option changing fastest. ValueError for a range."""
+    """Every combination, the last option changing fastest. UsageError for a range."""
     for name, domain in space.items():
         if domain.kind != "choice":
-            raise ValueError(f"--searcher grid: {name} is a {domain.kind}; give a list of values")
+            raise UsageError(f"--searcher grid: {name} is a {domain.kind}; give a list of values")
     for values in itertools.product(*(domain.values for domain in space.values())):
         yield dict(zip(space, values, strict=True))
 

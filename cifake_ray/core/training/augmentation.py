@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from cifake_ray.config import Doc
+from cifake_ray.errors import UsageError
 
 # In degraded photographs of the wild. Source: Wang et al. 2020, CNNDetection, section 4.1: blur and
 # JPEG on a tenth of the images each.
@@ -49,9 +50,9 @@ class Augmentation:
             value, highest = getattr(self, field.name), LIMITS.get(field.name, 1.0)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value <= highest:
-                raise ValueError(f"augmentation: {field.name} is {value}; give 0 to {highest:g}")
+                raise UsageError(f"augmentation: {field.name} is {value}; give 0 to {highest:g}")
         if not isinstance(self.jpeg_quality, int) or self.jpeg_quality < 1:
-            raise ValueError(f"augmentation: jpeg_quality is {self.jpeg_quality}; give 1 to 100")
+            raise UsageError(f"augmentation: jpeg_quality is {self.jpeg_quality}; give 1 to 100")
         for step, is_off in (
             ("rescale", self.rescale == 0),
             ("blur", self.blur == 0),
@@ -60,7 +61,7 @@ class Augmentation:
         ):
             if is_off != (getattr(self, f"{step}_share") == 0):
                 strength = "jpeg_quality" if step == "jpeg" else step
-                raise ValueError(f"augmentation: give {strength} and {step}_share, or neither")
+                raise UsageError(f"augmentation: give {strength} and {step}_share, or neither")
 
     def to_dict(self) -> dict[str, Any]:
         """The steps that are taken; `parse_augmentation` reads them."""
@@ -106,10 +107,10 @@ POLICIES: dict[str, Augmentation] = {
 
 
 def parse_augmentation(values: Mapping[str, Any]) -> Augmentation:
-    """A policy from a mapping of its fields. ValueError for names and values it does not have."""
+    """A policy from a mapping of its fields. UsageError for names and values it does not have."""
     known = get_type_hints(Augmentation)
     if unknown := sorted(str(name) for name in values if name not in known):
-        raise ValueError(f"augmentation: no step {', '.join(unknown)}; it has {', '.join(known)}")
+        raise UsageError(f"augmentation: no step {', '.join(unknown)}; it has {', '.join(known)}")
     return Augmentation(**values)
 
 

@@ -20,6 +20,7 @@ from cifake_ray.core.models.detector import OWN_ARCHITECTURES, build_detector, l
 from cifake_ray.core.models.small_networks import SMALL_SIZE, is_small
 from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
 from cifake_ray.core.training.trainer import choose_precision
+from cifake_ray.errors import UsageError
 
 # Ours, and those of timm that detectors of generated images are often made of.
 LISTED_MODELS = (
@@ -65,7 +66,7 @@ class Speed:
 
 
 def count_cost(architecture: str, image_size: int | None = None) -> Cost:
-    """Built and counted without a weight being drawn. ValueError as `build_detector`."""
+    """Built and counted without a weight being drawn. UsageError as `build_detector`."""
     with torch.device("meta"):
         detector = build_detector(architecture, image_size=image_size).eval()
     size = detector.preprocessing.image_size
@@ -157,7 +158,7 @@ def list_models(
     """A row for each architecture: of ZOO, or of all that match a glob.
 
     `results` are rows of the benchmark, put beside the architecture they belong to. More than
-    MAX_COUNTED are named with their sizes only, `num_parameters` and `macs` being None; ValueError
+    MAX_COUNTED are named with their sizes only, `num_parameters` and `macs` being None; UsageError
     when they were to be measured, or when nothing matches.
     """
     about = list_architectures("*" if pattern is None else pattern)
@@ -165,7 +166,7 @@ def list_models(
     is_counted = len(names) <= MAX_COUNTED
     if (measure or image_size is not None) and not is_counted:
         flag = "--measure" if measure else "--image-size"
-        raise ValueError(
+        raise UsageError(
             f"{flag}: {len(names):,} architectures match, {MAX_COUNTED} are the most that are"
             " built; give a narrower PATTERN"
         )

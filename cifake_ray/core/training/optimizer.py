@@ -13,6 +13,7 @@ from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import Detector, build_detector, find_head
+from cifake_ray.errors import UsageError
 
 
 def build_for_training(config: TrainConfig) -> Detector:
@@ -41,7 +42,7 @@ def sync_batch_norms(network: nn.Module, device: str) -> nn.Module:
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """adamw, sgd with Nesterov's momentum, or timm's muon. ValueError for impossible layers.
+    """adamw, sgd with Nesterov's momentum, or timm's muon. UsageError for impossible layers.
 
     Decay on weights with two axes or more, as timm does, so not on biases and norms. Muon leaves
     those and the head to AdamW at the same rate (Jordan 2024: it is for hidden layers).
@@ -66,7 +67,7 @@ def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, obje
     """Parameters by decay, and with `--layer-decay` by layer."""
     if config.layer_decay is not None:
         if not hasattr(network, "group_matcher"):
-            raise ValueError(
+            raise UsageError(
                 f"--layer-decay: timm knows no layers of {config.model}; leave it out, or take an"
                 " architecture of timm"
             )

@@ -34,7 +34,7 @@ from cifake_ray.core.training.early_stopping import (
     to_score,
 )
 from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, UsageError
 
 EVAL_BATCH_SIZE = 512
 
@@ -84,7 +84,7 @@ def choose_precision(device: str, precision: str) -> DevicePrecision:
             precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if device == "cpu" and precision == "fp16":
-        raise ValueError("--precision fp16 needs a GPU; use float32 or bf16")
+        raise UsageError("--precision fp16 needs a GPU; use float32 or bf16")
     return DevicePrecision(device, dtypes[precision])
 
 

@@ -145,7 +145,7 @@ def train_detector(
 
 
 def check_training(config: TrainConfig) -> Detector:
-    """The detector that would be trained. ValueError when the options do not fit together."""
+    """The detector that would be trained. UsageError when the options do not fit together."""
     torch.manual_seed(config.seed)
     detector = build_for_training(config)
     make_optimizer(detector.network, config)

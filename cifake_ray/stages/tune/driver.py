@@ -24,7 +24,7 @@ from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, lis
 from cifake_ray.core.search.space import Space, list_grid, parse_space, sample_space
 from cifake_ray.core.search.trial_table import find_best
 from cifake_ray.core.training.augmentation import POLICIES
-from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
 from cifake_ray.stages.cluster import (
@@ -130,7 +130,7 @@ def tune_detector(
 
 
 def _make_plan(config: TuneConfig) -> TrialPlan:
-    """What all trials share. ValueError when the recipe has other options than `train`."""
+    """What all trials share. UsageError when the recipe has other options than `train`."""
     options = read_recipe(find_preset(config.recipe, RECIPES))
     options |= {
         **asdict(config.store),
@@ -148,7 +148,7 @@ def _make_plan(config: TuneConfig) -> TrialPlan:
     try:
         train = TrialPlan(config, options).to_train_config(Trial(0, {}))
     except TypeError as error:
-        raise ValueError(
+        raise UsageError(
             f"--recipe {config.recipe}: {error}; it holds options of `train`"
         ) from error
     options |= {n: _pin_file(n, getattr(train, n), train) for n in ("epochs", "weights", "augment")}
@@ -186,7 +186,7 @@ def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> i
 def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -> list[Trial]:
     """Every trial with what it gets, written down; those of an earlier attempt as they were.
 
-    The searcher tpe chooses as it goes. ValueError when nothing is within the budget.
+    The searcher tpe chooses as it goes. UsageError when nothing is within the budget.
     """
     config, search = plan.config, plan.search
     known = search.read_trials()
@@ -231,7 +231,7 @@ def _choose_trials(
             left_out[str(error)] += 1
     reasons = "; ".join(f"{count:,}: {reason}" for reason, count in left_out.most_common(3))
     if not trials:
-        raise ValueError(f"none of {left_out.total():,} choices can be trained ({reasons})")
+        raise UsageError(f"none of {left_out.total():,} choices can be trained ({reasons})")
     if left_out:
         log(f"tune: {left_out.total():,} choices left out ({reasons})")
     return trials

@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 
 from cifake_ray.config import TuneConfig
 from cifake_ray.core.search.space import AUGMENT, ParameterRange, Space
+from cifake_ray.errors import UsageError
 from cifake_ray.stages.tune.trial_worker import CURRENT, OBJECTIVE, REPLAYED, TrialPlan
 from cifake_ray.storage.runs.tune_run import Trial
 
@@ -30,13 +31,13 @@ MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mi
 
 
 def check_searcher(config: TuneConfig, space: Space) -> None:
-    """ValueError for a searcher or scheduler that cannot work with the space."""
+    """UsageError for a searcher or scheduler that cannot work with the space."""
     if config.searcher == "tpe" and importlib.util.find_spec("optuna") is None:
-        raise ValueError("--searcher tpe: optuna is not installed; `pip install optuna` brings it")
+        raise UsageError("--searcher tpe: optuna is not installed; `pip install optuna` brings it")
     if config.scheduler == "pbt":
         fixed = [n for n in space if n not in MUTABLE and not n.startswith(AUGMENT)]
         if fixed:
-            raise ValueError(
+            raise UsageError(
                 f"--scheduler pbt changes options while it trains, which {', '.join(fixed)} do not"
                 f" stand; search {', '.join(sorted(MUTABLE))} and steps of augmentation"
             )

@@ -23,7 +23,7 @@ from cifake_ray.core.search.space import to_train_options
 from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.early_stopping import to_score
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
-from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.stages.cluster import find_cause
 from cifake_ray.stages.train.driver import finish_training, train_detector
 from cifake_ray.storage.io.files import read_bytes, read_json, write_json
@@ -48,7 +48,7 @@ class TrialPlan:
         return TuneRun(resolve_path(self.config.run, self.config.store))
 
     def to_train_config(self, trial: Trial) -> TrainConfig:
-        """ValueError when the options that were chosen do not go together."""
+        """UsageError when the options that were chosen do not go together."""
         return TrainConfig(
             **{**self.options, **to_train_options(trial.chosen, self.policy)},
             run=str(self.search.run_of(trial).path),
@@ -57,15 +57,15 @@ class TrialPlan:
     def measure(self, trial: Trial) -> Trial:
         """The trial with the size of its network.
 
-        ValueError when that is beyond the budget, or the options do not go together.
+        UsageError when that is beyond the budget, or the options do not go together.
         """
         train = self.to_train_config(trial)
         size = _count_parameters(train.model, train.image_size)
         most, most_ms = self.config.max_parameters, self.config.max_latency_ms
         if most is not None and size > most:
-            raise ValueError("more than --max-parameters")
+            raise UsageError("more than --max-parameters")
         if most_ms is not None and _measure_latency_ms(train.model, train.image_size) > most_ms:
-            raise ValueError("more than --max-latency-ms")
+            raise UsageError("more than --max-latency-ms")
         return replace(trial, num_parameters=size)
 
 

@@ -25,7 +25,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
 from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
 from cifake_ray.storage.sources.parquet import (
@@ -65,7 +65,7 @@ class TrainingRows:
 
 
 def read_training_rows(config: TrainConfig) -> TrainingRows:
-    """Find the training and validation rows. ValueError when a class or a side has none."""
+    """Find the training and validation rows. UsageError when a class or a side has none."""
     root = resolve_path(config.shards, config.store)
     groups: list[tuple[AnyPath, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
@@ -82,11 +82,11 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
 
 
 def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
-    """ValueError when a class has no usable image to train or to validate on."""
+    """UsageError when a class has no usable image to train or to validate on."""
     for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
         for value in (REAL, FAKE):
             if not (rows.label[side & usable] == value).any():
-                raise ValueError(
+                raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
                     " decodes; training takes the rows with split `train` or none (--val-fraction,"
                     " --val-split choose among them)"
@@ -122,7 +122,7 @@ def _read_group_rows(
         try:
             label, split = read_class_label(label, class_names), parse_split(split)
         except ValueError as problem:
-            raise ValueError(f"{path}: {problem}") from problem
+            raise UsageError(f"{path}: {problem}") from problem
         is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
         if label is None or error is not None or is_empty:
             continue

@@ -32,7 +32,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from upath import UPath
 
 from cifake_ray.config import StoreConfig, check_endpoint
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import StorageError, UsageError
 
 AnyPath: TypeAlias = Path | UPath
 
@@ -62,23 +62,23 @@ _CREDENTIALS = re.compile(
 def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     """The place a URI names; a local path becomes absolute.
 
-    ValueError for a scheme that is not supported and for credentials inside the URI.
+    UsageError for a scheme that is not supported and for credentials inside the URI.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         scheme, rest = "file", uri
     if not rest:
-        raise ValueError("an empty path was given; name a folder or file")
+        raise UsageError("an empty path was given; name a folder or file")
     if scheme == "file":
         return Path(os.path.abspath(os.path.expanduser(rest)))
     refuse_credentials(uri)
     if scheme not in SCHEMES:
-        raise ValueError(
+        raise UsageError(
             f"{scheme}:// is not supported: {uri!r}; give a local path or one of"
             f" {', '.join(f'{name}://' for name in SCHEMES)}"
         )
     if scheme == "s3" and not rest.partition("/")[0]:
-        raise ValueError(f"{uri!r} names no bucket; give s3://BUCKET/PREFIX")
+        raise UsageError(f"{uri!r} names no bucket; give s3://BUCKET/PREFIX")
     options = {}
     if scheme == "s3":
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
@@ -88,14 +88,14 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
         place: UPath = UPath(f"{scheme}://{rest.rstrip('/')}", **options)
         _ = place.fs  # imports what the scheme needs
     except ImportError as error:
-        raise ValueError(f"{scheme}:// needs a package that is not installed: {error}") from error
+        raise UsageError(f"{scheme}:// needs a package that is not installed: {error}") from error
     return place
 
 
 def refuse_credentials(uri: str) -> None:
-    """ValueError, which does not repeat them, when a URI holds credentials."""
+    """UsageError, which does not repeat them, when a URI holds credentials."""
     if _CREDENTIALS.search(uri):
-        raise ValueError(
+        raise UsageError(
             f"a {uri.partition('://')[0]}:// URI holds credentials; leave them out: they come from"
             " the environment (the AWS chain, --s3-profile)"
         )
@@ -113,10 +113,10 @@ def is_inside(place: AnyPath, folder: AnyPath) -> bool:
 
 
 def resolve_local(uri: str, what: str) -> Path:
-    """The local path a URI names. ValueError, naming `what` it is for, when it is in a store."""
+    """The local path a URI names. UsageError, naming `what` it is for, when it is in a store."""
     place = resolve_path(uri)
     if not isinstance(place, Path):
-        raise ValueError(f"{uri}: {what} must be a local folder; give a path on this machine")
+        raise UsageError(f"{uri}: {what} must be a local folder; give a path on this machine")
     return place
 
 

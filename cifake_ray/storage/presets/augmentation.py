@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.training.augmentation import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import read_if_exists
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.yaml_presets import parse_mapping
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
-    """The policy that `--augment` names or holds. ValueError for no such name, file or step."""
+    """The policy that `--augment` names or holds. UsageError for no such name, file or step."""
     if config.augment in POLICIES:
         return POLICIES[config.augment]
     if config.augment.startswith("{"):
@@ -21,13 +22,13 @@ def read_augmentation(config: TrainConfig) -> Augmentation:
     else:
         data = read_if_exists(resolve_path(config.augment, config.store))
     if data is None:
-        raise ValueError(
+        raise UsageError(
             f"--augment {config.augment}: no such policy or file; there are {', '.join(POLICIES)}"
         )
     if not data.strip():
-        raise ValueError(f"--augment {config.augment}: holds no steps, one `step: value` a line")
+        raise UsageError(f"--augment {config.augment}: holds no steps, one `step: value` a line")
     values = parse_mapping(data, f"--augment {config.augment}")
     try:
         return parse_augmentation(values)
     except ValueError as error:
-        raise ValueError(f"--augment {config.augment}: {error}") from error
+        raise UsageError(f"--augment {config.augment}: {error}") from error

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cifake_ray.errors import UsageError
+
 PACKAGE = Path(__file__).parents[2]
 RECIPES, SEARCHES = PACKAGE / "recipes", PACKAGE / "searches"
 EVERYTHING = "everything"
@@ -19,7 +21,7 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
     """A YAML mapping, its names as options have them in Python.
 
-    ValueError, which begins with `name`, for anything else.
+    UsageError, which begins with `name`, for anything else.
     """
     import yaml
 
@@ -31,31 +33,31 @@ def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
         values = yaml.load(data, Loader)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: not readable as YAML ({reason})") from error
+        raise UsageError(f"{name}: not readable as YAML ({reason})") from error
     if values is None:  # nothing but comments
         values = {}
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: holds no mapping; write one `name: value` a line")
+        raise UsageError(f"{name}: holds no mapping; write one `name: value` a line")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The same of a file. ValueError when it cannot be read."""
+    """The same of a file. UsageError when it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: not readable ({error.strerror})") from error
+        raise UsageError(f"{path}: not readable ({error.strerror})") from error
     return parse_mapping(data, str(path))
 
 
 def find_preset(name: str, box: Path) -> Path:
-    """The file of that name, or the one in the box. ValueError when there is neither."""
+    """The file of that name, or the one in the box. UsageError when there is neither."""
     boxed = box / f"{name}.yaml"
     path = boxed if Path(name).name == name and boxed.is_file() else Path(name)
     if not path.is_file():
         stems = [file.stem for file in box.glob("*.yaml")]
         known = ", ".join(sorted(stems + [EVERYTHING] * (box == SEARCHES)))
-        raise ValueError(f"{name}: no such file, and not among the {box.name} in the box: {known}")
+        raise UsageError(f"{name}: no such file, and not among the {box.name} in the box: {known}")
     return path
 
 
@@ -70,7 +72,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def read_searches(names: tuple[str, ...]) -> dict[str, Any]:
     """Spaces as one; of an option in several the last one counts. `everything` is all in the box.
 
-    ValueError when one is missing or not readable.
+    UsageError when one is missing or not readable.
     """
     values: dict[str, Any] = {}
     for name in names:

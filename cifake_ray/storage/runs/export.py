@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from cifake_ray.config import ExportConfig
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.storage.io.files import exists, list_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_path
 from cifake_ray.storage.runs.shards import read_shard
@@ -42,7 +42,7 @@ def export_scores(config: ExportConfig) -> int:
     if exists(out / "_run.json"):
         run = open_finished(out)
         if is_inside(target, out):
-            raise ValueError(f"{target} lies inside {out}; choose a file outside it")
+            raise UsageError(f"{target} lies inside {out}; choose a file outside it")
         paths = [out / row["name"] for row in read_files(run)]
     else:
         paths = [path for path in list_folder(out) if SHARD_NAME.fullmatch(path.name)]

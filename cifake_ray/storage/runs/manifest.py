@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import SCHEMA_VERSION
-from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.source import (
@@ -100,7 +100,7 @@ class _HashSorter:
         return writer
 
     def drain(self) -> Iterator[pa.Table]:
-        """Tables in the order of the hash. ValueError when a key stands there twice."""
+        """Tables in the order of the hash. UsageError when a key stands there twice."""
         for file, writer in zip(self.ranges, self.writers, strict=True):
             if file is None or writer is None:
                 continue
@@ -121,7 +121,7 @@ def _check_unique(table: pa.Table) -> None:
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
     if len(twice):
         examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
-        raise ValueError(
+        raise UsageError(
             f"{len(twice)} or more keys are listed twice, such as {examples}; every key must be"
             " unique"
         )
@@ -166,7 +166,7 @@ def write_manifest(
 ) -> Manifest:
     """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
 
-    NothingToDo when the source holds no file; ValueError when a key is listed twice.
+    NothingToDo when the source holds no file; UsageError when a key is listed twice.
     """
     make_folder(folder)
     files: list[ManifestFile] = []

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
-from cifake_ray.errors import CifakeError, RunMismatch, StorageError
+from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.io.files import (
     TEMPORARY_PREFIX,
     check_writable,
@@ -174,9 +174,9 @@ class RunPlan:
         return run
 
     def check_new(self) -> None:
-        """Fail now, not after a long listing: ValueError, RunMismatch or StorageError."""
+        """Fail now, not after a long listing: UsageError, RunMismatch or StorageError."""
         if str(self.out).startswith("memory://"):
-            raise ValueError(f"{self.out}: memory is that of one process, the workers are others")
+            raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
         folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
         foreign = [
             place

@@ -19,7 +19,7 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from cifake_ray.config import TrackerName
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.io.files import (
     hash_json,
     list_folder,
@@ -56,15 +56,15 @@ class _Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """ValueError, naming the remedy, when a tracker lacks its package or its server's address."""
+    """UsageError, naming the remedy, when a tracker lacks its package or its server's address."""
     for name in names:
         spec = find_spec(name)  # the package is called as the tracker
         if spec is None or spec.origin is None:  # without an origin it is a folder of that name
-            raise ValueError(
+            raise UsageError(
                 f'--track {name} needs a package: pip install "cifake-ray[{name}]", or leave it out'
             )
     if "mlflow" in names and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise ValueError(
+        raise UsageError(
             "--track mlflow: set MLFLOW_TRACKING_URI to the server, such as http://HOST:5000"
         )
 

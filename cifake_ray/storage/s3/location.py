@@ -21,7 +21,7 @@ CHECK_ATTEMPTS = 3  # a wrong endpoint should be told in seconds
 def open_path(uri: str, store: StoreConfig) -> AnyPath:
     """The place a URI names; one in S3 is asked for first, which tells in seconds what is wrong.
 
-    ValueError for what cannot be a place, StorageError when the bucket cannot be reached.
+    UsageError for what is no path, StorageError when the bucket cannot be reached.
     """
     place = resolve_path(uri, store)
     if uri.startswith(SCHEME):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import SCHEMES, AnyPath, refuse_credentials, resolve_path
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -41,7 +42,7 @@ class AllowedPaths:
     prefixes: tuple[str, ...]  # URIs without their last slash
 
     def locate(self, path: str) -> str:
-        """The absolute path, or the URI, of a row's path. ValueError when it may not point there.
+        """The absolute path, or the URI, of a row's path. UsageError when it may not point there.
 
         Keys are exact: nothing in a URI is decoded or normalised.
         """
@@ -71,38 +72,38 @@ class AllowedPaths:
         check_uri(uri)
         rest = uri.partition("://")[2]
         if not rest.partition("/")[2]:
-            raise ValueError(f"{uri!r} names no file; give the bucket and the key")
+            raise UsageError(f"{uri!r} names no file; give the bucket and the key")
         if ".." in rest.split("/"):  # a server or proxy might climb up with it
-            raise ValueError(f"{uri!r}: '..' is not followed; give the path without it")
+            raise UsageError(f"{uri!r}: '..' is not followed; give the path without it")
         if not any(_is_below(uri, allowed) for allowed in self.prefixes):
             self._refuse(uri, uri.rpartition("/")[0])
         return uri
 
     def _refuse(self, location: str, folder: str) -> None:
-        raise ValueError(
+        raise UsageError(
             f"{location} lies outside {self.root}, the folder of the list; if that is meant, give"
             f" --allow-prefix {folder}"
         )
 
 
 def check_uri(uri: str) -> None:
-    """ValueError for a scheme that is never fetched, and for credentials (which are not shown)."""
+    """UsageError for a scheme that is never fetched, and for credentials (which are not shown)."""
     refuse_credentials(uri)
     scheme = uri.partition("://")[0]
     if scheme in ("http", "https"):
-        raise ValueError(
+        raise UsageError(
             f"{scheme}:// is never fetched, whatever is allowed; copy the images to a folder or a"
             " bucket first"
         )
     if scheme not in SCHEMES:
-        raise ValueError(
+        raise UsageError(
             f"{scheme}:// is not supported; give a local path or one of"
             f" {', '.join(f'{name}://' for name in SCHEMES)}"
         )
 
 
 def make_allowed_paths(list_place: AnyPath, allow_prefix: Iterable[str] = ()) -> AllowedPaths:
-    """The fence of a list. ValueError when an allowed prefix is no folder or URI."""
+    """The fence of a list. UsageError when an allowed prefix is no folder or URI."""
     is_local = isinstance(list_place, Path)
     _find_real_folder.cache_clear()  # a link may have moved since another list was read
     root = str(list_place.parent) if is_local else str(list_place).rpartition("/")[0]
@@ -113,10 +114,10 @@ def make_allowed_paths(list_place: AnyPath, allow_prefix: Iterable[str] = ()) ->
             if is_uri(value) and not value.startswith("file://"):
                 check_uri(value)
                 if not value.partition("://")[2].partition("/")[0]:
-                    raise ValueError(f"{value!r} names no bucket")
+                    raise UsageError(f"{value!r} names no bucket")
                 prefixes.append(value.rstrip("/"))
             else:
                 folders.append(os.path.realpath(str(resolve_path(value))))
         except ValueError as error:
-            raise ValueError(f"--allow-prefix: {error}") from error
+            raise UsageError(f"--allow-prefix: {error}") from error
     return AllowedPaths(root, tuple(folders), tuple(prefixes))

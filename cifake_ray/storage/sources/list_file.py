@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.labels import parse_label, parse_split
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
@@ -48,12 +48,12 @@ def quote_etag(etag: object) -> str | None:
 
 
 def parse_size(value: object) -> int | None:
-    """A number of bytes; empty means unknown. ValueError for anything else."""
+    """A number of bytes; empty means unknown. UsageError for anything else."""
     if value in (None, ""):
         return None
     text = str(value).strip()
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"size_bytes {value!r} is no number of bytes")
+        raise UsageError(f"size_bytes {value!r} is no number of bytes")
     return int(text)
 
 
@@ -107,7 +107,7 @@ class ListFileSource:
         extra = [i for i, name in enumerate(names) if name not in known]
         for i in extra:
             if names[i] in RESERVED_COLUMNS:
-                raise ValueError(
+                raise UsageError(
                     f"{self.path}: the column {names[i]!r} has a name that the output uses;"
                     " rename it"
                 )
@@ -118,7 +118,7 @@ class ListFileSource:
                 None if p is None else values[p] for p in positions
             )
             if not isinstance(path, str) or not path:
-                raise ValueError(f"{self.path}, line {line_number}: no path; give one or delete it")
+                raise UsageError(f"{self.path}, line {line_number}: no path; give one or delete it")
             if not self.key_filter.keeps(path):
                 listing.left_out["excluded"] += 1
                 continue
@@ -128,7 +128,7 @@ class ListFileSource:
                 told = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = told if is_uri(location) else stamp_local(location)
             except ValueError as error:
-                raise ValueError(f"{self.path}, line {line_number}: {error}") from error
+                raise UsageError(f"{self.path}, line {line_number}: {error}") from error
             rows.append(path, location, None, *stamp, *facts, None, *(values[i] for i in extra))
             if len(rows) >= LISTING_BATCH_ROWS:
                 yield rows.drain()
@@ -149,12 +149,12 @@ class ListFileSource:
             names = list(next(rows, (1, []))[1])
             types, lines = [pa.string()] * len(names), rows
         if self.path_column not in names:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
                 " name it with --path-column"
             )
         if len(set(names)) != len(names):
-            raise ValueError(f"{self.path}: two columns have the same name; rename one")
+            raise UsageError(f"{self.path}: two columns have the same name; rename one")
         return names, types, lines
 
     def _iterate_parquet(self, table: pq.ParquetFile) -> Iterator[tuple[int, Sequence[object]]]:
@@ -180,13 +180,13 @@ class ListFileSource:
                     continue
                 num_columns = num_columns or len(values)
                 if len(values) != num_columns:
-                    raise ValueError(
+                    raise UsageError(
                         f"{self.path}, line {reader.line_num}: {len(values)} values for"
                         f" {num_columns} columns; quote values that hold a comma"
                     )
                 yield reader.line_num, values
         except csv.Error as error:
-            raise ValueError(f"{self.path}, line {reader.line_num}: {error}") from error
+            raise UsageError(f"{self.path}, line {reader.line_num}: {error}") from error
 
     def _read_lines(self, newline: str) -> Iterator[str]:
         """Lines with their ends, whatever `newline` says they are."""
@@ -198,7 +198,7 @@ class ListFileSource:
             ):
                 yield from text
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
+            raise UsageError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         columns = ("location", "size_bytes", "mtime_ns", "etag")

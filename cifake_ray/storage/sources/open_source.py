@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
-from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, is_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside, resolve_path
 from cifake_ray.storage.s3.location import open_path
@@ -74,7 +74,7 @@ def check_there(place: AnyPath, uri: str) -> bool:
 
 
 def detect_kind(place: AnyPath, uri: str) -> str:
-    """folder, list, inventory or shards. ValueError when it is none of them."""
+    """folder, list, inventory or shards. UsageError when it is none of them."""
     if not check_there(place, uri):
         if exists(place / "_run.json"):
             return "shards"
@@ -89,30 +89,30 @@ def detect_kind(place: AnyPath, uri: str) -> str:
         return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
-    raise ValueError(
+    raise UsageError(
         f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
         " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
     )
 
 
 def check_outside(out: AnyPath, source: AnyPath) -> None:
-    """ValueError when the output would lie inside the source."""
+    """UsageError when the output would lie inside the source."""
     if is_inside(out, source):
-        raise ValueError(
+        raise UsageError(
             f"the output {out} lies inside the source {source}; choose a folder outside it, or the"
             " output would become input"
         )
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The source `config.src` names. StorageError or ValueError when there is none."""
+    """The source `config.src` names. StorageError or UsageError when there is none."""
     store = config.store
     place, out = open_path(config.src, store), resolve_path(config.out, store)
     kind: str = config.source_kind
     if kind == "auto":
         kind = detect_kind(place, config.src)
     elif check_there(place, config.src) and kind == "folder":
-        raise ValueError(f"{place} is a file; --source-kind folder needs a folder")
+        raise UsageError(f"{place} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
     if kind == "shards":
         return ParquetSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
-from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
@@ -159,7 +159,7 @@ class ParquetSource:
             with use_table(path) as table:
                 extra = [f for f in table.schema_arrow if f.name not in carried]
                 if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
-                    raise ValueError(
+                    raise UsageError(
                         f"{path}: the output uses the column name {clash[0]!r}; rename it"
                     )
                 if path == paths[0]:
@@ -206,7 +206,7 @@ class ParquetSource:
                     read_class_label(v, class_names) for v in columns["label"].to_pylist()
                 ]
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise UsageError(f"{path}: {error}") from error
         if "split" in columns:
             columns["split"] = [parse_split(v) for v in columns["split"].to_pylist()]
         else:  # the layout of the Hugging Face hub: train-00000-of-00002.parquet
