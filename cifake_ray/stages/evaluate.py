@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from cifake_ray import __version__
 from cifake_ray.config import EvaluateConfig, fingerprint_settings
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
@@ -41,6 +40,7 @@ from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
+from cifake_ray.version import __version__
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are

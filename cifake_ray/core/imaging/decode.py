@@ -173,6 +173,15 @@ def _decode_slow(data: bytes) -> np.ndarray:
         num_scans, (width, height) = count_scans(data), image.size
         if width * height * num_scans > MAX_SCANNED_PIXELS:
             raise ImageError("decode_failed", f"{num_scans} scans of {width} x {height} pixels")
+    return convert_image(image)
+
+
+def convert_image(image: Image.Image) -> np.ndarray:
+    """Return an image opened by Pillow as `decode_image` returns it: upright RGB, uint8[H, W, 3].
+
+    Raises ImageError (decode_failed) for values that have no place in 0..255, and what Pillow
+    raises for a broken file.
+    """
     image.load()
     pixels = _convert_to_rgb(image)
     try:

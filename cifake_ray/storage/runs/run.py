@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.io.files import (
@@ -36,6 +35,7 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.manifest import Manifest, ManifestFile, write_manifest
 from cifake_ray.storage.sources.source import Listing
+from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
 MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")

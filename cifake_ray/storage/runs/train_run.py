@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cifake_ray import __version__
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
@@ -29,6 +28,7 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import check_settings
+from cifake_ray.version import __version__
 
 
 def claim_folder(

@@ -144,7 +144,9 @@ def test_what_a_store_raises_becomes_the_error_of_its_row_alone(root: UPath) -> 
     system = FailingStore()
     system.read.clear()
     path = root.path
-    images = [stores.read_fsspec_file(system, f"memory:/{path}/{name}", None, None) for name in names]
+    images = [
+        stores.read_fsspec_file(system, f"memory:/{path}/{name}", None, None) for name in names
+    ]
     assert images.pop(4) == b"12345"
     assert [error_of(image) for image in images] == [
         "denied",

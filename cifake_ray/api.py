@@ -1,0 +1,179 @@
+"""The verbs as functions, and a detector for single images: for notebooks and other programs.
+
+Floor: doors. Each function takes the options of its command as keywords (the fields of
+`ScoreConfig` and so on), runs the same code, and resumes when it is called again. It raises the
+errors of `cifake_ray.errors` and writes progress to stderr.
+
+>>> from cifake_ray import convert, evaluate, load_detector, score, train
+>>> convert(src="images", out="shards").done
+60
+>>> summary = train(shards="shards", run="run", epochs=1, batch_size=16, num_workers="0")
+>>> summary.epochs, summary.train_images + summary.val_images
+(1, 48)
+>>> evaluate(shards="shards", bundle="run", out="report").done
+6
+>>> score(src="images", out="scores", bundle="run").failed
+0
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig, StoreConfig, TrainConfig
+from cifake_ray.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cifake_ray.core.models.detector import Detector
+    from cifake_ray.stages.batch.driver import BatchSummary, DryRun
+    from cifake_ray.stages.train.driver import TrainSummary
+    from cifake_ray.storage.bundles.bundle import BundleInfo
+
+    AnyImage = bytes | Image.Image | np.ndarray
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _run(config: Any) -> Any:
+    from cifake_ray.pipeline import run_verb
+
+    return run_verb(config, time.time())[0]
+
+
+def _take_options(
+    config_class: Callable[P, Any],
+) -> Callable[[Callable[[Any], R]], Callable[P, R]]:
+    """Return a decorator that gives a function of a config the keywords of that config."""
+
+    def decorate(run: Callable[[Any], R]) -> Callable[P, R]:
+        @wraps(run)
+        def verb(*args: P.args, **kwargs: P.kwargs) -> R:
+            return run(config_class(*args, **kwargs))
+
+        verb.__signature__ = signature(config_class)  # type: ignore[attr-defined]
+        return verb
+
+    return decorate
+
+
+@_take_options(ConvertConfig)
+def convert(config: ConvertConfig) -> BatchSummary | DryRun:
+    """Convert the images of `src` to Parquet shards in `out`, as `cifake-ray convert` does."""
+    result: BatchSummary | DryRun = _run(config)
+    return result
+
+
+@_take_options(TrainConfig)
+def train(config: TrainConfig) -> TrainSummary:
+    """Train a detector on `shards`, as `cifake-ray train` does; `run`/bundle is the result.
+
+    With `num_workers="0"` training runs in this process, without Ray.
+    """
+    from cifake_ray.stages.train.driver import TrainSummary
+
+    summary = _run(config)
+    return TrainSummary(**{name: summary[name] for name in TrainSummary.__dataclass_fields__})
+
+
+@_take_options(EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> BatchSummary | DryRun:
+    """Measure a detector on labelled `shards`, as `cifake-ray evaluate` does.
+
+    `out` gets metrics.json, report.html and the predictions.
+    """
+    result: BatchSummary | DryRun = _run(config)
+    return result
+
+
+@_take_options(ScoreConfig)
+def score(config: ScoreConfig) -> BatchSummary | DryRun:
+    """Score the images of `src` into `out`/scores/*.parquet, as `cifake-ray score` does."""
+    result: BatchSummary | DryRun = _run(config)
+    return result
+
+
+class LoadedDetector:
+    """A detector from a bundle. Takes images and returns `p_fake`, as `score` computes it.
+
+    >>> from PIL import Image
+    >>> detector = load_detector()
+    >>> grey = Image.new("RGB", (64, 48), "grey")
+    >>> detector.predict([grey, np.asarray(grey)]).shape
+    (2,)
+    """
+
+    def __init__(self, detector: Detector, bundle: BundleInfo, device: str) -> None:
+        self.detector = detector.to(device)
+        self.bundle = bundle
+        self.device = device
+
+    @property
+    def threshold(self) -> float:
+        """`p_fake` from which `score` calls an image FAKE, 0 to 1."""
+        return self.bundle.threshold(None)
+
+    def predict(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
+        """Return `p_fake` of each image: float32[N], 0 to 1.
+
+        An image is encoded bytes, a Pillow image or RGB pixels, uint8[H, W, 3]. ImageError, which
+        names the image's position, when one cannot be used.
+        """
+        from cifake_ray.core.evaluation.calibration import compute_p_fake
+
+        logit = self.predict_logit(images, batch_size)
+        return compute_p_fake(logit, self.bundle.calibration.temperature)
+
+    def predict_logit(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
+        """Return the uncalibrated output of each image, float32[N]: above 0 speaks for FAKE.
+
+        Takes and raises what `predict` does.
+        """
+        import torch
+
+        from cifake_ray.core.processing.score import predict_logit
+
+        batches = [np.zeros(0, np.float32)]
+        for start in range(0, len(images), batch_size):
+            stop = min(start + batch_size, len(images))
+            pixels = np.stack([self._load_image(images[i], i) for i in range(start, stop)])
+            batches.append(predict_logit(self.detector, torch.from_numpy(pixels), self.device))
+        return np.concatenate(batches)
+
+    def _load_image(self, image: AnyImage, position: int) -> np.ndarray:
+        from cifake_ray.core.imaging.decode import convert_image, decode_image
+        from cifake_ray.core.imaging.preprocessing import fit_image
+
+        preprocessing = self.detector.preprocessing
+        try:
+            if isinstance(image, bytes):
+                pixels = decode_image(image)
+            else:
+                pixels = image if isinstance(image, np.ndarray) else convert_image(image)
+        except ImageError as error:
+            raise ImageError(error.error, f"image {position}: {error.detail}") from error
+        return fit_image(pixels, size=preprocessing.image_size, fit=preprocessing.fit)
+
+
+def load_detector(
+    bundle: str | None = None, *, device: str = "cpu", store: StoreConfig | None = None
+) -> LoadedDetector:
+    """Load a bundle, or a run of `train` that holds one; without `bundle` the built-in detector.
+
+    `device` is torch's name ("cpu", "cuda"), `store` says how buckets are reached. BundleError when
+    the bundle is missing, incomplete or damaged.
+
+    >>> load_detector().bundle.architecture
+    'small_cnn'
+    """
+    from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
+
+    return LoadedDetector(*load_bundle(locate_bundle(bundle, store)), device)

@@ -1,0 +1,6 @@
+"""The version of this program, as outputs and bundles record it.
+
+Floor: core.
+"""
+
+__version__ = "0.1.0"
