@@ -1,4 +1,4 @@
-"""What the doors print, and how every command ends.
+"""Output of the commands, and how each one ends.
 
 Floor: doors. Results go to stdout, everything else to stderr.
 """
@@ -31,11 +31,11 @@ TERMINAL_INTERVAL_S = 0.2
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, ended as cleanly as Ctrl-C."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def clean_text(text: str) -> str:
-    """Text without control characters, so that a file name cannot drive the terminal."""
+    """Escape control characters, so that a file name cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -46,9 +46,9 @@ def run_command(
     debug: bool,
     show: Callable[[Any], str] | None = None,
 ) -> None:
-    """Run a command's body, print what it gives, and leave with its exit code.
+    """Run a command's body, print its result, and exit with its code.
 
-    `show` makes the text for people; without it they see `name  value` lines.
+    `show` formats the result as text; the default is `name  value` lines.
     """
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
@@ -80,7 +80,7 @@ def run_command(
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
-        error = str(failure) or "interrupted; run the same command again to go on from there"
+        error = str(failure) or "interrupted; run the same command again to resume"
     if json_output:
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
@@ -93,7 +93,7 @@ def run_command(
 
 
 def _put(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Text for a reader; once the reader is gone, as after `| head`, for nobody."""
+    """Print; after a broken pipe (`| head`) discard output."""
     try:
         print(text, end=end, file=stream, flush=True)
     except BrokenPipeError:
@@ -101,7 +101,7 @@ def _put(text: str, stream: TextIO, end: str = "\n") -> None:
 
 
 def _encode(record: dict[str, Any]) -> str:
-    """One line of ASCII: no control character, DEL included, reaches the terminal."""
+    """Encode as one line of ASCII JSON, without any control character (DEL included)."""
     return json.dumps(record).replace("\x7f", "\\u007f")
 
 
@@ -117,7 +117,7 @@ def _to_record(result: Any) -> dict[str, Any]:
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """`name  value` lines for people."""
+    """Format a record as `name  value` lines."""
     width = max(len(name) for name in record)
     return "\n".join(
         f"{name.ljust(width)}  {clean_text(_format_value(value))}" for name, value in record.items()
@@ -135,14 +135,14 @@ def _format_value(value: Any) -> str:
 
 
 def choose_log_format(log_format: LogFormat) -> LogFormat:
-    """How `log` writes from now on."""
+    """Set the format of `log`."""
     global _log_format
     _log_format = log_format
     return log_format
 
 
 def log(message: str, **fields: Any) -> None:
-    """A line for the person who waits, or for the program that gathers logs and wants `fields`."""
+    """Write a line to stderr: the message, or with `--log-format json` also `fields`."""
     if _log_format == "json":
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
         _put(_encode({"time": time_utc, "message": message, **fields}), sys.stderr)
@@ -151,18 +151,18 @@ def log(message: str, **fields: Any) -> None:
 
 
 def get_log_format() -> LogFormat:
-    """How `log` writes."""
+    """Return the format of `log`."""
     return _log_format
 
 
 def show_line(line: str, stream: TextIO | None = None) -> None:
-    """A line of what was asked for, as it is."""
+    """Print one line of a result, by default to stdout."""
     _put(clean_text(line), stream or sys.stdout)
 
 
 @dataclass
 class ProgressLine:
-    """Progress with rate and time left: one moving line on a terminal, else a line now and then."""
+    """Progress with rate and time left: one updated line on a terminal, else a line every 5 s."""
 
     verb: str
     shown_s: float = 0.0
@@ -187,14 +187,14 @@ class ProgressLine:
 
 
 def format_time(seconds: float) -> str:
-    """`3:07` or `1:02:03`."""
+    """Format seconds as `3:07` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def show_epoch(row: dict[str, Any], epochs: int) -> None:
-    """A finished epoch of training."""
+    """Log a finished epoch of training."""
     left = (epochs - row["epoch"]) * (row["train_s"] + row["val_s"])
     log(
         f"train: epoch {row['epoch']} of {epochs}, loss {row['train_loss']:.4f}, validation loss"

@@ -1,4 +1,4 @@
-"""Every error a person can meet, and the exit code each one ends the command with.
+"""Every error a command can end with, and its exit code.
 
 CifakeError                 exit 1
 ├── UsageError              a wrong request, exit 2; also a ValueError
@@ -18,7 +18,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a command tells the shell; the same numbers for every verb."""
+    """Exit codes, the same for every verb."""
 
     OK = 0
     UNEXPECTED = 1
@@ -32,7 +32,7 @@ class ExitCode(IntEnum):
 
 
 class CifakeError(Exception):
-    """One line that names the thing and the remedy. Raised where the world is not as asked."""
+    """An error for the user: one line that names the thing and the remedy."""
 
     exit_code = ExitCode.UNEXPECTED
 
@@ -44,7 +44,7 @@ class UsageError(CifakeError, ValueError):
 
 
 class StorageError(CifakeError):
-    """A path or bucket cannot be read or written, or holds what we did not write."""
+    """A path or bucket cannot be read or written, or contains something unexpected."""
 
     exit_code = ExitCode.STORAGE
 
@@ -62,13 +62,13 @@ class BundleError(CifakeError):
 
 
 class NothingToDo(CifakeError):
-    """The source holds no file to work on."""
+    """The source contains no file to work on."""
 
     exit_code = ExitCode.EMPTY_SOURCE
 
 
 class ResourceError(CifakeError):
-    """The plan needs more CPUs, GPUs, memory or time than the cluster gives it."""
+    """The plan needs more CPUs, GPUs, memory or time than the cluster provides."""
 
     exit_code = ExitCode.RESOURCES
 

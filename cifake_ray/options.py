@@ -1,4 +1,4 @@
-"""Turns a config dataclass into the options of a command.
+"""Derive the options of a command from a config dataclass.
 
 Floor: doors. Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
 in the order `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
@@ -22,14 +22,14 @@ PREFIX = "CIFAKE_RAY_"
 
 
 def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a YAML mapping the defaults of the command. BadParameter for keys it does not have."""
+    """Use a YAML mapping as defaults of the command. BadParameter for unknown keys."""
     if path is not None:
         context.default_map = {**(context.default_map or {}), **_read_values(context, path)}
     return path
 
 
 def load_recipe(context: typer.Context, name: str | None) -> str | None:
-    """The same with a file of that name, or with a recipe in the box; `--config` goes before it.
+    """Use a recipe, a file or a built-in one, as defaults; `--config` takes precedence.
 
     BadParameter when there is neither.
     """
@@ -56,18 +56,18 @@ def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
     return values
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
 LogFormatOption = Annotated[
     LogFormat,
     typer.Option(
         "--log-format",
-        help="json: each line on stderr is an object with time, message and numbers",
+        help="Format of log lines on stderr; json: objects with time, message and numbers",
         envvar=f"{PREFIX}LOG_FORMAT",
         show_envvar=False,
         callback=choose_log_format,
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -81,7 +81,7 @@ RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="Recipe in the box, or a YAML file of one: defaults for these options",
+        help="Built-in recipe or YAML file with defaults for these options",
         is_eager=True,
         callback=load_recipe,
     ),
@@ -91,7 +91,7 @@ RecipeOption = Annotated[
 def make_command(
     config_class: type[Config], run: Callable[..., None], job_class: type | None = None
 ) -> Callable[..., None]:
-    """A function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
+    """Return a function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
     `make()` builds the config, so that its UsageError is reported where all errors are. With a
     `job_class` its fields are added, those of the same name replaced, and `make()` builds both.
@@ -120,10 +120,10 @@ def make_command(
             )
         )
 
-    heeded = ("log_format", "config_file", *(name for name, _, _ in recipe))  # by callbacks
+    handled = ("log_format", "config_file", *(name for name, _, _ in recipe))  # by callbacks
 
     def command(*, json_output: bool, debug: bool, **values: Any) -> None:
-        values = {name: value for name, value in values.items() if name not in heeded}
+        values = {name: value for name, value in values.items() if name not in handled}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
         def make() -> Any:

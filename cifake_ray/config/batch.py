@@ -16,7 +16,7 @@ SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(ClusterConfig):
-    """What convert, score and evaluate have in common: they run on the batch spine."""
+    """Options of the verbs that run on the batch spine."""
 
     num_workers: Annotated[
         int | None,
@@ -27,13 +27,13 @@ class BatchConfig(ClusterConfig):
     ] = None
     max_error_rate: Annotated[
         float,
-        Doc("Exit 3 when more than this share of the images failed, 0 to 1", in_fingerprint=False),
+        Doc("Exit 3 if more than this share of the images failed, 0 to 1", in_fingerprint=False),
     ] = 0.01
     retry_errors: Annotated[
-        bool, Doc("Try again the rows that failed for a reason that may pass", in_fingerprint=False)
+        bool, Doc("Retry rows that failed with a transient error", in_fingerprint=False)
     ] = False
-    stall_timeout_s: Annotated[  # a worker that is silent for half as long is started anew
-        float, Doc("Exit 6 after so many seconds without progress", in_fingerprint=False)
+    stall_timeout_s: Annotated[  # a worker that makes no progress for half as long is restarted
+        float, Doc("Exit 6 after this many seconds without progress", in_fingerprint=False)
     ] = 600.0
     dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
 
@@ -48,7 +48,7 @@ class BatchConfig(ClusterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(BatchConfig):
-    """How images are found and labelled."""
+    """Options of how images are found and labelled."""
 
     src: Annotated[
         str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
@@ -56,23 +56,25 @@ class SourceConfig(BatchConfig):
     out: Annotated[str, Doc("Output folder", positional=True, in_fingerprint=False)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
     include: Annotated[
-        tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'")
+        tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'; repeatable")
     ] = ()
-    exclude: Annotated[tuple[str, ...], Doc("No keys that match one of these globs")] = ()
+    exclude: Annotated[
+        tuple[str, ...], Doc("No keys that match one of these globs; repeatable")
+    ] = ()
     real_name: Annotated[
-        tuple[str, ...], Doc("Folder names that mean REAL, in any case, beside real and 0_real")
+        tuple[str, ...], Doc("More folder names that mean REAL, in any case (always: real, 0_real)")
     ] = ()
     fake_name: Annotated[
-        tuple[str, ...], Doc("Folder names that mean FAKE, in any case, beside fake and 1_fake")
+        tuple[str, ...], Doc("More folder names that mean FAKE, in any case (always: fake, 1_fake)")
     ] = ()
     path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
     label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
-    source_column: Annotated[str, Doc("Column of a list that names its sources")] = "source"
+    source_column: Annotated[str, Doc("Column of a list that holds the source")] = "source"
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[
         tuple[str, ...],
         Doc(
-            "A list may name files below this folder or URI, beside its own folder",
+            "Folder or URI that a list may refer to, besides its own folder",
             in_fingerprint=False,
         ),
     ] = ()
@@ -80,22 +82,22 @@ class SourceConfig(BatchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig(BatchConfig):
-    """Which detector scores."""
+    """Options of the detector that scores."""
 
-    bundle: Annotated[str | None, Doc("Detector (default: the one in the box)")] = None
+    bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
     expect_sha256: Annotated[
         str | None,
-        Doc("Refuse a bundle of another sha256 (a refusal tells its own)", in_fingerprint=False),
+        Doc("Refuse a bundle with another sha256 (the error shows its own)", in_fingerprint=False),
     ] = None
     allow_pickle: Annotated[
         bool,
         Doc(
-            "Take weights from .bin .pt .pth .ckpt .pkl: tensors only, no code",
+            "Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code",
             in_fingerprint=False,
         ),
     ] = False
     batch_size: Annotated[int, Doc("Images per forward pass", in_fingerprint=False)] = 256
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
+    device: Annotated[Device, Doc("auto: GPUs if there are any", in_fingerprint=False)] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,4 +12,4 @@ from cifake_ray.config.batch import SourceConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(SourceConfig):
-    """convert: images -> Parquet shards."""
+    """convert: convert images to Parquet shards."""

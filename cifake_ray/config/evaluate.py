@@ -14,12 +14,12 @@ from cifake_ray.config.fields import Doc, check_least
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(BundleConfig):
-    """evaluate: labelled shards and a bundle -> predictions, metrics and a report."""
+    """evaluate: measure a detector on labelled shards and write a report."""
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     out: Annotated[str, Doc("Folder for the report", in_fingerprint=False)]
     split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
-    num_bootstrap: Annotated[int, Doc("Resamples behind the 95% intervals")] = 1000
+    num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()

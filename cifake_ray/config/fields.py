@@ -1,4 +1,4 @@
-"""What every configuration is made of: documented fields, their checks, and where a command runs.
+"""Documented fields, their checks, and the options that all verbs share.
 
 Floor: core.
 """
@@ -43,7 +43,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def find_misfit(config_class: type, name: str, value: object) -> str | None:
-    """`is 'adam'; give adamw or sgd` when the type of a field does not hold a value, else None."""
+    """Return `is 'adam'; give adamw or sgd` if a value is not of a field's type, else None."""
     hint = _read_hints(config_class)[name]
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if any(_fits(kind, value) for kind in kinds):
@@ -76,7 +76,7 @@ def _fits(kind: Any, value: object) -> bool:
 
 
 def check_least(config: object, least: int, *names: str) -> None:
-    """Fields that are left out (None) or finite and at least so much."""
+    """Check that fields are None, or finite and at least `least`."""
     for name in names:
         value = getattr(config, name)
         check(
@@ -89,7 +89,7 @@ S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
 
 
 def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
-    """UsageError, which does not repeat it, for a URL that is no bare address of a server."""
+    """Raise UsageError, without repeating it, for a URL that is not a bare server address."""
     check(
         url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
         f"{name}: give http://HOST:PORT or https://HOST, {what}",
@@ -98,7 +98,7 @@ def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """How buckets are reached. Credentials come from the AWS chain and are never among these."""
+    """How buckets are reached. Credentials come from the AWS chain, never from options."""
 
     s3_endpoint_url: Annotated[
         str | None,
@@ -106,14 +106,14 @@ class StoreConfig:
     ] = None
     s3_region: Annotated[
         str | None,
-        Doc("Region of the bucket (default: AWS_REGION, else asked for)", in_fingerprint=False),
+        Doc("Region of the bucket (default: AWS_REGION, else detected)", in_fingerprint=False),
     ] = None
     s3_profile: Annotated[
         str | None,
         Doc("Profile in the AWS configuration (default: AWS_PROFILE)", in_fingerprint=False),
     ] = None
     s3_anonymous: Annotated[
-        bool, Doc("Use no credentials: public buckets", in_fingerprint=False)
+        bool, Doc("Use no credentials, for public buckets", in_fingerprint=False)
     ] = False
 
     def __post_init__(self) -> None:
@@ -124,22 +124,25 @@ class StoreConfig:
 
     @property
     def store(self) -> StoreConfig:
-        """These fields alone, as they travel to the workers."""
+        """These fields alone, as they are sent to the workers."""
         return StoreConfig(**{f.name: getattr(self, f.name) for f in fields(StoreConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(StoreConfig):
-    """Where a command runs."""
+    """Options of where a command runs."""
 
     address: Annotated[
         str | None,
-        Doc("Ray address (default: RAY_ADDRESS, else a Ray started here)", in_fingerprint=False),
+        Doc(
+            "Address of a Ray cluster (default: RAY_ADDRESS, else start Ray here)",
+            in_fingerprint=False,
+        ),
     ] = None
     scale_timeout_s: Annotated[
         float,
         Doc(
-            "Ask an autoscaler for missing workers; wait so many seconds for them",
+            "Ask the autoscaler for missing workers and wait this many seconds",
             in_fingerprint=False,
         ),
     ] = 0.0
@@ -155,13 +158,13 @@ class ClusterConfig(StoreConfig):
 
 
 def doc_of(config_class: type, name: str) -> Doc:
-    """The `Doc` of a field."""
+    """Return the `Doc` of a field."""
     doc: Doc = get_type_hints(config_class, include_extras=True)[name].__metadata__[0]
     return doc
 
 
 def fingerprint_settings(config: Any) -> dict[str, Any]:
-    """The fields that change a row of the result: what a run's fingerprint covers."""
+    """Return the fields that change a row of the result: those a run's fingerprint covers."""
     values = asdict(config)
     return {
         f.name: list(values[f.name]) if isinstance(values[f.name], tuple) else values[f.name]
@@ -171,9 +174,9 @@ def fingerprint_settings(config: Any) -> dict[str, Any]:
 
 
 def list_options(config: Any) -> list[str]:
-    """The words of a command line that make a config: all that is not as it is by default.
+    """Return the command-line words that make a config: everything that differs from the defaults.
 
-    UsageError for a None that no option can say.
+    UsageError for a None that no option can express.
     """
     arguments, options = [], []
     for field in fields(config):

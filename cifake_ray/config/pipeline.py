@@ -13,10 +13,10 @@ from cifake_ray.config.fields import ClusterConfig, Device, Doc, check_least
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig(ClusterConfig):
-    """pipeline: convert, train, evaluate and score below one root folder."""
+    """pipeline: convert, train, evaluate and score below one folder."""
 
     src: Annotated[str, Doc("Folder of labelled images", positional=True)]
-    root: Annotated[str, Doc("Folder for everything", positional=True)]
+    root: Annotated[str, Doc("Folder for all outputs", positional=True)]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0

@@ -13,6 +13,6 @@ from cifake_ray.config.fields import ClusterConfig, Doc
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig(ClusterConfig):
-    """repair: make the shards again that `verify` finds damaged, and only those."""
+    """repair: redo the shards that `verify` finds damaged, and only those."""
 
     out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]

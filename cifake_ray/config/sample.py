@@ -13,7 +13,7 @@ from cifake_ray.config.fields import Doc, check_least
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """sample: a small labelled image folder that needs no download."""
+    """sample: write a small labelled image folder, without any download."""
 
     out: Annotated[str, Doc("Folder to write", positional=True)]
     images: Annotated[int, Doc("Images in all; 80% train, 10% val, 10% test")] = 3000

@@ -14,10 +14,10 @@ from cifake_ray.config.fields import Doc, check
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(SourceConfig, BundleConfig):
-    """score: images -> scores."""
+    """score: score images with a detector."""
 
     target_fpr: Annotated[
-        float | None, Doc("False-positive rate whose stored threshold is used: 0.01 or 0.001")
+        float | None, Doc("Use the bundle's threshold for this false-positive rate: 0.01 or 0.001")
     ] = None
 
     def __post_init__(self) -> None:

@@ -13,6 +13,6 @@ from cifake_ray.config.fields import Doc, StoreConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(StoreConfig):
-    """verify: compare every result file with what was committed."""
+    """verify: compare the files of a finished run with what was committed."""
 
     out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]

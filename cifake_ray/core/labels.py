@@ -1,4 +1,4 @@
-"""What a path says about an image: label, split and source.
+"""Labels, splits and sources from paths and values.
 
 Floor: core.
 """
@@ -27,7 +27,7 @@ class PathLabels(NamedTuple):
 
 
 def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:
-    """Lower-case folder name -> label. UsageError when one name means both."""
+    """Map lower-case folder names to labels. UsageError when one name means both."""
     names = {"real": REAL, "0_real": REAL, "fake": FAKE, "1_fake": FAKE}
     for label, extra in ((REAL, real), (FAKE, fake)):
         for name in extra:
@@ -37,7 +37,7 @@ def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict
 
 
 def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels:
-    """What the folders above an image say, outermost first.
+    """Return label, split and source from the folders above an image, outermost first.
 
     The label is the first folder that is a class name; the folder before it is the split if it is
     train, val, valid, validation or test; the folder after it is the source.
@@ -52,7 +52,7 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
 
 
 def parse_label(value: object) -> int | None:
-    """REAL, FAKE, 0 or 1 in any case or type; empty means unknown. UsageError otherwise."""
+    """Parse REAL, FAKE, 0 or 1 in any case or type; empty means unknown. UsageError otherwise."""
     if value is None:
         return None
     text = str(value).strip().lower()
@@ -64,7 +64,7 @@ def parse_label(value: object) -> int | None:
 
 
 def read_class_label(value: object, class_names: Sequence[str] | None) -> int | None:
-    """A label of a Parquet file, by the class names of its footer where it has them.
+    """Parse a label of a Parquet file, by the class names of its footer if it has them.
 
     Hugging Face writes -1 for "unknown". Names of which none means REAL or FAKE are about something
     else, so the label is unknown. UsageError for a number beyond the names.
@@ -82,6 +82,6 @@ def read_class_label(value: object, class_names: Sequence[str] | None) -> int | 
 
 
 def parse_split(value: object) -> str | None:
-    """The split's short name; a name of your own is kept; empty means none."""
+    """Return the split's short name; other names are kept, empty means none."""
     text = "" if value is None else str(value).strip()
     return SPLIT_NAMES.get(text.lower(), text) or None

@@ -1,6 +1,6 @@
-"""The words of the data: labels, error classes and the columns of every table on disk.
+"""Labels, error classes and the columns of every table on disk.
 
-Floor: core. Read this first; every other file speaks in these names.
+Floor: core. Read this first; every other file uses these names.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ IMAGE_ERRORS = (
     "not_found",  # listed, gone when read
     "changed",  # listed with another size, time or etag
     "denied",  # the store refused this key
-    "io_throttled",  # the store asked us to slow down until we gave up
-    "io_network",  # the connection failed until we gave up
+    "io_throttled",  # the store still asked to slow down after the last retry
+    "io_network",  # the connection still failed after the last retry
     "too_large",  # more bytes than MAX_IMAGE_BYTES
     "too_many_pixels",  # more pixels than MAX_IMAGE_PIXELS
     "empty",  # zero bytes
     "not_an_image",  # no decoder knows the bytes
     "format_not_allowed",  # an image, but not in a format we decode
     "truncated",  # the image data ends early
-    "decode_failed",  # whatever else a decoder raised; its name stands in error_detail
+    "decode_failed",  # any other exception of a decoder; error_detail names it
     "bad_key",  # the name is not valid UTF-8
     "worker_crash",  # the decoder killed its process each time
     "nan_score",  # the detector gave no finite logit
 )
 
-# What may go away although the listing is frozen and the image stays as it is: `--retry-errors`
-# tries these again. A decoder may have crashed for want of memory, and may have been mended since.
+# Transient errors, which `--retry-errors` retries. A decoder may have crashed for lack of memory,
+# or may have been fixed since.
 RETRYABLE_ERRORS = ("denied", "io_throttled", "io_network", "worker_crash")
 
-# What is known of a key before its bytes are read. A row of the manifest adds where to find it.
+# Known before the bytes are read. A row of the manifest adds where to find them.
 LABEL_FIELDS = [
     pa.field("label", pa.int64()),  # REAL or FAKE; int64 because datasets.ClassLabel needs it
     pa.field("split", pa.string()),
@@ -45,7 +45,7 @@ LABEL_FIELDS = [
 ]
 ERROR_FIELDS = [pa.field("error", pa.string()), pa.field("error_detail", pa.string())]
 
-# The facts of an image that its header tells.
+# What the header of an image says.
 HEADER_FIELDS = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
@@ -89,12 +89,12 @@ MANIFEST_FIELDS = [
 
 
 def shard_name(shard: int) -> str:
-    """`part-00042.parquet` for shard 42: the only files that are called `part-*`."""
+    """Return `part-00042.parquet` for shard 42; no other files are named `part-*`."""
     return f"part-{shard:05d}.parquet"
 
 
 def datasets_metadata(schema: pa.Schema) -> dict[bytes, bytes]:
-    """Footer entry that makes Hugging Face `datasets` show images and class names.
+    """Return the footer entry that makes Hugging Face `datasets` show images and class names.
 
     Source: `datasets.Features._from_yaml_list` / `Features.arrow_schema`, key `huggingface`.
     """

@@ -1,4 +1,4 @@
-"""doctor: what this machine has, and whether the parts work together.
+"""doctor: report what this machine has, and check that the parts work together.
 
 Floor: stages.
 """
@@ -21,7 +21,7 @@ from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
 
 
 def examine_machine() -> tuple[dict[str, Any], int]:
-    """Facts and the outcome of each check; exit code 1 when a check fails."""
+    """Return what was found and the exit code, 1 when a check fails."""
     disk = shutil.disk_usage(tempfile.gettempdir())
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -33,7 +33,7 @@ def examine_machine() -> tuple[dict[str, Any], int]:
     problems = []
     try:
         detector, bundle = load_bundle(locate_bundle(None))
-        found["detector in the box"] = f"{detector.architecture}, {bundle.fingerprint[:12]}"
+        found["built-in detector"] = f"{detector.architecture}, {bundle.fingerprint[:12]}"
     except CifakeError as error:
         problems.append(str(error))
     try:

@@ -1,4 +1,4 @@
-"""What every worker process sets before it computes.
+"""Memory settings of worker processes.
 
 Floor: stages.
 """
@@ -15,8 +15,8 @@ MAX_CHUNK_BYTES = 2**30
 def keep_freed_memory() -> None:
     """Let glibc reuse large buffers instead of giving them back to the system at every free.
 
-    A network's activations are freed and asked for again with each batch. Mapped anew each time,
-    every page of them faults: with the baseline cnn that was more than half of the CPU time.
+    A network's activations are freed and allocated again with each batch. If they are mapped anew
+    each time, every page faults: with the baseline cnn that took over half of the CPU time.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""What turns logits into decisions: temperature, thresholds, and how both are fitted.
+"""Temperature and thresholds: how logits become p_fake and decisions, and how both are fitted.
 
 Floor: core. Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are
 exact float32 values, so numpy, pyarrow and SQL agree on them, in float32 and in float64.
@@ -24,7 +24,7 @@ TEMPERATURE_BOUNDS = (0.05, 100.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What turns a logit into p_fake and is_fake. Thresholds are on p_fake, in [0, 1]."""
+    """Temperature and thresholds of a detector. Thresholds are on p_fake, in [0, 1]."""
 
     temperature: float
     """Divides the logit, > 0; above 1 the detector was overconfident."""
@@ -37,16 +37,16 @@ class Calibration:
 
 
 def compute_p_fake(logit: Floats, temperature: float) -> npt.NDArray[np.float32]:
-    """sigmoid(logit / temperature): float32[N] in [0, 1], computed in float64 and rounded once.
+    """Return sigmoid(logit / temperature): float32[N] in [0, 1], computed in float64.
 
-    Exactly 1.0 from a calibrated logit of about 17 on: such images tie, no threshold parts them.
+    Exactly 1.0 from a calibrated logit of about 17 on: no threshold separates such images.
     """
     p_fake: npt.NDArray[np.float64] = expit(logit.astype(np.float64) / temperature)
     return p_fake.astype(np.float32)
 
 
 def calibrate(logit: Floats, label: Ints) -> Calibration:
-    """Temperature and thresholds from labelled logits, float[N] and int[N] in {0, 1}.
+    """Fit temperature and thresholds on labelled logits, float[N] and int[N] in {0, 1}.
 
     ValueError for an empty or non-finite input or a missing class; UsageError when so many REAL
     images saturate at p_fake == 1.0 that no threshold in [0, 1] keeps the false positive rate.
@@ -66,13 +66,13 @@ def calibrate(logit: Floats, label: Ints) -> Calibration:
 
 
 def fit_temperature(logit: Floats, label: Ints) -> float:
-    """The temperature of the lowest NLL (Guo et al. 2017, section 4.2), in TEMPERATURE_BOUNDS.
+    """Return the temperature of lowest NLL (Guo et al. 2017, section 4.2), in TEMPERATURE_BOUNDS.
 
     Targets are smoothed as in Platt (1999), (n + 1) / (n + 2) for a class of n images: where a
     validation set is separated perfectly, the plain NLL falls for ever as the temperature goes to
     0 and every p_fake becomes 0 or 1. The smoothing vanishes as n grows.
     """
-    from scipy.optimize import minimize_scalar  # half a second that scoring need not wait
+    from scipy.optimize import minimize_scalar  # takes half a second, which scoring does not need
 
     z = logit.astype(np.float64)
     num_fake = int(np.sum(label == FAKE))
@@ -89,15 +89,15 @@ def fit_temperature(logit: Floats, label: Ints) -> float:
 
 
 def _midpoint(below: np.float32, above: np.float32) -> float:
-    """A float32 t with below < t <= above, half-way where float32 has such a value."""
+    """Return a float32 t with below < t <= above, half-way if float32 has such a value."""
     middle = np.float32((float(below) + float(above)) / 2)
     return float(middle if middle > below else above)
 
 
 def _best_threshold(p_fake: npt.NDArray[np.float32], label: Ints) -> float:
-    """Half-way between two neighbouring scores, where balanced accuracy is highest.
+    """Return the point half-way between two neighbouring scores with the best balanced accuracy.
 
-    Ties go to the candidate nearest 0.5, then to the higher one (fewer REAL images accused).
+    Ties go to the candidate nearest 0.5, then to the higher one (fewer false positives).
     """
     scores, group = np.unique(p_fake, return_inverse=True)
     # Images at or above each distinct score: what a threshold just below that score calls FAKE.
@@ -111,10 +111,10 @@ def _best_threshold(p_fake: npt.NDArray[np.float32], label: Ints) -> float:
 
 
 def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) -> float:
-    """The lowest threshold with at most `fpr` of REAL at or above it.
+    """Return the lowest threshold with at most `fpr` of REAL at or above it.
 
-    All thresholds between two neighbouring scores decide alike; the one half-way is given, so that
-    the last bit of another machine's arithmetic does not push an image across. With fewer than
+    All thresholds between two neighbouring scores decide alike; the middle is returned, so that
+    rounding on another machine does not change a decision. With fewer than
     1 / fpr REAL images it lies above the highest of them.
     """
     real = np.sort(p_fake[label == REAL])[::-1]

@@ -46,7 +46,7 @@ def compute_metrics(
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every number of the report, JSON-able; None where undefined (AUROC of a single class).
+    """Compute every number of the report, as JSON types; None if undefined (AUROC of one class).
 
     `{"value", "low", "high"}` holds a 95% interval: Wilson's for accuracy; else the percentiles of
     a bootstrap stratified by class, widened to hold the value where resampling is biased (ECE).
@@ -89,13 +89,13 @@ def compute_metrics(
 
 
 def _log_loss(logit: Floats, label: Ints, temperature: float) -> npt.NDArray[np.float64]:
-    """Per image, from the logit: log(p_fake) of a saturated score would be infinite."""
+    """Compute the NLL per image from the logit: log(p_fake) of a saturated score is infinite."""
     z = logit.astype(np.float64) / temperature
     return np.logaddexp(0.0, np.where(label == FAKE, -z, z))
 
 
 def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float | None]:
-    """The metrics that get a bootstrap interval: the names and numbers of `_Cells.measure`."""
+    """Compute the metrics that get a bootstrap interval, as `_Cells.measure` names them."""
     p_fake = compute_p_fake(logit, temperature).astype(np.float64)
     names = ("auroc", "average_precision", "eer", *RATES)
     ranking: dict[str, float | None] = dict.fromkeys(names)
@@ -116,7 +116,7 @@ def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float 
 
 
 def find_tpr(logit: Floats, label: Ints, rate: float) -> float:
-    """Highest TPR with an FPR not above `rate`; both classes must be there."""
+    """Return the highest TPR with an FPR of at most `rate`; needs both classes."""
     fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
     return _read_tpr(fpr, tpr, rate)
 
@@ -160,7 +160,7 @@ class _Cells:
             self.gaps[name] = (index, average(p_fake - label))
 
     def measure(self, counts: Ints) -> dict[str, float]:
-        """The metrics when the cells hold `counts`, int[2, cells], with the same class totals."""
+        """Compute the metrics for `counts`, int[2, cells], with the same class totals."""
         num_real, num_fake = (int(total) for total in counts.sum(1))
         num = num_real + num_fake
         values = {
@@ -187,7 +187,7 @@ class _Cells:
 def _draw_replicates(
     logit: Floats, label: Ints, temperature: float, num_bootstrap: int, rng: np.random.Generator
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Each metric in each replicate, float64[num_bootstrap]; empty without replicates."""
+    """Return each metric in each replicate, float64[num_bootstrap]; empty without replicates."""
     if not num_bootstrap:
         return {}
     cells = _Cells(logit, label, temperature)
@@ -206,7 +206,7 @@ def _interval(value: float | None, draws: Floats | None) -> dict[str, float | No
 
 
 def _wilson_interval(num_right: int, num_all: int) -> dict[str, float | None]:
-    """Wilson's 95% score interval of a share (Wilson 1927)."""
+    """Return Wilson's 95% score interval of a proportion (Wilson 1927)."""
     value = num_right / num_all
     centre = (value + Z_95**2 / (2 * num_all)) / (1 + Z_95**2 / num_all)
     variance = value * (1 - value) / num_all + Z_95**2 / (4 * num_all**2)
@@ -222,7 +222,7 @@ def _measure_decisions(
     num_bootstrap: int,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """Metrics of one threshold. `confusion[i][j]`: images labelled i, called j; REAL then FAKE."""
+    """Compute metrics at a threshold. `confusion[i][j]`: labelled i, called j; REAL then FAKE."""
     counts = np.bincount(2 * label + is_fake, minlength=4).reshape(2, 2)
     per_class: dict[str, dict[str, float | None]] = {}
     for value, name in enumerate(LABEL_NAMES):
@@ -250,7 +250,7 @@ def _measure_decisions(
 
 
 def _thin_roc(logit: Floats, label: Ints) -> dict[str, list[float]]:
-    """At most MAX_ROC_POINTS points, fpr ascending; half of them even over log FPR: the low end."""
+    """Return at most MAX_ROC_POINTS points by fpr; half are spaced evenly over log FPR."""
     fpr, tpr, _ = roc_curve(label, logit)
     if len(fpr) > MAX_ROC_POINTS:
         half = MAX_ROC_POINTS // 2 - 1
@@ -267,7 +267,7 @@ def _bin_index(p_fake: Floats) -> npt.NDArray[np.intp]:
 
 
 def _bin_reliability(p_fake: Floats, label: Ints) -> list[dict[str, Any]]:
-    """Per bin: low, high, count, mean p_fake and share of FAKE (None where the bin is empty)."""
+    """Return per bin: low, high, count, mean p_fake and share of FAKE (None if empty)."""
     index = _bin_index(p_fake.astype(np.float64))
     bins = []
     for i, (low, high) in enumerate(pairwise(RELIABILITY_EDGES.tolist())):
@@ -282,7 +282,7 @@ def _bin_reliability(p_fake: Floats, label: Ints) -> list[dict[str, Any]]:
 
 
 def _count_scores(p_fake: Floats, label: Ints) -> dict[str, list[float]]:
-    """Images per class in 50 equal bins of p_fake: {"edges": [51], "REAL": [50], "FAKE": [50]}."""
+    """Count images per class in 50 bins of p_fake: {"edges": [51], "REAL": [50], "FAKE": [50]}."""
     edges = np.linspace(0, 1, NUM_HISTOGRAM_BINS + 1)
     counts = {
         name: np.histogram(p_fake[label == value], edges)[0].tolist()

@@ -1,4 +1,4 @@
-"""Encoded image bytes in, facts or upright RGB pixels out: the one decode policy of the project.
+"""Headers and upright RGB pixels from encoded bytes: the one decode policy of the project.
 
 Floor: core. Whoever needs pixels calls `decode_image`; whoever needs the header calls
 `inspect_image`. Both refuse an image with `ImageError`, whose `error` is one of
@@ -58,13 +58,13 @@ _UPRIGHT = {
 _ORIENTATION_TAG = 0x0112
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
-# Without a handler of its own, what Pillow logs about broken files would go to stderr.
+# Without a handler, Pillow's logs about broken files would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of one image says."""
+    """The header of one image."""
 
     width: int  # pixels, as stored: before EXIF orientation
     height: int  # pixels, as stored: before EXIF orientation
@@ -75,7 +75,7 @@ class ImageHeader:
 
 
 def inspect_image(data: bytes) -> ImageHeader:
-    """The facts in the header; no pixel is decoded, so a body cut short or corrupt is not noticed.
+    """Read the header; no pixel is decoded, so a truncated or corrupt body is not noticed.
 
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, format_not_allowed,
     truncated (inside the header), decode_failed.
@@ -84,7 +84,7 @@ def inspect_image(data: bytes) -> ImageHeader:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """The first frame as upright RGB: uint8[H, W, 3], 0..255, C-contiguous and writable.
+    """Decode the first frame to upright RGB: uint8[H, W, 3], 0..255, C-contiguous, writable.
 
     - EXIF orientation (or XMP's, where EXIF has none) is applied; unreadable EXIF counts as none.
     - Alpha and transparent colours are composited over white. CMYK, YCCK, YCbCr, LAB, palette,
@@ -104,7 +104,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
-    """Whatever goes wrong inside `decode` comes out as ImageError."""
+    """Call a decoder; every exception becomes an ImageError."""
     if not data:
         raise ImageError("empty", "zero bytes")
     if len(data) > MAX_IMAGE_BYTES:
@@ -148,7 +148,7 @@ def _decode_pixels(data: bytes) -> np.ndarray:
 
 
 def _decode_fast(data: bytes) -> np.ndarray | None:
-    """libjpeg-turbo without Pillow around it; None at any failure or doubt."""
+    """Decode with libjpeg-turbo alone; None at any failure or doubt."""
     if not data.endswith(b"\xff\xd9"):
         return None
     header = scan_jpeg(data)
@@ -167,7 +167,7 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
 
 
 def _decode_slow(data: bytes) -> np.ndarray:
-    """Pillow: every format, and the only judge of what is wrong with a file."""
+    """Decode with Pillow, which alone decides what is wrong with a file."""
     image = _open_image(data)
     if image.format in ("JPEG", "MPO"):
         num_scans, (width, height) = count_scans(data), image.size
@@ -220,7 +220,7 @@ def _convert_to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _open_image(data: bytes) -> ImageFile.ImageFile:
-    """Pillow's view of the header, caps checked. Raises ImageError, or whatever a parser raises."""
+    """Open with Pillow and check the caps. Raises ImageError, or what a parser raises."""
     # A filter on Pillow's modules that stays, and not catch_warnings: that one is not safe in
     # threads. It also keeps DecompressionBombWarning from preceding our own cap.
     if warnings.filters[:1] != [_PILLOW_FILTER]:
@@ -241,7 +241,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _explain_unidentified(data: bytes) -> ImageError:
-    """A broken header of an allowed format, an image of another format, or no image."""
+    """Tell a broken header of an allowed format, another format and no image apart."""
     for name in ALLOWED_FORMATS:
         accept = Image.OPEN[name][1]
         if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text

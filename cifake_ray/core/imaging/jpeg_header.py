@@ -1,4 +1,4 @@
-"""What the markers of a JPEG tell without decoding it: size, layout, and the encoder's quality.
+"""Size, layout and quality of a JPEG from its markers, without decoding.
 
 Floor: core. `core.imaging.decode` asks this scan first, as it costs an eighth of opening the file
 in Pillow. It answers None at the least doubt, and Pillow decides.
@@ -45,7 +45,7 @@ class JpegHeader(NamedTuple):
 
 
 def scan_jpeg(data: bytes) -> JpegHeader | None:
-    """The header of a JPEG read from its markers (4 us for a 32x32 file); never raises.
+    """Read the header of a JPEG from its markers (4 us for a 32x32 file); never raises.
 
     Gives None for whatever is not a well-formed single 8-bit Huffman-coded frame: not a JPEG, cut
     short, arithmetic or lossless coding, 12 bit, hierarchical frames, junk between segments. None
@@ -111,7 +111,7 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
 
 
 def count_scans(data: bytes) -> int:
-    """Scans of a JPEG before its end marker, which libjpeg decodes all, however little each holds.
+    """Count the scans before the end marker; libjpeg decodes each, however small it is.
 
     Never raises. Files of more than MAX_SEGMENTS markers count as so many scans.
     """
@@ -131,7 +131,7 @@ def count_scans(data: bytes) -> int:
 
 @lru_cache(maxsize=4096)
 def estimate_quality(luminance_table: bytes) -> int:
-    """The IJG quality, 1..100, whose scaled standard luminance table is nearest to the file's.
+    """Return the IJG quality, 1..100, whose luminance table is nearest to the file's.
 
     Nearest by the sum of absolute differences, entries above 255 counting as 255 as in baseline
     files; of two equally near the lower. Exact for every encoder of the IJG family (libjpeg,
@@ -147,7 +147,7 @@ def estimate_quality(luminance_table: bytes) -> int:
 
 @lru_cache(maxsize=1)
 def _scale_tables() -> np.ndarray:
-    """int64[100, 64]: one table per quality. Source: libjpeg jcparam.c, jpeg_quality_scaling."""
+    """Return int64[100, 64], a table per quality. Source: libjpeg jcparam.c."""
     quality = np.arange(1, 101, dtype=np.int64)
     percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)
     return np.clip((_STANDARD_LUMINANCE * percent[:, None] + 50) // 100, 1, 255)

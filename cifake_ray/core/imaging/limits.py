@@ -1,4 +1,4 @@
-"""What the containers of images tell without a decoder, and what their parsers may ask for.
+"""Limits on what image containers may cost their parsers, checked without decoding.
 
 Floor: core. Parsers of Pillow that are loops in Python take seconds to minutes for a file made of
 millions of tiny pieces: PNG chunks, JPEG segments or fill bytes, GIF frames, runs of a BMP.
@@ -32,7 +32,7 @@ class BoundedReader(BytesIO):
 
 
 def count_tiff_pages(data: bytes) -> int:
-    """Directories in the chain of a TIFF or BigTIFF, each once; those beyond the end do not count.
+    """Count the directories of a TIFF or BigTIFF, each once; those beyond the end do not count.
 
     Pillow's own count compares each directory with all before it. Raises ImageError (decode_failed)
     for more than MAX_FRAMES.
@@ -55,7 +55,7 @@ def count_tiff_pages(data: bytes) -> int:
 
 
 def check_frames(num_frames: int) -> None:
-    """ImageError (decode_failed) for more frames than anybody makes: tables hold 32 bits."""
+    """Raise ImageError (decode_failed) for an absurd number of frames: tables hold 32 bits."""
     if num_frames > MAX_FRAMES:
         raise ImageError("decode_failed", f"{num_frames} frames, at most {MAX_FRAMES}")
 

@@ -1,6 +1,6 @@
-"""Pixels of any size in, a detector's input out: the same for training, evaluation and scoring.
+"""Fit pixels of any size to a detector's input: the same for training, evaluation and scoring.
 
-Floor: core. Whoever feeds a detector calls `Preprocessing.load_image`.
+Floor: core. Everything that feeds a detector calls `Preprocessing.load_image` or `fit_image`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cifake_ray.core.imaging.decode import decode_image
 
 
 def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
-    """A square of `size` pixels: uint8[H, W, 3] -> uint8[size, size, 3].
+    """Fit an image to a square: uint8[H, W, 3] -> uint8[size, size, 3].
 
-    An image of that shape is given back as it is, not copied.
+    An image of that shape is returned as it is, not copied.
     - resize: Pillow's antialiased bicubic until the shorter side is `size`, then the centre
       (torchvision's and timm's rounding). Of images longer than 4:1 only the middle is resized, so
       a 1 x 60,000,000 strip costs nothing.
@@ -85,16 +85,16 @@ class Preprocessing:
                 )
 
     def load_image(self, data: bytes) -> np.ndarray:
-        """Encoded bytes -> uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
+        """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
         return fit_image(decode_image(data), size=self.image_size, fit=self.fit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for a bundle's config."""
+        """Return plain JSON types, for a bundle's config."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`. Raises ValueError for missing, unknown or impossible values."""
+        """Invert `to_dict`. Raises ValueError for missing, unknown or impossible values."""
         names = set(cls.__dataclass_fields__)
         values = {"test_time_flip": False, **values}  # bundles older than the field
         if set(values) != names:
@@ -109,7 +109,7 @@ class Preprocessing:
 
 
 def _crop_center(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A view of the centre, no larger than height x width."""
+    """Return a view of the centre, no larger than height x width."""
     # round(), half to even, is torchvision's center_crop: bundles must agree with timm.
     top = round(max(pixels.shape[0] - height, 0) / 2)
     left = round(max(pixels.shape[1] - width, 0) / 2)

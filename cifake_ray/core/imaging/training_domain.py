@@ -1,4 +1,4 @@
-"""The domain of a detector: what the headers of its training images say, and who is unlike them.
+"""The domain of a detector: what the headers of its training images have in common.
 
 Floor: core.
 """
@@ -25,7 +25,7 @@ QUALITIES = (1, 100)  # IJG
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDomain:
-    """What images a detector learned from. Ranges, so that no training image is unlike them."""
+    """What images a detector was trained on. Ranges, so that each training image is inside."""
 
     sides: Bounds  # pixels: the smallest and the largest width or height
     formats: tuple[str, ...]  # Pillow's names, sorted
@@ -42,7 +42,7 @@ class TrainingDomain:
             raise ValueError(f"formats {self.formats} must be names")
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
-        """Scored images that are unlike the training images, by what tells them apart.
+        """Count scored images that are unlike the training images, by what differs.
 
         `rows` are SCORE_FIELDS; those with an error do not count. `any` counts each image once. An
         image that is no JPEG has no JPEG quality to be unlike.
@@ -62,7 +62,7 @@ class TrainingDomain:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingDomain:
-        """From the config of a bundle. KeyError, TypeError or ValueError when it cannot be."""
+        """Read it from the config of a bundle. KeyError, TypeError or ValueError if malformed."""
         qualities = values["jpeg_qualities"]
         return cls(
             sides=tuple(values["sides"]),
@@ -77,7 +77,7 @@ def _is_outside(values: pa.ChunkedArray, bounds: Bounds) -> pa.ChunkedArray:
 
 
 def find_domain(headers: pa.Table) -> TrainingDomain:
-    """The domain of images from their headers: DOMAIN_COLUMNS, at least one row."""
+    """Return the domain of images from their headers: DOMAIN_COLUMNS, at least one row."""
     width, height, name, quality = (headers.column(name) for name in DOMAIN_COLUMNS)
     sides = pc.min_max(pa.chunked_array([*width.chunks, *height.chunks])).as_py()
     qualities = pc.min_max(quality).as_py()

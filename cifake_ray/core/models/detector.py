@@ -1,4 +1,4 @@
-"""Detectors: a network of the zoo, with its half of the preprocessing inside.
+"""Detectors: a network together with its normalisation.
 
 Floor: core. Networks are timm's where timm has them; this file adds only what it lacks. timm takes
 seconds to import, so it is imported only when one of its networks is asked for.
@@ -28,7 +28,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def build_cnn() -> nn.Sequential:
-    """The baseline: float[B, 3, 32, 32] -> float[B, 2]; 39,132 parameters, no batch norm.
+    """Build the baseline: float[B, 3, 32, 32] -> float[B, 2]; 39,132 parameters, no batch norm.
 
     Three 3x3 convolutions without padding (80, 40, 20 channels), each with ReLU and 2x2 max
     pooling, then 80 -> 10 -> 2.
@@ -57,7 +57,7 @@ class Detector(nn.Module):
         self.set_preprocessing(preprocessing)
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
-        """Take over a bundle's own sizes, mean and deviation."""
+        """Use a bundle's own size, mean and standard deviation."""
         self.preprocessing = preprocessing
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
@@ -70,9 +70,9 @@ class Detector(nn.Module):
         return outputs.float()
 
     def find_logit(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8[B, S, S, 3] -> float32[B]: z_FAKE - z_REAL, uncalibrated; above 0 speaks for FAKE.
+        """Map uint8[B, S, S, 3] to float32[B]: z_FAKE - z_REAL, uncalibrated; FAKE above 0.
 
-        With test-time flip the mean of an image's and its mirror image's.
+        With test-time flip the mean over an image and its mirror image.
         """
         logit = to_logit(self(images))
         if self.preprocessing.test_time_flip:
@@ -85,7 +85,7 @@ class Detector(nn.Module):
 
 
 def to_logit(outputs: torch.Tensor) -> torch.Tensor:
-    """float32[B, 2] -> float32[B]: z_FAKE - z_REAL."""
+    """Map float32[B, 2] to float32[B]: z_FAKE - z_REAL."""
     return outputs[:, 1] - outputs[:, 0]
 
 
@@ -96,7 +96,7 @@ def build_detector(
     fit: Fit = "resize",
     drop_path: float = 0.0,
 ) -> Detector:
-    """A detector with fresh weights, drawn from torch's global generator.
+    """Build a detector with fresh weights, drawn from torch's global generator.
 
     `image_size` None is the architecture's own. UsageError for an unknown architecture, or a size
     or a `drop_path` it cannot take.
@@ -145,7 +145,7 @@ def build_detector(
 
 
 def find_head(network: nn.Module) -> nn.Module:
-    """The classifier: timm's own word for it, else the last linear layer."""
+    """Return the classifier: timm's `get_classifier`, else the last linear layer."""
     find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
     if find is not None:
         found: nn.Module | tuple[nn.Module, ...] = find()
@@ -154,7 +154,7 @@ def find_head(network: nn.Module) -> nn.Module:
 
 
 def list_architectures(pattern: str) -> dict[str, str]:
-    """Name -> one line, ours first, then timm's with their own input size."""
+    """Map the names that match a glob to one line each: ours first, then timm's."""
     from fnmatch import fnmatch
 
     import timm
@@ -170,7 +170,7 @@ def list_architectures(pattern: str) -> dict[str, str]:
 
 
 def check_size(detector: Detector) -> None:
-    """UsageError when the network cannot take images of its size: too small to pool, say."""
+    """Raise UsageError when the network cannot take images of its size, such as too small ones."""
     size = detector.preprocessing.image_size
     was_training = detector.training
     detector.eval()

@@ -1,4 +1,4 @@
-"""Networks for small images: a plain CNN, timm's fitted to them, and one made of two of those.
+"""Networks for small images: a plain CNN, adapted ones of timm, and a fusion of two.
 
 Floor: core. timm's stems shrink an image by 4 to 16 before the first block: of 32 x 32 pixels too
 little is left, and what tells generated images lies in the finest of them.
@@ -50,12 +50,12 @@ DESCRIPTIONS = (
 
 
 def is_small(name: str) -> bool:
-    """Whether `build_small` makes it."""
+    """Whether `build_small` builds this architecture."""
     return name in DESCRIPTIONS or SMALL_CNN.fullmatch(name) is not None
 
 
 def build_small(name: str, image_size: int, drop_path: float, num_classes: int = 2) -> nn.Module:
-    """float[B, 3, S, S] -> float[B, 2], or features for `num_classes` 0.
+    """Build float[B, 3, S, S] -> float[B, 2], or features for `num_classes` 0.
 
     UsageError for an image size or a drop_path it cannot take.
     """
@@ -86,13 +86,13 @@ def build_small(name: str, image_size: int, drop_path: float, num_classes: int =
 
 
 def choose_channels(width: str | None = None, depth: str | None = None) -> tuple[int, ...]:
-    """Of small_cnn: 3/8 and 3/4 of the width at 16 x 16 pixels, then `depth` + 1 times all."""
+    """Return small_cnn's widths: 3/8 and 3/4 at 16 x 16 pixels, then `depth` + 1 times all."""
     full = int(width or 128)
     return (-(-full * 3 // 8), -(-full * 3 // 4), *[full] * (int(depth or 2) + 1))
 
 
 def build_small_cnn(channels: Sequence[int]) -> nn.Sequential:
-    """float[B, 3, S, S] -> float[B, 2] for S from 8 on; 450,594 parameters with small_cnn's.
+    """Build float[B, 3, S, S] -> float[B, 2] for S from 8 on; small_cnn has 450,594 parameters.
 
     The stem halves the side at once: what tells generated images lies in the finest pixels, and a
     window of 4 x 4 of them sees that, while whatever works on 32 x 32 costs four times as much. The
@@ -113,13 +113,13 @@ def build_small_cnn(channels: Sequence[int]) -> nn.Sequential:
 
 
 def _convolve(num_in: int, num_out: int, side: int = 3, stride: int = 1) -> list[nn.Module]:
-    """A convolution, batch norm and ReLU."""
+    """Build a convolution, batch norm and ReLU."""
     convolution = nn.Conv2d(num_in, num_out, side, stride=stride, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(num_out), nn.ReLU(inplace=True)]
 
 
 class Fusion(nn.Module):
-    """A ViT and a CNN side by side; the head sees both feature vectors."""
+    """A ViT and a CNN side by side; the head gets both feature vectors."""
 
     def __init__(self, image_size: int, drop_path: float) -> None:
         super().__init__()
@@ -134,10 +134,10 @@ class Fusion(nn.Module):
         )
 
     def get_classifier(self) -> nn.Module:
-        """As timm's networks call it."""
+        """Return the head, under timm's name for it."""
         return self.head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """float[B, 3, S, S] -> float[B, 2]."""
+        """Map float[B, 3, S, S] to float[B, 2]."""
         outputs: torch.Tensor = self.head(torch.cat([self.vit(images), self.cnn(images)], dim=1))
         return outputs

@@ -1,4 +1,4 @@
-"""Images in, shard rows out: what convert does with a slice of a shard.
+"""The processor of convert: images to shard rows.
 
 Floor: core.
 """
@@ -54,4 +54,4 @@ class ConvertProcessor:
         return assemble_rows(SHARD_FIELDS, rows, columns, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
-        return {}  # of no detector
+        return {}  # there is no detector

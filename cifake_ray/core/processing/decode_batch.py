@@ -1,6 +1,6 @@
-"""Encoded images in, a batch of a detector's input out: the half of scoring that needs no detector.
+"""Decode encoded images to a batch of a detector's input: the half of scoring without a detector.
 
-Floor: core. torch is not imported: where a GPU scores, other processes do this.
+Floor: core. torch is not imported, since beside a GPU other processes do this.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Decoded:
     """N images, of which K could be decoded."""
 
     pixels: np.ndarray  # uint8[K, S, S, 3]
-    headers: list[ImageHeader | None]  # N; None of those that could not
-    errors: list[ImageError | None]  # N; None of those that could
+    headers: list[ImageHeader | None]  # N; None if it could not be decoded
+    errors: list[ImageError | None]  # N; None if it could
 
 
 def decode_batch(preprocessing: Preprocessing, images: Iterable[bytes | ImageError]) -> Decoded:
-    """The images, one after the other as they come; what went wrong stands in its place."""
+    """Decode the images in order; an error takes the place of an image that fails."""
     pixels: list[np.ndarray] = []
     headers: list[ImageHeader | None] = []
     errors: list[ImageError | None] = []

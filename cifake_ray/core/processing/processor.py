@@ -1,4 +1,4 @@
-"""What the batch spine does with a slice of images: the contract between `stages` and `core`.
+"""The contract between the batch spine and what it does with images.
 
 Floor: core.
 """
@@ -16,24 +16,24 @@ Prepare = Callable[[Iterable[bytes | ImageError]], Any]
 
 
 class Processor(Protocol):
-    """Turns rows of the manifest and the images they name into rows of the result, in two halves.
+    """Turn rows of the manifest and their images into rows of the result, in two halves.
 
-    The first needs the images alone, so another process, on another machine, may do it: it travels
-    there, and what it gives travels back.
+    `prepare` needs only the images, so it may run in another process, on another machine: it and
+    its result are pickled.
     """
 
-    batch_size: int  # images handed over at once
-    decodes: bool  # whether it decodes the pixels, or reads the header only
-    footer: dict[str, str]  # what the footer of each shard records beside the spine's own facts
-    prepare: Prepare  # gives what `finish` takes
-    image_bytes: int  # of memory that it gives for each image, at most
+    batch_size: int  # images per call
+    decodes: bool  # whether it decodes pixels, or reads headers only
+    footer: dict[str, str]  # what it adds to the footer of each shard
+    prepare: Prepare  # returns what `finish` takes
+    image_bytes: int  # size of the result of `prepare` per image, at most
 
     def finish(self, rows: pa.Table, prepared: Any) -> pa.Table:
-        """One row of the result for each row of the manifest, in the same order."""
+        """Return one row of the result for each row of the manifest, in the same order."""
         ...
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
-        """Rows of a shard that are unlike the training images, by reason; empty if unknown."""
+        """Count rows of a shard that are unlike the training images, by reason; {} if unknown."""
         ...
 
 
@@ -43,7 +43,7 @@ def assemble_rows(
     columns: dict[str, Sequence[Any] | pa.Array],
     errors: Sequence[ImageError | None],
 ) -> pa.Table:
-    """A result table: `columns` first, then errors, then what the manifest knows of each key.
+    """Assemble a result table: `columns` first, then errors, then columns of the manifest.
 
     The manifest's extra columns follow the fields of the schema under their own names.
     """

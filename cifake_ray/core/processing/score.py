@@ -1,4 +1,4 @@
-"""Images in, scores out: what bulk scoring and evaluation do with a slice of a shard.
+"""The processor of score and evaluate: images to scores.
 
 Floor: core.
 """
@@ -22,7 +22,7 @@ from cifake_ray.errors import ImageError
 
 
 class ScoreProcessor:
-    """Decodes and scores a slice of images: the `Processor` of score and evaluate."""
+    """Decode and score a slice of images: the `Processor` of score and evaluate."""
 
     decodes = True
 
@@ -53,7 +53,7 @@ class ScoreProcessor:
         good = [i for i, error in enumerate(errors) if error is None]
         logit = np.full(len(errors), np.nan, np.float32)
         if good:
-            # What another process decoded is memory that must not be written; torch wants others'.
+            # What another process decoded is read-only memory; torch wants it writable.
             pixels = torch.from_numpy(np.require(prepared.pixels, requirements="W"))
             logit[good] = predict_logit(self.detector, pixels, self.device)
         for i in good:
@@ -76,7 +76,7 @@ class ScoreProcessor:
 
 @torch.inference_mode()
 def predict_logit(detector: Detector, images: torch.Tensor, device: str) -> np.ndarray:
-    """uint8[N, S, S, 3] -> float32[N] logits, in one forward pass."""
+    """Map uint8[N, S, S, 3] to float32[N] logits, in one forward pass."""
     if device != "cpu":
         images = images.pin_memory().to(device, non_blocking=True)
     logit: np.ndarray = detector.find_logit(images).cpu().numpy()
