@@ -1,9 +1,9 @@
-"""The figures of a report: metrics in, PNG bytes out.
+"""Draw the figures of a report: metrics in, PNG bytes out.
 
-Floor: report. Matplotlib is imported on the first drawing, since most commands draw nothing, and
-used through its object API: pyplot keeps figures in a global list and is not safe in threads.
-Colours are Okabe and Ito's, told apart by colour-blind readers; REAL and FAKE differ in line style
-or position too. The same numbers give the same bytes.
+Floor: report. Matplotlib is imported on first use, since most commands draw nothing, and used
+through its object API: pyplot keeps figures in a global list and is not thread-safe. Colours are
+Okabe and Ito's, safe for colour-blind readers; REAL and FAKE also differ in line style or position.
+The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, Any]
 
 COLOURS = {"REAL": "#0072B2", "FAKE": "#D55E00"}
-BEFORE = "#009E73"  # the green: what calibration changed
+BEFORE = "#009E73"  # green: before calibration
 INK, MUTED, GRID = "#1a1a1a", "#5a5a5a", "#d9d9d9"
-MAX_SLICES = 40  # bars; more would make a figure nobody reads
+MAX_SLICES = 40  # bars; more would be unreadable
 DPI = 160  # twice the size at which the page shows it
 
 
@@ -35,9 +35,9 @@ def draw_figures(
     history: Sequence[Mapping[str, Any]] = (),
     slices: Mapping[str, Metrics] | None = None,
 ) -> dict[str, bytes]:
-    """Every figure the numbers allow, file stem -> PNG, in the order of the report.
+    """Draw every figure the numbers allow: file stem -> PNG, in the order of the report.
 
-    `metrics` and the values of `slices` are of `core.evaluation.metrics.compute_metrics`. The ROC
+    `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`. The ROC
     needs both classes; learning curves need at least one epoch.
     """
     figures = {}
@@ -57,10 +57,10 @@ def draw_figures(
 
 
 def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
-    """ROC on linear axes, or over log FPR with the 1% and 0.1% operating points marked."""
+    """Draw the ROC on linear axes, or over log FPR with the 1% and 0.1% operating points."""
     figure, (axes,) = new_figure()
     fpr, tpr = metrics["roc_points"]["fpr"], metrics["roc_points"]["tpr"]
-    # A threshold either takes an image or not: steps, not slopes, are what was measured.
+    # Steps, not slopes: the measured curve is constant between thresholds.
     axes.plot(fpr, tpr, color=INK, linewidth=1.8, drawstyle="steps-post")
     axes.set_xlabel("False positive rate (REAL called FAKE)")
     axes.set_ylabel("True positive rate (FAKE found)")
@@ -86,7 +86,7 @@ def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
 
 
 def draw_confusion(metrics: Metrics, block: str) -> bytes:
-    """Confusion matrix of the block "at_0.5" or "at_threshold": counts, and percent of each row."""
+    """Draw the confusion matrix of "at_0.5" or "at_threshold": counts and percent of each row."""
     figure, (axes,) = new_figure(height=3.6)
     threshold, counts = metrics[block]["threshold"], metrics[block]["confusion"]
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
@@ -106,9 +106,9 @@ def draw_confusion(metrics: Metrics, block: str) -> bytes:
 
 
 def draw_reliability(metrics: Metrics) -> bytes:
-    """Share of FAKE against mean p_fake per bin, before and after the temperature.
+    """Draw the share of FAKE against mean p_fake per bin, before and after the temperature.
 
-    Below, the images per bin: bars after it, an outline before.
+    Below, the images per bin: an outline before, bars after.
     """
     figure, (upper, lower) = new_figure(height=5.2, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2)
@@ -148,7 +148,7 @@ def draw_reliability(metrics: Metrics) -> bytes:
 
 
 def draw_score_histogram(metrics: Metrics) -> bytes:
-    """p_fake per class, REAL upwards and FAKE downwards from one line, with the threshold."""
+    """Draw p_fake per class, REAL upwards and FAKE downwards, with the threshold."""
     figure, (upper, lower) = new_figure(height=5.2, height_ratios=(1, 1))
     histogram = metrics["score_histogram"]
     highest = max(*histogram["REAL"], *histogram["FAKE"], 1)
@@ -170,7 +170,7 @@ def draw_score_histogram(metrics: Metrics) -> bytes:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """Training and validation loss over epochs.
+    """Draw training and validation loss over epochs.
 
     Rows have `epoch` and any of `train_loss`, `val_loss`; other keys are ignored.
     """
@@ -187,7 +187,7 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """Validation accuracy over epochs, from the `epoch` and `val_accuracy` of each row."""
+    """Draw validation accuracy over epochs, from `epoch` and `val_accuracy` of each row."""
     figure, (axes,) = new_figure()
     points = _plot_epochs(axes, history, "val_accuracy", "s-", colour=INK, label="validation")
     axes.set_ylabel("Accuracy on validation")
@@ -201,7 +201,7 @@ def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
-    """Accuracy at 0.5 per slice with Wilson intervals, lowest first; at most MAX_SLICES bars."""
+    """Draw accuracy at 0.5 per slice with Wilson intervals, lowest first, at most MAX_SLICES."""
     ordered = sorted(slices.items(), key=lambda item: (item[1]["accuracy"]["value"], item[0]))
     shown = ordered[:MAX_SLICES]
     figure, (axes,) = new_figure(height=1.2 + 0.3 * len(shown))
@@ -226,12 +226,12 @@ def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
 def new_figure(
     height: float = 4.2, height_ratios: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of one column, narrow enough to be read on a phone; a row per height ratio."""
+    """Return a figure narrow enough for a phone, with one column and a row per height ratio."""
     from matplotlib import rc_context, rcdefaults
     from matplotlib.figure import Figure
 
     with rc_context():
-        rcdefaults()  # a reader's matplotlibrc must not change the bytes
+        rcdefaults()  # the user's matplotlibrc must not change the bytes
         figure = Figure(figsize=(6, height), dpi=DPI, layout="constrained", facecolor="white")
         grid = figure.subplots(len(height_ratios), squeeze=False, height_ratios=height_ratios)
     all_axes: list[Axes] = list(grid.flat)
@@ -246,7 +246,7 @@ def new_figure(
 
 def encode_figure(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # the version is no news
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # no version in the bytes
     return buffer.getvalue()
 
 
@@ -278,6 +278,6 @@ def _format_count(count: int) -> str:
 
 
 def shorten(name: str) -> str:
-    # The font ends after Cyrillic; a box and a warning per character would help nobody.
+    # The font ends after Cyrillic: avoid a box and a warning per character.
     printable = "".join(c if c.isprintable() and c < "\u0530" else "?" for c in name)
     return printable if len(printable) <= 32 else printable[:15] + "…" + printable[-16:]

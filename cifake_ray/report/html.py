@@ -1,8 +1,7 @@
-"""Reports: one HTML page that needs nothing else, offline and for years.
+"""Render a report as one self-contained HTML page.
 
-Floor: report. Keys come from other people's file names, so the page has three fences: Jinja2
-escapes everything, control characters are spelled out, and the page's own policy allows no script
-and no request.
+Floor: report. Keys come from untrusted file names, so Jinja2 escapes everything, control
+characters are spelled out, and the page's security policy allows no scripts and no requests.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from cifake_ray.report.text import (
     list_decisions,
 )
 
-# What a figure shows, by the names of figures.draw_figures: the caption and the alt text.
+# Captions and alt texts, by the names of figures.draw_figures.
 CAPTIONS = {
-    "roc": "ROC: how many FAKE images are found for each share of REAL images accused.",
-    "roc_log": "The same where it matters in bulk: few REAL images accused, on a log axis.",
-    "confusion": "Confusion at 0.5: images by label and by what they were called.",
-    "confusion_threshold": "Confusion at the threshold of the bundle.",
-    "scores": "How p_fake spreads in each class, on log axes.",
+    "roc": "ROC: share of FAKE images found against share of REAL images called FAKE.",
+    "roc_log": "The same at low false positive rates, which matter in bulk, on a log axis.",
+    "confusion": "Confusion at 0.5: images by label and by decision.",
+    "confusion_threshold": "Confusion at the bundle's threshold.",
+    "scores": "Distribution of p_fake in each class, on log axes.",
     "reliability": (
-        "Reliability before the bundle's temperature and after: on the dotted line, p_fake can be"
-        " read as a probability."
+        "Reliability before and after the bundle's temperature: on the dotted line, p_fake equals"
+        " the share of FAKE."
     ),
     "loss": "Loss over the epochs of training.",
     "accuracy": "Accuracy on validation over the epochs of training.",
@@ -45,7 +44,7 @@ CAPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """An image told wrong, for the contact sheet."""
+    """A misclassified image, for the contact sheet."""
 
     key: str
     """Any text; shown escaped, control characters spelled out."""
@@ -54,7 +53,7 @@ class Mistake:
     p_fake: float
     """In [0, 1]."""
     png: bytes
-    """The thumbnail, already encoded; small ones are shown larger, pixel by pixel."""
+    """The encoded thumbnail; small ones are enlarged without smoothing."""
 
 
 def render_report(
@@ -67,15 +66,15 @@ def render_report(
     errors: Mapping[str, int],
     slices: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The page as text, to be written as UTF-8.
+    """Return the page as text, to be written as UTF-8.
 
-    `metrics` and the values of `slices` are of `core.evaluation.metrics.compute_metrics`, `figures`
-    (file stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score by error
-    class; `facts` (name -> value) are what a reader needs to get the same numbers again.
+    `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`,
+    `figures` (file stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score
+    by error class; `facts` (name -> value) are needed to reproduce the numbers.
     """
     groups = []
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
-        # The surest mistakes first.
+        # The most confident mistakes first.
         chosen = [mistake for mistake in mistakes if mistake.label == label]
         chosen.sort(key=lambda mistake: (mistake.p_fake, mistake.key), reverse=label == REAL)
         groups.append((f"{LABEL_NAMES[label]} called {LABEL_NAMES[called]}", chosen))
@@ -100,7 +99,7 @@ def render_report(
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page of this folder's templates, `page.html.j2` being what they have in common."""
+    """Render one of this folder's templates; they share `page.html.j2`."""
     environment = Environment(
         loader=FunctionLoader(_read_template),
         autoescape=True,
@@ -117,10 +116,10 @@ def _read_template(name: str) -> str:
 
 
 def _spell_out(value: Any) -> Any:
-    r"""A string with its control characters, line breaks and lone surrogates as \x1b or \u202e.
+    r"""Replace control characters, line breaks and lone surrogates by \x1b or \u202e.
 
-    Direction overrides would let a key rewrite the text around it; a lone surrogate, from a file
-    name that is not UTF-8, could not be written at all.
+    Direction overrides would let a key reorder the text around it; a lone surrogate, from a file
+    name that is not UTF-8, could not be encoded.
     """
     if isinstance(value, Markup) or not isinstance(value, str):
         return value

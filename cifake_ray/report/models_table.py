@@ -1,4 +1,4 @@
-"""The list of architectures as a table for a terminal.
+"""Format the list of architectures as a table for a terminal.
 
 Floor: report.
 """
@@ -14,17 +14,17 @@ GAP = "  "
 
 
 def format_models_table(catalogue: Mapping[str, Any]) -> str:
-    """The rows of `core.training.model_cost.list_models`, and what a reader of them should know.
+    """Format the rows of `core.training.model_cost.list_models`, with notes on the columns.
 
-    `catalogue` holds them as `models`; `made_by` is the command that made their results. An
-    architecture has further lines for results at another size or on other images.
+    `catalogue` holds them as `models`; `made_by` is the command that made their results. Results at
+    another size or on other images take further lines.
     """
     rows = catalogue["models"]
     counted = [row for row in rows if row["num_parameters"] is not None]
     problems = [f"{row['model']}: {row['problem']}" for row in rows if row["problem"]]
     if not counted:
         sizes = [(row["model"], str(row["image_size"])) for row in rows]
-        notes = [] if problems else [f"{len(rows):,} match: too many to count what they cost."]
+        notes = [] if problems else [f"{len(rows):,} match: too many to count parameters and MACs."]
         return "\n".join((align_table(("model", "input"), sizes, "<>"), "", *notes, *problems))
     has_results = any(row["results"] for row in rows)
     speeds = [row["speed"] for row in rows if row["speed"]]
@@ -43,11 +43,11 @@ def format_models_table(catalogue: Mapping[str, Any]) -> str:
         speed = speeds[0]
         notes.append(
             f"train/s, score/s: images per second on this machine ({speed['device']},"
-            f" {speed['num_threads']} threads, {speed['dtype']}), batches of the size shown."
+            f" {speed['num_threads']} threads, {speed['dtype']}), at the batch size shown."
         )
     if has_results:
         notes.append(
-            "accuracy: on CIFAKE's test images, with its 95% interval; measured by"
+            "accuracy: on CIFAKE's test images, with a 95% interval; measured by"
             f" `{catalogue['made_by']}`."
         )
     ours = [row for row in counted if not row["about"].startswith("timm, ")]
@@ -56,7 +56,7 @@ def format_models_table(catalogue: Mapping[str, Any]) -> str:
 
 
 def _list_lines(row: Mapping[str, Any], *, with_speed: bool, with_results: bool) -> list[list[str]]:
-    """An architecture: itself at its size with the first result there, then the other results."""
+    """Return an architecture's lines: the first result at its own size, then the others."""
     cost = [format_count(row["num_parameters"]), format_count(row["macs"])]
     speed = row["speed"]
     rates = ["-"] * 3
@@ -82,7 +82,7 @@ def _format_result(result: Mapping[str, Any]) -> list[str]:
 
 
 def align_table(head: Sequence[str] | None, rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Columns under their heads, `<` left and `>` right; no line ends in blanks."""
+    """Align columns under their heads, `<` left and `>` right, without trailing blanks."""
     table = [*([head] if head else []), *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
@@ -94,7 +94,7 @@ def align_table(head: Sequence[str] | None, rows: Sequence[Sequence[str]], sides
 
 
 def format_count(number: int | None) -> str:
-    """Three digits that count: `39.1 k`, `556 M`, `1.30 G`; a dash for None."""
+    """Format to three significant digits: `39.1 k`, `556 M`, `1.30 G`; a dash for None."""
     if number is None:
         return "-"
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -104,5 +104,5 @@ def format_count(number: int | None) -> str:
 
 
 def format_rate(images_per_s: float) -> str:
-    """`1,234`, or with one digit below 100."""
+    """Format as `1,234`, or with one decimal below 100."""
     return f"{images_per_s:,.1f}" if images_per_s < 100 else f"{images_per_s:,.0f}"

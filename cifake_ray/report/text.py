@@ -1,4 +1,4 @@
-"""Metrics as words: the summary for the terminal, and the model card of a bundle.
+"""Format metrics as text: the summary for the terminal, and the model card of a bundle.
 
 Floor: report. Tables are Markdown, padded so that they also read well as plain text.
 """
@@ -12,7 +12,7 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.training_domain import Bounds, TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES
 
-# Key of the metrics, name for people, whether it reads as percent.
+# Key of the metrics, display name, whether to show it as percent.
 KEY_METRICS = (
     ("accuracy", "Accuracy at 0.5", True),
     ("auroc", "AUROC", False),
@@ -28,12 +28,12 @@ BLOCKS = ("at_0.5", "at_threshold")
 
 
 def format_share(value: float | None) -> str:
-    """A share in [0, 1] as percent with one digit; a dash for None."""
+    """Format a share in [0, 1] as percent with one digit; a dash for None."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def format_interval(interval: Mapping[str, float | None], *, percent: bool = False) -> str:
-    """`93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; a dash where undefined, no brackets without."""
+    """Format as `93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; a dash if undefined."""
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None:
         return "-"
@@ -45,7 +45,7 @@ def format_interval(interval: Mapping[str, float | None], *, percent: bool = Fal
 
 
 def list_decisions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of name, value at 0.5 and value at the threshold: what a decision at each costs."""
+    """Return rows of a metric's name, its value at 0.5 and its value at the threshold."""
     rows = []
     for key, name in (("accuracy", "Accuracy"), ("balanced_accuracy", "Balanced accuracy")):
         low, high = (format_interval(metrics[block][key], percent=True) for block in BLOCKS)
@@ -61,7 +61,7 @@ def list_decisions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def describe_result(metrics: Mapping[str, Any]) -> str:
-    """The result in one sentence, for the head of a report."""
+    """Summarise the result in one sentence."""
     right = [metrics["at_0.5"]["confusion"][i][i] for i in range(2)]
     totals = (metrics["num_real"], metrics["num_fake"])
     per_class = " and ".join(
@@ -70,11 +70,14 @@ def describe_result(metrics: Mapping[str, Any]) -> str:
         if total
     )
     accuracy = format_interval(metrics["accuracy"], percent=True)
-    return f"Of {metrics['num_images']:,} images {accuracy} are told right at 0.5: {per_class}."
+    return (
+        f"Of {metrics['num_images']:,} images {accuracy} are classified correctly at 0.5:"
+        f" {per_class}."
+    )
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """`core.evaluation.metrics.compute_metrics` as Markdown: a sentence and two tables."""
+    """Format `core.evaluation.metrics.compute_metrics` as Markdown: a sentence and two tables."""
     numbers = [
         (name, format_interval(metrics[key], percent=percent)) for key, name, percent in KEY_METRICS
     ]
@@ -89,27 +92,27 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: TrainingDomain) -> str:
-    """The counts of `TrainingDomain.count_unlike` over `num_scored` images, as one sentence."""
-    there = {
+    """Format the counts of `TrainingDomain.count_unlike` over `num_scored` images."""
+    trained_on = {
         "size": ("size", f"{_format_range(domain.sides)} pixels"),
         "format": ("format", ", ".join(domain.formats)),
         "jpeg_quality": ("JPEG quality", _format_range(domain.jpeg_qualities)),
     }
     reasons = ", ".join(
-        f"{counts[key]:,} by {name} ({value} there)"
-        for key, (name, value) in there.items()
+        f"{counts[key]:,} by {name} (training: {value})"
+        for key, (name, value) in trained_on.items()
         if counts[key]
     )
     return (
-        f"{counts['any']:,} of {num_scored:,} images are unlike those the detector learned from:"
-        f" {reasons}; their scores may mean little"
+        f"{counts['any']:,} of {num_scored:,} images are unlike the detector's training images:"
+        f" {reasons}; their scores may be unreliable"
     )
 
 
 def describe_domain(domain: TrainingDomain | None) -> str:
-    """What the training images were, for a model card."""
+    """Describe the training images, for a model card."""
     if domain is None:
-        return "Sizes, formats and JPEG qualities of these images are not on record."
+        return "Sizes, formats and JPEG qualities of these images were not recorded."
     return (
         f"Sides: {_format_range(domain.sides)} pixels; formats: {', '.join(domain.formats)};"
         f" JPEG quality: {_format_range(domain.jpeg_qualities)}."
@@ -117,7 +120,7 @@ def describe_domain(domain: TrainingDomain | None) -> str:
 
 
 def _format_range(bounds: Bounds | None) -> str:
-    """`32`, `32 to 1,024`, or a dash for None."""
+    """Format as `32` or `32 to 1,024`; a dash for None."""
     return "-" if bounds is None else " to ".join(f"{bound:,}" for bound in dict.fromkeys(bounds))
 
 
@@ -133,11 +136,11 @@ def model_card(
     calibration: Calibration,
     metrics: Mapping[str, Any],
 ) -> str:
-    """README.md of a bundle, with the YAML header of the Hugging Face Hub.
+    """Return README.md of a bundle, with the YAML header of the Hugging Face Hub.
 
-    `trained_on` says in words what the training images were, `domain` in numbers; `preprocessing`
-    and `training` are shown as they are; `metrics` were measured on validation, on which
-    `calibration` was fitted.
+    `trained_on` describes the training images in words, `domain` in numbers; `preprocessing` and
+    `training` are shown unchanged; `metrics` were measured on validation, on which `calibration`
+    was fitted.
     """
     num_real = metrics["num_real"]
     points = [
@@ -155,14 +158,14 @@ def model_card(
         training=_format_facts(training),
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
-        points=format_rows(("Operating point", "p_fake at least", "rests on"), points),
+        points=format_rows(("Operating point", "p_fake at least", "based on"), points),
     )
 
 
 def _rest(num_real: int, one_in: int) -> str:
     allowed = num_real // one_in
     if allowed == 0:
-        return f"too few: none of {num_real:,} REAL images may be wrong"
+        return f"too few: allows no error among {num_real:,} REAL images"
     return f"the {allowed:,} highest of {num_real:,} REAL images"
 
 
@@ -171,7 +174,7 @@ def _format_facts(facts: Mapping[str, object]) -> str:
 
 
 def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded."""
+    """Return a Markdown table with padded cells."""
     table = [[_flatten(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
@@ -200,7 +203,7 @@ metrics:
 
 # {name}
 
-Tells AI-generated images (FAKE) from camera images (REAL). {architecture}, {num_parameters}
+Classifies images as AI-generated (FAKE) or from a camera (REAL). {architecture}, {num_parameters}
 parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmoid(logit /
 {temperature})`, `is_fake = p_fake >= threshold`.
 
@@ -208,8 +211,8 @@ parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmo
 
     cifake-ray score DIR OUT --bundle BUNDLE
 
-DIR holds images, BUNDLE is this folder; OUT receives one row per image with `p_fake` and `is_fake`,
-or the reason why it could not be read. `--target-fpr` picks another operating point.
+DIR holds images, BUNDLE is this folder. OUT receives one row per image, with `p_fake` and `is_fake`
+or an error. `--target-fpr` selects another operating point.
 
 {preprocessing}
 
@@ -222,7 +225,7 @@ or the reason why it could not be read. `--target-fpr` picks another operating p
 
 ## Results on validation
 
-The temperature and the thresholds were fitted on these same images, so a test set tells more.
+The temperature and thresholds were fitted on these images: test results are more reliable.
 
 {metrics}
 
@@ -232,12 +235,11 @@ The temperature and the thresholds were fitted on these same images, so a test s
 
 ## Limits
 
-- It knows the images it was trained on: {trained_on}
-- Do not trust it on other generators, other image sizes, or images that were resized, cropped or
-  saved again, until you have measured it on labelled images like yours (`cifake-ray evaluate`).
-- The false positive rates hold for REAL images like those of validation. Another camera, site or
-  year may have other rates, and the share of FAKE among those called FAKE depends on how many there
-  are.
-- `p_fake` is a measure of likeness to the training data, not evidence about a person. Let nobody
-  be accused by a score alone.
+- It has seen only its training images: {trained_on}
+- Do not trust it on other generators or image sizes, or on resized, cropped or re-encoded images,
+  until you have evaluated it on labelled images like yours (`cifake-ray evaluate`).
+- The false positive rates hold for REAL images like those of validation; another camera, site or
+  year may have others. The precision of FAKE depends on the share of FAKE among your images.
+- `p_fake` measures similarity to the training data; it is not evidence about a person. Never accuse
+  anybody on a score alone.
 """

@@ -1,4 +1,4 @@
-"""The report of a search: its figures, and the page around them.
+"""Render the report of a search: its page and figures.
 
 Floor: report.
 """
@@ -24,15 +24,15 @@ from cifake_ray.report.text import format_share
 from cifake_ray.report.tune_text import describe_end
 
 BEST = COLOURS["FAKE"]
-ROW_HEIGHT = 0.32  # inches, of a bar
+ROW_HEIGHT = 0.32  # inches per bar
 
 CAPTIONS = {
-    "objective": "Each trial over its epochs; the best one is thick, stopped ones end early.",
-    "parallel": "What was chosen: a line for each trial, the better the darker; the best is thick.",
+    "objective": "Each trial over its epochs; the best is thick, stopped trials end early.",
+    "parallel": "Options of each trial: the better, the darker; the best is thick.",
     "importance": (
-        "What each option explains of the objective: permutation importance of a random forest."
+        "Effect of each option on the objective: permutation importance of a random forest."
     ),
-    "ends": "Why trials ended.",
+    "ends": "How trials ended.",
 }
 
 
@@ -43,10 +43,10 @@ def render_tune_page(
     recipe: str,
     command: str,
 ) -> str:
-    """The page, to be written as UTF-8.
+    """Return the page, to be written as UTF-8.
 
-    `rows` are those of `core.search.trial_table.to_row`, `histories` the epochs of each trial by
-    its number, `summary` that of the stage.
+    `rows` are from `core.search.trial_table.to_row`, `histories` maps a trial's number to its
+    epochs, `summary` is that of the stage.
     """
     objective = summary["objective"]
     names = list(summary["chosen"])
@@ -55,7 +55,7 @@ def render_tune_page(
     if any(row[objective] is not None for row in rows):
         figures["parallel"] = draw_parallel(rows, names, objective, summary["best_trial"])
     if importance:
-        figures["importance"] = draw_bars(importance, "Share of what is explained")
+        figures["importance"] = draw_bars(importance, "Share of the importance")
     ends = Counter(describe_end(row) for row in rows)
     figures["ends"] = draw_bars(dict(ends.most_common()), "Trials")
     saved = 1 - summary["epochs"] / summary["epochs_planned"]
@@ -78,7 +78,7 @@ def render_tune_page(
         captions=CAPTIONS,
         note=""
         if importance
-        else f"No importance is shown: it takes {MIN_TRIALS} trials that reach different values.",
+        else f"Option importance needs {MIN_TRIALS} trials with different results.",
         objective=objective,
         names=names,
         rows=[
@@ -98,7 +98,7 @@ def render_tune_page(
 def draw_objective(
     histories: Mapping[int, Sequence[Mapping[str, Any]]], objective: str, best_trial: int
 ) -> bytes:
-    """PNG: the objective of every trial over its epochs."""
+    """Draw the objective of every trial over its epochs, as PNG."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = new_figure()
@@ -126,7 +126,7 @@ def draw_objective(
 def draw_parallel(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], objective: str, best_trial: int
 ) -> bytes:
-    """PNG: parallel coordinates, one axis below the other, the objective last."""
+    """Draw parallel coordinates with stacked axes, the objective last, as PNG."""
     trained = [row for row in rows if row[objective] is not None]
     axes_of = {name: to_axis([row[name] for row in trained]) for name in (*names, objective)}
     figure, (axes,) = new_figure(height=1.2 + 0.55 * len(axes_of))
@@ -163,12 +163,12 @@ def draw_parallel(
     axes.set_xlim(-0.06, 1.06)
     axes.set_ylim(-0.4, len(axes_of) - 0.4)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set_title("What was chosen")
+    axes.set_title("Options of the trials")
     return encode_figure(figure)
 
 
 def draw_bars(values: Mapping[str, float], label: str) -> bytes:
-    """PNG: a bar for each name, the first on top."""
+    """Draw a bar for each name, the first on top, as PNG."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = new_figure(height=1.4 + ROW_HEIGHT * len(values))

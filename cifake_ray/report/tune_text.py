@@ -1,4 +1,4 @@
-"""The trials of a search as text: the table for a terminal, and the winner's recipe.
+"""Format the trials of a search: the table for a terminal, and the best trial's recipe.
 
 Floor: report.
 """
@@ -20,14 +20,14 @@ WAITING = "waiting"
 
 
 def describe_end(row: Mapping[str, Any]) -> str:
-    """Why a trial ended, or that it has not."""
+    """Return why a trial ended, else whether it runs or waits."""
     if row["end"] is not None:
         return str(row["end"])
     return RUNNING if row["epochs"] else WAITING
 
 
 def format_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> str:
-    """A line for each trial, best first."""
+    """Return a table with a line for each trial, best first."""
     best_first = sorted(
         rows,
         key=lambda row: math.inf if row[objective] is None else -to_score(dict(row), objective),
@@ -55,9 +55,9 @@ def format_recipe(
     objective: str,
     is_alone: bool,
 ) -> str:
-    """`recipe.yaml`: the options of a trial, as `train --recipe` reads them.
+    """Return `recipe.yaml`: the options of a trial, for `train --recipe`.
 
-    `is_alone`: these options alone made it, with no weights of another trial.
+    `is_alone`: the trial took no weights from another trial.
     """
     head = (
         f"# Trial {row['trial']} of a search: {objective} {row[objective]:.4f} after epoch"
@@ -66,7 +66,7 @@ def format_recipe(
     )
     if not is_alone:
         head += (
-            "#\n# Population based training changed its options and weights on the way: these are"
-            " the\n# last options, and on their own they come to something else.\n"
+            "#\n# Population-based training changed options and weights during the trial. These are"
+            " the\n# last options; on their own they give a different result.\n"
         )
     return head + yaml.safe_dump(dict(options), sort_keys=False)

@@ -92,7 +92,7 @@ def test_a_long_list_says_why_it_is_bare() -> None:
     lines = show(*rows)
     assert lines[0].split() == ["model", "input"]
     assert lines[60].split() == ["net59", "224"]
-    assert lines[-1] == "60 match: too many to count what they cost."
+    assert lines[-1] == "60 match: too many to count parameters and MACs."
 
 
 def test_what_failed_is_not_called_too_many() -> None:

@@ -196,7 +196,7 @@ def test_page_has_its_parts_in_order(page, metrics):
         "Worst mistakes",
         "REAL called FAKE",
         "FAKE called REAL",
-        "How to get these numbers again",
+        "How to reproduce these numbers",
     ]
     assert format_interval(metrics["accuracy"], percent=True) in page
     assert "1,200" in page
@@ -303,9 +303,9 @@ def test_model_card_has_a_hub_header_and_its_limits(metrics):
 def test_a_domain_in_words():
     counts = {"size": 1502, "format": 0, "jpeg_quality": 7, "any": 1502}
     assert describe_unlike(counts, 2000, DOMAIN) == (
-        "1,502 of 2,000 images are unlike those the detector learned from: 1,502 by size (32 to"
-        " 1,024 pixels there), 7 by JPEG quality (75 there); their scores may mean little"
+        "1,502 of 2,000 images are unlike the detector's training images: 1,502 by size (training:"
+        " 32 to 1,024 pixels), 7 by JPEG quality (training: 75); their scores may be unreliable"
     )
     no_jpeg = TrainingDomain(sides=(32, 32), formats=("PNG",), jpeg_qualities=None)
     assert describe_domain(no_jpeg) == "Sides: 32 pixels; formats: PNG; JPEG quality: -."
-    assert "not on record" in describe_domain(None)
+    assert "not recorded" in describe_domain(None)

@@ -171,8 +171,9 @@ def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path)
 
 UNLIKE = {"size": 3, "format": 2, "jpeg_quality": 2, "any": 5}
 WARNING = (
-    "score: 5 of 11 images are unlike those the detector learned from: 3 by size (32 pixels there),"
-    " 2 by format (JPEG there), 2 by JPEG quality (75 there); their scores may mean little"
+    "score: 5 of 11 images are unlike the detector's training images: 3 by size (training: 32"
+    " pixels), 2 by format (training: JPEG), 2 by JPEG quality (training: 75); their scores may be"
+    " unreliable"
 )
 
 

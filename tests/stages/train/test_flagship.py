@@ -84,4 +84,4 @@ def test_the_box_scores_images_of_all_kinds_and_says_that_they_are_unlike(tmp_pa
     assert sorted(keys) == sorted(m.name.removeprefix("./") for m in images)
     assert summary.listed == len(images) == summary.done + summary.failed
     assert summary.unlike_training["any"] == summary.done  # none has 32 pixels
-    assert len([line for line in said if "are unlike those the detector learned from" in line]) == 1
+    assert len([line for line in said if "are unlike the detector's training images" in line]) == 1
