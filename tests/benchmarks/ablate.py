@@ -1,10 +1,10 @@
-"""What each part of the flagship is worth: one thing changed at a time, looked at on validation.
+"""Ablation of the flagship: change one part at a time and measure validation accuracy.
 
     python tests/benchmarks/ablate.py [VARIANT...] [--source DIR] [--seeds N..] [--jobs N] [--write]
 
 The first variant is the recipe `fast`. Each is trained on 20,000 images of CIFAKE's train split for
-its 8 epochs and looked at on 10,000 others of it; the test split is not read. `--write` adds what
-was measured to `comparisons/ablation.json` and makes `cifake_ray/EXPERIMENTS.md` anew.
+8 epochs and evaluated on 10,000 others; the test split is not read. `--write` adds the results to
+`comparisons/ablation.json` and regenerates `cifake_ray/EXPERIMENTS.md`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from cifake_ray.storage.io.files import write_bytes, write_json
 from cifake_ray.storage.presets.yaml_presets import RECIPES
 
 NUM_VAL, NUM_TRAIN, SIZE = 10_000, 20_000, 32
-NUM_WATCHED = 500  # of validation, after each epoch; all of it is looked at after the last one
+NUM_WATCHED = 500  # validation images after each epoch; all of them after the last one
 RESULTS = HERE / "ablation.json"
 RECIPE = yaml.safe_load((RECIPES / "fast.yaml").read_text(encoding="utf-8"))
 CHANNELS = choose_channels()
@@ -52,7 +52,7 @@ TEACHER = (96, 192, 256, 256, 256)
 
 
 class HighPass(nn.Module):
-    """The image, and what a blur takes away from it: float[B, 3, S, S] -> float[B, 6, S, S]."""
+    """Append what a blur removes to the image: float[B, 3, S, S] -> float[B, 6, S, S]."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -66,7 +66,7 @@ def build_high_pass() -> nn.Module:
 
 
 def build_full_resolution() -> nn.Module:
-    """Half of the width at 32 x 32 where the flagship has 16 x 16."""
+    """Build a network that starts at 32 x 32 with half the width; the flagship has 16 x 16."""
     _, *layers = build_small_cnn((24, *CHANNELS[1:]))
     stem = nn.Conv2d(3, 24, 3, padding=1, bias=False)
     return nn.Sequential(stem, *layers)
@@ -78,7 +78,7 @@ def build_dropout() -> nn.Module:
 
 
 def build_whitened(pixels: np.ndarray) -> nn.Module:
-    """A frozen first layer whose outputs on 2 x 2 patches are uncorrelated.
+    """Build a network with a frozen first layer that whitens 2 x 2 patches.
 
     Source: Jordan 2024, arXiv 2404.00498, section 3.2.
     """
@@ -96,20 +96,20 @@ def build_whitened(pixels: np.ndarray) -> nn.Module:
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the first one, in words only where the options do not say it."""
+    """A change to the first variant; `what` describes it where the options do not."""
 
     what: str = ""
     options: dict[str, Any] = field(default_factory=dict)  # of `train`
     augmentation: Augmentation | None = None
     channels: tuple[int, ...] = CHANNELS
-    build: Callable[[], nn.Module] | None = None  # where channels do not say it
-    changed: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # a batch's
+    build: Callable[[], nn.Module] | None = None  # if `channels` does not suffice
+    changed: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # per batch
     whitened: bool = False
     taught: bool = False
 
 
 def cut_out(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8[B, S, S, 3]: a grey square of 12 pixels somewhere on each image.
+    """Put a grey square of 12 pixels somewhere on each image of uint8[B, S, S, 3].
 
     Source: DeVries & Taylor 2017, arXiv 1708.04552; side and grey as in airbench.
     """
@@ -120,7 +120,7 @@ def cut_out(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class CropsFirst:
-    """Crops of 24 pixels in the first half of the steps, whole images in the second."""
+    """Crop to 24 pixels in the first half of the steps; keep whole images in the second."""
 
     def __init__(self) -> None:
         self.num_left = RECIPE["epochs"] * (NUM_TRAIN // RECIPE["batch_size"]) // 2
@@ -132,7 +132,7 @@ class CropsFirst:
 
 
 def turn_over(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8[B, S, S, 3]: half of the images upside down."""
+    """Turn half of the images of uint8[B, S, S, 3] upside down."""
     chosen = rng.random(len(pixels)) < 0.5
     return np.where(chosen[:, None, None, None], pixels[:, ::-1], pixels)
 
@@ -156,10 +156,10 @@ VARIANTS: dict[str, Variant] = {
     "upside down": Variant("half of the images upside down", changed=turn_over),
     "narrower": Variant("32-64-128-128-128", channels=(32, 64, 128, 128, 128)),
     "wider": Variant("64-128-128-128-128", channels=(64, 128, 128, 128, 128)),
-    "deeper": Variant("one more of 128 at 8 x 8", channels=(*CHANNELS, CHANNELS[-1])),
+    "deeper": Variant("one more layer of 128 at 8 x 8", channels=(*CHANNELS, CHANNELS[-1])),
     "full resolution": Variant("24 channels at 32 x 32 first", build=build_full_resolution),
     "dropout": Variant("0.2 before the last layer", build=build_dropout),
-    "high pass": Variant("what a blur takes away as three more inputs", build=build_high_pass),
+    "high pass": Variant("what a blur removes as three more inputs", build=build_high_pass),
     "whitening": Variant("a frozen layer that whitens 2 x 2 patches first", whitened=True),
     "taught": Variant(f"half of the labels from {'-'.join(map(str, TEACHER))}", taught=True),
 }
@@ -183,7 +183,7 @@ class Part:
 
 
 def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Validation, then training images and labels, chosen by what they are."""
+    """Return images and labels, validation first, chosen by a hash of the files."""
     files = [(path, path.read_bytes()) for path in folder.rglob("*.jpg")]
     files.sort(key=lambda file: hashlib.sha256(file[1]).digest())
     files = files[: NUM_VAL + NUM_TRAIN]
@@ -219,7 +219,7 @@ def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
 
 
 def teach(trainer: Trainer, seed: int, data: Path) -> float:
-    """Mix the outputs of a larger network, trained first, into the labels: its minutes.
+    """Mix the outputs of a larger network, trained first, into the labels; return its minutes.
 
     Source: Hinton et al. 2015, at temperature 1.
     """
@@ -238,7 +238,7 @@ def teach(trainer: Trainer, seed: int, data: Path) -> float:
 
 
 def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
-    """Train a variant: a row of the results."""
+    """Train a variant; return a row of the results."""
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     variant = VARIANTS[name]
@@ -266,7 +266,7 @@ def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
 
 
 def render_section(rows: Sequence[Row]) -> str:
-    """A line for each variant that was measured."""
+    """Return the section, with a line for each measured variant."""
     table = []
     first = {row["seed"]: row for row in rows if row["variant"] == next(iter(VARIANTS))}
     for name, variant in VARIANTS.items():
@@ -278,12 +278,12 @@ def render_section(rows: Sequence[Row]) -> str:
         table.append(
             {
                 "variant": name,
-                "what differs": variant.what or (f"`{options}`" if options else "-"),
+                "change": variant.what or (f"`{options}`" if options else "-"),
                 "parameters": f"{found[0]['num_parameters']:,}",
                 "minutes": f"{median(row['train_min'] for row in found):.1f}",
                 "seeds": f"{len(found)}",
                 "accuracy, %": format_points([row["accuracy"] for row in found]),
-                "to the first": "-" if found[0] in first.values() else format_points(gains, "+"),
+                "vs. first": "-" if found[0] in first.values() else format_points(gains, "+"),
                 "AUROC": f"{mean(row['auroc'] for row in found):.4f}",
                 "without flip, %": format_points([row["without_flip"] for row in found]),
             }
@@ -293,23 +293,22 @@ def render_section(rows: Sequence[Row]) -> str:
 
 
 SECTION = f"""\
-## What each part of the flagship is worth
+## Ablation of the flagship
 
-One thing changed at a time in the recipe `fast`, trained on {NUM_TRAIN:,} images of the train split
-for {RECIPE["epochs"]} epochs, looked at on {NUM_VAL:,} others of it (validation, not the test
-split), with test-time flip but in the last column. Minutes of training on {{threads}} CPU thread.
+One change at a time to the recipe `fast`, trained on {NUM_TRAIN:,} images of the train split for
+{RECIPE["epochs"]} epochs and validated on {NUM_VAL:,} others, with test-time flip except in the
+last column. Minutes of training on {{threads}} CPU thread.
 
     python tests/benchmarks/ablate.py
 
 {{table}}
 
-One seed: differences below about 0.2 points are noise. What shows beyond it: a whitened look at
-the pixels helps most for what it costs; work at 32 x 32 pixels helps and costs three times as
-much; Muon, the mirror and label smoothing earn their place. What hides or mixes evidence (CutMix,
-cutout, crops, upside down) costs, and so do narrower layers; a teacher gives little for five times
-the minutes. With more than four times the images whitening brings nothing any more: trained on all
-of CIFAKE, `fast` told 97.91% of the test images right with it and 97.89% without (seed 0), and 35
-epochs with it (55 minutes on the same two cores, float32) 98.16%. So `small_cnn` does without.
+One seed: differences below about 0.2 points are noise. Whitening gains most for its cost; full
+resolution gains less at three times the cost. Muon, mirroring and label smoothing help. Hiding or
+mixing evidence (CutMix, cutout, crops, upside down) and narrower layers hurt; a teacher gains
+little for five times the minutes. Whitening loses its value with more images: on all of CIFAKE,
+`fast` reaches 97.91% test accuracy with it and 97.89% without (seed 0); 35 epochs with it (55
+minutes on the same two cores, float32) reach 98.16%. `small_cnn` therefore omits it.
 """
 
 
@@ -318,8 +317,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--jobs", type=int, default=NUM_CORES, help="trainings at once")
-    parser.add_argument("--write", action="store_true", help="figures and EXPERIMENTS.md")
+    parser.add_argument("--jobs", type=int, default=NUM_CORES, help="concurrent trainings")
+    parser.add_argument("--write", action="store_true", help="save the results and EXPERIMENTS.md")
     options = parser.parse_args()
     if unknown := set(options.variants) - set(VARIANTS):
         parser.error(f"no variant {', '.join(sorted(unknown))}; it has {', '.join(VARIANTS)}")

@@ -1,9 +1,9 @@
-"""A bucket scored end to end, twice: undisturbed, and killed with SIGKILL half way and resumed.
+"""Score a bucket end to end, twice: undisturbed, and killed half way with SIGKILL and resumed.
 
     python tests/benchmarks/bucket.py --keys 100000 --source CIFAKE
 
-A SeaweedFS on loopback holds the images, the run and the scores. Shows rate, peak memory (of the
-driver, and of all processes of the run together), and whether both runs hold the same rows.
+A SeaweedFS on loopback holds the images, the run and the scores. Prints the rate, the peak memory
+(of the driver, and of all processes of the run) and whether both runs hold the same rows.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SAMPLING_S = 0.5
 
 @dataclass
 class Peak:
-    """Largest resident memory seen, in MB."""
+    """Peak resident memory in MB."""
 
     driver_mb: float = 0.0
-    together_mb: float = 0.0  # pages that processes share are counted once for each
+    together_mb: float = 0.0  # counts shared pages once per process
     ended: threading.Event = field(default_factory=threading.Event)
 
     def watch(self, pid: int) -> None:
-        """Look at a process and all that it started until it ends."""
+        """Poll a process and its descendants until it ends."""
         while not self.ended.wait(SAMPLING_S):
             try:
                 driver = psutil.Process(pid)
@@ -57,7 +57,7 @@ class Peak:
 
 
 def upload(server: S3Server, bucket: str, source: Path, num_keys: int) -> None:
-    """The first `num_keys` files of a folder, in threads."""
+    """Upload the first `num_keys` files of a folder, in threads."""
     paths = sorted(path for path in source.rglob("*") if path.is_file())[:num_keys]
     if len(paths) < num_keys:
         sys.exit(f"{source} has {len(paths):,} files, {num_keys:,} are needed; lower --keys")
@@ -114,7 +114,7 @@ def read_scores(server: S3Server, bucket: str, prefix: str) -> pa.Table:
 
 
 def compare(fresh: pa.Table, resumed: pa.Table) -> dict[str, int]:
-    """Rows lost, doubled and differing."""
+    """Count lost, duplicated and differing rows."""
     keys = fresh.column("key").combine_chunks()
     found = resumed.column("key").combine_chunks()
     same = keys.equals(found)

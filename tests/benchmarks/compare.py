@@ -1,14 +1,14 @@
-"""Trainings side by side: the same images and seeds, other options, a table with intervals.
+"""Compare trainings that differ in options: same images and seeds, a table with intervals.
 
     python tests/benchmarks/compare.py NAME [--source DIR] [--work DIR] [--jobs N] [--write]
 
-NAME is a file of `tests/benchmarks/comparisons`: so many images of CIFAKE's train split (chosen by
-a hash of their names), seeds, and the options of `train` for each variant. Every variant is trained
-with every seed and evaluated on all the images of the test split. `--jobs` trainings share the
-cores. What is done in `--work` is kept: the same command goes on from there.
+NAME is a file of `tests/benchmarks/comparisons`: a number of images of CIFAKE's train split (chosen
+by a hash of their names), seeds, and the options of `train` for each variant. Every variant is
+trained with every seed and evaluated on the whole test split. `--jobs` trainings share the cores.
+`--work` keeps finished work, from which the same command resumes.
 
-`--write` keeps the figures beside the file as JSON, and makes `cifake_ray/EXPERIMENTS.md` anew from
-all files that have figures.
+`--write` saves the results as JSON beside the file and regenerates `cifake_ray/EXPERIMENTS.md` from
+all files with results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A file of `comparisons`. The first variant is what the others are compared with."""
+    """A file of `comparisons`. The other variants are compared with the first."""
 
     name: str
     title: str
@@ -53,9 +53,9 @@ class Comparison:
     seeds: list[int]
     options: dict[str, Any]  # of `train`, for all variants
     variants: dict[str, dict[str, Any]]  # what each adds to them
-    # Beside the test images as they are: those changed by JPEG or by a factor of brightness.
+    # Further test sets: the test images saved as JPEG or with changed brightness.
     conditions: dict[str, dict[str, float]] = field(default_factory=dict)
-    note: str = ""  # what it shows
+    note: str = ""  # what the results show
 
     @classmethod
     def read(cls, path: Path) -> Comparison:
@@ -67,7 +67,7 @@ class Comparison:
 
 
 def to_flags(options: dict[str, Any]) -> list[str]:
-    """Options as a command line has them: true is a flag alone, false its refusal."""
+    """Return the options as flags of a command line: `--name` for true, `--no-name` for false."""
     flags = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -83,7 +83,7 @@ def run(arguments: Sequence[object], log: Path) -> Row:
 
 
 def prepare(comparison: Comparison, given: Path | None, work: Path) -> Path:
-    """The shards that all trainings read."""
+    """Return the shards that all trainings read; convert them first if needed."""
     shards = work / "shards"
     if not (shards / "_SUCCESS").exists():
         images = work / "images"
@@ -98,7 +98,7 @@ def prepare(comparison: Comparison, given: Path | None, work: Path) -> Path:
 
 
 def prepare_condition(shards: Path, name: str, change: dict[str, float]) -> Path:
-    """The shards of the test images, each of them changed."""
+    """Return the shards of the changed test images; make them first if needed."""
     work = shards.parent / name
     changed = work / "shards"
     if not (changed / "_SUCCESS").exists():
@@ -114,7 +114,7 @@ def prepare_condition(shards: Path, name: str, change: dict[str, float]) -> Path
 
 
 def degrade(image: Image.Image, target: Path, brightness: float = 1.0, jpeg: int = 0) -> None:
-    """Written as a JPEG of that quality, else without loss."""
+    """Save the changed image as a JPEG of quality `jpeg`, or as PNG if that is 0."""
     changed = ImageEnhance.Brightness(image).enhance(brightness)
     if jpeg:
         changed.save(target, quality=jpeg)
@@ -131,7 +131,7 @@ def measure(
     jobs: int,
     turn: threading.Lock,
 ) -> Row:
-    """Train and evaluate: one row of the results."""
+    """Train and evaluate; return one row of the results."""
     folder = shards.parent / variant / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
     options = {**comparison.options, **comparison.variants[variant], "seed": seed}
@@ -167,7 +167,7 @@ def measure(
 
 
 def find_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95% interval by Student's t; None for a single value."""
+    """Return the mean and half the width of its 95% t interval, None for a single value."""
     if len(values) < 2:
         return values[0], None
     width = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
@@ -175,13 +175,13 @@ def find_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def format_points(values: Sequence[float], sign: str = "") -> str:
-    """Shares in percent."""
+    """Format shares as percent."""
     centre, width = find_interval([100 * value for value in values])
     return f"{centre:{sign}.2f}" + ("" if width is None else f" ± {width:.2f}")
 
 
 def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
-    """A Markdown table, a line for each variant that has rows."""
+    """Return a Markdown table with a line for each variant that has rows."""
     table = []
     found = {
         variant: {row["seed"]: row for row in rows if row["variant"] == variant}
@@ -198,7 +198,7 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
         table.append(
             {
                 "variant": variant,
-                "what differs": " ".join(to_flags(comparison.variants[variant])).replace("|", "\\|")
+                "change": " ".join(to_flags(comparison.variants[variant])).replace("|", "\\|")
                 or "-",
                 "parameters": f"{chosen[0]['num_parameters']:,}",
                 "epochs": f"{epochs[0]}" + (f"-{epochs[-1]}" if len(epochs) > 1 else ""),
@@ -206,9 +206,7 @@ def summarise(comparison: Comparison, rows: Sequence[Row]) -> str:
                 "seeds": f"{len(chosen)}",
                 "validation, %": format_points([row["val_accuracy"] for row in chosen]),
                 "test accuracy, %": format_points([row["accuracy"] for row in chosen]),
-                "to the first": format_points(gains, "+")
-                if gains and by_seed is not first
-                else "-",
+                "vs. first": format_points(gains, "+") if gains and by_seed is not first else "-",
                 "AUROC": f"{mean(row['auroc'] for row in chosen):.4f}",
                 "TPR at 1% FPR, %": format_points([row["tpr_at_fpr_1pct"] for row in chosen]),
                 **{
@@ -226,7 +224,7 @@ def render_section(comparison: Comparison, rows: Sequence[Row]) -> str:
     threads = " or ".join(str(n) for n in sorted({row["num_threads"] for row in rows}))
     return (
         f"## {comparison.title}\n\n"
-        f"{row['train_images']:,} images to train on, {row['test_images']:,} to test; minutes of"
+        f"{row['train_images']:,} training images, {row['test_images']:,} test images; minutes of"
         f" training on {threads} CPU thread{'s' if threads != '1' else ''}.\n\n"
         + (f"Common options: `{common}`.\n\n" if common else "")
         + f"    python tests/benchmarks/compare.py {comparison.name}\n\n"
@@ -236,7 +234,7 @@ def render_section(comparison: Comparison, rows: Sequence[Row]) -> str:
 
 
 def render_page() -> str:
-    """EXPERIMENTS.md, from the files that have figures and the sections of other scripts."""
+    """Return EXPERIMENTS.md, from all results and the sections of other scripts."""
     sections = [
         render_section(comparison, json.loads(comparison.results_path.read_text())["rows"])
         for comparison in map(Comparison.read, sorted(HERE.glob("*.yaml")))
@@ -249,14 +247,14 @@ def render_page() -> str:
 HEAD = """\
 # Experiments
 
-Each section is made by its command with `--write`; what `compare.py` compares stands in
-`tests/benchmarks/comparisons`.
+Each section is generated by its command with `--write`; `tests/benchmarks/comparisons` defines the
+comparisons of `compare.py`.
 
-Where a section does not say otherwise, all are trained on CIFAKE's train split or a part of it, a
-tenth of which is kept for validation and chooses the epoch; the test images choose nothing.
-Accuracy is at 0.5. A mean over seeds stands with its 95% interval (Student's t), and the gain over
-the first variant is seed by seed. Minutes are those of the training epochs, a median over seeds, on
-shared cores: compare them within a table.
+Unless a section says otherwise, models are trained on CIFAKE's train split or a part of it, a tenth
+of which is held out for validation and selects the epoch; the test images select nothing. Accuracy
+is at 0.5. Means over seeds have 95% intervals (Student's t); differences from the first variant are
+computed per seed. Minutes cover the training epochs (median over seeds) on shared cores: compare
+them only within a table.
 """
 
 
@@ -264,12 +262,12 @@ def parse_options() -> argparse.Namespace:
     known = sorted(path.stem for path in HERE.glob("*.yaml"))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=known)
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of its variants")
-    parser.add_argument("--seeds", nargs="+", type=int, help="of its seeds")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="train only these variants")
+    parser.add_argument("--seeds", nargs="+", type=int, help="train only with these seeds")
     parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
-    parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one)")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
-    parser.add_argument("--write", action="store_true", help="figures and EXPERIMENTS.md")
+    parser.add_argument("--work", type=Path, help="folder to keep (default: a temporary one)")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent trainings")
+    parser.add_argument("--write", action="store_true", help="save the results and EXPERIMENTS.md")
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
-"""Fetching small objects from a local S3 server: ours against s3fs and pyarrow.
+"""Fetch small objects from a local S3 server: our client against s3fs and pyarrow.
 
     python tests/benchmarks/fetch.py [--objects 2000] [--repeats 3]
 
-All ways run one after another in one process, round by round, against one SeaweedFS on this
-machine, so the server takes its share of the same CPUs. Medians are printed.
+All clients run in turn in one process, against one SeaweedFS on the same machine, which shares the
+CPUs. Prints medians.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from s3_server import S3Server, find_binary, run_server
 from cifake_ray.config import StoreConfig
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
-OBJECT_BYTES = 1000  # as a JPEG of 32x32 pixels has
-ONE_AT_A_TIME = 400  # the slow way need not be slow for all of them
+OBJECT_BYTES = 1000  # like a JPEG of 32x32 pixels
+ONE_AT_A_TIME = 400  # fewer objects for the slow client
 
 
 def measure(name: str, num_objects: int, run: Callable[[], int]) -> tuple[str, float, float]:
-    """Objects per second, and milliseconds of CPU time of this process for each."""
+    """Return objects per second, and CPU milliseconds of this process per object."""
     started_s, cpu_s = time.perf_counter(), time.process_time()
     num_bytes = run()
     elapsed_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s

@@ -1,10 +1,10 @@
-"""kill -9 at seeded random moments of convert and score, each then finished and compared.
+"""Kill convert and score with SIGKILL at seeded random moments, then finish and compare.
 
     python tests/benchmarks/kill_points.py --kills 50 --images 3000
 
-Every round starts a command, kills its driver at a random moment (Ray's own processes are left to
-notice), sometimes kills the rerun as well, and then lets it finish. Every row is compared with an
-undisturbed run. `tests/faults/test_kill.py` does the same with a few kills.
+Each round starts a command, kills its driver at a random moment (but not Ray's own processes),
+sometimes kills the rerun too, and then lets it finish. Every row is compared with an undisturbed
+run. `tests/faults/test_kill.py` does the same with a few kills.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_rows(out: Path) -> pa.Table:
 
 
 def compare(whole: pa.Table, rows: pa.Table) -> Counter[str]:
-    """Keys lost and doubled, and rows that differ in any column."""
+    """Count lost and duplicated keys, and rows that differ in any column."""
     expected = {row["key"]: row for row in whole.to_pylist()}
     counts = Counter(rows.column("key").to_pylist())
     verdict: Counter[str] = Counter()

@@ -1,10 +1,10 @@
-"""How many images a worker scores when every object takes its time, as those of a bucket do.
+"""Measure how fast a worker scores images from a store with latency.
 
     python tests/benchmarks/latency.py [--images 4000] [--latency-ms 0 30 100]
 
-A store that answers from memory after so many milliseconds has one core, the worker the other.
-Beside what the worker does, with 64 requests at once and reading on while it scores: fewer of them,
-and nothing asked for while a batch is scored.
+The store answers from memory after the given milliseconds, on one core; the worker has the other.
+The worker's own way (64 concurrent requests, prefetching while it scores) is compared with fewer
+requests and with no prefetching.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ def read_batches(
 def measure(
     port: int, size_bytes: int, limits: S3Limits, reads_on: bool, num_images: int
 ) -> tuple[float, float]:
-    """Images per second, and milliseconds of CPU time for each."""
+    """Return images per second, and CPU milliseconds per image."""
     store = StoreConfig(s3_endpoint_url=f"http://127.0.0.1:{port}", s3_anonymous=True)
     source = S3PrefixSource("slow", "", store, {}, limits=limits)
     bundle = read_bundle_info(locate_bundle(None))
     work = MakeScoreProcessor(bundle, bundle.threshold(None), BATCH_SIZE)(ONE_WORKER)
     batches = read_batches(source, make_rows(num_images + BATCH_SIZE, size_bytes), reads_on)
-    rows, images = next(batches)  # connections and buffers are made
+    rows, images = next(batches)  # warm up connections and buffers
     work.finish(rows, work.prepare(images))
     started_s, cpu_s = time.perf_counter(), time.process_time()
     for rows, images in batches:
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--latency-ms", nargs="+", type=float, default=[0, 30, 100])
-    parser.add_argument("--side", type=int, default=32, help="pixels of the images")
+    parser.add_argument("--side", type=int, default=32, help="side of the images in pixels")
     options = parser.parse_args()
     (image,) = make_images(options.side, 1)
     if NUM_CORES > 1:

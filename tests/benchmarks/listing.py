@@ -1,11 +1,10 @@
-"""Listing a large bucket into a manifest: keys per second and the peak memory of the lister.
+"""List a large bucket into a manifest: keys per second and peak memory.
 
     python tests/benchmarks/listing.py [--keys 100000 1000000] [--latency-ms 20]
 
-A server on loopback, in a process of its own, makes up the pages of ListObjectsV2 as they are asked
-for: no key is stored anywhere. `nested` has 200 folders below six, `flat` is one folder. The
-lister runs in a fresh process for each number of keys; memory that stays level from the first
-number to the second is the point.
+A server on loopback, in its own process, generates the pages of ListObjectsV2 on request and stores
+no keys. `nested` has 200 folders below six, `flat` is one folder. Each number of keys is listed by
+a fresh process; memory should not grow from the first number to the second.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TIMEOUT_S = 3600.0
 
 
 class Keys(Sequence[str]):
-    """All keys in order, each made when it is looked at."""
+    """All keys in order, generated on access."""
 
     def __init__(self, shape: Shape, num_keys: int) -> None:
         self.shape = shape
@@ -111,7 +110,7 @@ def serve(shape: Shape, num_keys: int, latency_s: float, ready: Connection) -> N
 
 
 def list_bucket() -> None:
-    """The process that is measured: list, sort, write the manifest."""
+    """List, sort and write the manifest, in the measured process."""
     from cifake_ray.config import StoreConfig
     from cifake_ray.core.labels import make_class_names
     from cifake_ray.storage.runs.manifest import write_manifest

@@ -1,4 +1,4 @@
-"""Runs a command in a fresh process: how long it took, what it says it did, its own peak memory."""
+"""Run a command in a fresh process; measure its time, reported counts and peak memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONWARNINGS": "ign
 
 @dataclass(frozen=True)
 class Result:
-    """One command, from the start of its process to the end of it."""
+    """Measurements of one command, over the life of its process."""
 
     images: int
     elapsed_s: float
-    steady_images_per_s: float | None  # as the command itself measures it
-    peak_mb: float  # resident memory of the process itself, without its children
+    steady_images_per_s: float | None  # measured by the command itself
+    peak_mb: float  # resident memory, without child processes
 
     @property
     def images_per_s(self) -> float:
@@ -38,7 +38,7 @@ class Result:
 
 
 def run_command(command: list[str], out: Path) -> Result:
-    """Run it, read its JSON line, remove what it wrote to `out`."""
+    """Run a command, read its JSON line, remove its output `out`."""
     pipe = subprocess.PIPE
     started_s = time.perf_counter()
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
@@ -58,11 +58,11 @@ def run_command(command: list[str], out: Path) -> Result:
 
 
 class Failure(Exception):
-    """A command did not do what it should."""
+    """A command failed or gave a wrong result."""
 
 
 def start_command(arguments: Iterable[object], log: Path) -> subprocess.Popen[str]:
-    """`cifake-ray ARGUMENTS --json`; what it says on the way goes to `log`."""
+    """Start `cifake-ray ARGUMENTS --json`, with stderr appended to `log`."""
     command = [sys.executable, "-m", "cifake_ray", *map(str, arguments), "--json"]
     with log.open("w") as errors:
         return subprocess.Popen(
@@ -73,7 +73,7 @@ def start_command(arguments: Iterable[object], log: Path) -> subprocess.Popen[st
 def finish_command(
     process: subprocess.Popen[str], arguments: Sequence[object], log: Path
 ) -> dict[str, Any]:
-    """What a command says of itself. Failure when it ends with another code than 0."""
+    """Return a command's JSON result. Failure if it exits with another code than 0."""
     try:
         output, _ = process.communicate(timeout=DAY_S)
     finally:
@@ -86,7 +86,7 @@ def finish_command(
 
 
 def _watch_memory(pid: int, peaks: list[float]) -> None:
-    """VmHWM, which only grows, until the process ends. (getrusage would mix in its children.)"""
+    """Poll VmHWM, a peak, until the process ends. (getrusage would include its children.)"""
     while True:
         try:
             found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -99,7 +99,7 @@ def _watch_memory(pid: int, peaks: list[float]) -> None:
 
 
 def _read_counts(record: dict[str, Any], out: Path) -> tuple[int, float | None]:
-    """Images and steady rate: of a peer, of a batch verb, of train (its last epoch), of sample."""
+    """Return images and steady rate of a peer, a batch command, train (last epoch) or sample."""
     if record.get("command") == "train":
         last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
         return record["train_images"] * record["epochs"], last["images_per_s"]
@@ -108,7 +108,7 @@ def _read_counts(record: dict[str, Any], out: Path) -> tuple[int, float | None]:
 
 
 def link_images(source: Path, folder: Path, num_images: int) -> Path:
-    """A folder with `num_images` of the source's files, evenly chosen, as hard links."""
+    """Hard-link `num_images` of the source's files, evenly chosen, into a folder."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     if len(files) < num_images:
         sys.exit(f"{source} has {len(files):,} images, {num_images:,} are needed; lower --images")
@@ -124,10 +124,10 @@ def link_images(source: Path, folder: Path, num_images: int) -> Path:
 
 
 def link_part(source: Path, folder: Path, num_images: int | None) -> int:
-    """A folder with so many images of each of `source`'s classes in equal parts, or with all.
+    """Link the same number of images of each of `source`'s classes, or all, into a folder.
 
-    Chosen by a hash of their names: CIFAKE numbers its images, one of each of ten subjects in turn,
-    so that every tenth file shows the same subject.
+    They are chosen by a hash of their names: CIFAKE numbers its images by ten subjects in turn, so
+    every tenth file shows the same subject.
     """
     classes = [path for path in sorted(source.iterdir()) if path.is_dir()]
     num_linked = 0
@@ -150,7 +150,7 @@ def link_part(source: Path, folder: Path, num_images: int | None) -> int:
 
 
 def find_cifake(source: Path | None, work: Path) -> Path:
-    """CIFAKE's folder: as given, or unpacked from the archive that CIFAKE_TEST_DATA holds."""
+    """Return CIFAKE's folder: as given, or unpacked from the archive in CIFAKE_TEST_DATA."""
     if source is not None:
         return source
     archive = Path(os.environ.get("CIFAKE_TEST_DATA", "")) / "cifake.tar.xz"
@@ -166,7 +166,7 @@ def unpack_cifake(archive: Path, folder: Path) -> Path:
 
 
 def format_table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown, padded so that it also reads well as plain text; the first line is the head."""
+    """Return a padded Markdown table; the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(

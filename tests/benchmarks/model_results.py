@@ -1,15 +1,15 @@
-"""The networks side by side on CIFAKE: each trained, killed, resumed, evaluated and put to work.
+"""Compare the networks on CIFAKE: train, kill, resume, evaluate and score with each.
 
     python tests/benchmarks/model_results.py [NAME[@SIZE] ...] [--source DIR] [--full] [--write]
 
-Everything goes through the commands. A balanced part of the train split and a part of the test
-split are converted once. Each network is trained with `--patience`; the process of `train` is
-killed with SIGKILL when its first epoch is in the history, and the same command goes on from there.
-Then the bundle is evaluated on the test images and scores a folder. Without names all of ENTRIES
-that are not `slow` are run: some 35 minutes on two quiet CPU cores, an hour with `--all`.
+All steps use the `cifake-ray` commands. A balanced part of the train split and a part of the test
+split are converted once. Each network is trained with `--patience`; `train` is killed with SIGKILL
+after its first epoch, and the same command resumes. Then the bundle is evaluated on the test images
+and scores a folder. Without names all ENTRIES that are not `slow` run: some 35 minutes on two idle
+CPU cores, an hour with `--all`.
 
-`--write` puts the rows into `cifake_ray/model_results.json`, where rows of other networks stay, and
-makes `cifake_ray/MODELS.md` anew; both after every network.
+After every network `--write` merges its row into `cifake_ray/model_results.json` and regenerates
+`cifake_ray/MODELS.md`.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """A network at an input size, and how long it learns."""
+    """A network at an input size, with its training options."""
 
     model: str
     image_size: int
     epochs: int = 3
     lr: float = 0.001
-    slow: bool = False  # only when it is named, or with --all
+    slow: bool = False  # runs only if named, or with --all
 
     @property
     def name(self) -> str:
         return f"{self.model}@{self.image_size}"
 
 
-# Pairs to compare: a stem for 32 pixels (small_*), and the same network on enlarged images.
+# Some networks twice: with a stem for 32 pixels (small_*), and unchanged on enlarged images.
 ENTRIES = (
     Entry("cnn", 32, epochs=10, lr=0.003),
     Entry("small_cnn", 32, epochs=10, lr=0.006),
@@ -93,7 +93,7 @@ ENTRIES = (
 
 
 def choose_entries(names: Sequence[str], everything: bool) -> list[Entry]:
-    """What to run. A name without a size means all of its entries; NAME@SIZE may be any."""
+    """Return the entries to run: all sizes of NAME, or any NAME@SIZE."""
     if not names:
         return [entry for entry in ENTRIES if everything or not entry.slow]
     chosen = []
@@ -108,7 +108,7 @@ def choose_entries(names: Sequence[str], everything: bool) -> list[Entry]:
 
 
 class Bench:
-    """One run of the benchmark: its folders and its commands."""
+    """A run of the benchmark, with its folders and commands."""
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.work = options, work
@@ -117,7 +117,7 @@ class Bench:
         self.folder = work / "folder"
 
     def prepare(self) -> None:
-        """The images that all networks see, converted."""
+        """Convert the images that all networks use."""
         source = find_cifake(self.options.source, self.work)
         images = self.work / "images"
         for split in ("train", "test"):
@@ -126,7 +126,7 @@ class Bench:
             setattr(self.options, f"{split}_images", num_images)
         link_part(source / "test", self.folder, SCORED_IMAGES)
         total = self.options.train_images + self.options.test_images
-        # Some shards for every worker, of the test images too.
+        # Every worker gets several shards, also of the test images.
         log("convert")
         self.finish(["convert", images, self.shards, "--shard-size", max(64, total // 16)])
 
@@ -134,11 +134,11 @@ class Bench:
         return start_command(arguments, self.log)
 
     def finish(self, arguments: Sequence[object]) -> Row:
-        """What a command says of itself. Failure when it ends with another code than 0."""
+        """Return a command's JSON result. Failure if it exits with another code than 0."""
         return finish_command(self.start(arguments), arguments, self.log)
 
     def kill_after_first_epoch(self, arguments: Sequence[object], run: Path) -> bool:
-        """Start training, kill it when an epoch is done; whether it was killed in time."""
+        """Kill training after its first epoch; return whether it was killed before it ended."""
         process = self.start(arguments)
         try:
             while process.poll() is None and not (run / "history.jsonl").exists():
@@ -149,7 +149,7 @@ class Bench:
         return process.returncode == -signal.SIGKILL
 
     def measure(self, entry: Entry) -> Row:
-        """Train, kill, resume, evaluate and score: a row of the table."""
+        """Train, kill, resume, evaluate and score; return a row of the table."""
         options, run = self.options, self.work / "run"
         report, scores = self.work / "report", self.work / "scores"
         for folder in (run, report, scores):
@@ -166,7 +166,7 @@ class Bench:
         if [row["epoch"] for row in history] != list(range(1, summary["epochs"] + 1)):
             raise Failure(f"the history is not that of {summary['epochs']} epochs in order")
         if was_killed and not summary["epochs_resumed"]:
-            raise Failure("killed after an epoch, and begun again from the start")
+            raise Failure("killed after an epoch, but restarted from the beginning")
         log(f"{entry.name}: evaluate, score, models --measure")
         evaluated = self.finish(["evaluate", self.shards, "--bundle", run, "--out", report])
         scored = self.finish(["score", self.folder, scores, "--bundle", run])
@@ -207,7 +207,7 @@ class Bench:
         }
 
     def describe_command(self, entry: Entry) -> str:
-        """What makes this row again."""
+        """Return the command that reproduces this row."""
         options = self.options
         flags = ["--full"] if options.full else []
         for name in ("train_images", "test_images", "epochs", "batch_size", "patience"):
@@ -220,13 +220,12 @@ class Bench:
 
 
 def estimate_hours(images_per_s: float) -> float:
-    """Of FULL_EPOCHS passes over CIFAKE's train split."""
+    """Return the hours of FULL_EPOCHS passes over CIFAKE's train split."""
     return FULL_TRAIN_IMAGES * FULL_EPOCHS / images_per_s / 3600
 
 
 def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """New rows in the place of old ones of the same network, size and kind of run; the order is
-    that of ENTRIES."""
+    """Replace old rows of the same network, size and kind of run; sort in the order of ENTRIES."""
     rows = {(r["model"], r["image_size"], r["is_full"]): r for r in (*old, *new)}
     places = {(e.model, e.image_size): place for place, e in enumerate(ENTRIES)}
 
@@ -236,7 +235,7 @@ def merge_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     return [rows[key] for key in sorted(rows, key=find_place)]
 
 
-# Head, and what stands below it.
+# Column heads, and how to format their cells.
 COLUMNS = {
     "model": lambda row: row["model"],
     "input": lambda row: str(row["image_size"]),
@@ -266,7 +265,7 @@ def tabulate(rows: Sequence[Row]) -> str:
 
 
 def render_page(rows: Sequence[Row]) -> str:
-    """MODELS.md."""
+    """Return MODELS.md."""
     if not rows:
         return PAGE.format(table="Nothing has been measured yet.", commands="")
     machines = {(row["num_cpus"], row["torch"]) for row in rows}
@@ -274,7 +273,7 @@ def render_page(rows: Sequence[Row]) -> str:
     commands = "\n\n".join(f"    {row['command']}\n    {row['train_command']}" for row in rows)
     return PAGE.format(
         table=f"{tabulate(rows)}\n\nMeasured on {machine}.",
-        commands=f"\n## Commands\n\nThe row's own, and how it was trained.\n\n{commands}\n",
+        commands=f"\n## Commands\n\nEach row's own command, and its training.\n\n{commands}\n",
     )
 
 
@@ -282,32 +281,31 @@ PAGE = (
     f"""\
 # Models
 
-Made by `{SCRIPT} --write`. `cifake-ray models` shows costs and results.
+Generated by `{SCRIPT} --write`. `cifake-ray models` shows costs and results.
 
 {{table}}
 
-All go through the commands, from fresh weights, on a balanced part of CIFAKE's train split (all of
-it where 90,000 images trained), a tenth of it kept for validation. So few images and epochs
-compare costs and show what learns quickly; they say little about what a network reaches in the end.
+All networks are trained from scratch on a balanced part of CIFAKE's train split (all of it for rows
+of 90,000 images), a tenth of it held out for validation. So few images and epochs show costs and
+which networks learn quickly, but little about final accuracy.
 
-- **input**: pixels, each side. CIFAKE's images have 32; above, they are enlarged. `small_*` have
-  stems for 32 pixels, where timm's own networks shrink the image at once.
+- **input**: pixels per side. CIFAKE's images have 32; larger inputs enlarge them. `small_*` have
+  stems for 32 pixels; timm's own networks downsample the image in their first layers.
 - **MACs**: multiply-accumulates of convolutions, matrix products and attention for one image.
 - **training images/s**: over all epochs, with decoded images in memory, augmentation and optimiser.
-- **scoring images/s**: the network alone on all cores, as `cifake-ray models --measure` finds it.
-- **full run**: {FULL_EPOCHS} epochs over {FULL_TRAIN_IMAGES:,} images at that rate of training.
-- **resumed after**: training was killed with SIGKILL when this epoch was done, and the same command
-  went on from there.
-- **stopped**: why it ended; `--patience` may end it before the last epoch.
-- **validation**: accuracy of the best epoch, on the images that chose it.
-- **test**: at 0.5, on images of the test split, by which nothing was chosen.
+- **scoring images/s**: the network alone on all cores, from `cifake-ray models --measure`.
+- **full run**: {FULL_EPOCHS} epochs over {FULL_TRAIN_IMAGES:,} images at that training rate.
+- **resumed after**: the epoch after which training was killed with SIGKILL and resumed.
+- **stopped**: why training ended; `--patience` may end it early.
+- **validation**: accuracy of the best epoch, on the images that selected it.
+- **test**: at 0.5, on test images, which selected nothing.
 """
     + "{commands}"
 )
 
 
 def write_results(rows: list[Row]) -> None:
-    """model_results.json and MODELS.md, each whole or not at all."""
+    """Write model_results.json and MODELS.md, each atomically."""
     path = locate_model_results()
     write_json(path, {"made_by": f"{SCRIPT} --write", "rows": rows})
     write_bytes(path.with_name("MODELS.md"), render_page(rows).encode())
@@ -316,34 +314,32 @@ def write_results(rows: list[Row]) -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", nargs="*", help=", ".join(entry.name for entry in ENTRIES))
-    parser.add_argument("--all", action="store_true", help="the slow ones too")
+    parser.add_argument("--all", action="store_true", help="include the slow ones")
     parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
     parser.add_argument("--train-images", type=int, default=2_000)
     parser.add_argument("--test-images", type=int, default=1_000)
     parser.add_argument(
-        "--full", action="store_true", help=f"whole splits, {FULL_EPOCHS} epochs; give names"
+        "--full", action="store_true", help=f"whole splits, {FULL_EPOCHS} epochs; needs names"
     )
     parser.add_argument("--epochs", type=int, help="instead of those of ENTRIES")
     parser.add_argument(
         "--batch-size", type=int, help=f"default: 32, {FULL_BATCH_SIZE} with --full"
     )
     parser.add_argument("--patience", type=int, default=3)
-    parser.add_argument("--num-workers", default="0", help="of train; 0 starts no Ray for it")
-    parser.add_argument("--workdir", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--num-workers", default="0", help="option of train; 0 trains without Ray")
+    parser.add_argument("--workdir", type=Path, help="parent of the temporary folder")
     parser.add_argument("--json", type=Path, help="file for the rows of this run")
     parser.add_argument(
-        "--write", action="store_true", help="into model_results.json and MODELS.md"
+        "--write", action="store_true", help="update model_results.json and MODELS.md"
     )
-    parser.add_argument(
-        "--page", action="store_true", help="only MODELS.md, from model_results.json"
-    )
+    parser.add_argument("--page", action="store_true", help="only regenerate MODELS.md")
     options = parser.parse_args()
     defaults = {action.dest: action.default for action in parser._actions}
     defaults["batch_size"] = FULL_BATCH_SIZE if options.full else 32
     options.batch_size = options.batch_size or defaults["batch_size"]
     options.defaults = defaults
     if options.full and not options.name:
-        parser.error("--full takes hours for most networks; name those you mean")
+        parser.error("--full takes hours for most networks; give their names")
     try:
         options.entries = choose_entries(options.name, options.all)
     except ValueError as error:
@@ -377,7 +373,7 @@ def main() -> None:
                 options.json.write_text(json.dumps(rows, indent=2) + "\n")
             if options.write:
                 write_results(merge_rows(read_model_results()["rows"], [row]))
-    print(f"\n{tabulate(rows)}" if rows else "no row")
+    print(f"\n{tabulate(rows)}" if rows else "no rows")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

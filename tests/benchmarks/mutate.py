@@ -1,10 +1,10 @@
-"""Thousands of damaged files in one folder: `score` must account for every one of them.
+"""Score thousands of damaged files: `score` must account for every one of them.
 
     python tests/benchmarks/mutate.py --images 10000 --seed 0 --src FOLDER --src ANOTHER
 
-Takes real images (FOLDERs; without any, the sample of mixed formats), damages each file in one of
-the ways below, scores them in a process of its own and prints what became of them. Ends with 1
-unless every file is a row once, as a score or with an error of the closed list.
+Takes real images (from FOLDERs, else the sample of mixed formats), damages each in one of the ways
+below, scores them in a separate process and prints the outcomes. Exits with 1 unless every file has
+exactly one row, with a score or a known error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cifake_ray.config import SampleConfig
 from cifake_ray.core.schema import IMAGE_ERRORS
 from cifake_ray.storage.datasets.sample_folder import write_sample
 
-NUM_ORIGINALS = 2000  # read into memory at most
+NUM_ORIGINALS = 2000  # most files read into memory
 MAX_ORIGINAL_BYTES = 2 * 2**20
-HEADER_BYTES = 512  # where most of what parsers believe stands
+HEADER_BYTES = 512  # most fields that parsers trust
 SUFFIXES = (".jpg", ".png", ".webp", ".gif", ".txt", "", ".JPEG")
 TIMEOUT_S = 3600
 NUMBERS = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1)
@@ -54,7 +54,7 @@ def _flip(data: bytes, end: int, rng: np.random.Generator) -> bytes:
 
 
 def set_number(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """A width, a length, a count: whatever stands there becomes something extreme."""
+    """Overwrite a number of the header (a width, length or count) with an extreme value."""
     value = NUMBERS[rng.integers(len(NUMBERS))]
     size = 2 if value < 2**16 and rng.random() < 0.5 else 4
     place = int(rng.integers(0, min(len(data), HEADER_BYTES)))
@@ -81,7 +81,7 @@ def splice(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
 
 
 def blank(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """A block of a disk that was never written."""
+    """Blank a block, as if the disk had never written it."""
     start = int(rng.integers(0, len(data)))
     return data[:start] + bytes(4096) + data[start + 4096 :]
 
@@ -110,7 +110,7 @@ DAMAGES: tuple[DamagedFile, ...] = (
 
 
 def read_originals(folders: list[Path], rng: np.random.Generator) -> list[bytes]:
-    """Up to NUM_ORIGINALS files, the same number from each folder as far as there are so many."""
+    """Read up to NUM_ORIGINALS files, the same number from each folder where possible."""
     originals = []
     for folder in folders:
         paths = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -123,7 +123,7 @@ def read_originals(folders: list[Path], rng: np.random.Generator) -> list[bytes]
 
 
 def write_damaged(folder: Path, originals: list[bytes], images: int, seed: int) -> Counter[str]:
-    """Write so many files below REAL and FAKE; how many in which way."""
+    """Write damaged files below REAL and FAKE; return their number per kind of damage."""
     rng = np.random.default_rng(seed)
     counts: Counter[str] = Counter()
     for name in ("REAL", "FAKE"):
@@ -140,7 +140,7 @@ def write_damaged(folder: Path, originals: list[bytes], images: int, seed: int) 
 
 
 def find_wrongs(out: Path, folder: Path, record: dict[str, object], images: int) -> list[str]:
-    """What does not add up."""
+    """Return the inconsistencies between summary, rows and files."""
     wrongs = []
     keys = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     parts = sorted((out / "scores").glob("part-*.parquet"))

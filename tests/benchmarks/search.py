@@ -1,13 +1,12 @@
-"""What a search is worth: ASHA against random search on the same trials, and what searching costs.
+"""Compare ASHA with random search on the same trials, and measure the overhead of a search.
 
     python tests/benchmarks/search.py [--source DIR] [--work DIR] [--write]
 
-16 trials of `augmentation` and `early-stopping` on 8,000 images of CIFAKE's train split, 2,000
-others of it judge. Random search trains all of them to their end, ASHA stops those that fall
-behind. Then the first trials are trained once more, by a search of one at a time and by plain calls
-of `train`.
+16 trials of `augmentation` and `early-stopping` train on 8,000 images of CIFAKE's train split and
+are validated on 2,000 others. Random search trains all trials to the end; ASHA stops weak ones. For
+the overhead, four trials run as a search of one trial at a time and as plain calls of `train`.
 
-`--write` keeps the tables beside the other comparisons and makes `cifake_ray/EXPERIMENTS.md` anew.
+`--write` saves the section beside the comparisons and regenerates `cifake_ray/EXPERIMENTS.md`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NUM_COSTED, COSTED_EPOCHS = 4, 2
 
 
 def search(name: str, shards: Path, options: dict[str, Any]) -> Row:
-    """A search: a row of the first table. One that is finished is only read."""
+    """Run a search, or read a finished one; return a row of the first table."""
     folder = shards.parent / name
     summary = run(
         ["tune", shards, folder, *SPACES, *to_flags(options)], shards.parent / f"{name}.log"
@@ -46,7 +45,7 @@ def search(name: str, shards: Path, options: dict[str, Any]) -> Row:
 
 
 def train_plainly(shards: Path, searched: Path, recipe: Path) -> list[tuple[float, float]]:
-    """The trials of a search by calls of `train`: seconds of each in all, and of its epochs."""
+    """Repeat a search's trials with `train`; return total and epoch seconds of each."""
     times = []
     for trial in TuneRun(searched).read_trials():
         chosen = to_train_options(trial.chosen, POLICIES["shift"])
@@ -100,32 +99,32 @@ def render_section(rows: Sequence[Row], searched: Row, plain: list[tuple[float, 
 
 
 SECTION = f"""\
-## What a search is worth
+## ASHA against random search
 
-{TRIALS} trials of `augmentation` and `early-stopping`, the same for both, on 8,000 images of the
-train split for at most {EPOCHS} epochs; 2,000 others of it judge. Recipe `fast`, a trial on each
-core.
+The same {TRIALS} trials of `augmentation` and `early-stopping` for both, trained on 8,000 images of
+the train split for at most {EPOCHS} epochs and validated on 2,000 others. Recipe `fast`, one trial
+per core.
 
     python tests/benchmarks/search.py
 
 {{table}}
 
-Why trials ended: {{ends}}. Trials with `ema_decay` look bad after their first epoch, whatever they
-come to: with the default `--grace-epochs 1` ASHA stopped the best of random search there.
+How trials ended: {{ends}}. Trials with `ema_decay` look bad after the first epoch, whatever their
+final result: with the default `--grace-epochs 1`, ASHA stopped the best trial of random search.
 
-The best of random search: {{chosen}}.
+The best trial of random search: {{chosen}}.
 
-What searching costs: {NUM_COSTED} trials of {COSTED_EPOCHS} epochs by {NUM_COSTED} calls of
-`train`, one after the other, take {{plain}} s: {{epochs}} s in epochs, {{start}} s each (median)
-to start and to end. A search of one at a time takes {{searched}} s: {{more}} beside these calls.
+Overhead: {NUM_COSTED} trials of {COSTED_EPOCHS} epochs take {{plain}} s as {NUM_COSTED} calls of
+`train`, one after another: {{epochs}} s in epochs, and {{start}} s per call (median) to start and
+end. A search of one trial at a time takes {{searched}} s: {{more}}.
 """
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", type=Path, help="CIFAKE's folder (default: CIFAKE_TEST_DATA)")
-    parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one)")
-    parser.add_argument("--write", action="store_true", help="into EXPERIMENTS.md")
+    parser.add_argument("--work", type=Path, help="folder to keep (default: a temporary one)")
+    parser.add_argument("--write", action="store_true", help="update EXPERIMENTS.md")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of trainings: what is asked of `train`, and what the tables say of the figures."""
+"""Tests of the comparisons: options given to `train`, and tables made from results."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_gains_are_seed_by_seed() -> None:
     head, _, first, second = summarise(comparison, rows).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, first, second)]
     none, more = (dict(zip(cells[0], line, strict=True)) for line in cells[1:])
-    assert none["to the first"] == "-"
+    assert none["vs. first"] == "-"
     assert none["seeds"] == "3"
-    assert more["to the first"] == "+1.00 ± 0.00"
-    assert more["what differs"] == "--lr 0.1"
+    assert more["vs. first"] == "+1.00 ± 0.00"
+    assert more["change"] == "--lr 0.1"
     assert more["epochs"] == "50-51"
 
 

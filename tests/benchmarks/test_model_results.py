@@ -1,4 +1,4 @@
-"""The benchmark of the zoo: which images and networks it takes, and what it leaves."""
+"""Tests of the benchmark of the networks: images, entries, rows and the page."""
 
 from __future__ import annotations
 

