@@ -1,7 +1,7 @@
 """Bundles: a trained detector on disk, in the layout of timm and Hugging Face.
 
 Floor: storage. `config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
-only we need stands in `config.json` under `cifake_ray`. `storage.bundles.weights` reads the
+only this package needs is in `config.json` under `cifake_ray`. `storage.bundles.weights` reads the
 weights.
 """
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BundleInfo:
-    """What a bundle says of itself, without a network being made."""
+    """A bundle without its weights: what `config.json` holds, and the fingerprint."""
 
     path: AnyPath
     weights_name: str  # model.safetensors, or the pickle that --allow-pickle let in
@@ -46,7 +46,7 @@ class BundleInfo:
     architecture: str
     preprocessing: Preprocessing
     calibration: Calibration
-    domain: TrainingDomain | None  # what it learned from; None in bundles that do not say
+    domain: TrainingDomain | None  # what it was trained on; None in bundles that do not name it
     training: dict[str, Any]  # settings and counts of the run that made it
 
     @property
@@ -64,7 +64,7 @@ class BundleInfo:
 
 
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
-    """Where a bundle lies: a bundle, a RUN with one inside, or None for the one in the box."""
+    """Return the path of a bundle, given it or a RUN that holds it; None is the built-in one."""
     if uri is None:
         return Path(str(files("cifake_ray") / "bundles" / "default"))
     path = resolve_path(uri, store)
@@ -74,10 +74,10 @@ def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
 def read_bundle_info(
     path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
 ) -> BundleInfo:
-    """Read and check a bundle, torch left alone; cheap enough for before any work is scheduled.
+    """Read and check a bundle without torch; cheap enough to do before work is scheduled.
 
     `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
-    incomplete, damaged, another one, not ours, or a pickle that `allow_pickle` does not let in.
+    incomplete, damaged, another one, not of cifake-ray, or a pickle without `allow_pickle`.
     """
     return _read_bundle(path, expect_sha256, allow_pickle)[0]
 
@@ -85,7 +85,7 @@ def read_bundle_info(
 def load_bundle(
     path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
 ) -> tuple[Detector, BundleInfo]:
-    """The detector on the CPU, ready to score: made of the very bytes that were checked.
+    """Return the detector, on the CPU and ready to score, made of the bytes that were checked.
 
     BundleError as `read_bundle_info`, and when the weights are not those of the architecture.
     """
@@ -93,16 +93,16 @@ def load_bundle(
 
     info, weights = _read_bundle(path, expect_sha256, allow_pickle)
     size, fit = info.preprocessing.image_size, info.preprocessing.fit
-    place = path / info.weights_name
-    state = load_weights(place, weights)
+    weights_path = path / info.weights_name
+    state = load_weights(weights_path, weights)
     try:
         detector = build_detector(info.architecture, image_size=size, fit=fit)
         detector.set_preprocessing(info.preprocessing)
         detector.network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise BundleError(
-            f"{place}: not the weights of {info.architecture} ({str(error).splitlines()[0]});"
-            " copy or train the bundle again"
+            f"{weights_path}: not the weights of {info.architecture}"
+            f" ({str(error).splitlines()[0]}); copy or train the bundle again"
         ) from error
     return detector.eval(), info
 
@@ -110,8 +110,10 @@ def load_bundle(
 def _read_bundle(
     path: AnyPath, expect_sha256: str | None, allow_pickle: bool
 ) -> tuple[BundleInfo, bytes]:
-    """What the bundle says, and its weights. Each file is read once, so that no check and no use
-    see different bytes while somebody replaces the bundle."""
+    """Return the checked `config.json` and the bytes of the weights.
+
+    Each file is read once: a bundle that is replaced meanwhile is never half the old one.
+    """
     if not exists(path / "config.json"):
         raise BundleError(
             f"{path}: no config.json; give the bundle folder of a finished training run"

@@ -1,7 +1,7 @@
 """Weights that training starts from: a file, a folder of timm's layout, a bundle, timm's hub.
 
 Floor: storage. Everything must fit except the classifier, which may be for other classes: it then
-keeps the fresh weights that the seed gave it, and that is said.
+keeps the fresh weights that the seed gave it, and the log says so.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 NUM_SHOWN = 3  # names in a message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """What was taken over."""
+    """What was loaded into a fresh detector, and from where."""
 
     source: str
-    digest: str  # sha256 over names, shapes and values, whatever file they lay in
+    digest: str  # sha256 of names, shapes and values, the same for any file that holds them
     num_loaded: int  # tensors
-    fresh: tuple[str, ...]  # names of the classifier that were not taken over
+    fresh: tuple[str, ...]  # names in the classifier that were not loaded
 
     def __str__(self) -> str:
         fresh = ", ".join(self.fresh)
@@ -45,33 +45,34 @@ class StartingWeights:
 def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWeights | None:
     """Load what `--weights` or `--pretrained` names into a fresh detector; None for neither.
 
-    A folder's own mean and deviation come with its weights. BundleError when the weights cannot be
-    had or do not fit.
+    The mean and deviation of a folder come with its weights. BundleError when the weights cannot
+    be read or fetched, or do not fit.
     """
     if config.pretrained:
-        return _take_over(detector, _fetch_pretrained(config, detector), "timm's hub", True)
+        state = _fetch_pretrained(config, detector)
+        return _load_fitting(detector, state, source="timm's hub", fresh_head=True)
     if config.weights is None:
         return None
-    place = locate_bundle(config.weights, config.store)
-    if place.suffix == ".safetensors":
-        state = _read_state(place, config.model)
+    path = locate_bundle(config.weights, config.store)
+    if path.suffix == ".safetensors":
+        state = _read_state(path, config.model)
     else:
-        cfg = _read_pretrained_cfg(place, config.model)
-        state = _read_state(place / find_weights(place, allow_pickle=False), config.model)
+        cfg = _read_pretrained_cfg(path, config.model)
+        state = _read_state(path / find_weights(path, allow_pickle=False), config.model)
         own = detector.preprocessing
         mean, std = (tuple(cfg.get(name, getattr(own, name))) for name in ("mean", "std"))
         detector.set_preprocessing(replace(own, mean=mean, std=std))
-    return _take_over(detector, state, str(place), False)
+    return _load_fitting(detector, state, source=str(path), fresh_head=False)
 
 
-def _read_state(place: AnyPath, architecture: str) -> Mapping[str, torch.Tensor]:
-    data = read_bytes(place)
-    check_weights(place, data, architecture)
-    return load_weights(place, data)
+def _read_state(path: AnyPath, architecture: str) -> Mapping[str, torch.Tensor]:
+    data = read_bytes(path)
+    check_weights(path, data, architecture)
+    return load_weights(path, data)
 
 
 def _read_pretrained_cfg(folder: AnyPath, architecture: str) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a folder, once its architecture has been checked."""
+    """Return timm's `pretrained_cfg` of a folder. BundleError for another architecture."""
     path = folder / "config.json"
     if not exists(path):
         raise BundleError(
@@ -92,7 +93,7 @@ def _read_pretrained_cfg(folder: AnyPath, architecture: str) -> dict[str, Any]:
 
 
 def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, torch.Tensor]:
-    """timm's weights for the architecture, fitted to the input size by timm itself."""
+    """Return timm's weights for the architecture; timm fits them to the input size."""
     import timm
 
     options: dict[str, Any] = {}
@@ -112,10 +113,13 @@ def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, t
     return state
 
 
-def _take_over(
-    detector: Detector, state: Mapping[str, torch.Tensor], source: str, fresh_head: bool
+def _load_fitting(
+    detector: Detector, state: Mapping[str, torch.Tensor], *, source: str, fresh_head: bool
 ) -> StartingWeights:
-    """Load all but what of the classifier does not fit; `fresh_head` leaves it out in any case."""
+    """Load everything except what does not fit in the classifier, with `fresh_head` all of it.
+
+    BundleError when anything else does not fit.
+    """
     from cifake_ray.core.models.detector import find_head
 
     own = detector.network.state_dict(keep_vars=True)
@@ -128,27 +132,31 @@ def _take_over(
         for name, tensor in state.items()
         if name in own and tensor.shape == own[name].shape
     }
-    taken = {name: t for name, t in fits.items() if not (fresh_head and name in head)}
+    loaded = {name: t for name, t in fits.items() if not (fresh_head and name in head)}
     wrong = {
         "missing": sorted(own.keys() - state.keys() - head),
         "of another shape": sorted((own.keys() & state.keys()) - fits.keys() - head),
         "unknown": sorted(state.keys() - own.keys()),
     }
     if any(wrong.values()):
-        told = "; ".join(
+        listed = "; ".join(
             f"{len(names)} {what} ({', '.join([*names[:NUM_SHOWN], '...'][: len(names)])})"
             for what, names in wrong.items()
             if names
         )
         raise BundleError(
             f"{source}: not the weights of {detector.architecture} at"
-            f" {detector.preprocessing.image_size} pixels: {told}; another --model or --image-size?"
+            f" {detector.preprocessing.image_size} pixels: {listed}; another --model or"
+            " --image-size?"
         )
-    detector.network.load_state_dict({**own, **taken})
+    detector.network.load_state_dict({**own, **loaded})
     digest = hashlib.sha256()
-    for name in sorted(taken):
-        values = taken[name].detach().cpu().float().contiguous().numpy()
+    for name in sorted(loaded):
+        values = loaded[name].detach().cpu().float().contiguous().numpy()
         digest.update(f"{name}{values.shape}".encode() + values.tobytes())
     return StartingWeights(
-        source, digest.hexdigest(), len(taken), tuple(sorted(own.keys() - taken.keys()))
+        source=source,
+        digest=digest.hexdigest(),
+        num_loaded=len(loaded),
+        fresh=tuple(sorted(own.keys() - loaded.keys())),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,6 +143,13 @@ def append(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def make_weights(**changes: Any) -> bytes:
+    """One float in safetensors; as many bytes follow the header as it says."""
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
+    header = json.dumps({"a": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(tensor["data_offsets"][1])
+
+
 @dataclass(frozen=True)
 class Wrong:
     name: str
@@ -185,6 +194,22 @@ WRONGS = [
             (50_000).to_bytes(8, "little") + b"[" * 50_000
         ),
         "model.safetensors: damaged",
+    ),
+    *(
+        Wrong(
+            f"a header with {changes}",
+            lambda b, changes=changes: (b / "model.safetensors").write_bytes(
+                make_weights(**changes)
+            ),
+            "model.safetensors: damaged",
+        )
+        for changes in (
+            {"data_offsets": [4, 8]},
+            {"data_offsets": [0, 8]},
+            {"shape": [-1]},
+            {"shape": [2**62, 8]},
+            {"dtype": "F33"},
+        )
     ),
     Wrong(
         "a temperature of nothing",
@@ -244,6 +269,38 @@ def test_a_bundle_that_is_incomplete_or_altered_is_refused_by_name(
         assert wrong.says in str(failure.value)
         assert str(bundle) in str(failure.value)
         assert "\n" not in str(failure.value)
+
+
+READ_WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from cifake_ray.errors import BundleError
+from cifake_ray.storage.bundles.bundle import read_bundle_info
+for path in sys.argv[1:]:
+    try:
+        print(read_bundle_info(Path(path)).architecture)
+    except BundleError as error:
+        print(error)
+    assert "torch" not in sys.modules
+"""
+
+
+def test_weights_are_checked_without_torch(tmp_path: Path) -> None:
+    data = (write(tmp_path / "whole", make_detector()) / "model.safetensors").read_bytes()
+    bundles = [tmp_path / "whole"]
+    for number, damaged in enumerate((data[:-1], data + b"x", b"", data[:8] + b"]" + data[9:])):
+        bundles.append(write(tmp_path / str(number), make_detector()))
+        (bundles[-1] / "model.safetensors").write_bytes(damaged)
+    process = subprocess.run(
+        [sys.executable, "-c", READ_WITHOUT_TORCH, *map(str, bundles)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    whole, *refused = process.stdout.splitlines()
+    assert (process.returncode, whole, len(refused)) == (0, "cnn", 4), process.stderr
+    for bundle, line in zip(bundles[1:], refused, strict=True):
+        assert line.startswith(f"{bundle / 'model.safetensors'}: damaged")
 
 
 def test_a_config_that_is_not_json_is_refused_by_name(tmp_path: Path) -> None:
