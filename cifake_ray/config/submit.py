@@ -12,13 +12,11 @@ from typing import Annotated, Any
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
 
-PLACES = ("out", "bundle", "weights")  # beside all that are arguments
+PATH_OPTIONS = ("out", "bundle", "weights")  # paths, as all positional arguments are
 SECRETS = re.compile(
     r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
     re.IGNORECASE,
 )
-
-
 JOBS_API = "the Jobs API of the cluster, usually at port 8265 of its head"
 
 
@@ -62,16 +60,16 @@ class SubmitConfig:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What `--env` sets."""
+        """Return the variables that `--env` sets."""
         return dict(item.split("=", 1) for item in self.env)
 
 
 def check_remote_paths(config: Any) -> None:
-    """UsageError for a place of a verb that means nothing on another machine."""
+    """Raise UsageError for a path that means nothing on another machine."""
     for field in fields(config):
         doc, value = doc_of(type(config), field.name), getattr(config, field.name)
-        is_place = doc.positional or field.name in PLACES
-        if is_place and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
+        is_path = doc.positional or field.name in PATH_OPTIONS
+        if is_path and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
             name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
             raise UsageError(
                 f"{name} is {value!r}: a job runs elsewhere; give s3://BUCKET/... or an absolute"

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from multiprocessing import TimeoutError as PoolTimeout
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -33,26 +34,14 @@ from cifake_ray.errors import ExitCode, ResourceError, UsageError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
 from cifake_ray.storage.io.paths import refuse_credentials
 
-ADDRESS = "RAY_API_SERVER_ADDRESS"  # goes before RAY_ADDRESS, and Ray lets both go before arguments
-PATIENCE_S = 120.0  # a head that is silent for longer is given up, not the job
-ANSWER_S = (10.0, 300.0)  # to connect, to answer; Ray itself would wait for ever
-QUIET_S = 60.0  # a log that says nothing for so long may have lost its connection
+ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray prefers it to RAY_ADDRESS, and both to an argument
+ANSWER_S = 30.0  # to wait for an answer of the head; Ray's client itself would wait for ever
+PATIENCE_S = 120.0  # a head that has not answered for so long is given up, the job is not
+TAIL_S = 60.0  # how long a log is followed before the status is read: the connection may be dead
 POLL_S = 1.0
 
-LOST = (
-    RuntimeError,
-    OSError,
-    AuthenticationError,
-    aiohttp.ClientError,
-    requests.RequestException,
-)
-
-
-class _Client(JobSubmissionClient):
-    """One that does not wait for ever."""
-
-    def _do_request(self, *args: Any, **options: Any) -> requests.Response:
-        return super()._do_request(*args, **{"timeout": ANSWER_S, **options})
+REFUSED = (RuntimeError, AuthenticationError)  # the head has answered
+LOST = (*REFUSED, OSError, aiohttp.ClientError)
 
 
 def submit_job(
@@ -63,29 +52,32 @@ def submit_job(
     log: Callable[[str], None],
     show_log: Callable[[str], None],
 ) -> tuple[dict[str, Any], int]:
-    """Start `verb` with the options of `config` there, show its log, and give its exit code.
+    """Run `verb` with `config` on the cluster, show the job's log and return its exit code.
 
-    `flags` are words without a config, such as --debug. With --json among them the job prints its
-    result as JSON, which is `result` here.
-    UsageError for what cannot run elsewhere, ResourceError for a cluster that does not take it.
+    `flags` are options without a field in `config`, such as --debug. With --json among them the
+    job prints its result as JSON; it is `result` in the dictionary returned here.
+    UsageError for what cannot run elsewhere, ResourceError when the cluster does not take the job.
     """
-    check_remote_paths(config)
-    _check_words(config, job)
-    words = ["python", "-m", "cifake_ray", verb, *list_options(config), *flags]
-    runtime_env: dict[str, Any] = {"env_vars": job.variables}
-    if job.working_dir is not None:
-        if not (Path(job.working_dir) / "cifake_ray" / "__main__.py").is_file():
-            raise UsageError(
-                f"--working-dir {job.working_dir}: no checkout of cifake_ray lies there"
-            )
-        runtime_env["working_dir"] = job.working_dir
+    _check_request(config, job)
     client = _connect(job.address)
     address = client.get_address()
     name = job.submission_id or f"{verb}-{secrets.token_hex(8)}"
+    words = ["python", "-m", "cifake_ray", verb, *list_options(config), *flags]
+    upload = {"working_dir": job.working_dir} if job.working_dir is not None else {}
+    request = {
+        "entrypoint": shlex.join(words),
+        "runtime_env": {"env_vars": job.variables, **upload},
+        "submission_id": name,
+    }
     try:
-        client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime_env, submission_id=name)
+        _ask(PATIENCE_S, client.submit_job, **request)
+    except REFUSED as error:
+        raise ResourceError(f"the cluster does not take the job: {error}") from error
     except LOST as error:
-        _check_refused(client, name, error)
+        raise ResourceError(
+            f"the cluster does not answer ({error}); job {name} may run: `ray job status {name}"
+            f" --address {address}` tells"
+        ) from error
     result = {"command": "submit", "verb": verb, "submission_id": name, "address": address}
     try:
         log(f"submit: job {name}, on the dashboard {address}/#/jobs/{name}")
@@ -93,7 +85,7 @@ def submit_job(
         if not job.wait:
             log(f"submit: `ray job logs {name} --follow --address {address}` shows it")
             return {**result, "status": str(JobStatus.PENDING)}, ExitCode.OK
-        job_log = _Log(show_log)
+        job_log = _JobLog(show_log)
         details = _follow(client, name, job_log)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(
@@ -101,54 +93,37 @@ def submit_job(
             " ends it"
         ) from None
     code = _read_code(details)
-    said = {"result": job_log.read_result()} if "--json" in flags else {}
-    return {**result, "status": str(details.status), **said}, code
+    job_result = {"result": job_log.find_result()} if "--json" in flags else {}
+    return {**result, "status": str(details.status), **job_result}, code
 
 
-def _check_refused(client: JobSubmissionClient, name: str, error: Exception) -> None:
-    """ResourceError unless only the answer was lost, and the job is there."""
-    if isinstance(error, RuntimeError | AuthenticationError):  # the cluster's own word
-        raise ResourceError(f"the cluster does not take the job: {error}") from error
-    try:
-        client.get_job_info(name)
-    except RuntimeError:  # it knows of no such job
-        raise ResourceError(f"the cluster does not take the job: {error}") from error
-    except LOST:
-        raise ResourceError(
-            f"the cluster does not answer ({error}); job {name} may run: `ray job status {name}"
-            f" --address {client.get_address()}` tells"
-        ) from error
-
-
-def _check_words(config: Any, job: SubmitConfig) -> None:
-    """UsageError for what would be shown to all who see the job, and for files of this machine."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        for word in value if isinstance(value, tuple) else (value,):
-            if not isinstance(word, str):
-                continue
-            refuse_credentials(word)
-            if job.working_dir is None and len(word) < 256 and not Path(word).is_absolute():
-                _refuse_file(word)
+def _check_request(config: Any, job: SubmitConfig) -> None:
+    """Raise UsageError for paths of this machine, and for secrets that the cluster would show."""
+    check_remote_paths(config)
+    values = [getattr(config, field.name) for field in fields(config)]
+    words = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
+    for word in filter(lambda word: isinstance(word, str), words):
+        refuse_credentials(word)
+        if job.working_dir is None and not Path(word).is_absolute() and os.path.isfile(word):
+            raise UsageError(
+                f"{word} is a file here: a job runs elsewhere; give a URI or an absolute path that"
+                " every node sees, or --working-dir"
+            )
     for value in job.variables.values():
         refuse_credentials(value)
+    checkout = job.working_dir
+    if checkout is not None and not (Path(checkout) / "cifake_ray" / "__main__.py").is_file():
+        raise UsageError(f"--working-dir {checkout}: no checkout of cifake_ray lies there")
 
 
-def _refuse_file(word: str) -> None:
-    if "\0" not in word and Path(word).is_file():
-        raise UsageError(
-            f"{word} is a file here: a job runs elsewhere; give a URI or an absolute path that"
-            " every node sees, or --working-dir"
-        )
-
-
-def _connect(address: str | None) -> _Client:
+def _connect(address: str | None) -> JobSubmissionClient:
+    """Return a client of the Jobs API at `address`, else where Ray's variables point."""
     found = {"--address": address} | {n: os.environ.get(n) for n in (ADDRESS, "RAY_ADDRESS")}
     name, address = next(((n, v) for n, v in found.items() if v), ("--address", ""))
     check_endpoint(address, name, JOBS_API)
     os.environ[ADDRESS] = address
     try:
-        return _Client(address)
+        client: JobSubmissionClient = _ask(ANSWER_S, JobSubmissionClient, address)
     except AuthenticationError as error:
         raise ResourceError(
             f"{address} refuses the token ({str(error).splitlines()[0]}); {TOKEN_REMEDY}"
@@ -158,39 +133,43 @@ def _connect(address: str | None) -> _Client:
             f"no Jobs API answers at {address} ({str(error).splitlines()[0]}); is the head up, with"
             " ray[default] installed, and its port 8265 forwarded?"
         ) from error
+    return client
 
 
-class _Log:
-    """What a job has said, shown line by line, each line once."""
+def _ask(timeout_s: float, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return what `function` returns. TimeoutError after `timeout_s`: its thread is left behind."""
+    with ThreadPool(1) as pool:  # of daemon threads, which keep no process alive
+        try:
+            return pool.apply_async(function, args, options).get(timeout_s)
+        except PoolTimeout:
+            raise TimeoutError(f"no answer in {timeout_s:.0f} s") from None
+
+
+class _JobLog:
+    """The log of a job, line by line, each line once."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
-        self.show = show
-        self.text, self.rest = "", ""
+        self.show, self.text, self.num_shown = show, "", 0
 
-    def add(self, text: str) -> None:
-        self.text += text
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            self.show(line)
+    def update(self, text: str, is_whole: bool = False) -> None:
+        """Show what is new in `text`, the log from its beginning; a last line once it is whole."""
+        end = len(text) if is_whole else text.rfind("\n") + 1
+        if end > self.num_shown:
+            for line in text[self.num_shown : end].removesuffix("\n").split("\n"):
+                self.show(line)
+            self.text, self.num_shown = text, end
 
     async def tail(self, client: JobSubmissionClient, name: str) -> None:
-        """Ray tells a log from its beginning, also after a lost connection."""
-        known = len(self.text)
-        texts = client.tail_job_logs(name)
-        with suppress(StopAsyncIteration):
-            while True:
-                text = await asyncio.wait_for(anext(texts), QUIET_S)
-                self.add(text[known:])
-                known = max(0, known - len(text))
+        """Follow the log for `TAIL_S`, or until the job ends or the connection is lost."""
+        text = ""  # Ray sends a log from its beginning, also when it is followed again
+        with suppress(*LOST):  # not every way to a head lets a log through
+            async with asyncio.timeout(TAIL_S):
+                async for more in client.tail_job_logs(name):
+                    text += more
+                    self.update(text)
 
-    def finish(self, whole: str) -> None:
-        """What was not shown yet, when the job is over."""
-        self.add(whole[len(self.text) :])
-        if self.rest:
-            self.show(self.rest)
-
-    def read_result(self) -> dict[str, Any] | None:
-        """The last line that is the result of a command."""
+    def find_result(self) -> dict[str, Any] | None:
+        """Return the last line that is the result of a command."""
         for line in reversed(self.text.splitlines()):
             with suppress(ValueError):
                 found = json.loads(line)
@@ -199,22 +178,23 @@ class _Log:
         return None
 
 
-def _follow(client: JobSubmissionClient, name: str, job_log: _Log) -> JobDetails:
-    """The details of a job once it has ended. The head may be silent for PATIENCE_S."""
+def _follow(client: JobSubmissionClient, name: str, job_log: _JobLog) -> JobDetails:
+    """Show the log of a job until it has ended, and return its details.
+
+    ResourceError when the head has not answered for PATIENCE_S.
+    """
     lost_s = None
     while True:
+        asyncio.run(job_log.tail(client, name))
         try:
-            client.get_job_info(name)  # it answers
+            details: JobDetails = _ask(ANSWER_S, client.get_job_info, name)
             lost_s = None
-            with suppress(*LOST):  # not every way to a head lets a log through
-                asyncio.run(job_log.tail(client, name))
-            details = client.get_job_info(name)
             if details.status.is_terminal():
                 with suppress(*LOST):
-                    job_log.finish(client.get_job_logs(name))
+                    job_log.update(_ask(PATIENCE_S, client.get_job_logs, name), is_whole=True)
                 return details
         except LOST as error:
-            lost_s = time.monotonic() if lost_s is None else lost_s
+            lost_s = lost_s or time.monotonic()
             if time.monotonic() - lost_s > PATIENCE_S:
                 raise ResourceError(
                     f"the cluster has not answered for {PATIENCE_S:.0f} s ({error}); job {name} may"

@@ -21,6 +21,7 @@ import pytest
 import requests
 import typer
 from faults.command import wait_until
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobType
 from ray_head import JobsCluster, run_head
 from typer.testing import CliRunner
@@ -274,6 +275,7 @@ def test_ray_job_submit_runs_a_job_file_and_keeps_its_code(
 
 SHOW_CODE = """
 import sys
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 print(JobSubmissionClient(sys.argv[1]).get_job_info("no-bundle").driver_exit_code)
 """
@@ -312,15 +314,20 @@ def test_the_words_of_a_config_make_it_again(verb: str, config: Any) -> None:
 
 
 class Head:
-    """What a cluster answers, in turn; an exception is raised, a last answer repeated."""
+    """What a cluster answers, in turn; an exception is raised, a last answer repeated.
 
-    def __init__(self, statuses: list[Any], tails: list[list[Any]], log: str) -> None:
+    None is no answer.
+    """
+
+    def __init__(self, statuses: list[Any], tails: list[list[Any]], log: Any) -> None:
         self.statuses, self.tails, self.log = statuses, tails, log
 
     def get_job_info(self, name: str) -> JobDetails:
         status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
         if isinstance(status, Exception):
             raise status
+        if status is None:
+            time.sleep(5)
         code = 3 if status == JobStatus.FAILED else None
         return JobDetails(
             type=JobType.SUBMISSION, entrypoint="true", status=status, driver_exit_code=code
@@ -334,7 +341,9 @@ class Head:
                 await asyncio.sleep(60)
             yield text
 
-    def get_job_logs(self, name: str) -> str:
+    def get_job_logs(self, name: str) -> Any:
+        if isinstance(self.log, Exception):
+            raise self.log
         return self.log
 
 
@@ -345,37 +354,59 @@ LOST = aiohttp.ClientError("lost")
 @pytest.mark.parametrize(
     ("statuses", "tails"),
     [
-        ([RUNNING, RUNNING, RUNNING, FAILED], [["a\n", LOST], ["a\nb\n", "c"]]),
-        ([RUNNING, LOST, RUNNING, FAILED], [["a\nb"], ["a", "\nb"]]),
-        ([RUNNING, RUNNING, FAILED], [[LOST], [LOST], [LOST]]),  # no way for a log
-        ([RUNNING, FAILED], [["a\n", None]]),  # the connection says nothing any more
+        ([RUNNING, FAILED], [["a\n", LOST], ["a\nb\n", "c"]]),
+        ([RUNNING, FAILED], [["a\n"], ["a"]]),  # less than before
+        ([LOST, RUNNING, FAILED], [["a\nb"], ["a", "\nb"]]),
+        ([RUNNING, FAILED], [[LOST], [LOST]]),  # no way for a log
+        ([RUNNING, FAILED], [["a\n", None], ["a\nb\n"]]),  # a dead connection
+        ([None, FAILED], [["a\n"], [None]]),
         ([FAILED], [[]]),
     ],
 )
 def test_a_job_is_followed_over_what_is_lost(
     monkeypatch: pytest.MonkeyPatch, statuses: list[Any], tails: list[list[Any]]
 ) -> None:
-    monkeypatch.setattr(stages_submit, "QUIET_S", 0.1)
+    monkeypatch.setattr(stages_submit, "TAIL_S", 0.1)
+    monkeypatch.setattr(stages_submit, "ANSWER_S", 0.1)
     monkeypatch.setattr(stages_submit, "POLL_S", 0.0)
     shown: list[str] = []
-    log = stages_submit._Log(shown.append)
+    log = stages_submit._JobLog(shown.append)
     details = stages_submit._follow(cast(Any, Head(statuses, tails, "a\nb\nc")), "name", log)
     assert (details.driver_exit_code, shown) == (3, ["a", "b", "c"])
 
 
-def test_a_head_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_shown_when_they_are_whole_and_an_unfinished_one_at_the_end() -> None:
+    shown: list[str] = []
+    log = stages_submit._JobLog(shown.append)
+    for text, lines in (("a", []), ("a\nb", ["a"]), ("a", ["a"]), ("a\nb\n\nc", ["a", "b", ""])):
+        log.update(text)
+        assert shown == lines
+    log.update("a\nb\n\nc", is_whole=True)
+    assert shown == ["a", "b", "", "c"]
+
+
+@pytest.mark.parametrize("status", [requests.ConnectionError("gone"), None])
+def test_a_head_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch, status: Any) -> None:
     monkeypatch.setattr(stages_submit, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(stages_submit, "ANSWER_S", 0.05)
     monkeypatch.setattr(stages_submit, "POLL_S", 0.02)
-    head = Head([RUNNING, requests.ConnectionError("gone")], [["a\n"]], "")
-    log = stages_submit._Log(lambda line: None)
-    with pytest.raises(ResourceError, match="job name may go on"):
+    head = Head([RUNNING, status], [["a\n"]], "")
+    log = stages_submit._JobLog(lambda line: None)
+    with pytest.raises(ResourceError, match=r"\((gone|no answer in 0 s)\); job name may go on"):
         stages_submit._follow(cast(Any, head), "name", log)
 
 
+def test_a_job_whose_log_cannot_be_read_ends_all_the_same() -> None:
+    head = Head([FAILED], [["a\n"]], LOST)
+    shown: list[str] = []
+    details = stages_submit._follow(cast(Any, head), "name", stages_submit._JobLog(shown.append))
+    assert (details.driver_exit_code, shown) == (3, ["a"])
+
+
 def test_the_result_is_found_among_the_lines_of_a_log() -> None:
-    log = stages_submit._Log(lambda line: None)
-    log.add('{"exit_code": 3, "done": 1}\n{"time": "x", "message": "y"}\n{broken\n[1]\n')
-    assert log.read_result() == {"exit_code": 3, "done": 1}
+    log = stages_submit._JobLog(lambda line: None)
+    log.update('{"exit_code": 3, "done": 1}\n{"time": "x", "message": "y"}\n{broken\n[1]\n')
+    assert log.find_result() == {"exit_code": 3, "done": 1}
 
 
 def test_places_are_checked_whatever_the_verb_calls_them() -> None:
@@ -399,36 +430,33 @@ def test_variables_are_split_at_the_first_equals_sign() -> None:
 
 
 class Deaf:
-    """A cluster that got the job, or not, and whose answer to that is lost."""
+    """A cluster that refuses a job, or whose answer to it is lost."""
 
-    def __init__(self, asked: Exception | None) -> None:
-        self.asked = asked
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
     def get_address(self) -> str:
         return "http://head"
 
-    def get_job_info(self, name: str) -> None:
-        if self.asked:
-            raise self.asked
+    def submit_job(self, **request: Any) -> None:
+        raise self.error
 
 
 @pytest.mark.parametrize(
-    ("sent", "asked", "message"),
+    ("error", "message"),
     [
-        (RuntimeError("taken"), None, "does not take the job: taken"),
-        (OSError("reset"), RuntimeError("404"), "does not take the job: reset"),
-        (OSError("reset"), OSError("gone"), "job score-1 may run: `ray job status score-1"),
+        (RuntimeError("taken"), "does not take the job: taken"),
+        (AuthenticationError("token"), "does not take the job: token"),
+        (OSError("reset"), r"not answer \(reset\); job score-1 may run: `ray job status score-1"),
     ],
 )
 def test_a_job_is_called_refused_only_where_it_is(
-    sent: Exception, asked: Exception | None, message: str
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stages_submit, "_connect", lambda address: Deaf(error))
+    config, job = ScoreConfig(src="/a", out="/b"), SubmitConfig(submission_id="score-1")
     with pytest.raises(ResourceError, match=message):
-        stages_submit._check_refused(cast(Any, Deaf(asked)), "score-1", sent)
-
-
-def test_a_job_whose_answer_was_lost_is_followed() -> None:
-    stages_submit._check_refused(cast(Any, Deaf(None)), "score-1", OSError("reset"))
+        stages_submit.submit_job(config, job, "score", [], print, print)
 
 
 def test_an_address_that_is_no_jobs_api_is_named_by_where_it_stands(
