@@ -55,6 +55,7 @@ ANSWERS: dict[str, Callable[[MlflowClient, dict[str, Any]], dict[str, Any]]] = {
     },
     "runs/get": lambda store, q: {"run": _to_dict(store.get_run(q["run_id"]))},
     "runs/log-batch": _log_batch,
+    "runs/set-tag": lambda store, q: store.set_tag(q["run_id"], q["key"], q["value"]) or {},
     "runs/update": _update_run,
     "metrics/get-history": lambda store, q: {
         "metrics": [_to_dict(m) for m in store.get_metric_history(q["run_id"], q["metric_key"])]

@@ -125,7 +125,7 @@ def train_detector(
             log(f"train: starting from {weights}")
 
         def tell(row: dict[str, Any], epochs: int) -> None:
-            tracking.tell(row)
+            tracking.log_epoch(row)
             on_epoch(row, epochs)
 
         watch = _HistoryWatch(run, tracking.resumed, config.epochs, tell)

@@ -1,7 +1,8 @@
-"""Tells trackers, TensorBoard and MLflow, what a training run has come to.
+"""Logs the epochs of a training run to trackers: TensorBoard and MLflow.
 
-Floor: storage. What a tracker was told is read from where it was told, never remembered beside it:
-so a run that goes on, by whoever and whenever, tells each epoch once.
+Floor: storage. What a tracker has is read from the tracker, and what is newer is logged. So a run
+that is resumed, anywhere and at any time, leaves no epoch out; one whose answer was lost may
+appear twice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 from cifake_ray.config import TrackerName
 from cifake_ray.errors import CifakeError, UsageError
@@ -28,10 +29,8 @@ from cifake_ray.storage.io.files import (
     write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.train_run import TrainRun
 
-END = 0  # stands among the numbers of epochs for the summary of the run
 EVENTS = "events.out.tfevents.{}.cifake_ray"  # the epoch, in six digits
 # For a server that does not answer, an epoch waits seconds, not the minutes of MLflow's defaults.
 MLFLOW_DEFAULTS = {
@@ -40,19 +39,6 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where the result of the command goes
 }
-
-
-class _Tracker(Protocol):
-    """Where the rows of a history go. Every method raises CifakeError when it cannot."""
-
-    def find_told(self) -> set[int]:
-        """The epochs it knows, and END when it knows the summary."""
-
-    def tell(self, epoch: int, row: dict[str, Any]) -> None:
-        """A row of the history, or the summary as END."""
-
-    def give_up(self, is_failure: bool) -> None:
-        """The run ends before its end, for an error or because it was told to."""
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
@@ -70,10 +56,10 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 
 
 class Tracking:
-    """Tells the trackers of a run each row once, and what they missed with the next one.
+    """Logs each epoch to the trackers of a run, and what one of them missed with the next epoch.
 
-    Making it tells what the history holds already. CifakeError when a tracker cannot be reached.
-    After that nothing raises: a tracker that fails is warned of once, and tried again.
+    Making it logs what the history holds already. CifakeError when a tracker cannot be reached.
+    After that nothing raises: the first failure of a tracker is reported and training goes on.
     """
 
     def __init__(
@@ -84,18 +70,16 @@ class Tracking:
         log: Callable[[str], None],
     ) -> None:
         self.log = log
-        self.rows = {row["epoch"]: row for row in run.read_history()}
+        self.rows = run.read_history()
         self.resumed = len(self.rows)
-        self.told: dict[TrackerName, set[int]] = {}
-        self.unsure = set(names)  # those that must be asked what they were told
+        self.summary: dict[str, Any] | None = None
         self.failures: Counter[TrackerName] = Counter()
-        make: dict[TrackerName, Callable[[], _Tracker]] = {
-            "tensorboard": lambda: _TensorBoard(run.path / "tensorboard"),
-            "mlflow": lambda: _MLflow(run, settings),
+        self.trackers = {
+            name: _MLflow(run, settings) if name == "mlflow" else _TensorBoard(run)
+            for name in names
         }
-        self.trackers = {name: make[name]() for name in names}
-        for name in self.trackers:
-            self._catch_up(name)
+        for tracker in self.trackers.values():
+            self._catch_up(tracker)
 
     def __enter__(self) -> Tracking:
         return self
@@ -105,47 +89,51 @@ class Tracking:
             return
         for tracker in self.trackers.values():
             with suppress(CifakeError):
-                tracker.give_up(is_failure=issubclass(kind, Exception))
+                tracker.abort("FAILED" if issubclass(kind, Exception) else "KILLED")
 
-    def tell(self, row: dict[str, Any]) -> None:
-        """A finished epoch."""
-        self.rows[row["epoch"]] = row
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """Log a finished epoch."""
+        self.rows.append(row)
         self._try_all()
 
     def finish(self, summary: dict[str, Any]) -> dict[str, int]:
-        """The summary. Gives how many epochs (the summary is one too) each tracker misses."""
-        self.rows[END] = summary
+        """Log the summary. Return how many rows, it among them, each tracker lacks, if any."""
+        self.summary = summary
         self._try_all()
-        missing = {name: len(self.rows.keys() - self.told[name]) for name in self.failures}
+        missing = {
+            name: len(self._find_missing(tracker)) + (not tracker.has_summary)
+            for name, tracker in self.trackers.items()
+        }
         for name, count in self.failures.items():
-            left = "all was told in the end"
+            left = "all rows were logged in the end"
             if missing[name]:
-                left = f"{missing[name]} rows are missing; run the same command again to tell them"
+                left = f"{missing[name]} rows are missing; run the same command again to log them"
             self.log(f"train: --track {name} failed {count} times; {left}")
         return {name: count for name, count in missing.items() if count}
 
     def _try_all(self) -> None:
-        for name in self.trackers:
+        for name, tracker in self.trackers.items():
             try:
-                self._catch_up(name)
+                self._catch_up(tracker)
             except CifakeError as error:
-                self.unsure.add(name)  # the last row may have arrived without an answer
                 self.failures[name] += 1
                 if self.failures[name] == 1:
                     self.log(f"train: {error}; training goes on, rows are kept until it answers")
 
-    def _catch_up(self, name: TrackerName) -> None:
-        tracker = self.trackers[name]
-        if name in self.unsure:
-            self.told[name] = tracker.find_told()
-            self.unsure.remove(name)
-        for epoch, row in self.rows.items():
-            if epoch not in self.told[name]:
-                tracker.tell(epoch, row)
-                self.told[name].add(epoch)
+    def _catch_up(self, tracker: _TensorBoard | _MLflow) -> None:
+        for row in self._find_missing(tracker):
+            tracker.log_epoch(row)
+            tracker.last_epoch = row["epoch"]
+        if self.summary is not None and not tracker.has_summary:
+            tracker.log_summary(self.summary)
+            tracker.has_summary = True
+
+    def _find_missing(self, tracker: _TensorBoard | _MLflow) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["epoch"] > tracker.last_epoch]
 
 
-def _find_numbers(row: dict[str, Any]) -> dict[str, float]:
+def _find_metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row: every number except the epoch, which is their step."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -156,37 +144,49 @@ def _find_numbers(row: dict[str, Any]) -> dict[str, float]:
 class _TensorBoard:
     """Event files below RUN, one for each epoch, so that each appears whole, in a bucket too.
 
-    TensorBoard reads the files of a folder one after another, in the order of their names.
+    TensorBoard reads the files of a folder one after another, in the order of their names. They
+    hold neither a summary nor how the run ended.
     """
 
-    def __init__(self, folder: AnyPath) -> None:
-        self.folder = folder
+    has_summary = True  # nothing is missing
 
-    def find_told(self) -> set[int]:
-        names = {place.name for place in list_folder(self.folder)}
-        epochs = (re.fullmatch(EVENTS.format("([0-9]+)"), name) for name in names)
-        return {END, *(int(match[1]) for match in epochs if match)}
+    def __init__(self, run: TrainRun) -> None:
+        self.folder = run.path / "tensorboard"
+        paths = list_folder(self.folder)
+        names = [re.fullmatch(EVENTS.format("([0-9]+)"), path.name) for path in paths]
+        self.last_epoch = max((int(name[1]) for name in names if name), default=0)
 
-    def tell(self, epoch: int, row: dict[str, Any]) -> None:
+    def log_epoch(self, row: dict[str, Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in _find_numbers(row).items()
-        ]
-        file = io.BytesIO()
-        writer, now_s = RecordWriter(file), time.time()
-        for event in (
-            Event(wall_time=now_s, file_version="brain.Event:2"),
-            Event(wall_time=now_s, step=epoch, summary=Summary(value=values)),
-        ):
-            writer.write(event.SerializeToString())
-        write_bytes(self.folder / EVENTS.format(f"{epoch:06d}"), file.getvalue())
+        metrics = _find_metrics(row).items()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics]
+        file, now_s = io.BytesIO(), time.time()
+        writer = RecordWriter(file)
+        writer.write(Event(wall_time=now_s, file_version="brain.Event:2").SerializeToString())
+        event = Event(wall_time=now_s, step=row["epoch"], summary=Summary(value=values))
+        writer.write(event.SerializeToString())
+        write_bytes(self.folder / EVENTS.format(f"{row['epoch']:06d}"), file.getvalue())
 
-    def give_up(self, is_failure: bool) -> None:
-        """Event files say nothing of how a run ended."""
+    def log_summary(self, summary: dict[str, Any]) -> None: ...
+
+    def abort(self, status: str) -> None: ...
+
+
+@contextmanager
+def _explain_mlflow() -> Iterator[None]:
+    """Turn what MLflow raises into a CifakeError of one line, without credentials of an address."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = shorten(re.sub(r"//[^/@\s]*@", "//", str(error)), 240, placeholder=" ...")
+        raise CifakeError(
+            f"--track mlflow: {reason}; check MLFLOW_TRACKING_URI and the server behind it"
+        ) from error
 
 
 class _MLflow:
@@ -200,29 +200,32 @@ class _MLflow:
             os.environ.setdefault(name, value)
         with _explain_mlflow():
             from mlflow import MlflowClient
+            from mlflow.entities import Param, RunTag
 
             self.client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-            self.run_id = self._find_run(run, settings)
-            self._log(
-                params={
-                    name: value if isinstance(value, str) else json.dumps(value)
-                    for name, value in settings.items()
-                },
-                tags={"run": str(run.path)},
-            )
-            if not self._is_finished():
+            self.run_id = self._claim_run(run, settings)
+            self.has_summary = self.client.get_run(self.run_id).info.status == "FINISHED"
+            points = self.client.get_metric_history(self.run_id, "epoch")
+            self.last_epoch = max((point.step for point in points), default=0)
+            params = [
+                Param(name, value if isinstance(value, str) else json.dumps(value))
+                for name, value in settings.items()
+            ]
+            self.client.log_batch(self.run_id, params=params, tags=[RunTag("run", str(run.path))])
+            if not self.has_summary:
                 self.client.update_run(self.run_id, status="RUNNING")
 
-    def _find_run(self, run: TrainRun, settings: dict[str, Any]) -> str:
-        paper, digest = run.path / "mlflow.json", hash_json(settings)
-        # Until something is trained there, a folder may get other options; MLflow's runs may not.
-        if read_if_exists(paper) is None or read_json(paper).get("settings", digest) != digest:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cifake_ray"
-            made = self.client.create_run(self._find_experiment(name), run_name=run.path.name)
-            write_json(paper, {"run_id": made.info.run_id, "settings": digest})
-        run_id = str(read_json(paper).get("run_id"))
+    def _claim_run(self, run: TrainRun, settings: dict[str, Any]) -> str:
+        """Return the id of the run in RUN/mlflow.json, or of a new one."""
         from mlflow.exceptions import MlflowException
 
+        path, digest = run.path / "mlflow.json", hash_json(settings)
+        # Until something is trained there, a folder may get other options; MLflow's runs may not.
+        if read_if_exists(path) is None or read_json(path).get("settings", digest) != digest:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cifake_ray"
+            made = self.client.create_run(self._find_experiment(name), run_name=run.path.name)
+            write_json(path, {"run_id": made.info.run_id, "settings": digest})
+        run_id = str(read_json(path).get("run_id"))
         try:
             is_there = self.client.get_run(run_id).info.lifecycle_stage == "active"
         except MlflowException as error:
@@ -231,7 +234,7 @@ class _MLflow:
             is_there = False
         if not is_there:
             raise CifakeError(
-                f"{paper}: the server of MLFLOW_TRACKING_URI has no run {run_id}; name the server"
+                f"{path}: the server of MLFLOW_TRACKING_URI has no run {run_id}; name the server"
                 " that has it, or delete this file to begin another run there"
             )
         return run_id
@@ -247,55 +250,25 @@ class _MLflow:
                     raise
         return str(found.experiment_id)
 
-    def _is_finished(self) -> bool:
-        return bool(self.client.get_run(self.run_id).info.status == "FINISHED")
-
-    def _log(
-        self,
-        metrics: dict[str, float] | None = None,
-        epoch: int = 0,
-        params: dict[str, str] | None = None,
-        tags: dict[str, str] | None = None,
-    ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _log_metrics(self, metrics: dict[str, float], epoch: int) -> None:
+        from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id,
-            metrics=[Metric(name, value, now_ms, epoch) for name, value in (metrics or {}).items()],
-            params=[Param(name, value) for name, value in (params or {}).items()],
-            tags=[RunTag(name, value) for name, value in (tags or {}).items()],
-        )
+        points = [Metric(name, value, now_ms, epoch) for name, value in metrics.items()]
+        self.client.log_batch(self.run_id, metrics=points)
 
-    def find_told(self) -> set[int]:
-        with _explain_mlflow():
-            epochs = {point.step for point in self.client.get_metric_history(self.run_id, "epoch")}
-            return epochs | ({END} if self._is_finished() else set())
+    @_explain_mlflow()
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        # The epoch comes last: where it is, the others are.
+        self._log_metrics({**_find_metrics(row), "epoch": row["epoch"]}, row["epoch"])
 
-    def tell(self, epoch: int, row: dict[str, Any]) -> None:
-        with _explain_mlflow():
-            if epoch != END:
-                # The epoch comes last: it says that the others have arrived.
-                self._log({**_find_numbers(row), "epoch": epoch}, epoch)
-                return
-            numbers = {f"summary/{name}": value for name, value in _find_numbers(row).items()}
-            self._log(numbers, row["epochs"], tags={"bundle": row["bundle"]})
-            self.client.set_terminated(self.run_id, "FINISHED")
+    @_explain_mlflow()
+    def log_summary(self, summary: dict[str, Any]) -> None:
+        metrics = {f"summary/{name}": value for name, value in _find_metrics(summary).items()}
+        self._log_metrics(metrics, summary["epochs"])
+        self.client.set_tag(self.run_id, "bundle", summary["bundle"])
+        self.client.set_terminated(self.run_id, "FINISHED")
 
-    def give_up(self, is_failure: bool) -> None:
-        with _explain_mlflow():
-            self.client.set_terminated(self.run_id, "FAILED" if is_failure else "KILLED")
-
-
-@contextmanager
-def _explain_mlflow() -> Iterator[None]:
-    """What MLflow raises becomes a CifakeError of one line, without credentials of an address."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        reason = shorten(re.sub(r"//[^/@\s]*@", "//", str(error)), 240, placeholder=" ...")
-        raise CifakeError(
-            f"--track mlflow: {reason}; check MLFLOW_TRACKING_URI and the server behind it"
-        ) from error
+    @_explain_mlflow()
+    def abort(self, status: str) -> None:
+        self.client.set_terminated(self.run_id, status)

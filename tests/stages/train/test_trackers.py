@@ -1,4 +1,4 @@
-"""--track: each epoch reaches TensorBoard and MLflow once, whoever trained it and when."""
+"""--track: each epoch is logged to TensorBoard and MLflow, however often a run is resumed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from cifake_ray.storage.runs.train_run import TrainRun
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ROW = {"epoch": 1, "step": 2, "train_loss": 0.5, "val_accuracy": 0.25, "lr": 0.001}
-NOT_TOLD = {"epoch"}  # to TensorBoard: it is the step of all others
+NOT_LOGGED = {"epoch"}  # to TensorBoard: it is the step of all others
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def store(store_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ml
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    log: Callable[[str], None] = options.pop("say", lambda message: None)
+    log: Callable[[str], None] = options.pop("log", lambda message: None)
     on_epoch = options.pop("on_epoch", lambda row, epochs: None)
     options = {
         "epochs": 3,
@@ -100,20 +100,23 @@ def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def check_tensorboard(run: Path) -> None:
     history = read_history(run)
     scalars = read_scalars(run / "tensorboard")
-    assert scalars.keys() == history[0].keys() - NOT_TOLD
+    assert scalars.keys() == history[0].keys() - NOT_LOGGED
     for tag, points in scalars.items():
         assert [step for step, _ in points] == [row["epoch"] for row in history], tag
         assert [value for _, value in points] == pytest.approx([row[tag] for row in history])
 
 
-def check_mlflow(run: Path, store: MlflowClient) -> Any:
-    """The one MLflow run of the experiment, which knows each epoch once."""
+def check_mlflow(run: Path, store: MlflowClient, repeated: int | None = None) -> Any:
+    """The one MLflow run of the experiment; it has each epoch once, and `repeated` twice."""
     history = read_history(run)
     experiment = store.get_experiment_by_name(run.parent.name)
     (tracked,) = store.search_runs([experiment.experiment_id])
     for name in history[0]:
         points = store.get_metric_history(tracked.info.run_id, name)
-        assert sorted((p.step, p.value) for p in points) == [(r["epoch"], r[name]) for r in history]
+        expected = [
+            (r["epoch"], r[name]) for r in history for _ in range(1 + (r["epoch"] == repeated))
+        ]
+        assert sorted((p.step, p.value) for p in points) == expected
     return tracked
 
 
@@ -125,7 +128,7 @@ def test_every_number_of_every_epoch_is_in_the_event_files(shards: Path, tmp_pat
     assert summary["untracked"] == {}
 
 
-def test_epochs_of_a_ray_worker_are_told_too(shards: Path, tmp_path: Path) -> None:
+def test_epochs_of_a_ray_worker_are_logged_too(shards: Path, tmp_path: Path) -> None:
     run_train(shards, tmp_path / "run", epochs=2, num_workers="1", track=("tensorboard",))
     check_tensorboard(tmp_path / "run")
 
@@ -148,10 +151,10 @@ def test_mlflow_gets_settings_epochs_and_summary(
     assert tracked.data.tags["run"] == str(run)
 
 
-def test_a_run_that_goes_on_tells_no_epoch_twice_and_leaves_none_out(
+def test_a_resumed_run_logs_no_epoch_twice_and_leaves_none_out(
     shards: Path, tmp_path: Path, store: MlflowClient
 ) -> None:
-    """Epoch 1 has no tracker, 2 dies before it is told, 3 is told and then stopped, 4 ends it."""
+    """Epochs 1 and 2 have no tracker, the run is stopped once 3 is logged, 4 ends it."""
     run, both = tmp_path / "run", ("tensorboard", "mlflow")
     options: dict[str, Any] = {"epochs": 4}
     with pytest.raises(KeyboardInterrupt):
@@ -163,7 +166,7 @@ def test_a_run_that_goes_on_tells_no_epoch_twice_and_leaves_none_out(
     check_tensorboard(run)
     assert check_mlflow(run, store).info.status == "KILLED"
     history = (run / "history.jsonl").read_text().splitlines(keepends=True)
-    (run / "history.jsonl").write_text("".join(history[:2]))  # killed before it was shown
+    (run / "history.jsonl").write_text("".join(history[:2]))  # killed before it was written
     summary = run_train(shards, run, track=both, **options)
     assert (summary["epochs"], summary["epochs_resumed"]) == (4, 2)
     check_tensorboard(run)
@@ -171,7 +174,7 @@ def test_a_run_that_goes_on_tells_no_epoch_twice_and_leaves_none_out(
     assert (tracked.info.status, tracked.data.metrics["epoch"]) == ("FINISHED", 4)
 
 
-def test_a_finished_run_tells_a_tracker_that_comes_later(
+def test_a_finished_run_is_logged_to_a_tracker_that_is_added_later(
     shards: Path, tmp_path: Path, store: MlflowClient
 ) -> None:
     run = tmp_path / "run"
@@ -191,7 +194,7 @@ def test_event_files_go_into_a_bucket(s3_env: S3Server, tmp_path: Path) -> None:
     for number in (1, 2, 3):  # each a process of its own
         run.write_history([{**ROW, "epoch": n} for n in range(1, number)] or [ROW])
         with Tracking(("tensorboard",), run, {}, print) as tracking:
-            tracking.tell({**ROW, "epoch": number, "lr": number / 1000})
+            tracking.log_epoch({**ROW, "epoch": number, "lr": number / 1000})
     keys = s3_env.list_keys(bucket, "run/tensorboard/")
     for key in keys:
         (tmp_path / Path(key).name).write_bytes(s3_env.get(bucket, key))
@@ -247,7 +250,7 @@ def test_other_options_before_anything_was_trained_are_another_run(
     shards: Path, tmp_path: Path, store: MlflowClient
 ) -> None:
     run = tmp_path / "run"
-    with pytest.raises(ValueError, match="needs a GPU"):  # it has told its settings by then
+    with pytest.raises(ValueError, match="needs a GPU"):  # its settings are logged by then
         run_train(shards, run, track=("mlflow",), device="cpu", precision="fp16")
     run_train(shards, run, track=("mlflow",))
     experiment = store.get_experiment_by_name(tmp_path.name)
@@ -276,7 +279,7 @@ def test_a_server_that_does_not_know_the_run_is_refused(
         run_train(shards, run, epochs=1, track=("mlflow",))
 
 
-def test_training_outlives_its_server_and_tells_it_later(
+def test_training_outlives_its_server_and_logs_later(
     shards: Path,
     tmp_path: Path,
     store: MlflowClient,
@@ -293,7 +296,7 @@ def test_training_outlives_its_server_and_tells_it_later(
                 server.shutdown()
                 server.server_close()
 
-        options: dict[str, Any] = {"track": ("mlflow",), "say": said.append}
+        options: dict[str, Any] = {"track": ("mlflow",), "log": said.append}
         summary = run_train(shards, run, on_epoch=on_epoch, **options)
     assert summary["untracked"] == {"mlflow": 3}  # two epochs and the summary
     assert json.loads((run / "_SUCCESS").read_text())["untracked"] == {"mlflow": 3}
@@ -305,7 +308,7 @@ def test_training_outlives_its_server_and_tells_it_later(
     assert check_mlflow(run, store).info.status == "FINISHED"
 
 
-def test_an_answer_that_is_lost_is_no_epoch_told_twice(
+def test_an_epoch_whose_answer_is_lost_is_logged_again(
     shards: Path,
     tmp_path: Path,
     store: MlflowClient,
@@ -321,11 +324,11 @@ def test_an_answer_that_is_lost_is_no_epoch_told_twice(
 
         summary = run_train(shards, run, on_epoch=on_epoch, track=("mlflow",), log=said.append)
     assert summary["untracked"] == {}
-    assert said[-1] == "train: --track mlflow failed 1 times; all was told in the end"
-    check_mlflow(run, store)
+    assert said[-1] == "train: --track mlflow failed 1 times; all rows were logged in the end"
+    assert check_mlflow(run, store, repeated=2).info.status == "FINISHED"
 
 
-def test_trials_of_a_search_are_told(shards: Path, tmp_path: Path, store: MlflowClient) -> None:
+def test_trials_of_a_search_are_logged(shards: Path, tmp_path: Path, store: MlflowClient) -> None:
     space, recipe = tmp_path / "space.yaml", tmp_path / "recipe.yaml"
     space.write_text(yaml.safe_dump({"lr": [0.001, 0.01]}))
     recipe.write_text(yaml.safe_dump({"model": "cnn", "epochs": 2, "batch_size": 16}))
