@@ -188,8 +188,9 @@ def main(verb: str | None = None) -> None:
     try:
         app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")
     except SystemExit as end:
-        if end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
-            # All is said and Ray is stopped; a listing under way would hold up an orderly exit.
+        if end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.RESOURCES):
+            # All is said and Ray is stopped; a thread that still lists a source, or waits for a
+            # cluster that does not answer, would hold up an orderly exit.
             sys.stdout.flush()
             os._exit(int(end.code))
         raise

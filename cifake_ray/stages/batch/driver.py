@@ -8,26 +8,28 @@ and still commits. The row's way back to the driver carries numbers only.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from cifake_ray import errors
 from cifake_ray.config import BatchConfig, Device
 from cifake_ray.core.processing.processor import Processor
-from cifake_ray.errors import ExitCode, NothingToDo, StorageError
-from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions, count_retryable
+from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
+from cifake_ray.stages.batch.shard_worker import (
+    ShardReport,
+    ShardWorker,
+    WorkerOptions,
+    count_retryable,
+)
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
     Placement,
@@ -108,9 +110,8 @@ class BatchPlan:
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
-    before_success: Callable[[Run], None] = lambda run: (
-        None
-    )  # all shards are there, no _SUCCESS yet
+    # All shards are there, no _SUCCESS yet.
+    before_success: Callable[[Run], None] = lambda run: None
 
     @property
     def least_workers(self) -> Placement:
@@ -145,7 +146,7 @@ class _Account:
     """Adds up what the workers report."""
 
     listed: int
-    parts: list[ShardStats] = field(default_factory=list)
+    shards: list[ShardStats] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     unlike_training: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -155,18 +156,17 @@ class _Account:
     first_s: float | None = None
     last_s: float = 0.0
 
-    def add(self, report: dict[str, Any]) -> None:
-        part = ShardStats(**report["part"])
-        self.parts.append(part)
-        self.errors.update(part.errors)
-        self.unlike_training.update(part.unlike_training)
-        self.rows += part.rows
-        self.resumed += not report["worked"]
-        self.retried += report["retried"]
-        if report["worked"]:
-            self.worked_rows += report["worked"]
-            self.first_s = min(self.first_s or report["started_s"], report["started_s"])
-            self.last_s = max(self.last_s, report["finished_s"])
+    def add(self, report: ShardReport) -> None:
+        self.shards.append(report.stats)
+        self.errors.update(report.stats.errors)
+        self.unlike_training.update(report.stats.unlike_training)
+        self.rows += report.stats.rows
+        self.resumed += not report.worked
+        self.retried += report.retried
+        if report.worked:
+            self.worked_rows += report.worked
+            self.first_s = min(self.first_s or report.started_s, report.started_s)
+            self.last_s = max(self.last_s, report.finished_s)
 
     @property
     def failed(self) -> int:
@@ -220,9 +220,9 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
             secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s
         )
         account = _Account(listed=run.manifest.num_rows)
-        with watch_progress(run, options.session, options.stall_timeout_s) as watchdog:
-            for report in _stream_shards(run, plan, placement, options):
-                watchdog.beat()
+        reports = _stream_shards(run, plan, placement, options)
+        with closing(watch_progress(reports, run, options.session, options.stall_timeout_s)) as it:
+            for report in it:
                 account.add(report)
                 plan.on_progress(account.progress())
         elapsed_s = time.time() - plan.started_s
@@ -244,7 +244,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary:
         )
         plan.before_success(run)
         clear_attempts(run)
-        finish_run(run, account.parts, asdict(summary))
+        finish_run(run, account.shards, asdict(summary))
     return summary
 
 
@@ -273,7 +273,7 @@ def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
 
 def _stream_shards(
     run: Run, plan: BatchPlan, placement: Placement, options: WorkerOptions
-) -> Iterator[dict[str, Any]]:
+) -> Generator[ShardReport, None, None]:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -293,10 +293,9 @@ def _stream_shards(
         compute=ActorPoolStrategy(size=num_actors),
     )
     for row in results.iter_rows():
-        report = json.loads(row["report"])
-        if "failure" in report:
-            raise getattr(errors, report["failure"])(report["message"])
-        yield report
+        if isinstance(row["report"], CifakeError):
+            raise row["report"]
+        yield row["report"]
 
 
 def find_result(plan: BatchPlan) -> BatchSummary | None:

@@ -8,13 +8,11 @@ so that whatever killed a process once becomes a row with its error.
 from __future__ import annotations
 
 import faulthandler
-import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +51,17 @@ class WorkerOptions:
     session: str
     retry_errors: bool
     stall_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What the driver learns of a committed shard."""
+
+    stats: ShardStats
+    worked: int  # images, in this session; 0 where the shard was there already
+    retried: bool  # an earlier attempt was lost with its worker
+    started_s: float  # time.time(), as finished_s
+    finished_s: float
 
 
 class Heartbeat:
@@ -105,32 +114,28 @@ class ShardWorker:
         self.feeder: CpuFeeder | None = None
         self.metrics = WorkMetrics(run.command)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"report": [json.dumps(self._report_shard(int(shard))) for shard in batch["shard"]]}
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[ShardReport | CifakeError]]:
+        return {"report": [self._report_shard(int(shard)) for shard in batch["shard"]]}
 
-    def _report_shard(self, shard: int) -> dict[str, Any]:
-        """What the driver learns of a shard: its facts, or why the run must end."""
+    def _report_shard(self, shard: int) -> ShardReport | CifakeError:
+        """Make, mend or find a shard. An error is returned: raised, Ray would wrap it up."""
         try:
-            part = inspect_shard(self.run, shard)
+            stats = inspect_shard(self.run, shard)
             started_s, worked, retried = time.time(), 0, False
-            if part is None:
-                part, retried = self._make_shard(shard)
-                worked = part.rows
-            elif self.options.retry_errors and count_retryable(part.errors):
-                worked = count_retryable(part.errors)
-                part, retried = self._mend_shard(shard)
-            finished_s = time.time()
-            if worked:
-                self.metrics.time_shard(finished_s - started_s)
-        except CifakeError as error:  # Ray would wrap it up beyond recognition
-            return {"failure": type(error).__name__, "message": str(error)}
-        return {
-            "part": asdict(part),
-            "worked": worked,
-            "retried": retried,
-            "started_s": started_s,
-            "finished_s": finished_s,
-        }
+            if stats is None:
+                stats, retried = self._make_shard(shard)
+                worked = stats.rows
+            elif self.options.retry_errors and count_retryable(stats.errors):
+                worked = count_retryable(stats.errors)
+                stats, retried = self._mend_shard(shard)
+        except CifakeError as error:
+            return error
+        finished_s = time.time()
+        if worked:
+            self.metrics.time_shard(finished_s - started_s)
+        return ShardReport(
+            stats=stats, worked=worked, retried=retried, started_s=started_s, finished_s=finished_s
+        )
 
     def _make_shard(self, shard: int) -> tuple[ShardStats, bool]:
         """All of a shard, and whether an earlier attempt came to grief."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from ray import cloudpickle
 from cifake_ray.config import ConvertConfig, SampleConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
-from cifake_ray.errors import ImageError, ResourceError
+from cifake_ray.errors import ImageError, ResourceError, StorageError
 from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, run_batch
 from cifake_ray.stages.batch.shard_worker import (
     ShardWorker,
@@ -199,35 +201,74 @@ def make_run(out: Path) -> Run:
     return Run(out, "convert", {}, {}, Manifest((), 0, 0), {})
 
 
+@dataclass
+class Stream:
+    """Reports that come late, as Ray's do; it notes in which thread it runs and how it ends."""
+
+    pauses_s: list[float]
+    error: Exception | None = None
+    threads: set[str] = field(default_factory=set)
+    is_closed: bool = False
+
+    def read(self) -> Generator[float, None, None]:
+        try:
+            for pause_s in self.pauses_s:
+                self.threads.add(threading.current_thread().name)
+                time.sleep(pause_s)
+                yield pause_s
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.is_closed = True
+
+
 def test_a_run_that_stands_still_ends_and_names_what_it_waited_for(
     tmp_path: Path, ray_cluster: None
 ) -> None:
     run = make_run(tmp_path)
     write_attempt(run, replace(follow_attempt(None, 42, "mine"), rows_done=512))
     write_attempt(run, follow_attempt(None, 43, "another"))
-    with (
-        pytest.raises(ResourceError, match=r"no progress for 1 s: waiting for shard 42 \(attempt"),
-        watch_progress(run, "mine", 1.0),
+    stream = Stream([0.0, 8.0])
+    reports = watch_progress(stream.read(), run, "mine", 1.0)
+    assert next(reports) == 0.0
+    started_s = time.monotonic()
+    with pytest.raises(
+        ResourceError, match=r"no progress for 1 s: waiting for shard 42 \(attempt.*2 CPUs"
     ):
-        time.sleep(60)
+        next(reports)
+    assert time.monotonic() - started_s < 7.0, "it waited for the thread"
 
 
-def test_a_note_that_changes_is_progress(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_heartbeat_that_changes_is_progress(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     attempt = follow_attempt(None, 0, "mine")
-    with watch_progress(run, "mine", 1.0):
-        for steps in range(20):
+
+    def beat() -> None:
+        for steps in range(25):
             write_attempt(run, replace(attempt, steps=steps))
             time.sleep(0.1)
-    with watch_progress(run, "mine", 1.0) as watchdog:
-        for _ in range(20):
-            watchdog.beat()
-            time.sleep(0.1)
+
+    with ThreadPoolExecutor(1) as worker:
+        worker.submit(beat)
+        assert list(watch_progress(Stream([2.0]).read(), run, "mine", 1.0)) == [2.0]
 
 
-def test_ctrl_c_is_not_taken_for_a_stall(tmp_path: Path, ray_cluster: None) -> None:
-    with pytest.raises(KeyboardInterrupt), watch_progress(make_run(tmp_path), "mine", 60.0):
-        raise KeyboardInterrupt
+def test_reports_are_progress_and_what_follows_them_is_raised(tmp_path: Path) -> None:
+    stream = Stream([0.5] * 4, StorageError("the disk is full"))
+    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 1.0)
+    assert [next(reports) for _ in range(4)] == [0.5] * 4
+    with pytest.raises(StorageError, match="the disk is full"):
+        next(reports)
+    assert threading.current_thread().name not in stream.threads
+
+
+def test_what_interrupts_the_reader_ends_the_stream(tmp_path: Path) -> None:
+    stream = Stream([0.0, 0.0])
+    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 60.0)
+    next(reports)
+    with pytest.raises(KeyboardInterrupt):
+        reports.throw(KeyboardInterrupt())
+    assert stream.is_closed
 
 
 @pytest.mark.parametrize("places", [[], [0], [4], [1, 2], [0, 1, 2, 3, 4]])
