@@ -45,11 +45,9 @@ def _add_verb(name: str, config_class: type[Config]) -> None:
     def run(make_config: Any, *, json_output: bool, debug: bool) -> None:
         def body() -> tuple[Any, int]:
             config = make_config()
-            from cifake_ray import pipeline
+            from cifake_ray.pipeline import run_verb
 
-            if isinstance(config, PipelineConfig):
-                return pipeline.run_pipeline(config, {"epochs": config.epochs})
-            return pipeline.run_verb(config, STARTED_S)
+            return run_verb(config, STARTED_S)
 
         run_command(body, json_output=json_output, debug=debug)
 

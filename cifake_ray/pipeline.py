@@ -1,4 +1,4 @@
-"""All of it, in order: the list of stage calls behind `demo`, `pipeline` and `repair`.
+"""Calls the stages: one for most verbs, several in order for `demo`, `pipeline` and `repair`.
 
 Floor: doors.
 """
@@ -6,6 +6,7 @@ Floor: doors.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -31,45 +32,7 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "w
 
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     """Run the verb a config belongs to: its result and exit code."""
-    if isinstance(config, SampleConfig):
-        from cifake_ray.storage.datasets.sample_folder import write_sample
-
-        out = write_sample(config)
-        return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
-    if isinstance(config, TrainConfig):
-        from cifake_ray.stages.train.driver import train_detector
-
-        return train_detector(config, show_epoch, started_s, log), ExitCode.OK
-    if isinstance(config, TuneConfig):
-        from cifake_ray.stages.tune.driver import tune_detector
-
-        return tune_detector(config, started_s, log), ExitCode.OK
-    if isinstance(config, VerifyConfig):
-        return _verify_run(config)
-    if isinstance(config, RepairConfig):
-        return _repair_run(config, started_s)
-    if isinstance(config, ExportConfig):
-        from cifake_ray.storage.runs.export import export_scores
-
-        rows = export_scores(config)
-        return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
-    from cifake_ray.stages.batch.driver import BatchSummary
-
-    if isinstance(config, ConvertConfig):
-        from cifake_ray.stages.convert import convert_images
-
-        result = convert_images(config, ProgressLine("convert"), started_s, log)
-    elif isinstance(config, ScoreConfig):
-        from cifake_ray.stages.score import score_images
-
-        result = score_images(config, ProgressLine("score"), started_s, log)
-    else:
-        from cifake_ray.stages.evaluate import evaluate_detector
-
-        result = evaluate_detector(config, ProgressLine("evaluate"), started_s, log)
-    if isinstance(result, BatchSummary):
-        return result, result.exit_code(config.max_error_rate)
-    return result, ExitCode.OK
+    return RUNNERS[type(config)](config, started_s)
 
 
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -128,7 +91,51 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
     return {**result, "command": "demo"}, code
 
 
-def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
+def _write_sample(config: SampleConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.storage.datasets.sample_folder import write_sample
+
+    out = write_sample(config)
+    return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
+
+
+def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.convert import convert_images
+
+    result = convert_images(config, ProgressLine("convert"), started_s, log)
+    return result, result.exit_code(config.max_error_rate)
+
+
+def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.train.driver import train_detector
+
+    return train_detector(config, show_epoch, started_s, log), ExitCode.OK
+
+
+def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.tune.driver import tune_detector
+
+    return tune_detector(config, started_s, log), ExitCode.OK
+
+
+def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.evaluate import evaluate_detector
+
+    result = evaluate_detector(config, ProgressLine("evaluate"), started_s, log)
+    return result, result.exit_code(config.max_error_rate)
+
+
+def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.score import score_images
+
+    result = score_images(config, ProgressLine("score"), started_s, log)
+    return result, result.exit_code(config.max_error_rate)
+
+
+def _run_pipeline(config: PipelineConfig, started_s: float) -> tuple[Any, int]:
+    return run_pipeline(config, {"epochs": config.epochs})
+
+
+def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
     from cifake_ray.storage.s3.location import open_path
 
@@ -138,7 +145,7 @@ def _verify_run(config: VerifyConfig) -> tuple[dict[str, Any], int]:
     return result, ExitCode.STORAGE if damage else ExitCode.OK
 
 
-def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
+def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import set_damaged_aside
@@ -167,3 +174,25 @@ def _repair_run(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     finally:
         aside.restore()  # if it could not be done, nothing is worse than before
     return result
+
+
+def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.storage.runs.export import export_scores
+
+    rows = export_scores(config)
+    return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
+
+
+# Each imports its stage itself, so `--help` needs neither torch nor Ray.
+RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
+    SampleConfig: _write_sample,
+    ConvertConfig: _convert,
+    TrainConfig: _train,
+    TuneConfig: _tune,
+    EvaluateConfig: _evaluate,
+    ScoreConfig: _score,
+    PipelineConfig: _run_pipeline,
+    VerifyConfig: _verify,
+    RepairConfig: _repair,
+    ExportConfig: _export,
+}
