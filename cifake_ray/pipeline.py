@@ -25,6 +25,7 @@ from cifake_ray.config import (
 from cifake_ray.console import ProgressLine, log, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.s3.location import open_path
 
 # Enough for the cnn to learn the sample, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
@@ -101,7 +102,8 @@ def _write_sample(config: SampleConfig, started_s: float) -> tuple[Any, int]:
 def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.convert import convert_images
 
-    result = convert_images(config, ProgressLine("convert"), started_s, log)
+    src, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    result = convert_images(config, src, out, ProgressLine("convert"), started_s, log)
     return result, result.exit_code(config.max_error_rate)
 
 
@@ -119,25 +121,26 @@ def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:
 
 def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.evaluate import evaluate_detector
+    from cifake_ray.storage.bundles.bundle import locate_bundle
 
-    result = evaluate_detector(config, ProgressLine("evaluate"), started_s, log)
+    shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)
+    bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("evaluate")
+    result = evaluate_detector(config, shards, out, bundle, line, started_s, log)
     return result, result.exit_code(config.max_error_rate)
 
 
 def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.score import score_images
+    from cifake_ray.storage.bundles.bundle import locate_bundle
 
-    result = score_images(config, ProgressLine("score"), started_s, log)
+    src, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
+    result = score_images(config, src, out, bundle, line, started_s, log)
     return result, result.exit_code(config.max_error_rate)
-
-
-def _run_pipeline(config: PipelineConfig, started_s: float) -> tuple[Any, int]:
-    return run_pipeline(config, {"epochs": config.epochs})
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
-    from cifake_ray.storage.s3.location import open_path
 
     damage = verify_files(open_path(config.out, config.store))
     damaged = {item.name: item.reason for item in damage}
@@ -149,15 +152,10 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that are not what was committed, and only those."""
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import set_damaged_aside
-    from cifake_ray.storage.s3.location import open_path
 
     path = open_path(config.out, config.store)
     run = require_run(path)
-    verbs: dict[str, Any] = {
-        "convert": ConvertConfig,
-        "score": ScoreConfig,
-        "evaluate": EvaluateConfig,
-    }
+    verbs = {"convert": ConvertConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
     here = {"out": config.out, **asdict(config.cluster)}
     try:
@@ -179,11 +177,12 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.export import export_scores
 
-    rows = export_scores(config)
+    scores, file = open_path(config.scores, config.store), resolve_path(config.file, config.store)
+    rows = export_scores(scores, file)
     return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
 
 
-# Each imports its stage itself, so `--help` needs neither torch nor Ray.
+# Each resolves the paths of its verb, once, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
     ConvertConfig: _convert,
@@ -191,7 +190,7 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     TuneConfig: _tune,
     EvaluateConfig: _evaluate,
     ScoreConfig: _score,
-    PipelineConfig: _run_pipeline,
+    PipelineConfig: lambda config, _: run_pipeline(config, {"epochs": config.epochs}),
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,

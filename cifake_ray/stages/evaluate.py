@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from cifake_ray.config import EvaluateConfig, fingerprint_settings
+from cifake_ray.config import EvaluateConfig
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
@@ -23,22 +23,15 @@ from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.stages.batch.driver import (
-    BatchPlan,
-    BatchSummary,
-    DryRun,
-    Progress,
-    plan_batch,
-    run_batch,
-)
+from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
 from cifake_ray.stages.score import MakeScoreProcessor
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import write_bytes, write_json
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, RunPlan
+from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
-from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
 from cifake_ray.version import __version__
 
@@ -50,62 +43,43 @@ MAX_SLICES = 50
 
 def evaluate_detector(
     config: EvaluateConfig,
+    shards: AnyPath,
+    out: AnyPath,
+    bundle_path: AnyPath,
     on_progress: Callable[[Progress], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
-    """Score `config.shards`, measure, and write the report into `config.out`."""
-    root = open_path(config.shards, config.store)
-    out = open_path(config.out, config.store)
+    """Score `shards`, measure, and write the report into `out`."""
     bundle = read_bundle_info(
-        locate_bundle(config.bundle, config.store),
-        expect_sha256=config.expect_sha256,
-        allow_pickle=config.allow_pickle,
+        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
-    splits = find_splits(root)
+    splits = find_splits(shards)
     split = config.split or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
-        raise UsageError(f"--split {split}: {root} has no such split, it has {names}")
+        raise UsageError(f"--split {split}: {shards} has no such split, it has {names}")
     if split is None:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = ParquetSource(root, split=split, labelled=True, min_shard_rows=config.shard_size)
-
-    run_plan = RunPlan(
-        out=out,
-        command="evaluate",
-        settings={
-            **fingerprint_settings(config),
-            "shards": str(root),
-            "split": split,
-            "bundle": bundle.fingerprint,
-        },
-        config={
-            **fingerprint_settings(config),
-            "shards": str(root),
-            "bundle": config.bundle and str(bundle.path),
-            "max_error_rate": config.max_error_rate,
-            "allow_pickle": config.allow_pickle,
-        },
-        list_source=source.list_images,
-        shard_rows=config.shard_size,
-    )
-
+    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
     plan = BatchPlan(
-        config,
-        run_plan,
-        config.device,
-        source,
-        MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
-        on_progress,
-        started_s,
-        log,
+        command="evaluate",
+        config=config,
+        out=out,
+        source=source,
+        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
+        inputs={"split": split, "bundle": bundle.fingerprint},
+        device=config.device,
+        make_processor=MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
+        on_progress=on_progress,
+        started_s=started_s,
+        log=log,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
-    return plan_batch(plan, "evaluate") if config.dry_run else run_batch(plan)
+    return run_batch(plan)
 
 
 def write_report(

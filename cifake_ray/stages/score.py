@@ -11,28 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cifake_ray.config import ScoreConfig, fingerprint_settings
+from cifake_ray.config import ScoreConfig
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.stages.batch.driver import (
-    BatchPlan,
-    BatchSummary,
-    DryRun,
-    Progress,
-    plan_batch,
-    run_batch,
-)
+from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
-from cifake_ray.storage.bundles.bundle import (
-    BundleInfo,
-    load_bundle,
-    locate_bundle,
-    read_bundle_info,
-)
-from cifake_ray.storage.io.paths import resolve_path
-from cifake_ray.storage.runs.run import RunPlan
-from cifake_ray.storage.s3.location import open_path
+from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source
 
 if TYPE_CHECKING:
@@ -90,52 +76,39 @@ def find_device(placement: Placement) -> str:
 
 def score_images(
     config: ScoreConfig,
+    src: AnyPath,
+    out: AnyPath,
+    bundle_path: AnyPath,
     on_progress: Callable[[Progress], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
-    """Score every image of `config.src` into `config.out`. The same call again resumes.
+    """Score every image of `src` into `out`. The same call again resumes.
 
     `log` gets a warning when images are unlike those that the detector learned from.
     """
-    source, out = open_source(config), open_path(config.out, config.store)
-    src = str(resolve_path(config.src, config.store))
+    source = open_source(config, src, out)
     bundle = read_bundle_info(
-        locate_bundle(config.bundle, config.store),
-        expect_sha256=config.expect_sha256,
-        allow_pickle=config.allow_pickle,
-    )
-
-    run_plan = RunPlan(
-        out=out,
-        command="score",
-        settings={
-            **fingerprint_settings(config),
-            "src": src,
-            "bundle": bundle.fingerprint,
-        },
-        config={
-            **fingerprint_settings(config),
-            "src": src,
-            "bundle": config.bundle and str(bundle.path),
-            "max_error_rate": config.max_error_rate,
-            "allow_pickle": config.allow_pickle,
-        },
-        list_source=source.list_images,
-        shard_rows=config.shard_size,
-    )
-
-    make_processor = MakeScoreProcessor(
-        bundle=bundle,
-        threshold=bundle.threshold(config.target_fpr),
-        batch_size=config.batch_size,
+        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
     plan = BatchPlan(
-        config, run_plan, config.device, source, make_processor, on_progress, started_s, log
+        command="score",
+        config=config,
+        out=out,
+        source=source,
+        paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
+        inputs={"bundle": bundle.fingerprint},
+        device=config.device,
+        make_processor=MakeScoreProcessor(
+            bundle=bundle,
+            threshold=bundle.threshold(config.target_fpr),
+            batch_size=config.batch_size,
+        ),
+        on_progress=on_progress,
+        started_s=started_s,
+        log=log,
     )
-    if config.dry_run:
-        return plan_batch(plan, "score")
-    summary = run_batch(plan)
-    if bundle.domain and summary.unlike_training["any"]:
-        log(f"score: {describe_unlike(summary.unlike_training, summary.done, bundle.domain)}")
-    return summary
+    result = run_batch(plan)
+    if isinstance(result, BatchSummary) and bundle.domain and result.unlike_training["any"]:
+        log(f"score: {describe_unlike(result.unlike_training, result.done, bundle.domain)}")
+    return result

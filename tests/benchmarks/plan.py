@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
+import pickle
 import resource
 import sys
 import tempfile
@@ -108,13 +108,13 @@ def measure_rows() -> None:
 def measure_shards() -> None:
     """Measure the driver's memory per shard, and the files written at the end."""
     reports = (
-        {"part": asdict(ShardStats(n, 1, {"truncated": 3}, {"any": 7, "side": 7}, 10**7, "0" * 64))}
+        ShardStats(n, 1, {"truncated": 3}, {"any": 7, "side": 7}, 10**7, "0" * 64)
         for n in range(NUM_SHARDS)
     )
     process = psutil.Process()
     before = process.memory_info().rss
     shards = [{"shard": shard} for shard in range(NUM_SHARDS)]
-    parts = [ShardStats(**json.loads(json.dumps(report))["part"]) for report in reports]
+    parts = [pickle.loads(pickle.dumps(report)) for report in reports]
     after = process.memory_info().rss
     print(f"driver: {(after - before) / len(shards):.0f} bytes per shard")
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cifake_ray.config import ConvertConfig, TrainConfig
-from cifake_ray.stages.convert import convert_images
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.train.driver import train_detector
 
 
@@ -18,7 +18,7 @@ def shards(
 ) -> Path:
     out = tmp_path_factory.mktemp("shards") / "out"
     config = ConvertConfig(src=str(sample_folder), out=str(out), shard_size=16)
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     return out
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import NothingToDo, ResourceError, RunMismatch, StorageError
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary, Progress
 from cifake_ray.stages.convert import convert_images
 
@@ -50,7 +51,7 @@ ODD_NAMES = [
 def run_convert(src: Path, out: Path, **options: Any) -> BatchSummary:
     progress: list[Progress] = []
     config = ConvertConfig(src=str(src), out=str(out), **options)
-    summary = convert_images(config, progress.append, time.time())
+    summary = convert_images(config, src, out, progress.append, time.time())
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -266,6 +267,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(sample_folder: Path, tmp_
 
 def test_a_dry_run_writes_nothing(sample_folder: Path, tmp_path: Path) -> None:
     config = ConvertConfig(src=str(sample_folder), out=str(tmp_path / "out"), dry_run=True)
-    plan = convert_images(config, lambda progress: None, time.time())
+    plan, code = run_verb(config, time.time())
+    assert code == 0
     assert plan.listed == 60
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig
-from cifake_ray.stages.convert import convert_images
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.evaluate import evaluate_detector
-from cifake_ray.stages.score import score_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -23,7 +22,7 @@ def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None
     config = EvaluateConfig(
         shards=str(shards), bundle=str(bundle), out=str(out), split=split, num_bootstrap=50
     )
-    evaluate_detector(config, lambda progress: None, time.time(), said.append)
+    evaluate_detector(config, shards, out, bundle, lambda _: None, time.time(), said.append)
     return said
 
 
@@ -46,7 +45,7 @@ def test_predictions_equal_scores_of_the_folder(
     config = ScoreConfig(
         src=str(sample_folder / "test"), out=str(tmp_path / "out"), bundle=str(bundle)
     )
-    score_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     scores = {f"test/{r['key']}": r for r in pq.read_table(tmp_path / "out" / "scores").to_pylist()}
     predictions = pq.read_table(report / "predictions").to_pylist()
     assert {row["key"] for row in predictions} == scores.keys()
@@ -81,7 +80,7 @@ def test_every_row_is_used_where_there_is_no_test_split_and_that_is_told(
 ) -> None:
     shards = tmp_path / "shards"
     config = ConvertConfig(src=str(sample_folder / "train"), out=str(shards))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     (told,) = run_evaluate(shards, bundle, tmp_path / "out")
     assert "no split `test`" in told
     assert pq.read_table(tmp_path / "out" / "predictions").num_rows == 48

@@ -11,7 +11,6 @@ import pytest
 from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.errors import StorageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.convert import convert_images
 from cifake_ray.storage.runs.verify import verify_files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -27,7 +26,7 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
         target.write_bytes(path.read_bytes())
     out = tmp_path / "out"
     config = ConvertConfig(src=str(source), out=str(out), shard_size=10)
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     part = out / "shards" / "part-00002.parquet"
     data = bytearray(part.read_bytes())
     data[len(data) // 3] ^= 1

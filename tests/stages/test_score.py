@@ -22,8 +22,7 @@ from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary
 from cifake_ray.stages.score import score_images
-from cifake_ray.storage.bundles.bundle import read_bundle_info
-from cifake_ray.storage.runs.export import export_scores
+from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -32,7 +31,8 @@ def run_score(
     src: Path, out: Path, log: Callable[[str], None] = print, **options: Any
 ) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), **options)
-    summary = score_images(config, lambda progress: None, time.time(), log)
+    bundle = locate_bundle(config.bundle)
+    summary = score_images(config, src, out, bundle, lambda _: None, time.time(), log)
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -95,13 +95,12 @@ def test_a_bad_image_does_not_take_its_neighbours_score(
 
 def test_errors_of_the_shards_are_carried_into_the_scores(bundle: Path, tmp_path: Path) -> None:
     from cifake_ray.config import ConvertConfig
-    from cifake_ray.stages.convert import convert_images
 
     source = tmp_path / "source"
     source.mkdir()
     (source / "text.jpg").write_text("words")
     config = ConvertConfig(src=str(source), out=str(tmp_path / "shards"))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     run_score(tmp_path / "shards", tmp_path / "out", bundle=str(bundle))
     assert read_rows(tmp_path / "out")["text.jpg"]["error"] == "not_an_image"
 
@@ -160,7 +159,7 @@ def test_logits_that_are_not_finite_become_errors(
 def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path) -> None:
     run_score(sample_folder, tmp_path / "out", bundle=str(bundle))
     config = ExportConfig(scores=str(tmp_path / "out"), file=str(tmp_path / "scores.csv"))
-    assert export_scores(config) == 60
+    assert run_verb(config, time.time())[0]["rows"] == 60
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = {row["key"]: row for row in csv.DictReader(file)}
     for key, row in read_rows(tmp_path / "out").items():

@@ -16,12 +16,13 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from cifake_ray.config import BatchConfig, Device
+from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
 from cifake_ray.stages.batch.shard_worker import (
@@ -49,6 +50,7 @@ SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
 BLOCKS_PER_WORKER = 4  # at least, where there are so many shards: the last ones end together
 MAX_BLOCKS = 4_096
+KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,17 @@ class DryRun:
         return ExitCode.OK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """What a verb hands to the spine."""
 
+    command: str
     config: BatchConfig
-    run: RunPlan
-    device: Device
+    out: AnyPath
     source: Source
+    paths: dict[str, str | None]  # the other path options, resolved, as `repair` gives them again
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the fingerprint has in their place
+    device: Device = "cpu"
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
@@ -121,8 +126,22 @@ class BatchPlan:
         """What must find room."""
         return Placement(self.config.num_workers or 1, 1, int(self.device == "cuda"))
 
+    @property
+    def run(self) -> RunPlan:
+        """The run that is found in the output or frozen there."""
+        settings = {**fingerprint_settings(self.config), **self.paths}
+        kept = {name: value for name, value in asdict(self.config).items() if name in KEPT_OPTIONS}
+        return RunPlan(
+            out=self.out,
+            command=self.command,
+            settings={**settings, **self.inputs},
+            config={**settings, **kept},
+            list_source=self.source.list_images,
+            shard_rows=self.config.shard_size,
+        )
 
-def plan_batch(plan: BatchPlan, command: str) -> DryRun:
+
+def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; nothing is written and no Ray is started."""
     plan.run.find()  # an output that belongs to another run is refused
     listing = plan.source.list_images()
@@ -135,8 +154,8 @@ def plan_batch(plan: BatchPlan, command: str) -> DryRun:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
-        command=command,
-        out=str(plan.run.out),
+        command=plan.command,
+        out=str(plan.out),
         listed=listed,
         size_bytes=size_bytes,
         left_out=dict(listing.left_out),
@@ -193,11 +212,13 @@ class _Account:
         )
 
 
-def run_batch(plan: BatchPlan) -> BatchSummary:
-    """Bring the run to its end, or tell at once that it has ended before.
+def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
+    """Bring the run to its end, or return at once the summary of one that has ended before.
 
     ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
     """
+    if plan.config.dry_run:
+        return plan_batch(plan)
     found = plan.run.find()
     if found is None:
         plan.run.check_new()
@@ -303,7 +324,7 @@ def _stream_shards(
 
 def find_result(plan: BatchPlan) -> BatchSummary | None:
     """The account of a run that has ended and has nothing to try again, else None."""
-    summary = read_summary(plan.run.out)
+    summary = read_summary(plan.out)
     if summary and plan.config.retry_errors and count_retryable(summary.errors):
         return None
     return summary

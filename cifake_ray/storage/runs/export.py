@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.storage.io.files import exists, list_folder, write_chunks
-from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, is_inside
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
-from cifake_ray.storage.s3.location import open_path
 
 # A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
 # blanks or in full width. Source: OWASP, CSV injection.
@@ -35,21 +33,19 @@ PLAIN = (
 )
 
 
-def export_scores(config: ExportConfig) -> int:
+def export_scores(scores: AnyPath, file: AnyPath) -> int:
     """Write the scores of a run as CSV and return the number of rows."""
-    out = open_path(config.scores, config.store)
-    target = resolve_path(config.file, config.store)
-    if exists(out / "_run.json"):
-        run = open_finished(out)
-        if is_inside(target, out):
-            raise UsageError(f"{target} lies inside {out}; choose a file outside it")
-        paths = [out / row["name"] for row in read_files(run)]
+    if exists(scores / "_run.json"):
+        run = open_finished(scores)
+        if is_inside(file, scores):
+            raise UsageError(f"{file} lies inside {scores}; choose a file outside it")
+        paths = [scores / row["name"] for row in read_files(run)]
     else:
-        paths = [path for path in list_folder(out) if SHARD_NAME.fullmatch(path.name)]
+        paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]
     if not paths:
-        raise StorageError(f"{out}: no part-*.parquet; give the output of score or evaluate")
+        raise StorageError(f"{scores}: no part-*.parquet; give the output of score or evaluate")
     counts: list[int] = []
-    write_chunks(target, _encode_parts(paths, counts))
+    write_chunks(file, _encode_parts(paths, counts))
     return sum(counts)
 
 

@@ -12,8 +12,7 @@ from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, is_file
-from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside, resolve_path
-from cifake_ray.storage.s3.location import open_path
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
 from cifake_ray.storage.sources.list_file import ListFileSource
@@ -104,28 +103,30 @@ def check_outside(out: AnyPath, source: AnyPath) -> None:
         )
 
 
-def open_source(config: SourceConfig) -> Source:
-    """The source `config.src` names. StorageError or UsageError when there is none."""
+def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
+    """Open `src`, which `config.src` names; `out` must lie outside it.
+
+    StorageError or UsageError when there is no source.
+    """
     store = config.store
-    place, out = open_path(config.src, store), resolve_path(config.out, store)
     kind: str = config.source_kind
     if kind == "auto":
-        kind = detect_kind(place, config.src)
-    elif check_there(place, config.src) and kind == "folder":
-        raise UsageError(f"{place} is a file; --source-kind folder needs a folder")
+        kind = detect_kind(src, config.src)
+    elif check_there(src, config.src) and kind == "folder":
+        raise UsageError(f"{src} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
     if kind == "shards":
-        return ParquetSource(place, key_filter=key_filter, min_shard_rows=config.shard_size)
+        return ParquetSource(src, key_filter=key_filter, min_shard_rows=config.shard_size)
     if kind == "list":
         columns = (config.path_column, config.label_column, config.source_column)
-        return ListFileSource(place, *columns, key_filter, config.allow_prefix, store)
+        return ListFileSource(src, *columns, key_filter, config.allow_prefix, store)
     class_names = make_class_names(config.real_name, config.fake_name)
     if kind == "inventory":
-        return S3InventorySource(place, class_names, store, key_filter)
-    check_outside(out, place)
-    if isinstance(place, Path):
-        return FolderSource(place, class_names, key_filter, config.follow_symlinks)
+        return S3InventorySource(src, class_names, store, key_filter)
+    check_outside(out, src)
+    if isinstance(src, Path):
+        return FolderSource(src, class_names, key_filter, config.follow_symlinks)
     if config.src.startswith("s3://"):
         bucket, prefix = split_prefix(config.src)
         return S3PrefixSource(bucket, prefix, store, class_names, key_filter)
-    return FsspecPrefixSource(place, class_names, store, key_filter)
+    return FsspecPrefixSource(src, class_names, store, key_filter)

@@ -35,7 +35,7 @@ from cifake_ray.stages.convert import make_processor
 from cifake_ray.storage.datasets.sample_folder import write_sample
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.runs.manifest import Manifest
-from cifake_ray.storage.runs.run import Run, RunPlan
+from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.verify import verify_files
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing
@@ -75,22 +75,23 @@ class Bench:
     def run(self, errors: dict[str, str], **options: Any) -> BatchSummary:
         on_progress = options.pop("on_progress", lambda progress: None)
         config = ConvertConfig(src=str(self.images), out=str(self.out), shard_size=20, **options)
-        source = FlakySource(open_source(config), errors, self.log)
+        folder = open_source(config, self.images, self.out)
         self.log.write_text("")
-
-        run_plan = RunPlan(
-            out=self.out,
-            command="convert",
-            settings={},
-            config={},
-            list_source=source.list_images,
-            shard_rows=20,
-        )
-        return run_batch(
+        summary = run_batch(
             BatchPlan(
-                config, run_plan, "cpu", source, make_processor, on_progress, time.time(), print
+                command="convert",
+                config=config,
+                out=self.out,
+                source=FlakySource(folder, errors, self.log),
+                paths={},
+                make_processor=make_processor,
+                on_progress=on_progress,
+                started_s=time.time(),
+                log=print,
             )
         )
+        assert isinstance(summary, BatchSummary)
+        return summary
 
     def read_keys(self) -> list[str]:
         """What was fetched in the last run."""

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from cifake_ray.config import ConvertConfig, ScoreConfig, TrainConfig
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary
-from cifake_ray.stages.convert import convert_images
 from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.storage.bundles.bundle import locate_bundle
@@ -31,7 +31,8 @@ def score(src: Path, out: Path, **options: float) -> tuple[BatchSummary, list[st
     """With the detector in the box: what was done, and what was said."""
     said: list[str] = []
     config = ScoreConfig(src=str(src), out=str(out), **options)  # type: ignore[arg-type]
-    summary = score_images(config, lambda progress: None, time.time(), said.append)
+    box = locate_bundle(None)
+    summary = score_images(config, src, out, box, lambda _: None, time.time(), said.append)
     assert isinstance(summary, BatchSummary)
     return summary, said
 
@@ -39,7 +40,7 @@ def score(src: Path, out: Path, **options: float) -> tuple[BatchSummary, list[st
 def test_fast_learns_from_three_thousand_images(cifake_folder: Path, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     config = ConvertConfig(src=str(cifake_folder), out=str(shards))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     recipe = yaml.safe_load((RECIPES / "fast.yaml").read_text())
     summary = train_detector(
         TrainConfig(shards=str(shards), run=str(tmp_path / "run"), num_workers="0", **recipe),

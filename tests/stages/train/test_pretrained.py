@@ -19,7 +19,7 @@ from skimage.data import chelsea
 from cifake_ray.config import ConvertConfig, TrainConfig
 from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.errors import BundleError
-from cifake_ray.stages.convert import convert_images
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.storage.bundles.bundle import load_bundle
 
@@ -51,7 +51,7 @@ def cifake_shards(
         for path in sorted((cifake_folder / "train" / name).iterdir())[:IMAGES_PER_CLASS]:
             shutil.copy(path, folder / "images" / name)
     config = ConvertConfig(src=str(folder / "images"), out=str(folder / "shards"))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     return folder / "shards"
 
 

@@ -15,8 +15,7 @@ import torch
 from cifake_ray.config import ConvertConfig, PipelineConfig, TrainConfig
 from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.errors import CifakeError, ResourceError, RunMismatch, StorageError
-from cifake_ray.pipeline import run_pipeline
-from cifake_ray.stages.convert import convert_images
+from cifake_ray.pipeline import run_pipeline, run_verb
 from cifake_ray.stages.train import driver as stages_train
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.storage.bundles.bundle import load_bundle
@@ -118,7 +117,7 @@ def test_images_that_do_not_decode_are_counted_and_left_out(
         data = path.read_bytes()
         target.write_bytes(data[: len(data) - 200] if number == 7 else data)
     config = ConvertConfig(src=str(source), out=str(tmp_path / "shards"))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     for name, cache_gb in (("cached", 1.0), ("streamed", 0.0)):
         summary = run_train(tmp_path / "shards", tmp_path / name, cache_gb=cache_gb)
         assert summary["unusable"] == {"truncated": 1}
@@ -201,7 +200,7 @@ def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path:
 
 def test_shards_without_labels_are_refused(sample_folder: Path, tmp_path: Path) -> None:
     config = ConvertConfig(src=str(sample_folder / "train" / "REAL"), out=str(tmp_path / "shards"))
-    convert_images(config, lambda progress: None, time.time())
+    run_verb(config, time.time())
     with pytest.raises(ValueError, match="no labelled REAL image for training"):
         run_train(tmp_path / "shards", tmp_path / "run")
 

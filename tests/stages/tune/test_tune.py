@@ -17,8 +17,8 @@ import yaml
 
 from cifake_ray.config import ScoreConfig, TrainConfig, TuneConfig
 from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary
-from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.tune.driver import tune_detector
 from cifake_ray.storage.presets.yaml_presets import read_recipe
@@ -94,7 +94,7 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     )
     assert read_stamps(run) == before, "a finished search was touched"
     config = ScoreConfig(src=str(sample_folder), out=str(tmp_path / "scores"), bundle=str(run))
-    scored = score_images(config, lambda progress: None, time.time())
+    scored, _ = run_verb(config, time.time())
     assert isinstance(scored, BatchSummary)
     assert scored.done == 60
 

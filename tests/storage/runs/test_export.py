@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.runs.export import export_scores
 
@@ -30,7 +29,7 @@ def make_scores(keys: list[str], **columns: Any) -> pa.Table:
 
 def export(folder: Path) -> list[dict[str, str]]:
     file = folder.parent / "scores.csv"
-    num_rows = export_scores(ExportConfig(scores=str(folder), file=str(file)))
+    num_rows = export_scores(folder, file)
     with open(file, encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == num_rows
@@ -140,4 +139,4 @@ def test_a_part_that_breaks_leaves_the_old_file_and_nothing_else(tmp_path: Path)
 
 def test_a_folder_without_scores_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"part-\*\.parquet"):
-        export_scores(ExportConfig(scores=str(tmp_path), file=str(tmp_path / "x.csv")))
+        export_scores(tmp_path, tmp_path / "x.csv")

@@ -21,7 +21,8 @@ def put(path: Path, data: bytes = b"bytes") -> Path:
 
 
 def read_list(path: Path, **options: Any) -> dict[str, bytes | ImageError]:
-    source = open_source(ConvertConfig(src=str(path), out="/nowhere", **options))
+    config = ConvertConfig(src=str(path), out="/nowhere", **options)
+    source = open_source(config, path, Path("/nowhere"))
     rows = pa.Table.from_batches(list(source.list_images().batches))
     images = list(source.read_images(rows))
     return dict(zip(rows.column("key").to_pylist(), images, strict=True))

@@ -18,6 +18,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
 from cifake_ray.errors import ImageError, NothingToDo, StorageError
+from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.sources import fsspec_prefix as stores
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
 from cifake_ray.storage.sources.open_source import open_source
@@ -36,7 +37,8 @@ def put(place: UPath, data: bytes = b"bytes") -> None:
 
 
 def open_images(src: UPath | str, out: str = "/nowhere", **options: Any) -> Source:
-    return open_source(ConvertConfig(src=str(src), out=out, **options))
+    config = ConvertConfig(src=str(src), out=out, **options)
+    return open_source(config, resolve_path(str(src)), resolve_path(out))
 
 
 def list_rows(source: Source) -> pa.Table:

@@ -22,6 +22,7 @@ from s3_server import S3Server
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
 from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.s3_inventory import S3InventorySource
 
@@ -110,7 +111,8 @@ def write_inventory(
 
 
 def open_inventory(uri: str, **options: Any) -> S3InventorySource:
-    source = open_source(ConvertConfig(src=uri, out="/nowhere", **options))
+    config = ConvertConfig(src=uri, out="/nowhere", **options)
+    source = open_source(config, open_path(uri, config.store), Path("/nowhere"))
     assert isinstance(source, S3InventorySource)
     return source
 

@@ -15,6 +15,8 @@ from s3fs.core import S3File
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.errors import CifakeError, ImageError, NothingToDo, StorageError
+from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources import open_source as sources
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source
@@ -26,7 +28,8 @@ ODD_NAMES = ["a b.jpg", "c%20d.jpg", "e#f.jpg", "g?h.jpg", "i+j.jpg", "k&l=m.jpg
 
 
 def open_images(src: str, out: str = "/nowhere", **options: Any) -> Source:
-    return open_source(ConvertConfig(src=src, out=out, **options))
+    config = ConvertConfig(src=src, out=out, **options)
+    return open_source(config, open_path(src, config.store), resolve_path(out))
 
 
 def list_table(source: Source) -> pa.Table:
