@@ -2,8 +2,8 @@
 
 Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
 one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
-crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs (`feeding`),
-and still commits. The row's way back to the driver carries numbers only.
+crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs
+(`cpu_feeder`), and still commits. Only a `ShardReport` travels back to the driver.
 """
 
 from __future__ import annotations
@@ -122,11 +122,6 @@ class BatchPlan:
     before_success: Callable[[Run], None] = lambda run: None
 
     @property
-    def least_workers(self) -> Placement:
-        """What must find room."""
-        return Placement(self.config.num_workers or 1, 1, int(self.device == "cuda"))
-
-    @property
     def run(self) -> RunPlan:
         """The run that is found in the output or frozen there."""
         settings = {**fingerprint_settings(self.config), **self.paths}
@@ -233,10 +228,11 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
         if opening.done():
             opening.result()  # what is wrong with the source is said before Ray is started
-        resources = stack.enter_context(connect_cluster(plan.config, plan.least_workers, plan.log))
+        least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
+        resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
-        if (summary := find_result(plan)) is not None:  # somebody else finished it meanwhile
+        if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
@@ -244,9 +240,14 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s
         )
         account = _Account(listed=run.manifest.num_rows)
-        reports = _stream_shards(run, plan, placement, options)
-        with closing(watch_progress(reports, run, options.session, options.stall_timeout_s)) as it:
-            for report in it:
+        reports = watch_progress(
+            _stream_shards(run, plan, placement, options),
+            run,
+            options.session,
+            options.stall_timeout_s,
+        )
+        with closing(reports):
+            for report in reports:
                 account.add(report)
                 plan.on_progress(account.progress())
         elapsed_s = time.time() - plan.started_s
@@ -323,23 +324,18 @@ def _stream_shards(
 
 
 def find_result(plan: BatchPlan) -> BatchSummary | None:
-    """The account of a run that has ended and has nothing to try again, else None."""
-    summary = read_summary(plan.out)
-    if summary and plan.config.retry_errors and count_retryable(summary.errors):
-        return None
-    return summary
-
-
-def read_summary(out: AnyPath) -> BatchSummary | None:
-    """The account of a finished run, or None when it has not finished."""
-    path = out / "_SUCCESS"
+    """Return the summary of a run that has finished, unless `--retry-errors` has work left."""
+    path = plan.out / "_SUCCESS"
     if not exists(path):
         return None
     record = read_json(path)
     try:
-        return BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+        names = BatchSummary.__dataclass_fields__
+        summary = BatchSummary(**{name: record[name] for name in names})
     except KeyError as error:
         raise StorageError(
             f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
             " repair` makes it anew"
         ) from error
+    has_work = plan.config.retry_errors and count_retryable(summary.errors)
+    return None if has_work else summary

@@ -1,8 +1,8 @@
 """What an actor does with a shard: fetch, work, commit, and leave a trace if that kills it.
 
-Floor: stages. Before a shard is begun a note is left beside the results. Ray starts an actor that
-died anew and gives it the same shard; finding the note, it tries the images in quarantine first,
-so that whatever killed a process once becomes a row with its error.
+Floor: stages. While a shard is worked on, its heartbeat file lies beside the results. Ray restarts
+an actor that died and gives it the same shard; it finds the file and tries the images in quarantine
+first, so that an image that kills its process becomes a row with its error.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from cifake_ray.storage.sources.source import Source
 
 MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are worked on at once
 MAX_ATTEMPTS = 5  # at one shard, by one command
-MAX_PULSE_S = 10.0  # between two signs of life
+MAX_HEARTBEAT_S = 10.0  # between two of them
 MAX_IMAGE_S = 60.0  # for one image in quarantine
 STDERR = 2
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What every worker of a command is told."""
+    """The options of a command that its workers need."""
 
     session: str
     retry_errors: bool
@@ -65,27 +65,27 @@ class ShardReport:
 
 
 class Heartbeat:
-    """Shows in its note that an attempt goes on, and ends the process when it does not.
+    """Writes the progress of an attempt to its file, and ends the process when there is none.
 
     A decoder that hangs holds its thread for ever; only the end of the process ends it. Ray starts
-    another one, and the note sends the shard through quarantine.
+    another one, and the file sends the shard through quarantine.
     """
 
     def __init__(self, run: Run, attempt: Attempt, stall_timeout_s: float) -> None:
         self.run, self.attempt = run, attempt
         self.rows_done = self.steps = 0
-        self.interval_s = min(MAX_PULSE_S, stall_timeout_s / 10)
+        self.interval_s = min(MAX_HEARTBEAT_S, stall_timeout_s / 10)
         self.silence_s = stall_timeout_s / 2
         self.next_s = 0.0
 
     def beat(self) -> None:
-        """Something has been done."""
+        """Count a step, and write the file when it is time."""
         self.steps += 1
         if time.monotonic() >= self.next_s:
             self.show()
 
     def show(self) -> None:
-        """Write the note, and start the time of silence again."""
+        """Write the file, and restart the timer that ends the process."""
         self.next_s = time.monotonic() + self.interval_s
         write_attempt(self.run, replace(self.attempt, rows_done=self.rows_done, steps=self.steps))
         faulthandler.dump_traceback_later(self.silence_s, exit=True, file=STDERR)
@@ -95,7 +95,7 @@ class Heartbeat:
 
 
 class ShardWorker:
-    """One actor of the pool: takes shard numbers, leaves committed shards."""
+    """One actor of the pool: takes shard numbers, commits shards."""
 
     def __init__(
         self,
@@ -138,13 +138,13 @@ class ShardWorker:
         )
 
     def _make_shard(self, shard: int) -> tuple[ShardStats, bool]:
-        """All of a shard, and whether an earlier attempt came to grief."""
+        """Make all of a shard; say also whether an earlier attempt was lost."""
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             return self._commit(shard, self._work_on(rows, heartbeat, is_suspect)), is_suspect
 
     def _mend_shard(self, shard: int) -> tuple[ShardStats, bool]:
-        """The rows of a committed shard whose error may have passed; the others stay."""
+        """Make the rows of a committed shard again whose error may have passed; keep the others."""
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             old = read_shard(self.run.shard_path(shard)).replace_schema_metadata(None)
@@ -162,7 +162,7 @@ class ShardWorker:
 
     @contextmanager
     def _attempt(self, shard: int) -> Iterator[tuple[Heartbeat, bool]]:
-        """Leave a note while a shard is worked on; tells whether an earlier attempt came to grief.
+        """Keep a heartbeat while a shard is worked on; yield also whether an attempt was lost.
 
         ResourceError after MAX_ATTEMPTS.
         """
@@ -179,16 +179,15 @@ class ShardWorker:
         heartbeat.show()
         try:
             if self.processor is None:
-                self.processor = self.make_processor(
-                    self.placement
-                )  # seconds, and only if there is work
+                # Takes seconds, so only when there is work.
+                self.processor = self.make_processor(self.placement)
             yield heartbeat, earlier is not None
         finally:
             heartbeat.stop()
         remove_attempt(self.run, shard)
 
     def _work_on(self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool) -> pa.Table:
-        """The result for some rows of the manifest. Suspect images go through quarantine first."""
+        """Process some rows of the manifest. Suspect images go through quarantine first."""
         processor = self.processor
         assert processor is not None
         feed = self._feed if self.placement.num_feeders and not is_suspect else self._prepare
@@ -204,7 +203,7 @@ class ShardWorker:
     def _prepare(
         self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Images fetched and prepared in this process; the next ones come while it works."""
+        """Fetch and prepare images in this process; the next are fetched while it works."""
         with ExitStack() as stack:
             quarantine = None
             if is_suspect:
@@ -225,7 +224,7 @@ class ShardWorker:
     def _feed(
         self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Images fetched and prepared by tasks on other CPUs; what ends these, in quarantine."""
+        """Fetch and prepare images by tasks on other CPUs; in quarantine what ends such a task."""
         if self.feeder is None:
             timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
             self.feeder = CpuFeeder(self.source, processor, self.placement.num_feeders, timeout_s)
@@ -238,12 +237,12 @@ class ShardWorker:
 
 
 def count_retryable(errors: dict[str, int]) -> int:
-    """How many of the counted errors may have passed."""
+    """Count the errors that may have passed."""
     return sum(errors.get(error, 0) for error in RETRYABLE_ERRORS)
 
 
 def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
-    """Slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
+    """Yield slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
     start = size_bytes = 0
     for row, size in enumerate(rows.column("size_bytes").to_pylist()):
         if row > start and (
@@ -256,7 +255,7 @@ def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
 
 
 def replace_rows(table: pa.Table, places: np.ndarray, new: pa.Table) -> pa.Table:
-    """`table` with the rows at `places` (ascending) replaced by those of `new`; no byte is copied.
+    """Replace the rows at `places` (ascending) by those of `new`; no byte is copied.
 
     Not by `take`, which would gather more than 2 GiB of images into one array and fail.
     """
