@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cifake_ray.config.fields import ClusterConfig, Device, Doc, check, check_least
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 
@@ -19,23 +19,21 @@ class BatchConfig(ClusterConfig):
     """Options of the verbs that run on the batch spine."""
 
     num_workers: Annotated[
-        int | None,
-        Doc("Worker processes (default: one per CPU, or one per GPU)", in_fingerprint=False),
+        int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
     ] = None
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
     ] = None
     max_error_rate: Annotated[
-        float,
-        Doc("Exit 3 if more than this share of the images failed, 0 to 1", in_fingerprint=False),
+        float, RuntimeDoc("Exit 3 if more than this share of the images failed, 0 to 1")
     ] = 0.01
-    retry_errors: Annotated[
-        bool, Doc("Retry rows that failed with a transient error", in_fingerprint=False)
-    ] = False
+    retry_errors: Annotated[bool, RuntimeDoc("Retry rows that failed with a transient error")] = (
+        False
+    )
     stall_timeout_s: Annotated[  # a worker that makes no progress for half as long is restarted
-        float, Doc("Exit 6 after this many seconds without progress", in_fingerprint=False)
+        float, RuntimeDoc("Exit 6 after this many seconds without progress")
     ] = 600.0
-    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
+    dry_run: Annotated[bool, RuntimeDoc("Show the plan and stop")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +51,7 @@ class SourceConfig(BatchConfig):
     src: Annotated[
         str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
     ]
-    out: Annotated[str, Doc("Output folder", positional=True, in_fingerprint=False)]
+    out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
     include: Annotated[
         tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'; repeatable")
@@ -73,10 +71,7 @@ class SourceConfig(BatchConfig):
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[
         tuple[str, ...],
-        Doc(
-            "Folder or URI that a list may refer to, besides its own folder",
-            in_fingerprint=False,
-        ),
+        RuntimeDoc("Folder or URI that a list may refer to, besides its own folder"),
     ] = ()
 
 
@@ -86,18 +81,13 @@ class BundleConfig(BatchConfig):
 
     bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
     expect_sha256: Annotated[
-        str | None,
-        Doc("Refuse a bundle with another sha256 (the error shows its own)", in_fingerprint=False),
+        str | None, RuntimeDoc("Refuse a bundle with another sha256 (the error shows its own)")
     ] = None
     allow_pickle: Annotated[
-        bool,
-        Doc(
-            "Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code",
-            in_fingerprint=False,
-        ),
+        bool, RuntimeDoc("Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code")
     ] = False
-    batch_size: Annotated[int, Doc("Images per forward pass", in_fingerprint=False)] = 256
-    device: Annotated[Device, Doc("auto: GPUs if there are any", in_fingerprint=False)] = "auto"
+    batch_size: Annotated[int, RuntimeDoc("Images per forward pass")] = 256
+    device: Annotated[Device, RuntimeDoc("auto: GPUs if there are any")] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cifake_ray.config.batch import BundleConfig
-from cifake_ray.config.fields import Doc, check_least
+from cifake_ray.config.fields import Doc, RuntimeDoc, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class EvaluateConfig(BundleConfig):
     """evaluate: measure a detector on labelled shards and write a report."""
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
-    out: Annotated[str, Doc("Folder for the report", in_fingerprint=False)]
+    out: Annotated[str, RuntimeDoc("Folder for the report")]
     split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
     num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cifake_ray.errors import UsageError
 
@@ -19,13 +19,19 @@ Fit = Literal["resize", "crop"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 
 
-class Doc(NamedTuple):
-    """Help line of a field. `positional` makes it an argument; `in_fingerprint=False` marks what
-    changes how fast a run is but no row of its result."""
+@dataclass(frozen=True)
+class Doc:
+    """Help line of a field; `positional` makes the field an argument."""
 
     help: str
     positional: bool = False
-    in_fingerprint: bool = True
+    in_fingerprint = True
+
+
+class RuntimeDoc(Doc):
+    """Help line of a field that changes how or how fast a run runs, but no row of its result."""
+
+    in_fingerprint = False
 
 
 TYPE_WORDS = {
@@ -101,20 +107,15 @@ class StoreConfig:
     """How buckets are reached. Credentials come from the AWS chain, never from options."""
 
     s3_endpoint_url: Annotated[
-        str | None,
-        Doc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)", in_fingerprint=False),
+        str | None, RuntimeDoc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)")
     ] = None
     s3_region: Annotated[
-        str | None,
-        Doc("Region of the bucket (default: AWS_REGION, else detected)", in_fingerprint=False),
+        str | None, RuntimeDoc("Region of the bucket (default: AWS_REGION, else detected)")
     ] = None
     s3_profile: Annotated[
-        str | None,
-        Doc("Profile in the AWS configuration (default: AWS_PROFILE)", in_fingerprint=False),
+        str | None, RuntimeDoc("Profile in the AWS configuration (default: AWS_PROFILE)")
     ] = None
-    s3_anonymous: Annotated[
-        bool, Doc("Use no credentials, for public buckets", in_fingerprint=False)
-    ] = False
+    s3_anonymous: Annotated[bool, RuntimeDoc("Use no credentials, for public buckets")] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -134,17 +135,10 @@ class ClusterConfig(StoreConfig):
 
     address: Annotated[
         str | None,
-        Doc(
-            "Address of a Ray cluster (default: RAY_ADDRESS, else start Ray here)",
-            in_fingerprint=False,
-        ),
+        RuntimeDoc("Address of a Ray cluster (default: RAY_ADDRESS, else start Ray here)"),
     ] = None
     scale_timeout_s: Annotated[
-        float,
-        Doc(
-            "Ask the autoscaler for missing workers and wait this many seconds",
-            in_fingerprint=False,
-        ),
+        float, RuntimeDoc("Ask the autoscaler for missing workers and wait this many seconds")
     ] = 0.0
 
     def __post_init__(self) -> None:

@@ -25,14 +25,12 @@ class SubmitConfig:
     """submit: run a verb as a job of a Ray cluster, and end as the job ends."""
 
     address: Annotated[
-        str | None,
-        Doc("The cluster's Jobs API, such as http://HEAD:8265 (default: RAY_ADDRESS)"),
+        str | None, Doc("The cluster's Jobs API, such as http://HEAD:8265 (default: RAY_ADDRESS)")
     ] = None
     wait: Annotated[bool, Doc("Show the job's log and wait for its end")] = True
     submission_id: Annotated[str | None, Doc("Name of the job (default: Ray makes one)")] = None
     working_dir: Annotated[
-        str | None,
-        Doc("Checkout to upload and run (default: what the cluster has installed)"),
+        str | None, Doc("Checkout to upload and run (default: what the cluster has installed)")
     ] = None
     env: Annotated[
         tuple[str, ...],

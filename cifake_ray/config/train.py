@@ -16,6 +16,7 @@ from cifake_ray.config.fields import (
     Device,
     Doc,
     Fit,
+    RuntimeDoc,
     check,
     check_least,
 )
@@ -34,7 +35,7 @@ class TrainConfig(ClusterConfig):
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[
         str,
-        Doc("Folder of this run; the same folder resumes", positional=True, in_fingerprint=False),
+        RuntimeDoc("Folder of this run; the same folder resumes", positional=True),
     ]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
@@ -98,20 +99,16 @@ class TrainConfig(ClusterConfig):
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
     num_workers: Annotated[
         str | None,
-        Doc(
+        RuntimeDoc(
             "Data-parallel workers, or MIN:MAX for as many as there is room for; 0 trains in this"
-            " process (default: the GPUs, else 1)",
-            in_fingerprint=False,
+            " process (default: the GPUs, else 1)"
         ),
     ] = None
     cpus_per_worker: Annotated[
         int | None,
-        Doc(
-            "CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)",
-            in_fingerprint=False,
-        ),
+        RuntimeDoc("CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)"),
     ] = None
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
+    device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     precision: Annotated[
         Precision,
         Doc("auto: bf16 where the device computes it, else float32 on CPU and fp16 on GPU"),
@@ -120,32 +117,23 @@ class TrainConfig(ClusterConfig):
         bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")
     ] = False
     checkpoint_steps: Annotated[
-        int | None,
-        Doc(
-            "Save every so many steps within an epoch too (default: at its end)",
-            in_fingerprint=False,
-        ),
+        int | None, RuntimeDoc("Save every so many steps within an epoch too (default: at its end)")
     ] = None
-    max_failures: Annotated[
-        int, Doc("Worker failures survived before giving up", in_fingerprint=False)
-    ] = 3
+    max_failures: Annotated[int, RuntimeDoc("Worker failures survived before giving up")] = 3
     cache_dir: Annotated[
-        str | None,
-        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", in_fingerprint=False),
+        str | None, RuntimeDoc("Folder for decoded images (default: ~/.cache/cifake_ray)")
     ] = None
     cache_gb: Annotated[
-        float,
-        Doc("Decode into memory-mapped files up to this size; stream above", in_fingerprint=False),
+        float, RuntimeDoc("Decode into memory-mapped files up to this size; stream above")
     ] = 8.0
     track: Annotated[
         tuple[TrackerName, ...],
-        Doc(
+        RuntimeDoc(
             "Tell every epoch to tensorboard (files in RUN) or mlflow (at MLFLOW_TRACKING_URI);"
-            " may be repeated",
-            in_fingerprint=False,
+            " may be repeated"
         ),
     ] = ()
-    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
+    dry_run: Annotated[bool, RuntimeDoc("Show the plan and stop")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cifake_ray.config.fields import ClusterConfig, Device, Doc, check, check_least
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 from cifake_ray.config.train import Monitor, TrackerName
 
 Scheduler = Literal["asha", "median", "pbt", "none"]
@@ -22,9 +22,7 @@ class TuneConfig(ClusterConfig):
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[
         str,
-        Doc(
-            "Folder of this search; the same folder resumes", positional=True, in_fingerprint=False
-        ),
+        RuntimeDoc("Folder of this search; the same folder resumes", positional=True),
     ]
     search: Annotated[
         tuple[str, ...],
@@ -44,12 +42,10 @@ class TuneConfig(ClusterConfig):
     ] = None
     trials: Annotated[int, Doc("Trials; with the grid searcher the most of them")] = 16
     time_budget: Annotated[
-        float | None,
-        Doc("Stop the search after so many seconds (default: never)", in_fingerprint=False),
+        float | None, RuntimeDoc("Stop the search after so many seconds (default: never)")
     ] = None
     max_concurrent: Annotated[
-        int | None,
-        Doc("Trials at once (default: as many as the cluster holds)", in_fingerprint=False),
+        int | None, RuntimeDoc("Trials at once (default: as many as the cluster holds)")
     ] = None
     scheduler: Annotated[Scheduler, Doc("Who stops trials that fall behind")] = "asha"
     grace_epochs: Annotated[int, Doc("Epochs before a trial may be stopped, or copied by pbt")] = 1
@@ -57,29 +53,21 @@ class TuneConfig(ClusterConfig):
     searcher: Annotated[Searcher, Doc("Who chooses; tpe needs Optuna")] = "random"
     seed: Annotated[int, Doc("Same seed, same trials")] = 0
     num_workers: Annotated[
-        int,
-        Doc(
-            "Data-parallel workers of each trial; 0 trains in the trial's own process",
-            in_fingerprint=False,
-        ),
+        int, RuntimeDoc("Data-parallel workers of each trial; 0 trains in the trial's own process")
     ] = 0
-    cpus_per_worker: Annotated[int, Doc("CPU threads of each worker", in_fingerprint=False)] = 1
-    device: Annotated[Device, Doc("auto: the GPUs if there are any", in_fingerprint=False)] = "auto"
+    cpus_per_worker: Annotated[int, RuntimeDoc("CPU threads of each worker")] = 1
+    device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     max_failures: Annotated[
-        int, Doc("Failures of a trial survived before it is given up", in_fingerprint=False)
+        int, RuntimeDoc("Failures of a trial survived before it is given up")
     ] = 1
     cache_dir: Annotated[
-        str | None,
-        Doc("Folder for decoded images (default: ~/.cache/cifake_ray)", in_fingerprint=False),
+        str | None, RuntimeDoc("Folder for decoded images (default: ~/.cache/cifake_ray)")
     ] = None
     track: Annotated[
         tuple[TrackerName, ...],
-        Doc(
-            "Tell every trial's epochs to tensorboard or mlflow, as `train` does",
-            in_fingerprint=False,
-        ),
+        RuntimeDoc("Tell every trial's epochs to tensorboard or mlflow, as `train` does"),
     ] = ()
-    dry_run: Annotated[bool, Doc("Show the plan and stop", in_fingerprint=False)] = False
+    dry_run: Annotated[bool, RuntimeDoc("Show the plan and stop")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
