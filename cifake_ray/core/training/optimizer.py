@@ -35,7 +35,7 @@ def sync_batch_norms(network: nn.Module, device: str) -> nn.Module:
     """
     if device == "cpu":
         return network
-    from timm.layers.norm_act import convert_sync_batchnorm
+    from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 
     shared: nn.Module = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return shared
@@ -71,7 +71,7 @@ def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, obje
                 f"--layer-decay: timm knows no layers of {config.model}; leave it out, or take an"
                 " architecture of timm"
             )
-        from timm.optim._param_groups import param_groups_layer_decay
+        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
         groups = param_groups_layer_decay(
             network, weight_decay=config.weight_decay, layer_decay=config.layer_decay

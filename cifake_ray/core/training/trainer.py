@@ -90,7 +90,7 @@ def choose_precision(device: str, precision: str) -> DevicePrecision:
 
 def _make_ema(detector: Detector, decay: float) -> Any:
     """timm's moving average: its decay rises to `decay` as the steps go on, so short runs gain."""
-    from timm.utils.model_ema import ModelEmaV3
+    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 
     return ModelEmaV3(detector, decay=decay, use_warmup=True)
 

@@ -43,30 +43,26 @@ def check_searcher(config: TuneConfig, space: Space) -> None:
             )
 
 
-class _ReplayAware:
-    """Goes before a scheduler that stops trials: what is only told again it notes, no more.
+class _Asha(AsyncHyperBandScheduler):
+    """Asynchronous successive halving that records replayed results and never stops a trial at one.
 
-    A search that goes on tells the histories of its trials in any order, so judging anew would stop
-    trials that had passed.
+    A resumed search replays the histories of its trials in any order, so judging them again would
+    stop trials that had passed.
     """
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        decision: str = super().on_trial_result(controller, trial, result)
         return TrialScheduler.CONTINUE if result.get(REPLAYED) else decision
 
 
-class _Asha(_ReplayAware, AsyncHyperBandScheduler):
-    """Asynchronous successive halving."""
-
-
-class _Median(_ReplayAware, MedianStoppingRule):
-    """Median stopping."""
+class _Median(MedianStoppingRule):
+    """Median stopping that records replayed results without judging them, as `_Asha` does."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = super().on_trial_result(controller, trial, result)
-        if decision == TrialScheduler.CONTINUE:  # it keeps who it would have stopped
-            self._stopped_trials.discard(trial)
-        return decision
+        if result.get(REPLAYED):  # judged, it would count as stopped and fail at its next result
+            self.on_trial_complete(controller, trial, result)  # only records the result
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
 
 
 class _Pbt(PopulationBasedTraining):
@@ -74,13 +70,17 @@ class _Pbt(PopulationBasedTraining):
 
     space: Space
 
-    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], Any]:
-        """Ray Tune multiplies by 0.8 or 1.2, beyond what is searched, and copies the number too."""
-        new, operations = super()._get_new_config(trial, trial_to_clone)
-        chosen = new["trial"]["chosen"]
-        inside = {name: self.space[name].clip(value) for name, value in chosen.items()}
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Keep the trial's number and the ranges of the search when it gets another one's options.
+
+        Ray Tune copies the number too, and multiplies options by 0.8 or 1.2, beyond their ranges.
+        """
         number = trial.config["trial"]["number"]
-        return {**new, "trial": {"number": number, "chosen": inside}}, operations
+        decision = super().on_trial_result(controller, trial, result)
+        if (copied := trial.config["trial"])["number"] != number:
+            chosen = {name: self.space[name].clip(v) for name, v in copied["chosen"].items()}
+            trial.set_config({**trial.config, "trial": {"number": number, "chosen": chosen}})
+        return decision
 
 
 def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialScheduler:
