@@ -1,15 +1,16 @@
-"""The papers of a run: `_run.json` when it starts, `_files.parquet` and `_SUCCESS` when it ends.
+"""The metadata of a run: `_run.json` when it starts, `_files.parquet` and `_SUCCESS` at its end.
 
-Floor: storage. `_run.json` is created only once the manifest is complete, and only if nobody else
-created it first: whoever loses the race works on the winner's manifest.
+Floor: storage. `_run.json` is created only once the manifest is complete, and only if no other
+process created it first: a process that loses this race works on the winner's manifest.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -155,6 +156,48 @@ def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> No
         )
 
 
+def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what two runs must have in common to be the same: what a fingerprint covers."""
+    return {"command": command, "schema_version": SCHEMA_VERSION, **settings}
+
+
+def claim_folder(
+    path: AnyPath,
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    plan: Mapping[str, Any] = MappingProxyType({}),
+    has_begun: Callable[[], bool] = lambda: True,
+) -> None:
+    """Write `_run.json` with the settings of `identify_run`, or check that it has the same ones.
+
+    `plan` is stored beside them and not compared. RunMismatch, with the difference, for other
+    settings; those of a run of the same command that has not begun its work are replaced.
+    """
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": __version__,
+        "command": settings["command"],
+        "fingerprint": hash_json(settings),
+        "settings": settings,
+        "config": config,
+        **plan,
+    }
+    if not create_bytes(path / "_run.json", encode_json(record)):
+        found = read_record(path)
+        if found.get("command") != settings["command"] or has_begun():
+            check_settings(path, found["settings"], settings)
+        else:  # refused or killed before its first result: there is nothing to lose
+            write_json(path / "_run.json", record)
+
+
+def read_record(path: AnyPath) -> dict[str, Any]:
+    """Read `_run.json`. RunMismatch when it is not ours."""
+    record = read_json(path / "_run.json")
+    if "settings" not in record:
+        raise RunMismatch(f"{path / '_run.json'}: not a run of cifake-ray; choose a new folder")
+    return record
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What a run is to be, before it is frozen."""
@@ -197,13 +240,7 @@ class RunPlan:
         listing = self.list_source()
         folder = self.out / "manifest"
         manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "tool_version": __version__,
-            "command": self.command,
-            "fingerprint": hash_json(self._settings),
-            "settings": self._settings,
-            "config": self.config,
+        plan = {
             "manifest": {
                 "num_rows": manifest.num_rows,
                 "size_bytes": manifest.size_bytes,
@@ -211,8 +248,8 @@ class RunPlan:
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
         }
-        create_bytes(self.out / "_run.json", encode_json(record))
-        run = self.find()
+        claim_folder(self.out, self._settings, self.config, plan)
+        run = read_run(self.out)
         assert run is not None
         return run
 
@@ -226,7 +263,7 @@ class RunPlan:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"command": self.command, "schema_version": SCHEMA_VERSION, **self.settings}
+        return identify_run(self.command, self.settings)
 
 
 @dataclass(frozen=True)

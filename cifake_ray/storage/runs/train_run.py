@@ -1,4 +1,4 @@
-"""The papers of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`.
+"""The folder of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`.
 
 Floor: storage.
 """
@@ -9,17 +9,14 @@ import csv
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from cifake_ray.core.schema import SCHEMA_VERSION
-from cifake_ray.errors import BundleError, RunMismatch, StorageError
+from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io.files import (
-    create_bytes,
-    encode_json,
     exists,
-    hash_json,
     read_bytes,
     read_if_exists,
     read_json,
@@ -27,36 +24,7 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import check_settings
-from cifake_ray.version import __version__
-
-
-def claim_folder(
-    path: AnyPath,
-    command: str,
-    settings: dict[str, Any],
-    config: dict[str, Any],
-    is_begun: Callable[[], bool],
-) -> None:
-    """Put `_run.json` into a folder. RunMismatch when work has begun there with other settings."""
-    settings = {"command": command, "schema_version": SCHEMA_VERSION, **settings}
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "tool_version": __version__,
-        "command": command,
-        "fingerprint": hash_json(settings),
-        "settings": settings,
-        "config": config,
-    }
-    papers = path / "_run.json"
-    if not create_bytes(papers, encode_json(record)):
-        found = read_json(papers)
-        if "settings" not in found:
-            raise RunMismatch(f"{papers}: not a run of cifake-ray; choose a new folder")
-        if found.get("command") != command or is_begun():
-            check_settings(path, found["settings"], settings)
-        else:  # refused or killed before it came to anything: there is nothing to lose
-            write_json(papers, record)
+from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record
 
 
 def read_history(path: AnyPath) -> list[dict[str, Any]]:
@@ -73,10 +41,47 @@ def read_history(path: AnyPath) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class TrainRun:
-    """The folder RUN of `train`."""
+class RunFolder:
+    """The folder RUN of `train` or `tune`, from `_run.json` to `_SUCCESS`."""
 
     path: AnyPath
+    command: ClassVar[str]
+
+    def has_begun(self) -> bool:
+        """Return whether work is stored that belongs to the settings of `_run.json`."""
+        raise NotImplementedError
+
+    def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
+        """Claim the folder for these settings. RunMismatch when it belongs to others."""
+        settings = identify_run(self.command, settings)
+        claim_folder(self.path, settings, config, has_begun=self.has_begun)
+
+    def check_options(self, options: dict[str, Any], unread: Sequence[str]) -> dict[str, Any]:
+        """Return the settings of a finished run. RunMismatch when it has other options.
+
+        `unread` names settings that rows or weights would have to be read for: they are taken
+        from `_run.json`.
+        """
+        found = read_record(self.path)["settings"]
+        settings = {**options, **{name: found.get(name) for name in unread}}
+        check_settings(self.path, found, identify_run(self.command, settings))
+        return settings
+
+    def read_success(self) -> dict[str, Any] | None:
+        """Return the summary of a finished run, or None when it has not finished."""
+        path = self.path / "_SUCCESS"
+        return read_json(path) if exists(path) else None
+
+    def write_success(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished."""
+        write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
+
+
+@dataclass(frozen=True)
+class TrainRun(RunFolder):
+    """The folder RUN of `train`."""
+
+    command = "train"
 
     @property
     def checkpoint_path(self) -> AnyPath:
@@ -90,15 +95,8 @@ class TrainRun:
     def history_path(self) -> AnyPath:
         return self.path / "history.jsonl"
 
-    def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
-        """Claim the folder for these settings. RunMismatch when it belongs to others."""
-        claim_folder(
-            self.path,
-            "train",
-            settings,
-            config,
-            lambda: exists(self.checkpoint_path) or self.read_success() is not None,
-        )
+    def has_begun(self) -> bool:
+        return exists(self.checkpoint_path) or exists(self.path / "_SUCCESS")
 
     def read_checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint, or None before the first. StorageError when it is damaged."""
@@ -134,11 +132,3 @@ class TrainRun:
     def read_history(self) -> list[dict[str, Any]]:
         """One row per finished epoch."""
         return read_history(self.path)
-
-    def read_success(self) -> dict[str, Any] | None:
-        """What the finished run said of itself, or None when it has not finished."""
-        path = self.path / "_SUCCESS"
-        return read_json(path) if exists(path) else None
-
-    def write_success(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})

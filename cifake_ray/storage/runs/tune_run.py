@@ -1,4 +1,4 @@
-"""The papers of a search: `_run.json`, a folder for each trial, tables, recipe, `_SUCCESS`.
+"""The folder of a search: `_run.json`, a folder for each trial, tables, recipe, `_SUCCESS`.
 
 Floor: storage. A trial's folder holds what it was given and why it ended, and the runs of `train`
 it is made of: one, or with population based training one for each set of options it has had. All
@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.storage.io.files import (
     exists,
     list_folder,
@@ -26,7 +25,7 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.train_run import TrainRun, claim_folder
+from cifake_ray.storage.runs.train_run import RunFolder, TrainRun
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,13 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class TuneRun:
+class TuneRun(RunFolder):
     """The folder RUN of `tune`."""
 
-    path: AnyPath
+    command = "tune"
 
-    def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
-        """Claim the folder for these settings. RunMismatch when it belongs to others."""
-        claim_folder(self.path, "tune", settings, config, lambda: bool(self.read_trials()))
+    def has_begun(self) -> bool:
+        return bool(self.read_trials())
 
     def folder_of(self, number: int) -> AnyPath:
         return self.path / "trials" / f"{number:05d}"
@@ -93,14 +91,6 @@ class TuneRun:
 
     def write_report(self, page: bytes) -> None:
         write_bytes(self.path / "report.html", page)
-
-    def read_success(self) -> dict[str, Any] | None:
-        """What the finished search said of itself, or None when it has not finished."""
-        path = self.path / "_SUCCESS"
-        return read_json(path) if exists(path) else None
-
-    def write_success(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
 
 
 def _to_column(values: list[Any]) -> pa.Array:
