@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from cifake_ray.config import Config, Doc, TrainConfig, doc_of
+from cifake_ray.config import Augmentation, Config, Doc, TrainConfig, doc_of
 from cifake_ray.console import LogFormat, choose_log_format
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe
 
@@ -144,6 +144,8 @@ def make_command(
 def _make_parameter(name: str, hint: Any, default: Any, doc: Doc) -> inspect.Parameter:
     if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words
         hint, default = list[str], list(default)
+    if hint == str | Augmentation:  # the command line has its text
+        hint = str
     if doc.positional:
         info: Any = typer.Argument(help=doc.help, show_default=False)
     else:

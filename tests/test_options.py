@@ -11,6 +11,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from cifake_ray.config import (
+    POLICIES,
+    Augmentation,
     Config,
     ConvertConfig,
     EvaluateConfig,
@@ -20,7 +22,6 @@ from cifake_ray.config import (
     fingerprint_settings,
 )
 from cifake_ray.console import choose_log_format, log
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.options import PREFIX, make_command
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES

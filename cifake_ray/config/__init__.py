@@ -6,6 +6,7 @@ Floor: core. One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` var
 
 from __future__ import annotations
 
+from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
 from cifake_ray.config.convert import ConvertConfig
 from cifake_ray.config.evaluate import EvaluateConfig
@@ -48,6 +49,8 @@ Config = (
 __all__ = [
     "JOBS_API",
     "MAX_IMAGE_SIZE",
+    "POLICIES",
+    "Augmentation",
     "BatchConfig",
     "BundleConfig",
     "ClusterConfig",
@@ -76,4 +79,5 @@ __all__ = [
     "find_misfit",
     "fingerprint_settings",
     "list_options",
+    "parse_augmentation",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -59,6 +59,7 @@ def find_misfit(config_class: type, name: str, value: object) -> str | None:
     words = [
         word
         for kind in kinds
+        if not is_dataclass(kind)  # its text is what a person gives
         for word in (
             get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
         )

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
     MAX_IMAGE_SIZE,
     ClusterConfig,
@@ -72,7 +73,7 @@ class TrainConfig(ClusterConfig):
     drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
     channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
     augment: Annotated[
-        str,
+        str | Augmentation,
         Doc(
             "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
         ),
@@ -183,6 +184,12 @@ class TrainConfig(ClusterConfig):
             self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
             f"--image-size is {self.image_size}; give 8 to {MAX_IMAGE_SIZE}",
         )
+
+    @property
+    def policy(self) -> Augmentation:
+        """Return `augment` once `read_augmentation` has parsed its text."""
+        assert isinstance(self.augment, Augmentation)
+        return self.augment
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

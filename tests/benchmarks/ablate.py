@@ -31,14 +31,14 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.nn import functional as F
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.detector import HALF, Detector
 from cifake_ray.core.models.small_networks import build_small_cnn, choose_channels
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.batches import Batch
-from cifake_ray.core.training.trainer import Trainer, choose_precision
+from cifake_ray.core.training.device_limits import choose_precision
+from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.io.files import write_bytes, write_json
 from cifake_ray.storage.presets.yaml_presets import RECIPES

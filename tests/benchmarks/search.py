@@ -22,9 +22,9 @@ from typing import Any
 from compare import HERE, PAGE, Row, render_page, run, to_flags
 from measure import find_cifake, format_table, link_part, log
 
+from cifake_ray.config import POLICIES
 from cifake_ray.core.search.space import to_train_options
 from cifake_ray.core.search.trial_table import format_value
-from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.storage.io.files import write_bytes
 from cifake_ray.storage.presets.yaml_presets import RECIPES
 from cifake_ray.storage.runs.tune_run import TuneRun

@@ -7,7 +7,6 @@ alone, so that a search that was killed asks for the same trials again.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cifake_ray.config import TrainConfig, doc_of, find_misfit
-from cifake_ray.core.training.augmentation import Augmentation
+from cifake_ray.config import Augmentation, TrainConfig, doc_of, find_misfit
 from cifake_ray.errors import UsageError
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
@@ -123,7 +121,7 @@ def list_grid(space: Space) -> Iterator[dict[str, Any]]:
 
 
 def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[str, Any]:
-    """Options of `train`: `augment` is the policy with the steps that were chosen, as JSON.
+    """Return options of `train`: `augment` is the policy with the steps that were chosen.
 
     A step of which the strength or the share is nothing is left out.
     """
@@ -135,5 +133,5 @@ def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[st
             share = f"{strength.removesuffix('_quality')}_share"
             if values[strength] == nothing or values[share] == 0:
                 values[strength], values[share] = nothing, 0.0
-        options["augment"] = json.dumps(Augmentation(**values).to_dict())
+        options["augment"] = Augmentation(**values)
     return options

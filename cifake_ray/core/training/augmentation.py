@@ -7,112 +7,14 @@ images. So one worker or two see the same pixels, and so does a run that was kil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 import torch
 from torch.nn import functional as F
 
-from cifake_ray.config import Doc
-from cifake_ray.errors import UsageError
-
-# In degraded photographs of the wild. Source: Wang et al. 2020, CNNDetection, section 4.1: blur and
-# JPEG on a tenth of the images each.
-DEGRADED_SHARE = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """What is done to training images, in this order. 0 leaves a step out; 100 does for JPEG."""
-
-    flip: Annotated[float, Doc("Share of the images that are mirrored, 0 to 1")] = 0.0
-    rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
-    shift: Annotated[float, Doc("Furthest shift on each axis, share of the side")] = 0.0
-    crop: Annotated[float, Doc("Largest share of the area that is cut away")] = 0.0
-    move_share: Annotated[float, Doc("Share of the images that these three move")] = 1.0
-    brightness: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
-    contrast: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
-    saturation: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
-    rescale: Annotated[float, Doc("Largest share of the side lost by shrinking and back")] = 0.0
-    rescale_share: Annotated[float, Doc("Share of the images that are rescaled")] = 0.0
-    blur: Annotated[float, Doc("Largest deviation of the Gaussian, pixels")] = 0.0
-    blur_share: Annotated[float, Doc("Share of the images that are blurred")] = 0.0
-    noise: Annotated[float, Doc("Largest deviation of Gaussian noise, grey levels of 255")] = 0.0
-    noise_share: Annotated[float, Doc("Share of the images that get noise")] = 0.0
-    jpeg_quality: Annotated[int, Doc("Lowest quality of a JPEG in between, 1 to 100")] = 100
-    jpeg_share: Annotated[float, Doc("Share of the images that go through a JPEG")] = 0.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, highest = getattr(self, field.name), LIMITS.get(field.name, 1.0)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value <= highest:
-                raise UsageError(f"augmentation: {field.name} is {value}; give 0 to {highest:g}")
-        if not isinstance(self.jpeg_quality, int) or self.jpeg_quality < 1:
-            raise UsageError(f"augmentation: jpeg_quality is {self.jpeg_quality}; give 1 to 100")
-        for step, is_off in (
-            ("rescale", self.rescale == 0),
-            ("blur", self.blur == 0),
-            ("noise", self.noise == 0),
-            ("jpeg", self.jpeg_quality == 100),
-        ):
-            if is_off != (getattr(self, f"{step}_share") == 0):
-                strength = "jpeg_quality" if step == "jpeg" else step
-                raise UsageError(f"augmentation: give {strength} and {step}_share, or neither")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The steps that are taken; `parse_augmentation` reads them."""
-        nothing = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in asdict(self).items() if value != nothing[name]}
-
-    @property
-    def moves(self) -> bool:
-        """Whether pixels change their place, mirrors apart."""
-        return max(self.rotation, self.shift, self.crop) > 0
-
-
-LIMITS = {"rotation": 180.0, "crop": 0.95, "rescale": 0.95, "blur": 10.0, "noise": 255.0} | {
-    "jpeg_quality": 100.0
-}
-
-POLICIES: dict[str, Augmentation] = {
-    "none": Augmentation(),
-    "flip": Augmentation(flip=0.5),
-    "shift": Augmentation(flip=0.5, shift=1 / 16),  # of 32 pixels, up to two
-    # Source: the Keras notebooks on CIFAKE: rotation_range=10, shifts of 0.1, horizontal_flip. Half
-    # of the images stay in place: moving blurs the finest traces, which the others still show.
-    "seed": Augmentation(flip=0.5, rotation=10, shift=0.1, move_share=0.5),
-    "strong": Augmentation(
-        flip=0.5,
-        rotation=10,
-        shift=0.1,
-        crop=0.3,
-        move_share=0.5,
-        brightness=0.2,
-        contrast=0.2,
-        saturation=0.2,
-        rescale=0.5,
-        rescale_share=DEGRADED_SHARE,
-        blur=3.0,
-        blur_share=DEGRADED_SHARE,
-        noise=10.0,
-        noise_share=DEGRADED_SHARE,
-        jpeg_quality=30,
-        jpeg_share=DEGRADED_SHARE,
-    ),
-}
-
-
-def parse_augmentation(values: Mapping[str, Any]) -> Augmentation:
-    """A policy from a mapping of its fields. UsageError for names and values it does not have."""
-    known = get_type_hints(Augmentation)
-    if unknown := sorted(str(name) for name in values if name not in known):
-        raise UsageError(f"augmentation: no step {', '.join(unknown)}; it has {', '.join(known)}")
-    return Augmentation(**values)
-
+from cifake_ray.config import POLICIES, Augmentation
 
 DRAWN = (
     *("rotation", "shift_x", "shift_y", "crop", "crop_x", "crop_y"),

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from cifake_ray.config import TrainConfig
-from cifake_ray.core.training.augmentation import Augmentation, Draws, augment, draw_augmentation
+from cifake_ray.config import Augmentation, TrainConfig
+from cifake_ray.core.training.augmentation import Draws, augment, draw_augmentation
 from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
 
 

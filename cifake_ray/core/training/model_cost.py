@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import POLICIES, TrainConfig
 from cifake_ray.core.models.detector import OWN_ARCHITECTURES, build_detector, list_architectures
 from cifake_ray.core.models.small_networks import SMALL_SIZE, is_small
-from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
-from cifake_ray.core.training.trainer import choose_precision
+from cifake_ray.core.training.device_limits import choose_batch_size, choose_precision, count_macs
+from cifake_ray.core.training.optimizer import build_for_training
+from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.errors import UsageError
 
 # Ours, and those of timm that detectors of generated images are often made of.
@@ -38,8 +38,6 @@ LISTED_MODELS = (
 MAX_COUNTED = 50  # networks in a list that are built and counted, about half a second each
 
 MAX_BATCH = 128  # train's own default
-# MACs in a batch that is timed: seconds on a CPU core, memory on a GPU.
-BATCH_MACS = {"cpu": 32e9, "cuda": 1e12}
 MIN_TIMED_BATCHES = 3
 MIN_TIMED_S = 1.0
 
@@ -68,14 +66,23 @@ class Speed:
 def count_cost(architecture: str, image_size: int | None = None) -> Cost:
     """Built and counted without a weight being drawn. UsageError as `build_detector`."""
     with torch.device("meta"):
-        detector = build_detector(architecture, image_size=image_size).eval()
+        detector = build_detector(architecture, image_size=image_size)
     size = detector.preprocessing.image_size
-    # The counter hooks into whatever has a gradient, and some networks do not stand that.
-    detector.network.requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        detector.network(torch.zeros(1, 3, size, size, device="meta"))
-    flops = counter.get_total_flops()  # two for each multiply-accumulate
-    return Cost(size, detector.num_parameters, flops // 2)
+    return Cost(size, detector.num_parameters, count_macs(detector.network, size))
+
+
+@dataclass
+class _BlankImages:
+    """Black images to time a step on: `Images` of the trainer."""
+
+    labels: np.ndarray
+    image_size: int
+
+    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
+        return np.arange(len(self.labels))
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        return np.zeros((len(indices), self.image_size, self.image_size, 3), np.uint8)
 
 
 def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
@@ -86,29 +93,26 @@ def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(device, "auto")
-    macs = count_cost(architecture, image_size).macs
-    batch_size = choose_batch_size(macs, device)
-    config = TrainConfig(shards="-", run="-", model=architecture, image_size=image_size)
+    cost = count_cost(architecture, image_size)
+    batch_size = choose_batch_size(cost.macs, device, MAX_BATCH)
+    config = TrainConfig(
+        shards="-",
+        run="-",
+        model=architecture,
+        image_size=image_size,
+        batch_size=batch_size,
+        schedule="constant",  # it has no last step
+    )
     detector = build_for_training(config).to(device)
-    optimizer = make_optimizer(detector.network, config)
-    scaler = torch.amp.GradScaler(device, enabled=precision.dtype is torch.float16)
-    size = detector.preprocessing.image_size
-    images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device=device)
-    labels = torch.arange(batch_size, device=device) % 2
-
-    def train_batch() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with precision.autocast:
-            loss = nn.functional.cross_entropy(detector(images), labels)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        scaler.step(optimizer)
-        scaler.update()
+    images = _BlankImages(np.arange(batch_size) % 2, cost.image_size)
+    trainer = Trainer(detector, detector, config, images, images, precision, POLICIES["none"])
+    batch = next(trainer.batches.draw(epoch=0, start=0))
 
     @torch.inference_mode()
     def score_batch() -> None:
-        detector.find_logit(images)
+        detector.find_logit(batch.images)
 
-    train_s = _time_batch(train_batch, device)
+    train_s = _time_batch(lambda: trainer.train_step(batch), device)
     detector.eval()
     score_s = _time_batch(score_batch, device)
     return Speed(
@@ -121,15 +125,7 @@ def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
     )
 
 
-def choose_batch_size(macs: int, device: str) -> int:
-    """A power of two up to MAX_BATCH, less for large networks, but 2 at least for batch norm."""
-    batch_size = MAX_BATCH
-    while batch_size > 2 and batch_size * macs > BATCH_MACS[device]:
-        batch_size //= 2
-    return batch_size
-
-
-def _time_batch(run_batch: Callable[[], None], device: str) -> float:
+def _time_batch(run_batch: Callable[[], object], device: str) -> float:
     """Seconds for each of a few batches, the first one not counted."""
 
     def wait() -> None:

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.batches import Batch, Batches, Images, to_device
+from cifake_ray.core.training.device_limits import DevicePrecision, choose_batch_size, count_macs
 from cifake_ray.core.training.early_stopping import (
     KeptEpoch,
     Patience,
@@ -34,9 +34,9 @@ from cifake_ray.core.training.early_stopping import (
     to_score,
 )
 from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
-from cifake_ray.errors import CifakeError, UsageError
+from cifake_ray.errors import CifakeError
 
-EVAL_BATCH_SIZE = 512
+MAX_EVAL_BATCH = 512  # images a rank validates at once; fewer of large networks
 
 
 @dataclass
@@ -52,40 +52,6 @@ class TrainState:
     batch: int = 0  # optimiser steps taken
     loss_sum: float = 0.0  # over the images of all ranks
     train_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class DevicePrecision:
-    """In what precision, and where, the loop computes."""
-
-    device: str
-    dtype: torch.dtype  # float32 means no autocast
-
-    @property
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device, self.dtype)
-
-
-def choose_precision(device: str, precision: str) -> DevicePrecision:
-    """`auto` is bf16 where the device computes it, else float32 on CPU and fp16 on GPU.
-
-    A CPU that computes it has AMX or AVX512-BF16; others imitate it, slowly. Intel's without AMX
-    have the instruction, and convolve with it at half of float32's speed (measured).
-    """
-    if precision == "auto":
-        if device == "cpu":
-            can = torch.cpu.get_capabilities()
-            is_intel = "Intel" in str(can.get("cpu_name"))
-            has_bf16 = can.get("amx_bf16") or (can.get("avx512_bf16") and not is_intel)
-            precision = "bf16" if has_bf16 else "float32"
-        else:
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if device == "cpu" and precision == "fp16":
-        raise UsageError("--precision fp16 needs a GPU; use float32 or bf16")
-    return DevicePrecision(device, dtypes[precision])
 
 
 def _make_ema(detector: Detector, decay: float) -> Any:
@@ -127,6 +93,8 @@ class Trainer:
         self.ema = None if config.ema_decay is None else _make_ema(detector, config.ema_decay)
         # Whose weights are validated and kept.
         self.eval_model: Detector = detector if self.ema is None else self.ema.module
+        macs = count_macs(detector.network, detector.preprocessing.image_size)
+        self.eval_batch_size = choose_batch_size(macs, precision.device, MAX_EVAL_BATCH)
         self.state = TrainState()
 
     def fit(self, save: Callable[[], None]) -> None:
@@ -164,9 +132,8 @@ class Trainer:
     def _train_epoch(self, save: Callable[[], None]) -> float:
         """What is left of a pass over the training images: the mean loss of all of it."""
         state = self.state
-        is_frozen = state.epoch < self.config.freeze_epochs
         self.wrapped.train()
-        if is_frozen:  # norms and drop-outs of the body stand still too
+        if self.is_frozen:  # norms and drop-outs of the body stand still too
             self.detector.network.eval()
             find_head(self.detector.network).train()
         started_s = time.perf_counter() - state.train_s
@@ -174,19 +141,8 @@ class Trainer:
         if self.rank == 0:
             total += state.loss_sum
         for batch in self.batches.draw(state.epoch, state.batch):
-            total += self._find_gradient(batch)
-            if is_frozen:  # not requires_grad: DDP waits for every gradient it was born with
-                self._drop_gradients_of_the_body()
-            if self.config.grad_clip is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.grad_clip)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.schedule.step()
-            state.step += 1
+            total += self.train_step(batch)
             state.batch += 1
-            if self.ema is not None:
-                self.ema.update(self.detector, state.step)
             is_last = state.batch == self.batches.steps_per_epoch
             if is_last or self._is_time_to_save():
                 state.loss_sum = self._add_up(total)
@@ -199,6 +155,27 @@ class Trainer:
                 f"the training loss became {mean} in epoch {state.epoch + 1}; lower --lr"
             )
         return mean
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether only the head learns in this epoch."""
+        return self.state.epoch < self.config.freeze_epochs
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """Take an optimiser step on a global batch; return the sum of this rank's losses."""
+        losses = self._find_gradient(batch)
+        if self.is_frozen:  # not requires_grad: DDP waits for every gradient it was born with
+            self._drop_gradients_of_the_body()
+        if self.config.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.state.step += 1
+        if self.ema is not None:
+            self.ema.update(self.detector, self.state.step)
+        return losses
 
     def _is_time_to_save(self) -> bool:
         steps = self.config.checkpoint_steps
@@ -267,8 +244,9 @@ class Trainer:
             for buffer in self.eval_model.network.buffers():
                 dist.broadcast(buffer, 0)
         logit = torch.zeros(len(images.labels), device=self.precision.device)
-        for start in range(0, len(logit), EVAL_BATCH_SIZE * self.num_ranks):
-            stop = min(start + EVAL_BATCH_SIZE * self.num_ranks, len(logit))
+        stride = self.eval_batch_size * self.num_ranks
+        for start in range(0, len(logit), stride):
+            stop = min(start + stride, len(logit))
             indices = np.arange(start + self.rank, stop, self.num_ranks)
             if len(indices):
                 batch = to_device(images.read(indices), self.precision.device)

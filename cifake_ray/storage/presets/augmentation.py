@@ -5,8 +5,7 @@ Floor: storage.
 
 from __future__ import annotations
 
-from cifake_ray.config import TrainConfig
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.config import POLICIES, Augmentation, TrainConfig, parse_augmentation
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import read_if_exists
 from cifake_ray.storage.io.paths import resolve_path
@@ -14,7 +13,12 @@ from cifake_ray.storage.presets.yaml_presets import parse_mapping
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
-    """The policy that `--augment` names or holds. UsageError for no such name, file or step."""
+    """Return the policy that `augment` is, names or holds.
+
+    UsageError for no such name, file or step.
+    """
+    if isinstance(config.augment, Augmentation):
+        return config.augment
     if config.augment in POLICIES:
         return POLICIES[config.augment]
     if config.augment.startswith("{"):

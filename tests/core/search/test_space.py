@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cifake_ray.config import POLICIES, Augmentation
 from cifake_ray.core.search.space import (
     ParameterRange,
     list_grid,
@@ -16,7 +17,6 @@ from cifake_ray.core.search.space import (
     sample_space,
     to_train_options,
 )
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 
 SPACE = parse_space(
     {
@@ -111,7 +111,7 @@ def test_steps_are_put_into_the_policy_and_the_rest_are_options() -> None:
     chosen = {"lr": 0.1, "augment.shift": 0.25, "augment.flip": 0.0}
     options = to_train_options(chosen, POLICIES["shift"])
     assert options["lr"] == 0.1
-    assert json.loads(options["augment"]) == {"shift": 0.25}
+    assert options["augment"] == Augmentation(shift=0.25)
     assert to_train_options({"lr": 0.1}, POLICIES["shift"]) == {"lr": 0.1}
 
 
@@ -127,7 +127,7 @@ def test_steps_are_put_into_the_policy_and_the_rest_are_options() -> None:
 )
 def test_half_a_step_is_none(steps: dict[str, Any], left: dict[str, Any]) -> None:
     chosen = {f"augment.{name}": value for name, value in steps.items()}
-    assert json.loads(to_train_options(chosen, Augmentation())["augment"]) == left
+    assert to_train_options(chosen, Augmentation())["augment"] == Augmentation(**left)
 
 
 @pytest.mark.parametrize(

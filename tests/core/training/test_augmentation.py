@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cifake_ray.core.training.augmentation import (
-    DRAWN,
-    POLICIES,
-    Augmentation,
-    Draws,
-    augment,
-    draw_augmentation,
-    parse_augmentation,
-)
+from cifake_ray.config import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.core.training.augmentation import DRAWN, Draws, augment, draw_augmentation
 
 SIZE = 16
 

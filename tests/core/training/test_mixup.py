@@ -7,8 +7,7 @@ import pytest
 import torch
 from test_trainer import ArrayImages, fit, make_trainer
 
-from cifake_ray.config import TrainConfig
-from cifake_ray.core.training.augmentation import POLICIES
+from cifake_ray.config import POLICIES, TrainConfig
 from cifake_ray.core.training.mixup import Mix, draw_mix, mix_images, mix_labels
 
 MIXES = [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0}]

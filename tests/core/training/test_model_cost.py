@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from cifake_ray.core.models.detector import build_detector
+from cifake_ray.core.training.device_limits import BATCH_MACS, choose_batch_size
 from cifake_ray.core.training.model_cost import (
-    BATCH_MACS,
     LISTED_MODELS,
     MAX_BATCH,
-    choose_batch_size,
     count_cost,
     find_own_size,
     list_models,
@@ -94,11 +93,11 @@ def test_nothing_that_matches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("device", BATCH_MACS)
-def test_large_networks_are_timed_in_small_batches(device: str) -> None:
-    assert choose_batch_size(1, device) == MAX_BATCH
-    assert choose_batch_size(10**13, device) == 2  # one image is too few for a batch norm
+def test_large_networks_go_in_small_batches(device: str) -> None:
+    assert choose_batch_size(1, device, 128) == 128
+    assert choose_batch_size(10**13, device, 128) == 2  # one image is too few for a batch norm
     macs = int(BATCH_MACS[device]) // 20
-    assert choose_batch_size(macs, device) == 16
+    assert choose_batch_size(macs, device, 128) == 16
 
 
 def test_speed_is_measured_and_stated_with_its_batch_and_threads() -> None:

@@ -27,7 +27,8 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_detector
 from cifake_ray.core.training.batches import Batch
-from cifake_ray.core.training.trainer import Trainer, choose_precision
+from cifake_ray.core.training.device_limits import choose_precision
+from cifake_ray.core.training.trainer import Trainer
 
 NUM_STEPS = 50
 NUM_IMAGES = 8_000

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.detector import (
     HALF,
@@ -29,11 +29,11 @@ from cifake_ray.core.models.detector import (
 )
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.batches import count_steps
+from cifake_ray.core.training.device_limits import DevicePrecision, choose_precision
 from cifake_ray.core.training.early_stopping import average_weights, explain_end
 from cifake_ray.core.training.optimizer import make_optimizer
-from cifake_ray.core.training.trainer import DevicePrecision, Trainer, choose_precision
+from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.errors import CifakeError
 
 SIZE = 8

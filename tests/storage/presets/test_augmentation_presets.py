@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cifake_ray.config import TrainConfig
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
+from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.storage.presets.augmentation import read_augmentation
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import POLICIES, TrainConfig
 from cifake_ray.core.search.space import parse_space, sample_space, to_train_options
-from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.storage.presets.yaml_presets import (
     EVERYTHING,
     RECIPES,
