@@ -1,9 +1,8 @@
 """train: shards -> a bundle, with Ray Train.
 
-Floor: stages. Every worker runs `train_worker`; with `--num-workers 0` this process does. Rank 0
-keeps the run's papers: the latest checkpoint, the history and, at the end, the bundle. A checkpoint
-is one file below RUN that appears whole, so a run goes on after a killed worker or a killed driver
-alike, and does not need to know which it was.
+Floor: stages. Every worker runs `train_rank`; with `--num-workers 0` this process does. Rank 0
+writes the latest checkpoint, the history and, at the end, the bundle. A checkpoint is one file
+below RUN that appears whole, so a run resumes after a killed worker or a killed driver alike.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ from typing import Any
 
 import torch
 
-from cifake_ray.config import Device, TrainConfig, fingerprint_settings
-from cifake_ray.core.models.detector import Detector
-from cifake_ray.core.training.augmentation import Augmentation
+from cifake_ray.config import Device, TrainConfig
 from cifake_ray.core.training.early_stopping import explain_end
-from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import (
     Placement,
@@ -34,12 +30,19 @@ from cifake_ray.stages.cluster import (
     find_cause,
     place_workers,
 )
-from cifake_ray.stages.train.worker import train_worker
+from cifake_ray.stages.train.prepare import (
+    Prepared,
+    build_checked,
+    describe_options,
+    prepare_training,
+)
+from cifake_ray.stages.train.worker import RankTask, start_rank, train_rank
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
-from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
+from cifake_ray.storage.datasets.training_set import locate_cache
 from cifake_ray.storage.io.paths import resolve_path, to_arrow
 from cifake_ray.storage.presets.augmentation import read_augmentation
+from cifake_ray.storage.runs.run import read_record
 from cifake_ray.storage.runs.trackers import Tracking, check_trackers
 from cifake_ray.storage.runs.train_run import TrainRun
 from cifake_ray.storage.s3.location import open_path
@@ -92,64 +95,74 @@ def train_detector(
         shards=str(open_path(config.shards, config.store)),
         run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
+        augment=read_augmentation(config),
     )
     run = TrainRun(resolve_path(config.run, config.store))
-    rows = read_training_rows(config)
-    augmentation = read_augmentation(config)
-    settings = {
-        **fingerprint_settings(config),
-        "augment": augmentation.to_dict(),  # a file is what it holds, not where it lies
-        "rows": rows.hash_rows(),
-    }
-    detector = check_training(config)  # what does not fit is refused here, not in every worker
-    if (weights := load_starting_weights(config, detector)) is not None:
-        settings["weights"] = weights.digest  # another name for the same weights is the same run
+    if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:
+        return summary
+    prepared = prepare_training(config)  # what does not fit is refused here, not in every worker
+    num_parameters = prepared.detector.num_parameters
     if config.dry_run:
         return {
             "command": "train",
             "out": str(run.path),
             "model": config.model,
-            "num_parameters": detector.num_parameters,
-            "train_images": int((~rows.is_val).sum()),
-            "val_images": int(rows.is_val.sum()),
+            "num_parameters": num_parameters,
+            "train_images": int((~prepared.rows.is_val).sum()),
+            "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
         }
-    run.open(settings, asdict(config))
-    success = run.read_success()
-    if success is not None and not config.track:
-        return success
-    with Tracking(config.track, run, settings, log) as tracking:
-        if success is not None:
-            return {**success, "untracked": tracking.finish(success)}
-        if weights:
-            log(f"train: starting from {weights}")
+    run.open(prepared.settings, asdict(config))
+    with Tracking(config.track, run, prepared.settings, log) as tracking:
+        if prepared.weights:
+            log(f"train: starting from {prepared.weights}")
 
-        def tell(row: dict[str, Any], epochs: int) -> None:
+        def report_epoch(row: dict[str, Any], epochs: int) -> None:
             tracking.log_epoch(row)
             on_epoch(row, epochs)
 
-        watch = _HistoryWatch(run, tracking.resumed, config.epochs, tell)
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch)
         if config.worker_range == (0, 0):
-            use_gpu = _choose_gpu_here(config.device)
-            train_worker(_make_payload(config, augmentation, use_gpu), watch.look)
+            train_rank(
+                prepared,
+                use_gpu=_choose_gpu_here(config.device),
+                num_threads=config.cpus_per_worker or count_local_cpus(),
+                on_save=watch.look,
+            )
         else:
             with watch:
-                _train_on_ray(config, run, augmentation, log)
-        summary = replace(
-            _summarise(config, run, tracking.resumed, detector.num_parameters, started_s),
-            weights=str(weights) if weights else None,
-        )
-        summary = replace(summary, untracked=tracking.finish(asdict(summary)))
-    run.write_success(asdict(summary))
-    return asdict(summary)
+                _train_on_ray(prepared, run, log)
+        finished = _summarise(prepared, run, tracking.resumed, num_parameters, started_s)
+        finished = replace(finished, untracked=tracking.finish(asdict(finished)))
+    run.write_success(asdict(finished))
+    return asdict(finished)
 
 
-def check_training(config: TrainConfig) -> Detector:
-    """The detector that would be trained. UsageError when the options do not fit together."""
-    torch.manual_seed(config.seed)
-    detector = build_for_training(config)
-    make_optimizer(detector.network, config)
-    return detector
+def _find_finished(
+    config: TrainConfig, run: TrainRun, log: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return the summary of a finished run without reading its rows; None when it is not finished.
+
+    Its trackers get what they missed. RunMismatch when it has other settings.
+    """
+    if (summary := run.read_success()) is None:
+        return None
+    settings, unread = describe_options(config), ["rows"]
+    if config.weights == read_record(run.path).get("config", {}).get("weights"):
+        unread.append("weights")
+    elif config.weights is not None:  # another path may lead to the same weights
+        loaded = load_starting_weights(config, build_checked(config))
+        settings["weights"] = loaded and loaded.digest
+    settings = run.check_options(settings, unread)
+    if not config.track:
+        return summary
+    with Tracking(config.track, run, settings, log) as tracking:
+        return {**summary, "untracked": tracking.finish(summary)}
+
+
+def check_training(config: TrainConfig) -> None:
+    """Raise UsageError when the options of the model do not fit together."""
+    build_checked(config)
 
 
 def place_training(config: TrainConfig, resources: Resources) -> Placement:
@@ -167,8 +180,13 @@ def place_training(config: TrainConfig, resources: Resources) -> Placement:
 
 
 def finish_training(config: TrainConfig, use_gpu: bool) -> None:
-    """The bundle of a run that was stopped between two epochs, out of its checkpoint."""
-    train_worker({**_make_payload(config, read_augmentation(config), use_gpu), "is_over": True})
+    """Write the bundle of a run that was stopped between two epochs, from its checkpoint."""
+    train_rank(
+        prepare_training(replace(config, num_workers="0")),
+        use_gpu=use_gpu,
+        num_threads=config.cpus_per_worker or count_local_cpus(),
+        is_over=True,
+    )
 
 
 def _choose_gpu_here(device: Device) -> bool:
@@ -181,25 +199,11 @@ def _choose_gpu_here(device: Device) -> bool:
     return device != "cpu" and is_there
 
 
-def _make_payload(config: TrainConfig, augmentation: Augmentation, use_gpu: bool) -> dict[str, Any]:
-    """What `train_worker` gets when this process is the only one."""
-    return {
-        "config": asdict(replace(config, num_workers="0")),
-        "augmentation": augmentation.to_dict(),
-        "use_gpu": use_gpu,
-        "num_threads": config.cpus_per_worker or count_local_cpus(),
-    }
-
-
-def _train_on_ray(
-    config: TrainConfig,
-    run: TrainRun,
-    augmentation: Augmentation,
-    log: Callable[[str], None],
-) -> None:
+def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    config = prepared.config
     filesystem, storage_path = to_arrow(run.path)
     # Ray Train takes one report of each worker as often as it looks at them: every 2 s by default,
     # for which an epoch of a small run would wait.
@@ -209,14 +213,15 @@ def _train_on_ray(
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
     with connect_cluster(config, room, log) as resources:
         placement = place_training(config, resources)
+        task = RankTask(
+            config=config,
+            rows_hash=prepared.rows_hash,
+            use_gpu=placement.gpus_per_worker > 0,
+            num_threads=placement.cpus_per_worker,
+        )
         trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={
-                "config": asdict(config),
-                "augmentation": augmentation.to_dict(),
-                "use_gpu": placement.gpus_per_worker > 0,
-                "num_threads": placement.cpus_per_worker,
-            },
+            start_rank,
+            train_loop_config={"task": task},
             scaling_config=_scale(placement, most or placement.num_workers),
             run_config=ray.train.RunConfig(
                 name="ray",
@@ -254,8 +259,9 @@ def _scale(placement: Placement, most: int) -> Any:
 
 
 def _summarise(
-    config: TrainConfig, run: TrainRun, resumed: int, num_parameters: int, started_s: float
+    prepared: Prepared, run: TrainRun, resumed: int, num_parameters: int, started_s: float
 ) -> TrainSummary:
+    config = prepared.config
     history = run.read_history()
     bundle = read_bundle_info(run.bundle_path)
     training = bundle.training
@@ -280,6 +286,7 @@ def _summarise(
         train_s=round(train_s, 1),
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),
+        weights=str(prepared.weights) if prepared.weights else None,
     )
 
 

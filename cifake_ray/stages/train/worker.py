@@ -1,6 +1,6 @@
-"""What each worker of a training run does; with `--num-workers 0` the process of the command does.
+"""What each rank of a training does, in a worker of Ray Train or in the command's own process.
 
-Floor: stages. Rank 0 keeps the run's papers.
+Floor: stages. Rank 0 writes the checkpoint, the history and the bundle.
 """
 
 from __future__ import annotations
@@ -8,50 +8,75 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from cifake_ray.config import TrainConfig, fingerprint_settings
+from cifake_ray.config import TrainConfig
 from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
-from cifake_ray.core.training.augmentation import parse_augmentation
+from cifake_ray.core.training.device_limits import choose_precision
 from cifake_ray.core.training.early_stopping import KeptEpoch
-from cifake_ray.core.training.optimizer import build_for_training, sync_batch_norms
-from cifake_ray.core.training.trainer import Trainer, choose_precision
+from cifake_ray.core.training.optimizer import sync_batch_norms
+from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
+from cifake_ray.stages.train.prepare import Prepared, describe_options, prepare_training
 from cifake_ray.storage.bundles.bundle import write_bundle
-from cifake_ray.storage.bundles.pretrained import load_starting_weights
 from cifake_ray.storage.datasets.domain import read_domain
-from cifake_ray.storage.datasets.training_set import (
-    TrainingData,
-    open_training_data,
-    read_training_rows,
-)
+from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.train_run import TrainRun
 
 
-def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: None) -> None:
-    """What each rank runs: read, resume, train; rank 0 writes and calls `on_save`."""
-    config = TrainConfig(**payload["config"])
+@dataclass(frozen=True, kw_only=True)
+class RankTask:
+    """What a worker of Ray Train gets."""
+
+    config: TrainConfig
+    rows_hash: str  # of the rows that the driver found
+    use_gpu: bool
+    num_threads: int
+
+
+def start_rank(loop_config: dict[str, RankTask]) -> None:
+    """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
+    task = loop_config["task"]
+    torch.set_num_threads(task.num_threads)
+    prepared = prepare_training(task.config)
+    if prepared.rows_hash != task.rows_hash:
+        raise CifakeError(
+            f"{task.config.shards}: the shards changed while the training started; run the same"
+            " command again once they are complete"
+        )
+    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads)
+
+
+def train_rank(
+    prepared: Prepared,
+    *,
+    use_gpu: bool,
+    num_threads: int,
+    is_over: bool = False,
+    on_save: Callable[[], None] = lambda: None,
+) -> None:
+    """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
+
+    `is_over`: train no further, and only write the bundle.
+    """
+    config, detector = prepared.config, prepared.detector
     run = TrainRun(resolve_path(config.run, config.store))
     keep_freed_memory()
-    torch.set_num_threads(payload["num_threads"])
-    torch.manual_seed(config.seed)
-    device = "cuda" if payload["use_gpu"] else "cpu"
-    detector = build_for_training(config)
-    load_starting_weights(config, detector)
+    torch.set_num_threads(num_threads)
+    device = "cuda" if use_gpu else "cpu"
     if config.compile:
         detector.network.compile()
-    rows = read_training_rows(config)
-    data = open_training_data(rows, detector.preprocessing, config, payload["num_threads"])
-    domain = read_domain(data.train)
+    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads)
     wrapped, report = _join_group(config, detector, device)
     trainer = Trainer(
         detector,
@@ -60,8 +85,9 @@ def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: 
         data.train,
         data.val,
         choose_precision(device, config.precision),
-        parse_augmentation(payload["augmentation"]),
+        config.policy,
     )
+    domain = read_domain(data.train) if trainer.rank == 0 else None
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(checkpoint)
         if trainer.rank == 0:  # the attempt before may have died between the two
@@ -75,7 +101,7 @@ def train_worker(payload: dict[str, Any], on_save: Callable[[], None] = lambda: 
             _show_history(run, trainer, on_save)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})
 
-    if not payload.get("is_over"):
+    if not is_over:
         with _explain_compiler(config):
             trainer.fit(save)
     best, averaged = trainer.choose_best()
@@ -134,11 +160,10 @@ def _write_best(
     metrics = compute_metrics(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
-    settings = fingerprint_settings(config)
+    settings = describe_options(config)
     shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
     training = {
         **settings,
-        "augment": trainer.batches.augmentation.to_dict(),
         "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),

@@ -7,33 +7,44 @@ ended when it does, so a search that was killed goes on by telling Ray Tune what
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
-from cifake_ray.core.search.space import Space, list_grid, parse_space, sample_space
+import ray
+import torch
+
+from cifake_ray.config import (
+    TrainConfig,
+    TuneConfig,
+    fingerprint_settings,
+    list_options,
+)
+from cifake_ray.core.search.space import Space, list_grid, sample_space
 from cifake_ray.core.search.trial_table import find_best
-from cifake_ray.core.training.augmentation import POLICIES
 from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
 from cifake_ray.stages.cluster import (
+    Node,
     Placement,
     Resources,
     choose_gpu,
     connect_cluster,
+    count_local_cpus,
     place_workers,
 )
+from cifake_ray.stages.train.prepare import describe_options
+from cifake_ray.stages.tune.plan import TrialPlan, make_plan, read_space
 from cifake_ray.stages.tune.schedulers import (
     MOST_LEFT_OUT,
     RecordedSearcher,
@@ -41,11 +52,9 @@ from cifake_ray.stages.tune.schedulers import (
     make_scheduler,
 )
 from cifake_ray.stages.tune.trial_callback import TrialCallback
-from cifake_ray.stages.tune.trial_worker import FAILED, TrialPlan, finish_trial, run_trial
+from cifake_ray.stages.tune.trial_worker import FAILED, finish_trial, run_trial
 from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
-from cifake_ray.storage.io.paths import resolve_path, to_arrow
-from cifake_ray.storage.presets.augmentation import read_augmentation
-from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches
+from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
 from cifake_ray.storage.s3.location import open_path
@@ -88,27 +97,21 @@ def tune_detector(
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
     )
     check_trackers(config.track)
-    plan = _make_plan(config)
+    plan = make_plan(config)
     search = plan.search
     shared = plan.to_train_config(Trial(0, {}))
-    space = {
-        name: replace(domain, values=tuple(_pin_file(name, v, shared) for v in domain.values))
-        for name, domain in parse_space(read_searches(config.search)).items()
-    }
+    space = read_space(config, shared)
     check_searcher(config, space)
     settings = {
         **fingerprint_settings(config),
         "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
-        "recipe": {**fingerprint_settings(shared), "augment": plan.policy.to_dict()},
-        "rows": read_training_rows(shared).hash_rows(),
+        "recipe": describe_options(shared),
     }
-    side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
-    room = Placement(
-        max(1, config.num_workers) * side_by_side,
-        config.cpus_per_worker,
-        int(config.device == "cuda"),
-    )
-    with connect_cluster(config, room, log) as resources:
+    if not config.dry_run and (success := search.read_success()) is not None:
+        search.check_options(settings, unread=["rows"])
+        return success
+    settings["rows"] = read_training_rows(shared).hash_rows()
+    with _connect(config, log) as resources:
         use_gpu = choose_gpu(config.device, resources)
         num_at_once = _count_at_once(config, resources, use_gpu)
         if config.dry_run:
@@ -121,47 +124,27 @@ def tune_detector(
                 "searched": {name: list(domain.values) for name, domain in space.items()},
             }
         search.open(settings, asdict(config))
-        if (success := search.read_success()) is not None:
-            return success
         trials = _prepare_trials(plan, space, log)
         watch = TrialCallback(plan, log)
         _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
         return _finish(plan, watch, use_gpu, started_s)
 
 
-def _make_plan(config: TuneConfig) -> TrialPlan:
-    """What all trials share. UsageError when the recipe has other options than `train`."""
-    options = read_recipe(find_preset(config.recipe, RECIPES))
-    options |= {
-        **asdict(config.store),
-        "shards": config.shards,
-        "seed": config.seed,
-        "monitor": config.objective,  # so that the epoch that is kept is the one that counts
-        "num_workers": str(config.num_workers),
-        "cpus_per_worker": config.cpus_per_worker,
-        "device": config.device,
-        "cache_dir": config.cache_dir,
-        "track": config.track,
-    }
-    if config.epochs is not None:
-        options["epochs"] = config.epochs
-    try:
-        train = TrialPlan(config, options).to_train_config(Trial(0, {}))
-    except TypeError as error:
-        raise UsageError(
-            f"--recipe {config.recipe}: {error}; it holds options of `train`"
-        ) from error
-    options |= {n: _pin_file(n, getattr(train, n), train) for n in ("epochs", "weights", "augment")}
-    return TrialPlan(config, options, read_augmentation(train))
-
-
-def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
-    """A path as whole, a file of steps as what it holds: trials run in folders of their own."""
-    if name == "weights" and value is not None:
-        return str(resolve_path(value, train.store))
-    if name == "augment" and value not in POLICIES:
-        return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
-    return value
+@contextmanager
+def _connect(config: TuneConfig, log: Callable[[str], None]) -> Iterator[Resources]:
+    """Yield the resources of the cluster, or for a dry run without one those of this machine."""
+    has_cluster = ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS")
+    if config.dry_run and not has_cluster:
+        yield Resources((Node(count_local_cpus(), torch.cuda.device_count()),))
+        return
+    side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
+    room = Placement(
+        max(1, config.num_workers) * side_by_side,
+        config.cpus_per_worker,
+        int(config.device == "cuda"),
+    )
+    with connect_cluster(config, room, log) as resources:
+        yield resources
 
 
 def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
@@ -308,9 +291,10 @@ def _finish(
     train = plan.to_train_config(trial)
     if search.run_of(trial).read_success() is None:  # it was stopped, and is the best all the same
         finish_trial(train, config.cpus_per_worker, use_gpu)
+    settings = {**fingerprint_settings(train), "augment": str(train.augment)}
     options = {
         name: value
-        for name, value in fingerprint_settings(train).items()
+        for name, value in settings.items()
         if name != "shards" and value != DEFAULTS[name]
     }
     recipe = format_recipe(

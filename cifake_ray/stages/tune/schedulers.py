@@ -22,7 +22,8 @@ from ray.tune.search import Searcher
 from cifake_ray.config import TuneConfig
 from cifake_ray.core.search.space import AUGMENT, ParameterRange, Space
 from cifake_ray.errors import UsageError
-from cifake_ray.stages.tune.trial_worker import CURRENT, OBJECTIVE, REPLAYED, TrialPlan
+from cifake_ray.stages.tune.plan import TrialPlan
+from cifake_ray.stages.tune.trial_worker import CURRENT, OBJECTIVE, REPLAYED
 from cifake_ray.storage.runs.tune_run import Trial
 
 MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted

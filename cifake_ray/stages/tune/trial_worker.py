@@ -9,80 +9,25 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError, RayTaskError
 
 from cifake_ray.config import TrainConfig, TuneConfig
-from cifake_ray.core.search.space import to_train_options
-from cifake_ray.core.training.augmentation import POLICIES, Augmentation
 from cifake_ray.core.training.early_stopping import to_score
-from cifake_ray.core.training.model_cost import count_cost, measure_speed
-from cifake_ray.errors import CifakeError, ResourceError, UsageError
+from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import find_cause
 from cifake_ray.stages.train.driver import finish_training, train_detector
+from cifake_ray.stages.tune.plan import TrialPlan
 from cifake_ray.storage.io.files import read_bytes, read_json, write_json
-from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
 OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
 REPLAYED = "known"  # whether it is told again
 FAILED = "failed"  # begins the end of a trial that will be tried again
-
-
-@dataclass(frozen=True)
-class TrialPlan:
-    """What all trials of a search share."""
-
-    config: TuneConfig
-    options: dict[str, Any]  # of `train`
-    policy: Augmentation = POLICIES["none"]  # that the chosen steps change
-
-    @property
-    def search(self) -> TuneRun:
-        return TuneRun(resolve_path(self.config.run, self.config.store))
-
-    def to_train_config(self, trial: Trial) -> TrainConfig:
-        """UsageError when the options that were chosen do not go together."""
-        return TrainConfig(
-            **{**self.options, **to_train_options(trial.chosen, self.policy)},
-            run=str(self.search.run_of(trial).path),
-        )
-
-    def measure(self, trial: Trial) -> Trial:
-        """The trial with the size of its network.
-
-        UsageError when that is beyond the budget, or the options do not go together.
-        """
-        train = self.to_train_config(trial)
-        size = _count_parameters(train.model, train.image_size)
-        most, most_ms = self.config.max_parameters, self.config.max_latency_ms
-        if most is not None and size > most:
-            raise UsageError("more than --max-parameters")
-        if most_ms is not None and _measure_latency_ms(train.model, train.image_size) > most_ms:
-            raise UsageError("more than --max-latency-ms")
-        return replace(trial, num_parameters=size)
-
-
-@cache
-def _count_parameters(model: str, image_size: int | None) -> int:
-    return count_cost(model, image_size).num_parameters
-
-
-@cache
-def _measure_latency_ms(model: str, image_size: int | None) -> float:
-    """On one thread, or on the GPU if there is one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return 1000 / measure_speed(model, image_size).score_images_per_s
-    finally:
-        torch.set_num_threads(threads)
 
 
 def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:

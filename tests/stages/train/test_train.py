@@ -12,12 +12,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from cifake_ray.config import ConvertConfig, PipelineConfig, TrainConfig
-from cifake_ray.core.training.augmentation import POLICIES
+from cifake_ray.config import POLICIES, ConvertConfig, PipelineConfig, TrainConfig
+from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, ResourceError, RunMismatch, StorageError
 from cifake_ray.pipeline import run_pipeline, run_verb
 from cifake_ray.stages.train import driver as stages_train
 from cifake_ray.stages.train.driver import train_detector
+from cifake_ray.stages.train.worker import RankTask, start_rank
 from cifake_ray.storage.bundles.bundle import load_bundle
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -59,18 +60,35 @@ def test_two_workers_see_the_same_batches(shards: Path, tmp_path: Path) -> None:
     assert read_losses(tmp_path / "one") == pytest.approx(read_losses(tmp_path / "two"), abs=1e-4)
 
 
-def test_a_finished_run_is_left_untouched(shards: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_untouched_and_neither_rows_nor_network_are_made(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     first = run_train(shards, run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    assert run_train(shards, run)["steps"] == first["steps"]
+    for name in ("prepare_training", "build_checked"):
+        monkeypatch.setattr(stages_train, name, lambda config: pytest.fail("was called"))
+    again = run_train(shards, run)
+    assert again.pop("schema_version") == SCHEMA_VERSION
+    assert again == first
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(RunMismatch, match=r"\(lr: 0.003 there, 0.1 here\)"):
+        run_train(shards, run, lr=0.1)
 
 
-def test_another_config_on_the_same_run_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_another_config_on_a_run_that_has_begun_is_refused(shards: Path, tmp_path: Path) -> None:
     run_train(shards, tmp_path / "run")
-    with pytest.raises(RunMismatch, match=r"lr: 0.003 there, 0.1 here"):
+    (tmp_path / "run" / "_SUCCESS").unlink()
+    with pytest.raises(RunMismatch, match=r"\(lr: 0.003 there, 0.1 here\)"):
         run_train(shards, tmp_path / "run", lr=0.1)
+
+
+def test_a_worker_that_finds_other_rows_than_the_driver_stops(shards: Path, tmp_path: Path) -> None:
+    config = TrainConfig(shards=str(shards), run=str(tmp_path / "run"), val_fraction=0.3)
+    task = RankTask(config=config, rows_hash="another", use_gpu=False, num_threads=1)
+    with pytest.raises(CifakeError, match="the shards changed while the training started"):
+        start_rank({"task": task})
+    assert not (tmp_path / "run").exists()
 
 
 def test_augmentation_is_what_its_file_holds(shards: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.driver import BatchSummary
 from cifake_ray.stages.train.driver import train_detector
+from cifake_ray.stages.tune import driver as stages_tune
 from cifake_ray.stages.tune.driver import tune_detector
 from cifake_ray.storage.presets.yaml_presets import read_recipe
 from cifake_ray.storage.runs.tune_run import TuneRun
@@ -70,7 +71,11 @@ def read_stamps(run: Path) -> dict[str, int]:
 
 
 def test_every_trial_is_in_the_tables_and_the_best_scores(
-    shards: Path, files: dict[str, str], sample_folder: Path, tmp_path: Path
+    shards: Path,
+    files: dict[str, str],
+    sample_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, said = tmp_path / "run", []
     summary = run_tune(shards, run, files, scheduler="none", log=said.append)
@@ -89,9 +94,11 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     table = [line for line in said if line.startswith("| ")]
     assert len(table) == 6  # head, rule, four trials
     before = read_stamps(run)
-    assert run_tune(shards, run, files, scheduler="none") == json.loads(
-        (run / "_SUCCESS").read_text()
-    )
+    with monkeypatch.context() as patched:  # it needs neither
+        for name in ("connect_cluster", "read_training_rows"):
+            patched.setattr(stages_tune, name, lambda *arguments: pytest.fail("was called"))
+        again = run_tune(shards, run, files, scheduler="none")
+    assert again == json.loads((run / "_SUCCESS").read_text())
     assert read_stamps(run) == before, "a finished search was touched"
     config = ScoreConfig(src=str(sample_folder), out=str(tmp_path / "scores"), bundle=str(run))
     scored, _ = run_verb(config, time.time())
@@ -361,9 +368,19 @@ def test_more_workers_than_there_is_room_for_are_refused_with_the_numbers(
         run_tune(shards, tmp_path / "run", files, num_workers=3)
 
 
+@pytest.mark.parametrize("has_cluster", [True, False])
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
-    shards: Path, files: dict[str, str], tmp_path: Path
+    shards: Path,
+    files: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_cluster: bool,
 ) -> None:
+    if not has_cluster:  # then none is started: the machine's own CPUs are counted
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        monkeypatch.setattr("ray.init", lambda **options: pytest.fail("was called"))
+        monkeypatch.setattr(stages_tune, "count_local_cpus", lambda: 2)
     plan = run_tune(shards, tmp_path / "run", files, dry_run=True)
     assert (plan["trials"], plan["at_once"], plan["epochs"]) == (4, 2, 3)
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,68 @@
+"""What a training starts from: its rows, its detector with the starting weights, its settings.
+
+Floor: stages. The driver prepares once and hands the result to a training in its own process; a
+worker of Ray Train, which has a process of its own, prepares for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cifake_ray.config import TrainConfig, fingerprint_settings
+from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
+from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
+from cifake_ray.storage.datasets.training_set import TrainingRows, read_training_rows
+from cifake_ray.storage.presets.augmentation import read_augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training that can start."""
+
+    config: TrainConfig  # its `augment` is parsed
+    rows: TrainingRows
+    rows_hash: str
+    detector: Detector  # with its starting weights; training changes it in place
+    weights: StartingWeights | None  # None for fresh ones
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what the fingerprint of the run covers."""
+        settings = {**describe_options(self.config), "rows": self.rows_hash}
+        if self.weights is not None:  # another path to the same weights is the same run
+            settings["weights"] = self.weights.digest
+        return settings
+
+
+def describe_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the fingerprint's options, with the steps of the augmentation instead of its name."""
+    return {**fingerprint_settings(config), "augment": config.policy.to_dict()}
+
+
+def build_checked(config: TrainConfig) -> Detector:
+    """Build the detector with fresh weights. UsageError when the options do not fit together."""
+    torch.manual_seed(config.seed)
+    detector = build_for_training(config)
+    make_optimizer(detector.network, config)
+    return detector
+
+
+def prepare_training(config: TrainConfig) -> Prepared:
+    """Read the rows, build the detector and load its starting weights.
+
+    UsageError or BundleError when shards, options and weights do not fit together.
+    """
+    config = replace(config, augment=read_augmentation(config))
+    rows = read_training_rows(config)
+    detector = build_checked(config)
+    return Prepared(
+        config=config,
+        rows=rows,
+        rows_hash=rows.hash_rows(),
+        detector=detector,
+        weights=load_starting_weights(config, detector),
+    )
