@@ -52,7 +52,7 @@ POLL_S = 0.5  # how often the driver looks for a finished epoch
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """The account of a training run."""
+    """What a finished training run prints and stores in `_SUCCESS`."""
 
     command: str
     out: str
@@ -84,8 +84,8 @@ def train_detector(
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    `on_epoch(row, epochs)` is called once for every finished epoch; `log` gets what a person should
-    know beside. With `config.track` a finished run tells its trackers what they missed.
+    `on_epoch(row, epochs)` is called once for each finished epoch; `log` gets other messages. With
+    `config.track` the trackers of a finished run get the rows that they missed.
     """
     check_trackers(config.track)
     # Absolute before it travels: a Ray worker has another working folder.
@@ -101,13 +101,12 @@ def train_detector(
     if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:
         return summary
     prepared = prepare_training(config)  # what does not fit is refused here, not in every worker
-    num_parameters = prepared.detector.num_parameters
     if config.dry_run:
         return {
             "command": "train",
             "out": str(run.path),
             "model": config.model,
-            "num_parameters": num_parameters,
+            "num_parameters": prepared.detector.num_parameters,
             "train_images": int((~prepared.rows.is_val).sum()),
             "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
@@ -132,7 +131,7 @@ def train_detector(
         else:
             with watch:
                 _train_on_ray(prepared, run, log)
-        finished = _summarise(prepared, run, tracking.resumed, num_parameters, started_s)
+        finished = _summarise(prepared, run, tracking.resumed, started_s)
         finished = replace(finished, untracked=tracking.finish(asdict(finished)))
     run.write_success(asdict(finished))
     return asdict(finished)
@@ -166,7 +165,10 @@ def check_training(config: TrainConfig) -> None:
 
 
 def place_training(config: TrainConfig, resources: Resources) -> Placement:
-    """The least that starts. ResourceError, with the numbers, when the cluster is too small."""
+    """Return the smallest placement that starts.
+
+    ResourceError, with the numbers, when the cluster is too small.
+    """
     least, most = config.worker_range or (None, None)
     use_gpu = choose_gpu(config.device, resources)
     return place_workers(
@@ -190,7 +192,7 @@ def finish_training(config: TrainConfig, use_gpu: bool) -> None:
 
 
 def _choose_gpu_here(device: Device) -> bool:
-    """Whether this process computes on a GPU. ResourceError when it should and has none."""
+    """Return whether this process computes on a GPU. ResourceError when it should and has none."""
     is_there = torch.cuda.is_available()
     if device == "cuda" and not is_there:
         raise ResourceError(
@@ -243,7 +245,7 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
 
 
 def _scale(placement: Placement, most: int) -> Any:
-    """What Ray Train starts; when nodes come or go, it starts another number anew."""
+    """Return the number of workers; as nodes come or go, Ray Train restarts with another one."""
     import ray.train
 
     least = placement.num_workers
@@ -258,9 +260,7 @@ def _scale(placement: Placement, most: int) -> Any:
     )
 
 
-def _summarise(
-    prepared: Prepared, run: TrainRun, resumed: int, num_parameters: int, started_s: float
-) -> TrainSummary:
+def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float) -> TrainSummary:
     config = prepared.config
     history = run.read_history()
     bundle = read_bundle_info(run.bundle_path)
@@ -272,7 +272,7 @@ def _summarise(
         out=str(run.path),
         bundle=str(run.bundle_path),
         model=config.model,
-        num_parameters=num_parameters,
+        num_parameters=prepared.detector.num_parameters,
         train_images=training["train_images"],
         val_images=training["val_images"],
         unusable=training["unusable"],
@@ -291,7 +291,7 @@ def _summarise(
 
 
 class _HistoryWatch:
-    """Calls `on_epoch` for epochs that some worker, somewhere, has finished; a thread polls."""
+    """Polls the history in a thread, and calls `on_epoch` for each epoch that a worker finished."""
 
     def __init__(
         self,
@@ -311,7 +311,9 @@ class _HistoryWatch:
 
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
-            with suppress(CifakeError):  # a store that fails for a moment: the next look tells it
+            with suppress(
+                CifakeError
+            ):  # after a short failure of the store the next look reports it
                 self.look()
 
     def __enter__(self) -> None:

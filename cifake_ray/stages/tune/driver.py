@@ -1,8 +1,8 @@
 """tune: shards -> the best of many trainings, with Ray Tune.
 
 Floor: stages. A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
-who runs, where, and for how long. What trial n gets is written down before it starts, and why it
-ended when it does, so a search that was killed goes on by telling Ray Tune what is already known.
+which one runs, where, and for how long. The options of trial n are stored before it starts, and why
+it ended when it does, so a search that was killed resumes by replaying to Ray Tune what is stored.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ DEFAULTS = asdict(TrainConfig(shards="", run=""))
 
 @dataclass(frozen=True)
 class TuneSummary:
-    """The account of a search."""
+    """What a finished search prints and stores in `_SUCCESS`."""
 
     command: str
     out: str
@@ -148,7 +148,7 @@ def _connect(config: TuneConfig, log: Callable[[str], None]) -> Iterator[Resourc
 
 
 def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
-    """Trials that the cluster holds side by side. ResourceError when there is no room for one."""
+    """Return how many trials the cluster holds side by side. ResourceError when there are none."""
     per_trial = max(1, config.num_workers)
     place_workers(
         resources,
@@ -167,7 +167,7 @@ def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> i
 
 
 def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -> list[Trial]:
-    """Every trial with what it gets, written down; those of an earlier attempt as they were.
+    """Choose and store the options of every trial; those of an earlier attempt stay as they were.
 
     The searcher tpe chooses as it goes. UsageError when nothing is within the budget.
     """
@@ -191,7 +191,7 @@ def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -
 def _choose_trials(
     plan: TrialPlan, space: Space, known: list[Trial], log: Callable[[str], None]
 ) -> list[Trial]:
-    """What is within the budget and goes together, in order; what is not is told with a reason."""
+    """Return the trials within the budget whose options fit; log why others are left out."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
     if config.searcher == "grid":
         choices = list_grid(space)
@@ -228,7 +228,7 @@ def _run_trials(
     use_gpu: bool,
     watch: TrialCallback,
 ) -> None:
-    """All of them, until they are over or the time is."""
+    """Run the trials until all are over or the time budget is."""
     from ray import tune
 
     config = plan.config
@@ -277,7 +277,7 @@ def _run_trials(
 def _finish(
     plan: TrialPlan, watch: TrialCallback, use_gpu: bool, started_s: float
 ) -> dict[str, Any]:
-    """Tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
+    """Write the tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
     config, search = plan.config, plan.search
     for trial in search.read_trials():
         if trial.end is None:

@@ -34,14 +34,14 @@ class TrialPlan:
         return TuneRun(resolve_path(self.config.run, self.config.store))
 
     def to_train_config(self, trial: Trial) -> TrainConfig:
-        """UsageError when the options that were chosen do not go together."""
+        """Return its options of `train`. UsageError when the chosen ones do not fit together."""
         return TrainConfig(
             **{**self.options, **to_train_options(trial.chosen, self.options["augment"])},
             run=str(self.search.run_of(trial).path),
         )
 
     def measure(self, trial: Trial) -> Trial:
-        """The trial with the size of its network.
+        """Return the trial with the size of its network.
 
         UsageError when that is beyond the budget, or the options do not go together.
         """
@@ -62,7 +62,7 @@ def _count_parameters(model: str, image_size: int | None) -> int:
 
 @cache
 def _measure_latency_ms(model: str, image_size: int | None) -> float:
-    """On one thread, or on the GPU if there is one."""
+    """Measure on one thread, or on the GPU if there is one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

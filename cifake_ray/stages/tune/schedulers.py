@@ -1,4 +1,4 @@
-"""Who chooses a trial's options and who stops it: Ray Tune's, set up for a search.
+"""Ray Tune's schedulers, which stop trials, and its searcher, which chooses their options.
 
 Floor: stages.
 """
@@ -122,16 +122,16 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
 
 
 def to_tune(domain: ParameterRange) -> Any:
-    """As Ray Tune has it; of PBT's lists, which it knows the neighbours in."""
+    """Return Ray Tune's distribution, or for a choice the list, whose neighbours PBT takes."""
     if domain.kind == "choice":
         return list(domain.values)
     return getattr(tune, domain.kind)(*domain.values)
 
 
 class RecordedSearcher(Searcher):
-    """Optuna's TPE, with every choice written down before it is tried.
+    """Optuna's TPE, with every choice stored before it is tried.
 
-    Trials of an earlier attempt come again as they were, and what they came to is told to Optuna.
+    Trials of an earlier attempt are suggested again as they were, and Optuna gets their results.
     """
 
     def __init__(self, plan: TrialPlan, space: Space) -> None:
@@ -168,7 +168,7 @@ class RecordedSearcher(Searcher):
         return {"trial": {"number": trial.number, "chosen": trial.chosen}}
 
     def _ask(self, trial_id: str) -> Trial | None:
-        """What Optuna chooses, told at once of what is beyond the budget; None when all is."""
+        """Return Optuna's choice; those beyond the budget count as failed. None when all are."""
         for attempt in range(MOST_LEFT_OUT):
             name = f"{trial_id}-{attempt}"  # by one name it would choose the same again
             try:

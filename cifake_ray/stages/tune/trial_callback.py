@@ -1,4 +1,4 @@
-"""Follows a search from outside its trials: writes down why each ended, and tells a person.
+"""Follows a search from outside its trials: stores and logs why each of them ended.
 
 Floor: stages.
 """

@@ -1,7 +1,7 @@
-"""What the process of a trial does: the training of `train`, told to Ray Tune epoch by epoch.
+"""What the process of a trial does: the training of `train`, reported to Ray Tune by the epoch.
 
-Floor: stages. A trial that is over is only told again: a search that was killed replays what it
-had, so that whoever stops trials knows what it knew, and trains no epoch twice.
+Floor: stages. A resumed search reports the stored epochs of its trials again, so that the scheduler
+knows what it knew, and trains no epoch twice.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from cifake_ray.storage.io.files import read_bytes, read_json, write_json
 from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
 OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
-REPLAYED = "known"  # whether it is told again
+REPLAYED = "known"  # whether an earlier attempt reported it already
 FAILED = "failed"  # begins the end of a trial that will be tried again
 
 
 def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
-    """Train a trial, or go on with it, or tell what it came to."""
+    """Train a trial, resume it, or report the epochs of one that is over."""
     search = plan.search
     trial = search.read_trial(settings["trial"]["number"])
     checkpoint = tune.get_checkpoint()  # with population based training only
@@ -50,7 +50,7 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
 
 
 def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
-    """The bundle of a trial that was stopped, made where trials run: the driver may lack a GPU."""
+    """Write the bundle of a stopped trial, where trials run: the driver may lack a GPU."""
     room = ray.remote(num_cpus=num_cpus, num_gpus=int(use_gpu))
     try:
         ray.get(room(finish_training).remote(config, use_gpu))
@@ -67,9 +67,9 @@ def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
 
 @dataclass
 class _Report:
-    """Tells Ray Tune of each epoch; of the last one when the bundle is written.
+    """Reports each epoch to Ray Tune, the last one only when the bundle is written.
 
-    Whoever stops trials stops them at a report, and then nothing more is written.
+    A scheduler stops a trial at a report, and then nothing more is written.
     """
 
     search: TuneRun
