@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -165,7 +164,7 @@ def claim_folder(
     path: AnyPath,
     settings: dict[str, Any],
     config: dict[str, Any],
-    plan: Mapping[str, Any] = MappingProxyType({}),
+    plan: dict[str, Any] | None = None,
     has_begun: Callable[[], bool] = lambda: True,
 ) -> None:
     """Write `_run.json` with the settings of `identify_run`, or check that it has the same ones.
@@ -180,7 +179,7 @@ def claim_folder(
         "fingerprint": hash_json(settings),
         "settings": settings,
         "config": config,
-        **plan,
+        **(plan or {}),
     }
     if not create_bytes(path / "_run.json", encode_json(record)):
         found = read_record(path)
