@@ -33,6 +33,7 @@ from cifake_ray.storage.sources.parquet import (
     open_table,
     read_columns,
     read_label_names,
+    read_row_group,
 )
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
@@ -188,7 +189,7 @@ class StreamedPixels:
     def _load_group(self, group: int) -> pa.ChunkedArray:
         if group not in self.loaded:
             path, number = self.rows.groups[group]
-            table = read_columns(open_table(path), path, [number], ["image"])
+            table = read_row_group(path, number, ["image"])
             self.loaded[group] = table.column("image")
             while len(self.loaded) > GROUP_SIZE + 1:
                 self.loaded.popitem(last=False)
@@ -322,7 +323,7 @@ def _decode_rows(
             start, stop = int(starts[group]), int(starts[group + 1])
             if start == stop:
                 continue
-            table = read_columns(open_table(path), path, [number], ["image"])
+            table = read_row_group(path, number, ["image"])
             images = table.column("image").take(pa.array(rows.row[start:stop])).to_pylist()
             chunks = [images[i : i + DECODE_CHUNK] for i in range(0, len(images), DECODE_CHUNK)]
             position = start

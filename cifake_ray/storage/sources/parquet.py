@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -94,6 +94,12 @@ def read_columns(
             ) from error
 
 
+def read_row_group(path: AnyPath, number: int, columns: list[str]) -> pa.Table:
+    """Read some columns of one row group of a file with images, and close the file."""
+    with use_table(path) as table:
+        return read_columns(table, path, [number], columns)
+
+
 def name_table(path: AnyPath, root: AnyPath) -> str:
     """The path of a table below the root; its name when it is the root itself."""
     if path == root:
@@ -125,6 +131,17 @@ def find_splits(root: AnyPath) -> set[str]:
     return splits
 
 
+class _HeldGroup(NamedTuple):
+    """A row group in memory."""
+
+    location: str
+    first_row: int
+    table: pa.Table
+
+    def covers(self, location: str, row: int) -> bool:
+        return location == self.location and 0 <= row - self.first_row < self.table.num_rows
+
+
 @dataclass
 class ParquetSource:
     """Parquet files with images inside."""
@@ -134,17 +151,11 @@ class ParquetSource:
     labelled: bool = False  # only rows with a label
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
-    _path: str | None = None
-    _place: AnyPath = Path()
-    _table: pq.ParquetFile | None = None
-    _group_ends: np.ndarray[Any, np.dtype[np.int64]] = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )
-    _group: tuple[int, pa.Table] | None = None
+    _held: _HeldGroup | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """As it was before it read anything: an open file does not travel."""
-        return {**self.__dict__, "_path": None, "_table": None, "_group": None}
+        """Leave out the row group in memory: the process that unpickles this reads its own."""
+        return {**self.__dict__, "_held": None}
 
     def list_images(self) -> Listing:
         listing = Listing(iter(()), keeps_order=True)
@@ -232,37 +243,42 @@ class ParquetSource:
         return batch
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        for location, row in zip(
-            rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
-        ):
-            group, offset = self._find_row(location, row)
-            values = {name: group.column(name)[offset].as_py() for name in group.column_names}
-            image = values["image"]
-            data = image["bytes"] if isinstance(image, dict) else image
-            if values.get("error"):
-                yield ImageError(values["error"], values.get("error_detail") or "")
-            elif data is None:
-                yield ImageError("not_found", "the row holds no image bytes")
-            elif len(data) > MAX_IMAGE_BYTES:
-                yield ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
-            else:
-                yield data
+        opened = None
+        with ExitStack() as stack:  # one file is open, and only while this is read
+            for location, row in zip(
+                rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
+            ):
+                held = self._held
+                if held is None or not held.covers(location, row):
+                    if location != opened:
+                        stack.close()
+                        is_root = location == self.root.name and is_file(self.root)
+                        path = self.root if is_root else self.root / location
+                        table, opened = stack.enter_context(use_table(path)), location
+                    held = self._held = _read_group_of(table, path, location, row)
+                values, offset = held.table, row - held.first_row
+                yield _check_image(**{n: values[n][offset].as_py() for n in values.column_names})
 
-    def _find_row(self, location: str, row: int) -> tuple[pa.Table, int]:
-        """The row group that holds a row, and the row's place in it. Holds one group at a time."""
-        if location != self._path or self._table is None:
-            if self._table is not None:
-                self._table.close(force=True)
-            self._place = self.root if is_file(self.root) else self.root / location
-            self._table = open_table(self._place)
-            meta = self._table.metadata
-            counts = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-            self._group_ends = np.cumsum(counts)
-            self._path, self._group = location, None
-        index = int(np.searchsorted(self._group_ends, row, side="right"))
-        if self._group is None or self._group[0] != index:
-            names = self._table.schema_arrow.names
-            columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
-            self._group = (index, read_columns(self._table, self._place, [index], columns))
-        start = int(self._group_ends[index - 1]) if index else 0
-        return self._group[1], row - start
+
+def _read_group_of(table: pq.ParquetFile, path: AnyPath, location: str, row: int) -> _HeldGroup:
+    """Read the row group that holds a row of the file."""
+    counts = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
+    ends = np.cumsum(counts)
+    number = int(np.searchsorted(ends, row, side="right"))
+    names = table.schema_arrow.names
+    columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
+    group = read_columns(table, path, [number], columns)
+    return _HeldGroup(location, int(ends[number]) - group.num_rows, group)
+
+
+def _check_image(
+    image: Any, error: str | None = None, error_detail: str | None = None
+) -> bytes | ImageError:
+    data: bytes | None = image["bytes"] if isinstance(image, dict) else image
+    if error:
+        return ImageError(error, error_detail or "")
+    if data is None:
+        return ImageError("not_found", "the row holds no image bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        return ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
+    return data
