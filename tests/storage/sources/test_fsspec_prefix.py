@@ -16,11 +16,10 @@ from upath import UPath
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
+from cifake_ray.core.schema import IMAGE_ERRORS, MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, NothingToDo, StorageError
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.sources import fsspec_prefix as stores
-from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.parquet import ParquetSource
 from cifake_ray.storage.sources.source import Source
@@ -58,35 +57,6 @@ def error_of(image: bytes | ImageError) -> str:
     return image.error
 
 
-ODD_NAMES = [
-    "_a.jpg",
-    ".b.jpg",
-    "c d.jpg",
-    "e%20f.jpg",
-    "g#h.jpg",
-    "i?j.jpg",
-    "k*[l].jpg",
-    "\u00e9",
-]
-
-
-def test_every_file_is_listed_with_label_size_and_stamp(root: UPath) -> None:
-    for number, name in enumerate(ODD_NAMES):
-        put(root / "images" / "train" / "FAKE" / "sdxl" / name, b"x" * number)
-    put(root / "images" / "REAL" / "a.jpg")
-    put(root / "images-other" / "b.jpg")
-    source = open_images(root / "images")
-    assert isinstance(source, FsspecPrefixSource)
-    rows = {row["key"]: row for row in list_rows(source).to_pylist()}
-    odd = {f"train/FAKE/sdxl/{name}" for name in ODD_NAMES}
-    assert set(rows) == odd | {"REAL/a.jpg"}
-    facts = {key: (row["label"], row["split"], row["source"]) for key, row in rows.items()}
-    assert facts.pop("REAL/a.jpg") == (REAL, None, None)
-    assert set(facts.values()) == {(FAKE, "train", "sdxl")}
-    assert [rows[f"train/FAKE/sdxl/{name}"]["size_bytes"] for name in ODD_NAMES] == list(range(8))
-    assert all(row["etag"] for row in rows.values())
-
-
 def test_every_file_reads_its_own_bytes_in_the_order_of_the_rows(root: UPath) -> None:
     for number in range(100):  # more than are fetched at once
         put(root / "images" / f"{number}.jpg", f"{number}".encode())
@@ -96,24 +66,14 @@ def test_every_file_reads_its_own_bytes_in_the_order_of_the_rows(root: UPath) ->
     assert read_all(root) == {f"images/{key}": data for key, data in expected.items()}
 
 
-def test_what_changed_or_went_after_the_listing_is_told(root: UPath) -> None:
-    for name in ("kept", "longer", "rewritten", "gone", "now-a-folder"):
-        put(root / "images" / name, b"12345")
+def test_a_file_that_became_a_folder_is_not_found(root: UPath) -> None:
+    put(root / "images" / "a", b"12345")
     source = open_images(root / "images")
     rows = list_rows(source)
-    put(root / "images" / "longer", b"123456")
-    put(root / "images" / "rewritten", b"54321")
-    (root / "images" / "gone").unlink()
-    (root / "images" / "now-a-folder").unlink()
-    put(root / "images" / "now-a-folder" / "x")
-    images = dict(zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True))
-    assert images.pop("kept") == b"12345"
-    assert {key: error_of(image) for key, image in images.items()} == {
-        "longer": "changed",
-        "rewritten": "changed",
-        "gone": "not_found",
-        "now-a-folder": "not_found",
-    }
+    (root / "images" / "a").unlink()
+    put(root / "images" / "a" / "x")
+    (image,) = source.read_images(rows)
+    assert error_of(image) == "not_found"
 
 
 class FailingStore(MemoryFileSystem):
@@ -176,15 +136,6 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(
     monkeypatch.setattr(MemoryFileSystem, "ls", refuse_closed)
     with pytest.raises(StorageError, match="credentials"):
         list_rows(source)
-
-
-def test_filters_are_counted(root: UPath) -> None:
-    for name in ("a.jpg", "b.png"):
-        put(root / name)
-    listing = open_images(root, include=("*.jpg",)).list_images()
-    (batch,) = listing.batches
-    assert batch.column("key").to_pylist() == ["a.jpg"]
-    assert listing.left_out == {"excluded": 1}
 
 
 def test_nothing_there_is_told_with_bucket_and_prefix(root: UPath) -> None:

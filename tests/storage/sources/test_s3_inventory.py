@@ -2,44 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
-import io
 import json
-import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote_plus
 
 import pyarrow as pa
-import pyarrow.orc as orc
-import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
+from source_kinds import describe_object, encode_part, write_inventory
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
-from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.s3_inventory import S3InventorySource
 
-Row = dict[str, Any]
-CSV_SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag"
-COLUMNS = pa.schema(
-    [
-        ("bucket", pa.string()),
-        ("key", pa.string()),
-        ("version_id", pa.string()),
-        ("is_latest", pa.bool_()),
-        ("is_delete_marker", pa.bool_()),
-        ("size", pa.int64()),
-        ("last_modified_date", pa.timestamp("ms", "UTC")),
-        ("e_tag", pa.string()),
-    ]
-)
 FORMATS = ("CSV", "Parquet", "ORC")
 ODD_KEYS = [
     "train/REAL/plus+sign.jpg",
@@ -51,63 +31,6 @@ ODD_KEYS = [
     "caf\u00e9 \U0001f9ff.jpg",
     "s3://looks-like/a-uri.jpg",
 ]
-
-
-def encode_part(rows: list[Row], file_format: str) -> bytes:
-    """One part as AWS writes it."""
-    if file_format == "CSV":
-        text = io.StringIO()
-        writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        for row in rows:
-            values = {**row, "key": quote_plus(row["key"], safe="/")}
-            flags = (str(values[name]).lower() for name in ("is_latest", "is_delete_marker"))
-            size = "" if values["size"] is None else values["size"]
-            writer.writerow(
-                [values["bucket"], values["key"], "v", *flags, size, "", values["e_tag"] or ""]
-            )
-        return gzip.compress(text.getvalue().encode())
-    table = pa.Table.from_pylist(rows, COLUMNS)
-    sink = io.BytesIO()
-    if file_format == "ORC":
-        orc.write_table(table, sink)
-    else:
-        pq.write_table(table, sink)
-    return sink.getvalue()
-
-
-def describe(bucket: str, key: str, **facts: Any) -> Row:
-    row: Row = dict.fromkeys(COLUMNS.names) | {"bucket": bucket, "key": key, "size": 5}
-    return row | {"is_latest": True, "is_delete_marker": False, "e_tag": "0" * 32} | facts
-
-
-def write_inventory(
-    server: S3Server,
-    bucket: str,
-    parts: Iterable[list[Row]],
-    file_format: str = "CSV",
-    **changes: Any,
-) -> str:
-    """An inventory of `bucket`, published in another bucket; the URI of its manifest."""
-    destination = server.make_bucket()
-    files = []
-    for number, rows in enumerate(parts):
-        data = encode_part(rows, file_format)
-        key = f"reports/{bucket}/every day/data/{number}.{file_format.lower()}"
-        server.put(destination, key, data)
-        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        files.append({"key": key, "size": len(data), "MD5checksum": md5})
-    manifest = {
-        "sourceBucket": bucket,
-        "destinationBucket": f"arn:aws:s3:::{destination}",
-        "version": "2016-11-30",
-        "creationTimestamp": "1514944800000",
-        "fileFormat": file_format,
-        "fileSchema": CSV_SCHEMA if file_format == "CSV" else "message s3.inventory { ... }",
-        "files": files,
-    } | changes
-    path = f"reports/{bucket}/every day/2026-01-01T00-00Z/manifest.json"
-    server.put(destination, path, json.dumps(manifest).encode())
-    return f"s3://{destination}/{path}"
 
 
 def open_inventory(uri: str, **options: Any) -> S3InventorySource:
@@ -128,7 +51,7 @@ def test_an_inventory_lists_what_the_bucket_itself_would(
     bucket = s3_env.make_bucket()
     etags = {key: s3_env.put(bucket, key, key.encode()) for key in ODD_KEYS}
     rows = [
-        describe(bucket, key, size=len(key.encode()), e_tag=etag.strip('"'))
+        describe_object(bucket, key, size=len(key.encode()), e_tag=etag.strip('"'))
         for key, etag in etags.items()
     ]
     uri = write_inventory(s3_env, bucket, [rows[:3], rows[3:]], file_format)
@@ -142,36 +65,16 @@ def test_an_inventory_lists_what_the_bucket_itself_would(
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_the_objects_of_an_inventory_are_read_and_checked_by_etag(
-    s3_env: S3Server, file_format: str
-) -> None:
-    bucket = s3_env.make_bucket()
-    rows = []
-    for key in [*ODD_KEYS, "changed.jpg", "gone.jpg"]:
-        etag = s3_env.put(bucket, key, key.encode()).strip('"')
-        rows.append(describe(bucket, key, size=len(key.encode()), e_tag=etag))
-    source = open_inventory(write_inventory(s3_env, bucket, [rows], file_format))
-    s3_env.put(bucket, "changed.jpg", b"CHANGED.jpg")  # as many bytes as before
-    s3_env.client().delete_object(Bucket=bucket, Key="gone.jpg")
-    *images, changed, gone = source.read_images(list_rows(source))
-    assert images == [key.encode() for key in ODD_KEYS]
-    assert [error.error for error in (changed, gone) if isinstance(error, ImageError)] == [
-        "changed",
-        "not_found",
-    ]
-
-
-@pytest.mark.parametrize("file_format", FORMATS)
 def test_old_versions_delete_markers_and_folders_are_counted_not_listed(
     s3_env: S3Server, file_format: str
 ) -> None:
     rows = [
-        describe("b", "a.jpg"),
-        describe("b", "a.jpg", is_latest=False),
-        describe("b", "b.jpg", is_delete_marker=True, size=None, e_tag=None),
-        describe("b", "folder/", size=0),
-        describe("b", "c.png"),
-        describe("b", "d.jpg", size=None, e_tag=None),
+        describe_object("b", "a.jpg"),
+        describe_object("b", "a.jpg", is_latest=False),
+        describe_object("b", "b.jpg", is_delete_marker=True, size=None, e_tag=None),
+        describe_object("b", "folder/", size=0),
+        describe_object("b", "c.png"),
+        describe_object("b", "d.jpg", size=None, e_tag=None),
     ]
     uri = write_inventory(s3_env, "b", [rows], file_format)
     source = open_inventory(uri, exclude=("*.png",))
@@ -202,23 +105,23 @@ def test_the_shortest_inventory_has_bucket_and_key_alone(s3_env: S3Server) -> No
 
 
 def test_a_copy_of_the_manifest_on_this_disk_will_do(s3_env: S3Server, tmp_path: Path) -> None:
-    uri = write_inventory(s3_env, "b", [[describe("b", "a.jpg")]])
+    uri = write_inventory(s3_env, "b", [[describe_object("b", "a.jpg")]])
     path = tmp_path / "manifest.json"
     path.write_bytes(s3_env.get(uri.split("/")[2], uri.split("/", 3)[3]))
     assert list_rows(open_inventory(str(path))).column("key").to_pylist() == ["a.jpg"]
 
 
 def test_a_part_with_another_checksum_is_refused(s3_env: S3Server) -> None:
-    uri = write_inventory(s3_env, "b", [[describe("b", "a.jpg")]])
+    uri = write_inventory(s3_env, "b", [[describe_object("b", "a.jpg")]])
     destination = uri.split("/")[2]
     (part,) = s3_env.list_keys(destination, "reports/b/every day/data/")
-    s3_env.put(destination, part, encode_part([describe("b", "evil.jpg")], "CSV"))
+    s3_env.put(destination, part, encode_part([describe_object("b", "evil.jpg")], "CSV"))
     with pytest.raises(StorageError, match=r"data/0\.csv: its MD5 is"):
         list_rows(open_inventory(uri))
 
 
 def test_a_part_that_is_gone_is_named(s3_env: S3Server) -> None:
-    uri = write_inventory(s3_env, "b", [[describe("b", "a.jpg")]])
+    uri = write_inventory(s3_env, "b", [[describe_object("b", "a.jpg")]])
     destination = uri.split("/")[2]
     (part,) = s3_env.list_keys(destination, "reports/b/every day/data/")
     s3_env.client().delete_object(Bucket=destination, Key=part)
@@ -227,14 +130,16 @@ def test_a_part_that_is_gone_is_named(s3_env: S3Server) -> None:
 
 
 def test_objects_of_another_bucket_are_refused(s3_env: S3Server) -> None:
-    uri = write_inventory(s3_env, "b", [[describe("b", "a.jpg"), describe("other", "b.jpg")]])
+    uri = write_inventory(
+        s3_env, "b", [[describe_object("b", "a.jpg"), describe_object("other", "b.jpg")]]
+    )
     with pytest.raises(StorageError, match=r"'other'.*'b'"):
         list_rows(open_inventory(uri))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_a_part_that_is_nonsense_is_named(s3_env: S3Server, file_format: str) -> None:
-    uri = write_inventory(s3_env, "b", [[describe("b", "a.jpg")]], file_format)
+    uri = write_inventory(s3_env, "b", [[describe_object("b", "a.jpg")]], file_format)
     destination, path = uri.split("/", 3)[2:]
     manifest = json.loads(s3_env.get(destination, path))
     nonsense = [b"nonsense", gzip.compress(b'"b"\n'), gzip.compress(b'"b","k","' + b"x" * 99)[:-20]]
@@ -267,18 +172,3 @@ def test_an_unknown_format_is_refused_with_those_that_are_read(s3_env: S3Server)
     uri = write_inventory(s3_env, "b", [], fileFormat="Avro")
     with pytest.raises(StorageError, match=r"'Avro'.*CSV, Parquet, ORC"):
         list_rows(open_inventory(uri))
-
-
-def test_memory_does_not_grow_with_the_inventory(s3_env: S3Server) -> None:
-    def measure(num_parts: int) -> int:
-        parts = ([describe("b", f"{part}/{n}") for n in range(5000)] for part in range(num_parts))
-        source = open_inventory(write_inventory(s3_env, "b", parts))
-        tracemalloc.start()
-        num_rows = sum(batch.num_rows for batch in source.list_images().batches)
-        peak_bytes = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert num_rows == 5000 * num_parts
-        return peak_bytes
-
-    measure(1)  # what is imported and cached at the first time
-    assert measure(8) < measure(4) + 2 * 2**20

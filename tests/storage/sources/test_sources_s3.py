@@ -65,8 +65,8 @@ def bucket(s3_env: S3Server) -> str:
 # --- what is there -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["images", "set #1?/50%20of them"])
-def test_a_prefix_is_a_folder_byte_for_byte(s3_env: S3Server, bucket: str, prefix: str) -> None:
+def test_a_prefix_is_a_folder_byte_for_byte(s3_env: S3Server, bucket: str) -> None:
+    prefix = "set #1?/50%20of them"
     for name in ODD_NAMES:
         s3_env.put(bucket, f"{prefix}/FAKE/{name}", name.encode())
     s3_env.put(bucket, f"{prefix}-other/x.jpg", b"x")
