@@ -1,6 +1,6 @@
 """The verbs as functions, and a detector for single images: for notebooks and other programs.
 
-Floor: doors. Each function takes the options of its command as keywords (the fields of
+Each function takes the options of its command as keywords (the fields of
 `ScoreConfig` and so on), runs the same code, and resumes when it is called again. It raises the
 errors of `cifake_ray.errors` and writes progress to stderr.
 

@@ -1,6 +1,6 @@
 """The `cifake-ray` command: one function per verb.
 
-Floor: doors. Parses, calls one stage, prints. Stages are imported inside their command, so that
+Parses, calls one stage, prints. Stages are imported inside their command, so that
 `--help` needs neither torch nor Ray.
 """
 

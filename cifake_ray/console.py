@@ -1,6 +1,6 @@
 """Output of the commands, and how each one ends.
 
-Floor: doors. Results go to stdout, everything else to stderr.
+Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations

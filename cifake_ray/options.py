@@ -1,6 +1,6 @@
 """Derive the options of a command from a config dataclass.
 
-Floor: doors. Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
+Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
 in the order `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
 """
 

@@ -1,7 +1,4 @@
-"""Calls the stages: one for most verbs, several in order for `demo`, `pipeline` and `repair`.
-
-Floor: doors.
-"""
+"""Calls the stages: one for most verbs, several in order for `demo`, `pipeline` and `repair`."""
 
 from __future__ import annotations
 

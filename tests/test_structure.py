@@ -325,19 +325,6 @@ def test_every_test_that_the_page_of_faults_names_exists() -> None:
     assert wrong == []
 
 
-def test_every_module_says_its_floor() -> None:
-    wrong = []
-    for module, path in MODULES.items():
-        doc = ast.get_docstring(parse(path)) or ""
-        floor = {"config": "core", "errors": "core", "version": "core"}.get(
-            find_floor(module), find_floor(module)
-        )
-        said = re.search(r"^Floor: (\w+)\.", doc, re.MULTILINE)
-        if said and said[1] != floor:
-            wrong.append(f"{name_of(path)} says {said[1]}")
-    assert wrong == []
-
-
 def test_help_of_every_command_needs_neither_torch_nor_ray() -> None:
     script = """
 import json, sys

@@ -1,6 +1,6 @@
 """Every option of every verb, one file a verb.
 
-Floor: core. One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` variables and
+One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` variables and
 `--config` files are all made from these fields, so a default stands in one place.
 """
 

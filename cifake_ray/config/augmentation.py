@@ -1,7 +1,4 @@
-"""Every step of an augmentation policy on one page, and the policies that have a name.
-
-Floor: core.
-"""
+"""Every step of an augmentation policy on one page, and the policies that have a name."""
 
 from __future__ import annotations
 

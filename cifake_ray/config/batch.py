@@ -1,7 +1,4 @@
-"""Options that convert, score and evaluate share.
-
-Floor: core.
-"""
+"""Options that convert, score and evaluate share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Options of `convert`.
-
-Floor: core.
-"""
+"""Options of `convert`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Options of `evaluate`.
-
-Floor: core.
-"""
+"""Options of `evaluate`."""
 
 from __future__ import annotations
 

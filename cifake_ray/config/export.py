@@ -1,7 +1,4 @@
-"""Options of `export`.
-
-Floor: core.
-"""
+"""Options of `export`."""
 
 from __future__ import annotations
 

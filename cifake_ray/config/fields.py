@@ -1,7 +1,4 @@
-"""Documented fields, their checks, and the options that all verbs share.
-
-Floor: core.
-"""
+"""Documented fields, their checks, and the options that all verbs share."""
 
 from __future__ import annotations
 

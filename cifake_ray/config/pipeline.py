@@ -1,7 +1,4 @@
-"""Options of `pipeline`.
-
-Floor: core.
-"""
+"""Options of `pipeline`."""
 
 from __future__ import annotations
 

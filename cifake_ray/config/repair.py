@@ -1,7 +1,4 @@
-"""Options of `repair`.
-
-Floor: core.
-"""
+"""Options of `repair`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Options of `sample`.
-
-Floor: core.
-"""
+"""Options of `sample`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Options of `score`.
-
-Floor: core.
-"""
+"""Options of `score`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How a verb becomes a job of a Ray cluster.
-
-Floor: core.
-"""
+"""How a verb becomes a job of a Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Every knob of `train` on one page.
-
-Floor: core.
-"""
+"""Every knob of `train` on one page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Every knob of `tune` on one page.
-
-Floor: core.
-"""
+"""Every knob of `tune` on one page."""
 
 from __future__ import annotations
 

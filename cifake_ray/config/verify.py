@@ -1,7 +1,4 @@
-"""Options of `verify`.
-
-Floor: core.
-"""
+"""Options of `verify`."""
 
 from __future__ import annotations
 

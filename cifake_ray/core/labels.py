@@ -1,7 +1,4 @@
-"""Labels, splits and sources from paths and values.
-
-Floor: core.
-"""
+"""Labels, splits and sources from paths and values."""
 
 from __future__ import annotations
 

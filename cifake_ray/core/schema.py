@@ -1,6 +1,6 @@
 """Labels, error classes and the columns of every table on disk.
 
-Floor: core. Read this first; every other file uses these names.
+Read this first; every other file uses these names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draw the figures of a report: metrics in, PNG bytes out.
 
-Floor: report. Matplotlib is imported on first use, since most commands draw nothing, and used
+Matplotlib is imported on first use, since most commands draw nothing, and used
 through its object API: pyplot keeps figures in a global list and is not thread-safe. Colours are
 Okabe and Ito's, safe for colour-blind readers; REAL and FAKE also differ in line style or position.
 The same numbers give the same bytes.

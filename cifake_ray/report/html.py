@@ -1,6 +1,6 @@
 """Render a report as one self-contained HTML page.
 
-Floor: report. Keys come from untrusted file names, so Jinja2 escapes everything, control
+Keys come from untrusted file names, so Jinja2 escapes everything, control
 characters are spelled out, and the page's security policy allows no scripts and no requests.
 """
 

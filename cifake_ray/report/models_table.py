@@ -1,7 +1,4 @@
-"""Format the list of architectures as a table for a terminal.
-
-Floor: report.
-"""
+"""Format the list of architectures as a table for a terminal."""
 
 from __future__ import annotations
 

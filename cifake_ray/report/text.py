@@ -1,6 +1,6 @@
 """Format metrics as text: the summary for the terminal, and the model card of a bundle.
 
-Floor: report. Tables are Markdown, padded so that they also read well as plain text.
+Tables are Markdown, padded so that they also read well as plain text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Render the report of a search: its page and figures.
-
-Floor: report.
-"""
+"""Render the report of a search: its page and figures."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Format the trials of a search: the table for a terminal, and the best trial's recipe.
-
-Floor: report.
-"""
+"""Format the trials of a search: the table for a terminal, and the best trial's recipe."""
 
 from __future__ import annotations
 

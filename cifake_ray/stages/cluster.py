@@ -1,7 +1,4 @@
-"""Connects to Ray and says what it has; refuses at once what it cannot place.
-
-Floor: stages.
-"""
+"""Connects to Ray and says what it has; refuses at once what it cannot place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""convert: images -> Parquet shards.
-
-Floor: stages.
-"""
+"""convert: images -> Parquet shards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""doctor: report what this machine has, and check that the parts work together.
-
-Floor: stages.
-"""
+"""doctor: report what this machine has, and check that the parts work together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """evaluate: labelled shards and a bundle -> predictions, metrics and a report.
 
-Floor: stages. The spine scores the shards exactly as `score` would; the rest is arithmetic on the
+The spine scores the shards exactly as `score` would; the rest is arithmetic on the
 predictions.
 """
 

@@ -1,7 +1,4 @@
-"""Memory settings of worker processes.
-
-Floor: stages.
-"""
+"""Memory settings of worker processes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """score: images -> scores, with a bundle.
 
-Floor: stages. evaluate runs the same work on labelled shards.
+evaluate runs the same work on labelled shards.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runs a verb as a job of a Ray cluster, over its Jobs API.
 
-Floor: stages. `ray job submit` ends with 0 or 1; here the command ends with the job's own code.
+`ray job submit` ends with 0 or 1; here the command ends with the job's own code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Temperature and thresholds: how logits become p_fake and decisions, and how both are fitted.
 
-Floor: core. Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are
+Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are
 exact float32 values, so numpy, pyarrow and SQL agree on them, in float32 and in float64.
 """
 

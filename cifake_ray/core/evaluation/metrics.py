@@ -1,6 +1,6 @@
 """How far the scores can be trusted: calibration, operating points, metrics with 95% intervals.
 
-Floor: core. Arrays in, plain JSON-able data out. FAKE = 1 is the positive class.
+Arrays in, plain JSON-able data out. FAKE = 1 is the positive class.
 
 Two conventions hold everywhere in this file:
 

@@ -1,6 +1,6 @@
 """Headers and upright RGB pixels from encoded bytes: the one decode policy of the project.
 
-Floor: core. Whoever needs pixels calls `decode_image`; whoever needs the header calls
+Whoever needs pixels calls `decode_image`; whoever needs the header calls
 `inspect_image`. Both refuse an image with `ImageError`, whose `error` is one of
 `core.schema.IMAGE_ERRORS`. What becomes of the pixels is told by `core.imaging.preprocessing`.
 """

@@ -1,6 +1,6 @@
 """Size, layout and quality of a JPEG from its markers, without decoding.
 
-Floor: core. `core.imaging.decode` asks this scan first, as it costs an eighth of opening the file
+`core.imaging.decode` asks this scan first, as it costs an eighth of opening the file
 in Pillow. It answers None at the least doubt, and Pillow decides.
 """
 

@@ -1,6 +1,6 @@
 """Limits on what image containers may cost their parsers, checked without decoding.
 
-Floor: core. Parsers of Pillow that are loops in Python take seconds to minutes for a file made of
+Parsers of Pillow that are loops in Python take seconds to minutes for a file made of
 millions of tiny pieces: PNG chunks, JPEG segments or fill bytes, GIF frames, runs of a BMP.
 """
 

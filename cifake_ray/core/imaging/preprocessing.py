@@ -1,6 +1,6 @@
 """Fit pixels of any size to a detector's input: the same for training, evaluation and scoring.
 
-Floor: core. Everything that feeds a detector calls `Preprocessing.load_image` or `fit_image`.
+Everything that feeds a detector calls `Preprocessing.load_image` or `fit_image`.
 """
 
 from __future__ import annotations

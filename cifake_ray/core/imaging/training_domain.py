@@ -1,7 +1,4 @@
-"""The domain of a detector: what the headers of its training images have in common.
-
-Floor: core.
-"""
+"""The domain of a detector: what the headers of its training images have in common."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Detectors: a network together with its normalisation.
 
-Floor: core. Networks are timm's where timm has them; this file adds only what it lacks. timm takes
+Networks are timm's where timm has them; this file adds only what it lacks. timm takes
 seconds to import, so it is imported only when one of its networks is asked for.
 """
 

@@ -1,6 +1,6 @@
 """Networks for small images: a plain CNN, adapted ones of timm, and a fusion of two.
 
-Floor: core. timm's stems shrink an image by 4 to 16 before the first block: of 32 x 32 pixels too
+timm's stems shrink an image by 4 to 16 before the first block: of 32 x 32 pixels too
 little is left, and what tells generated images lies in the finest of them.
 """
 

@@ -1,7 +1,4 @@
-"""The processor of convert: images to shard rows.
-
-Floor: core.
-"""
+"""The processor of convert: images to shard rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Decode encoded images to a batch of a detector's input: the half of scoring without a detector.
 
-Floor: core. torch is not imported, since beside a GPU other processes do this.
+torch is not imported, since beside a GPU other processes do this.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The contract between the batch spine and what it does with images.
-
-Floor: core.
-"""
+"""The contract between the batch spine and what it does with images."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The processor of score and evaluate: images to scores.
-
-Floor: core.
-"""
+"""The processor of score and evaluate: images to scores."""
 
 from __future__ import annotations
 

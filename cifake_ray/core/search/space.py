@@ -1,6 +1,6 @@
 """What a search chooses from: options of `train`, each with its values or its distribution.
 
-Floor: core. Distributions have the names of Ray Tune. What trial n gets follows from the seed and n
+Distributions have the names of Ray Tune. What trial n gets follows from the seed and n
 alone, so that a search that was killed asks for the same trials again.
 """
 

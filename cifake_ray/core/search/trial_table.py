@@ -1,7 +1,4 @@
-"""What trials came to: a row for each, the best of them, and what each option was worth.
-
-Floor: core.
-"""
+"""What trials came to: a row for each, the best of them, and what each option was worth."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Augmentation of training images: a policy is data, and what it does to an image is drawn first.
 
-Floor: core. What happens to an image depends on the seed, the epoch, the step and its place in the
+What happens to an image depends on the seed, the epoch, the step and its place in the
 global batch alone: the numbers are drawn for whole batches and then dealt to the ranks with the
 images. So one worker or two see the same pixels, and so does a run that was killed and goes on.
 """

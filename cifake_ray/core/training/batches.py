@@ -1,6 +1,6 @@
 """What each optimiser step of a rank sees: its share of a global batch, augmented and mixed.
 
-Floor: core. All of it follows from the seed, the epoch and the step, so that a run that was killed
+All of it follows from the seed, the epoch and the step, so that a run that was killed
 goes on with the batch it stood at.
 """
 

@@ -1,7 +1,4 @@
-"""What suits a device: the precision it is fast in, and the images it takes at once.
-
-Floor: core.
-"""
+"""What suits a device: the precision it is fast in, and the images it takes at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which epochs are the best, and when to stop waiting for a better one.
-
-Floor: core.
-"""
+"""Which epochs are the best, and when to stop waiting for a better one."""
 
 from __future__ import annotations
 

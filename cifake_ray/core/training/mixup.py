@@ -1,6 +1,6 @@
 """Mixup and CutMix: images and labels of a batch blended with those of its mirror image.
 
-Floor: core. As timm's `Mixup` in its batch mode: one share for the batch, and image i is mixed with
+As timm's `Mixup` in its batch mode: one share for the batch, and image i is mixed with
 image B - 1 - i. timm's draws from numpy's global generator and sees one rank's images only; here
 the draw comes in and the partner is that of the global batch, so ranks do not change the result.
 """

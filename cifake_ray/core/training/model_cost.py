@@ -1,6 +1,6 @@
 """What an architecture costs: parameters, multiplications, images per second.
 
-Floor: core. Costs are counted on torch's meta device, where no number is computed. What was
+Costs are counted on torch's meta device, where no number is computed. What was
 measured on images comes from outside and is only put beside.
 """
 

@@ -1,6 +1,6 @@
 """What the options of `train` make before the first step: network, optimiser, schedule.
 
-Floor: core. timm's optimiser and layer groups are imported only when they are asked for.
+timm's optimiser and layer groups are imported only when they are asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training: plain PyTorch over batches that somebody else draws.
 
-Floor: core. Ray Train's workers, `--num-workers 0` and unit tests all run this loop. What is
+Ray Train's workers, `--num-workers 0` and unit tests all run this loop. What is
 distributed about it goes through `torch.distributed`, and only if that has been initialised: then
 each rank sees its share of every global batch, and gradients, losses and logits are those of the
 whole batch whatever the number of ranks.

@@ -1,6 +1,6 @@
 """Images fetched and decoded by tasks on CPUs, for a worker whose GPU scores them.
 
-Floor: stages. One process cannot feed a GPU: fetching and decoding cost it more than scoring. So
+One process cannot feed a GPU: fetching and decoding cost it more than scoring. So
 tasks do that on whatever node has a CPU to spare, a batch each, a few batches ahead.
 """
 

@@ -1,6 +1,6 @@
 """The batch spine: list -> freeze -> for each shard: fetch, work, commit -> _SUCCESS.
 
-Floor: stages. convert, score and evaluate are this machine with different work. One Ray Data row is
+convert, score and evaluate are this machine with different work. One Ray Data row is
 one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
 crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs
 (`cpu_feeder`), and still commits. Only a `ShardReport` travels back to the driver.

@@ -1,6 +1,6 @@
 """What workers tell whoever watches the cluster: Prometheus reads it from Ray's metrics agents.
 
-Floor: stages. Ray puts `ray_` before the names and `_total` behind those of counters.
+Ray puts `ray_` before the names and `_total` behind those of counters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quarantine: images are tried one by one in a child process, which may die of them.
 
-Floor: stages. The child is this module run by `python -m`; it imports the decoders and nothing
+The child is this module run by `python -m`; it imports the decoders and nothing
 else, so that it starts in a fraction of a second. It ends with its parent.
 """
 

@@ -1,6 +1,6 @@
 """What an actor does with a shard: fetch, work, commit, and leave a trace if that kills it.
 
-Floor: stages. While a shard is worked on, its heartbeat file lies beside the results. Ray restarts
+While a shard is worked on, its heartbeat file lies beside the results. Ray restarts
 an actor that died and gives it the same shard; it finds the file and tries the images in quarantine
 first, so that an image that kills its process becomes a row with its error.
 """

@@ -1,6 +1,6 @@
 """Ends a run that makes no progress, and says what it was waiting for.
 
-Floor: stages. A thread waits inside Ray, which never gives up. The main thread waits for it with a
+A thread waits inside Ray, which never gives up. The main thread waits for it with a
 timeout, so Ctrl-C is heard at once, and looks at the heartbeat files when nothing comes.
 """
 

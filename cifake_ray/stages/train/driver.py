@@ -1,6 +1,6 @@
 """train: shards -> a bundle, with Ray Train.
 
-Floor: stages. Every worker runs `train_rank`; with `--num-workers 0` this process does. Rank 0
+Every worker runs `train_rank`; with `--num-workers 0` this process does. Rank 0
 writes the latest checkpoint, the history and, at the end, the bundle. A checkpoint is one file
 below RUN that appears whole, so a run resumes after a killed worker or a killed driver alike.
 """

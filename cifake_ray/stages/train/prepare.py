@@ -1,6 +1,6 @@
 """What a training starts from: its rows, its detector with the starting weights, its settings.
 
-Floor: stages. The driver prepares once and hands the result to a training in its own process; a
+The driver prepares once and hands the result to a training in its own process; a
 worker of Ray Train, which has a process of its own, prepares for itself.
 """
 

@@ -1,6 +1,6 @@
 """What each rank of a training does, in a worker of Ray Train or in the command's own process.
 
-Floor: stages. Rank 0 writes the checkpoint, the history and the bundle.
+Rank 0 writes the checkpoint, the history and the bundle.
 """
 
 from __future__ import annotations

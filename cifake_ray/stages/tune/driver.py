@@ -1,6 +1,6 @@
 """tune: shards -> the best of many trainings, with Ray Tune.
 
-Floor: stages. A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
+A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
 which one runs, where, and for how long. The options of trial n are stored before it starts, and why
 it ended when it does, so a search that was killed resumes by replaying to Ray Tune what is stored.
 """

@@ -1,7 +1,4 @@
-"""What all trials of a search share: the options of `train`, and the budget of their networks.
-
-Floor: stages.
-"""
+"""What all trials of a search share: the options of `train`, and the budget of their networks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ray Tune's schedulers, which stop trials, and its searcher, which chooses their options.
-
-Floor: stages.
-"""
+"""Ray Tune's schedulers, which stop trials, and its searcher, which chooses their options."""
 
 from __future__ import annotations
 

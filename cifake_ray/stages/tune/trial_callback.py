@@ -1,7 +1,4 @@
-"""Follows a search from outside its trials: stores and logs why each of them ended.
-
-Floor: stages.
-"""
+"""Follows a search from outside its trials: stores and logs why each of them ended."""
 
 from __future__ import annotations
 

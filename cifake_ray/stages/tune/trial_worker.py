@@ -1,6 +1,6 @@
 """What the process of a trial does: the training of `train`, reported to Ray Tune by the epoch.
 
-Floor: stages. A resumed search reports the stored epochs of its trials again, so that the scheduler
+A resumed search reports the stored epochs of its trials again, so that the scheduler
 knows what it knew, and trains no epoch twice.
 """
 

@@ -1,6 +1,6 @@
 """Bundles: a trained detector on disk, in the layout of timm and Hugging Face.
 
-Floor: storage. `config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
+`config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
 only this package needs is in `config.json` under `cifake_ray`. `storage.bundles.weights` reads the
 weights.
 """

@@ -1,6 +1,6 @@
 """Weights that training starts from: a file, a folder of timm's layout, a bundle, timm's hub.
 
-Floor: storage. Everything must fit except the classifier, which may be for other classes: it then
+Everything must fit except the classifier, which may be for other classes: it then
 keeps the fresh weights that the seed gave it, and the log says so.
 """
 

@@ -1,7 +1,4 @@
-"""Weights of a bundle: safetensors, which cannot run code, and pickles only by permission.
-
-Floor: storage.
-"""
+"""Weights of a bundle: safetensors, which cannot run code, and pickles only by permission."""
 
 from __future__ import annotations
 

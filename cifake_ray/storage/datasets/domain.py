@@ -1,7 +1,4 @@
-"""The domain of a detector, out of the shards it is trained on.
-
-Floor: storage.
-"""
+"""The domain of a detector, out of the shards it is trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Writes the sample to disk.
-
-Floor: storage.
-"""
+"""Writes the sample to disk."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training images out of shards: which rows they are, and their pixels.
 
-Floor: storage. Pixels are decoded once per node into a memory-mapped file that all workers and
+Pixels are decoded once per node into a memory-mapped file that all workers and
 trials share; when that would be too large, encoded bytes are read and decoded as they are needed.
 """
 

@@ -1,6 +1,6 @@
 """Bytes in and out of places: the only code that opens files.
 
-Floor: storage. Everything a run leaves behind is written whole or not at all.
+Everything a run leaves behind is written whole or not at all.
 """
 
 from __future__ import annotations

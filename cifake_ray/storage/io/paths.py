@@ -1,6 +1,6 @@
 """Places: what a URI names, and how the errors of a store are told.
 
-Floor: storage. A place is a local `Path`, or a `UPath` in a bucket or another store that fsspec
+A place is a local `Path`, or a `UPath` in a bucket or another store that fsspec
 opens. Both have `/`, `name`, `parent` and `str()`; files are read and written by
 `storage.io.files`.
 """

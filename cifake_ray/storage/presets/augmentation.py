@@ -1,7 +1,4 @@
-"""Augmentation policies by name or out of a YAML file.
-
-Floor: storage.
-"""
+"""Augmentation policies by name or out of a YAML file."""
 
 from __future__ import annotations
 

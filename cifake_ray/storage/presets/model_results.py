@@ -1,6 +1,6 @@
 """What the benchmark of the zoo measured: `model_results.json`, which comes with the package.
 
-Floor: storage. `tests/benchmarks/model_results.py --write` makes it.
+`tests/benchmarks/model_results.py --write` makes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recipes and search spaces: YAML files in the box, or a person's own.
 
-Floor: storage. Command lines read them too, so nothing heavy is imported.
+Command lines read them too, so nothing heavy is imported.
 """
 
 from __future__ import annotations

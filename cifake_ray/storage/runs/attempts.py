@@ -1,6 +1,6 @@
 """Notes of attempts: who works on which shard, left behind when the work kills its process.
 
-Floor: storage. A note is written before a shard is begun and removed once it is committed, so a
+A note is written before a shard is begun and removed once it is committed, so a
 note that is found tells of a crash, a hang or a kill. Nothing depends on it but caution.
 """
 

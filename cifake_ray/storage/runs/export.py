@@ -1,7 +1,4 @@
-"""Scores as one CSV file.
-
-Floor: storage.
-"""
+"""Scores as one CSV file."""
 
 from __future__ import annotations
 

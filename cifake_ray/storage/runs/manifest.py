@@ -1,6 +1,6 @@
 """The frozen listing: every key once, dealt to shards.
 
-Floor: storage. Keys are dealt in the order of a hash of the key, so that every shard is a random
+Keys are dealt in the order of a hash of the key, so that every shard is a random
 sample of the source. The listing is sorted through unnamed temporary files, one for each range of
 the hash, so memory is that of a 64th of the keys and a kill leaves nothing behind.
 """

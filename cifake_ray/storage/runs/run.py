@@ -1,6 +1,6 @@
 """The metadata of a run: `_run.json` when it starts, `_files.parquet` and `_SUCCESS` at its end.
 
-Floor: storage. `_run.json` is created only once the manifest is complete, and only if no other
+`_run.json` is created only once the manifest is complete, and only if no other
 process created it first: a process that loses this race works on the winner's manifest.
 """
 

@@ -1,7 +1,4 @@
-"""Result shards: each appears whole or not at all, and says in its footer whose it is.
-
-Floor: storage.
-"""
+"""Result shards: each appears whole or not at all, and says in its footer whose it is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Logs the epochs of a training run to trackers: TensorBoard and MLflow.
 
-Floor: storage. What a tracker has is read from the tracker, and what is newer is logged. So a run
+What a tracker has is read from the tracker, and what is newer is logged. So a run
 that is resumed, anywhere and at any time, leaves no epoch out; one whose answer was lost may
 appear twice.
 """

@@ -1,7 +1,4 @@
-"""The folder of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`.
-
-Floor: storage.
-"""
+"""The folder of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The folder of a search: `_run.json`, a folder for each trial, tables, recipe, `_SUCCESS`.
 
-Floor: storage. A trial's folder holds what it was given and why it ended, and the runs of `train`
+A trial's folder holds what it was given and why it ended, and the runs of `train`
 it is made of: one, or with population based training one for each set of options it has had. All
 of it is JSON and Parquet: Ray Tune's own state is pickled, so it is written and never read.
 """

@@ -1,6 +1,6 @@
 """Whether a finished run is still what it committed, and making room to mend it.
 
-Floor: storage. What `_files.parquet` names is taken for nothing but names: a file that is no result
+What `_files.parquet` names is taken for nothing but names: a file that is no result
 shard is never touched.
 """
 

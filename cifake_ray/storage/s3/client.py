@@ -1,6 +1,6 @@
 """Requests to S3: signed, retried with pauses, and explained when they fail for good.
 
-Floor: storage. botocore knows the credentials, the endpoints and how to sign; the requests go over
+botocore knows the credentials, the endpoints and how to sign; the requests go over
 urllib3 itself, which costs a third of the CPU time of a botocore client. Clients are made where
 they are used, one per process, and never travel: what travels is the `StoreConfig`.
 """

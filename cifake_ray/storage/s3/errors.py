@@ -1,7 +1,4 @@
-"""Why a request to S3 failed: what the answer says, and one line for a person.
-
-Floor: storage.
-"""
+"""Why a request to S3 failed: what the answer says, and one line for a person."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every key of a bucket once, by many listings at the same time.
 
-Floor: storage. A listing is 1,000 keys a page, one page after another. While threads are idle, a
+A listing is 1,000 keys a page, one page after another. While threads are idle, a
 listing that is not at its end gives the keys behind a branch of its names to them: at
 `train/FAKE/0999.jpg` it finds out, by listings of one key, that there are keys behind
 `train/FAKE/0...`, and hands over `train/FAKE/1`, `train/FAKE/2` and so on, or, where that folder

@@ -1,7 +1,4 @@
-"""What an s3:// URI names: its bucket and key, and whether the bucket answers.
-
-Floor: storage.
-"""
+"""What an s3:// URI names: its bucket and key, and whether the bucket answers."""
 
 from __future__ import annotations
 

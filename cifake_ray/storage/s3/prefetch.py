@@ -1,6 +1,6 @@
 """Many objects of S3 at once, handed over in order.
 
-Floor: storage. Every object becomes its bytes or the ImageError of its row; only what would fail
+Every object becomes its bytes or the ImageError of its row; only what would fail
 for all of them alike (no credentials) ends the run.
 """
 

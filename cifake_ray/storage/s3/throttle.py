@@ -1,7 +1,4 @@
-"""How many requests may be in flight at once, as the store bears it.
-
-Floor: storage.
-"""
+"""How many requests may be in flight at once, as the store bears it."""
 
 from __future__ import annotations
 

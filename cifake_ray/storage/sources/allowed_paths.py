@@ -1,6 +1,6 @@
 """What a list may point at: its own folder, and what `--allow-prefix` adds.
 
-Floor: storage. A list is data that somebody else may have written; without a fence one line of it
+A list is data that somebody else may have written; without a fence one line of it
 would make this program read any file or bucket that the person who runs it may read.
 """
 

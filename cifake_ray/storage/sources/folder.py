@@ -1,6 +1,6 @@
 """The images of a folder: every regular file below it, whatever its name or extension.
 
-Floor: storage. Ray's own listings are not used: they skip names that start with `_` or `.`.
+Ray's own listings are not used: they skip names that start with `_` or `.`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Images in any store that fsspec opens, except local folders and S3: gs://, az://, hf://, memory://.
 
-Floor: storage. It asks each store only for what all of them have, so it is slower than the code for
+It asks each store only for what all of them have, so it is slower than the code for
 S3: one listing for each folder, two requests for each image.
 """
 

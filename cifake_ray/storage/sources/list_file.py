@@ -1,6 +1,6 @@
 """The images that a .csv, .txt or .parquet list names.
 
-Floor: storage. A list has `path` (relative to the list, an absolute path or a URI; the key is
+A list has `path` (relative to the list, an absolute path or a URI; the key is
 `path` as written) and may have `label`, `split`, `source` and columns of its own, which are carried
 along. Of files in a store it may tell `size_bytes` and `etag`: reading checks them.
 """

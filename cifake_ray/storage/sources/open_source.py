@@ -1,7 +1,4 @@
-"""Opens whatever a person names as the source of images.
-
-Floor: storage.
-"""
+"""Opens whatever a person names as the source of images."""
 
 from __future__ import annotations
 

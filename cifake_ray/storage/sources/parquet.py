@@ -1,6 +1,6 @@
 """The images of Parquet files with an `image` column: our shards, or any Hugging Face data set.
 
-Floor: storage. Files keep their order and rows stay in their file, so that reading them never
+Files keep their order and rows stay in their file, so that reading them never
 jumps about: one output shard covers neighbouring row groups of one file.
 """
 

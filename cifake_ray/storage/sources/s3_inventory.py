@@ -1,6 +1,6 @@
 """The objects that an S3 Inventory names: AWS lists the bucket, nobody else has to.
 
-Floor: storage. An inventory is a `manifest.json` and its parts: CSV (gzip, no header, keys
+An inventory is a `manifest.json` and its parts: CSV (gzip, no header, keys
 URL-encoded, a space as `+`), Parquet or ORC. Described at
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html
 """

@@ -1,7 +1,4 @@
-"""The images of a bucket on S3: every object below a prefix, whatever its name.
-
-Floor: storage.
-"""
+"""The images of a bucket on S3: every object below a prefix, whatever its name."""
 
 from __future__ import annotations
 

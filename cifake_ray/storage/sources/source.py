@@ -1,6 +1,6 @@
 """What every kind of source gives: record batches of `MANIFEST_FIELDS`, and bytes or an error.
 
-Floor: storage. Listing gives record batches (plus the extra columns of a list); reading gives the
+Listing gives record batches (plus the extra columns of a list); reading gives the
 bytes, or the ImageError that becomes the row of that key.
 """
 
