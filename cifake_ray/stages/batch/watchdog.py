@@ -6,6 +6,7 @@ timeout, so Ctrl-C is heard at once, and looks at the heartbeat files when nothi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ from cifake_ray.storage.runs.run import Run
 Report = TypeVar("Report")
 
 MAX_LOOK_S = 30.0  # between two looks at the heartbeat files
-CLOSE_S = 2.0
+CLOSE_S = 2.0  # for Ray Data to stop its workers
 CLUSTER_ANSWER_S = 10.0
 MAX_SHOWN = 8
 
@@ -36,9 +37,10 @@ def watch_progress(
     heartbeat file of the session changes. Contents are compared, never clocks.
     """
     thread, attempts = ThreadPoolExecutor(1), list[Attempt]()
+    waiting = thread.submit(next, reports, None)
     try:
         while True:
-            waiting, since_s = thread.submit(next, reports, None), time.monotonic()
+            since_s = time.monotonic()
             while not wait([waiting], min(MAX_LOOK_S, timeout_s / 10)).done:
                 before = attempts
                 with suppress(StorageError):  # a failed listing is not progress
@@ -51,9 +53,12 @@ def watch_progress(
             if report is None:
                 return
             yield report
+            waiting = thread.submit(next, reports, None)
     finally:
-        # Stops Ray Data, unless the thread waits inside Ray: then only the end of Ray frees it.
-        wait([thread.submit(reports.close)], CLOSE_S)
+        closing = thread.submit(reports.close)
+        if not waiting.done() or not wait([closing], CLOSE_S).done:
+            # The thread waits inside Ray, and Ray Data would log that Ray is stopped meanwhile.
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         thread.shutdown(wait=False)
 
 
