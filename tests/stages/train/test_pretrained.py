@@ -72,7 +72,7 @@ def make_config(shards: Path, run: Path, **options: Any) -> TrainConfig:
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    log = options.pop("say", lambda message: None)
+    log = options.pop("log", lambda message: None)
     config = make_config(shards, run, **options)
     return train_detector(config, lambda row, epochs: None, time.time(), log)
 

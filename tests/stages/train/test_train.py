@@ -27,7 +27,7 @@ TIMM: dict[str, Any] = {"model": "test_resnet", "image_size": 32}
 
 
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
-    log = options.pop("say", lambda message: None)
+    log = options.pop("log", lambda message: None)
     options = {
         "epochs": 2,
         "batch_size": 16,
@@ -194,7 +194,7 @@ def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) 
     """A network of timm's, on a worker of Ray's."""
     run_train(shards, tmp_path / "first", epochs=1, **TIMM)
     said: list[str] = []
-    options: dict[str, Any] = {**TIMM, "epochs": 1, "lr": 1e-12, "say": said.append}
+    options: dict[str, Any] = {**TIMM, "epochs": 1, "lr": 1e-12, "log": said.append}
     run = tmp_path / "second"
     summary = run_train(shards, run, weights=str(tmp_path / "first"), num_workers="1", **options)
     bundle = tmp_path / "first" / "bundle"

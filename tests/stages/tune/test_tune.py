@@ -57,7 +57,7 @@ def make_config(shards: Path, run: Path, files: dict[str, str], **options: Any) 
 
 
 def run_tune(shards: Path, run: Path, files: dict[str, str], **options: Any) -> dict[str, Any]:
-    log = options.pop("say", lambda message: None)
+    log = options.pop("log", lambda message: None)
     return tune_detector(make_config(shards, run, files, **options), time.time(), log)
 
 
@@ -215,7 +215,7 @@ def test_the_budget_leaves_out_networks_and_says_how_many(
 ) -> None:
     Path(files["search"]).write_text("model: [cnn, small_cnn, small_cnn_w8_d1]\n")
     said: list[str] = []
-    options: dict[str, Any] = {"searcher": "grid", "epochs": 1, "say": said.append}
+    options: dict[str, Any] = {"searcher": "grid", "epochs": 1, "log": said.append}
     run_tune(shards, tmp_path / "run", files, max_parameters=40_000, **options)
     rows = read_rows(tmp_path / "run")
     assert [row["model"] for row in rows] == ["cnn", "small_cnn_w8_d1"]
