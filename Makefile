@@ -4,8 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What looks at the locks is in no lock itself, and in an environment of its own.
 AUDIT := $(VENV)-audit
+# How many processes run the tests that need no Ray cluster. Those that need one run one by one: each
+# wants all cores.
+PROCESSES ?= 2
 
-.PHONY: env demo test check hosts bench audit sbom clean
+.PHONY: env demo test test-all check hosts bench audit sbom clean
 
 env: $(VENV)/.installed
 
@@ -24,8 +27,14 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Everything that needs no Ray cluster, and one test of each verb on a cluster: minutes.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile -m "not cluster or smoke"
+
+# All tests: what .ci/run runs.
+test-all: check
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile -m "not cluster"
+	$(BIN)/pytest -m cluster
 
 hosts: env
 	CIFAKE_TEST_HOSTS=1 $(BIN)/pytest -s tests/hosts

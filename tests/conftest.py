@@ -1,4 +1,4 @@
-"""What several test files stand on: images to work with, and one Ray for the whole session."""
+"""Fixtures of several test files: images, a Ray of this process, a cluster, an S3 server."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ from cifake_ray.storage.datasets.sample_folder import write_sample
 
 # Images taken from each folder of CIFAKE: 4,000 in all.
 CIFAKE_QUOTA = {"train/REAL": 1500, "train/FAKE": 1500, "test/REAL": 500, "test/FAKE": 500}
+
+# What makes a test one of those that need a Ray cluster.
+CLUSTER_FOLDERS = {"faults", "hosts"}
+CLUSTER_FIXTURES = {"ray_cluster", "cluster"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a Ray cluster, by their folder or by their fixtures."""
+    tests = Path(__file__).parent
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if item.path.relative_to(tests).parts[0] in CLUSTER_FOLDERS or fixtures & CLUSTER_FIXTURES:
+            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session")

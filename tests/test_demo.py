@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_the_demo_learns_the_sample_and_leaves_a_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"

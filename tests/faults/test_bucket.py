@@ -12,7 +12,7 @@ import pytest
 from faults.command import make_env, make_images, run_command
 from s3_server import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 240
 

@@ -21,7 +21,7 @@ from cifake_ray.stages.cluster import Node, Placement, Resources
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.runs.run import require_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 300
 # Seven batches a shard, of which four are under way at once.

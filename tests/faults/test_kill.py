@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from faults.command import make_images, run_command, start_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 NUM_IMAGES = 3_000
 NUM_KILLS = 3

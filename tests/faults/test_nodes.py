@@ -13,7 +13,7 @@ import pytest
 from faults.command import end_command, make_images, start_command, wait_until
 from ray.cluster_utils import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 3_000
 SHARD_SIZE = 25

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from faults.command import make_images, run_command, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

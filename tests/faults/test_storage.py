@@ -15,7 +15,7 @@ from faults.command import end_command, make_images, run_command, start_command
 from faults.proxy import run_proxy
 from s3_server import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 120
 

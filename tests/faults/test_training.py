@@ -21,7 +21,7 @@ from faults.command import (
 )
 from ray.cluster_utils import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 1_000
 CHECKPOINT_STEPS = "7"  # of 45 in an epoch

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from faults.command import find_workers, make_env, make_images, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_IMAGES = 200
 SHARD_SIZE = 40

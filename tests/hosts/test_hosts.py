@@ -18,7 +18,7 @@ from hosts.network import Host
 
 from cifake_ray.errors import ExitCode
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ray_head import JobsCluster, run_head
 
 from cifake_ray.errors import ExitCode
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 WORKERS = {"cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}}
 
 

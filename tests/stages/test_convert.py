@@ -98,6 +98,7 @@ def make_broken_files() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.smoke
 def test_bytes_are_kept_and_facts_are_true(sample_folder: Path, shards: Path) -> None:
     rows = read_rows(shards)
     files = [path for path in sample_folder.rglob("*") if path.is_file()]

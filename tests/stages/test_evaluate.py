@@ -53,6 +53,7 @@ def test_predictions_equal_scores_of_the_folder(
         assert row["p_fake"] == pytest.approx(scores[row["key"]]["p_fake"], abs=1e-5)
 
 
+@pytest.mark.smoke
 def test_metrics_follow_from_the_predictions(report: Path) -> None:
     predictions = pq.read_table(report / "predictions").to_pylist()
     right = sum((row["p_fake"] >= 0.5) == (row["label"] == 1) for row in predictions)

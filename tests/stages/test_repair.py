@@ -34,6 +34,7 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.smoke
 def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> None:
     assert [item.name for item in verify_files(damaged)] == ["shards/part-00002.parquet"]
     summary, code = run_verb(RepairConfig(out=str(damaged)), time.time())

@@ -45,6 +45,7 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
     return keyed
 
 
+@pytest.mark.smoke
 def test_a_folder_a_list_and_shards_give_the_same_scores(
     sample_folder: Path, shards: Path, bundle: Path, tmp_path: Path
 ) -> None:

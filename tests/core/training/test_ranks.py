@@ -104,7 +104,6 @@ def record_losses(source: str, **options: Any) -> Iterator[tuple[str, np.ndarray
             yield name, np.load(f"{folder}/{name}.npy")
 
 
-@pytest.mark.slow
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks() -> None:
     """A batch of 50 is dealt as 17, 17 and 16. SGD, because Adam blows rounding up: see above."""
     curves = dict(record_losses("", optimizer="sgd", lr=0.05, batch_size=50, epochs=7))

@@ -655,7 +655,6 @@ def test_architectures_are_listed_by_glob() -> None:
         list_architectures("nothing-of-the-kind")
 
 
-@pytest.mark.slow
 def test_a_compiled_network_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
@@ -715,7 +714,6 @@ def run_rank(rank: int, num_ranks: int, folder: str, options: dict[str, Any]) ->
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -111,7 +111,6 @@ def test_the_weights_know_a_cat(lite0: Path) -> None:
     assert int(outputs.argmax()) in CATS
 
 
-@pytest.mark.slow
 def test_training_from_real_weights_beats_training_from_scratch(
     cifake_shards: Path,
     lite0: Path,
@@ -129,7 +128,6 @@ def test_training_from_real_weights_beats_training_from_scratch(
     assert summary["val_accuracy"] > scratch["val_accuracy"] + MARGIN
 
 
-@pytest.mark.slow
 def test_the_bundle_of_a_finished_run_goes_on_where_it_ended(
     cifake_shards: Path, fine_tuned: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:

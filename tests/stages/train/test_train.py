@@ -47,6 +47,7 @@ def read_losses(run: Path) -> list[float]:
     return [value for row in rows for value in (row["train_loss"], row["val_loss"])]
 
 
+@pytest.mark.smoke
 def test_one_ray_worker_gives_what_this_process_gives(shards: Path, tmp_path: Path) -> None:
     here = run_train(shards, tmp_path / "here")
     there = run_train(shards, tmp_path / "there", num_workers="1")

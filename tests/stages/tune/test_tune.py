@@ -70,6 +70,7 @@ def read_stamps(run: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.mark.smoke
 def test_every_trial_is_in_the_tables_and_the_best_scores(
     shards: Path,
     files: dict[str, str],
