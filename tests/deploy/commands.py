@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from typing import Any
 
 import typer
@@ -18,6 +19,7 @@ SCRIPT = "cifake-ray"
 ON_A_CLUSTER = {"convert", "train", "tune", "evaluate", "score", "pipeline"}
 
 
+@cache
 def parse_entrypoint(line: str) -> Any:
     """The config that an entrypoint makes. ValueError if it makes none."""
     words = shlex.split(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ Manifest = dict[str, Any]
 
 
 def render(folder: Path) -> list[Manifest]:
-    """The manifests of a folder, in no particular order."""
-    return _accumulate(folder.resolve(), [])
+    """The manifests of a folder, in no particular order; the caller may change them."""
+    return copy.deepcopy(_render(folder.resolve()))
+
+
+@cache
+def _render(folder: Path) -> list[Manifest]:
+    return _accumulate(folder, [])
 
 
 def _accumulate(folder: Path, manifests: list[Manifest]) -> list[Manifest]:

@@ -19,6 +19,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from commands import parse_entrypoint
+from every import for_every
 from kustomizing import Manifest, find_containers, find_pod_specs, render
 
 import cifake_ray
@@ -93,7 +94,7 @@ def test_every_kustomization_is_in_use() -> None:
     assert files == named
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_kustomize_itself_prints_what_these_tests_look_at(folder: str) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
@@ -107,7 +108,7 @@ def test_kustomize_itself_prints_what_these_tests_look_at(folder: str) -> None:
     assert sorted(render(KUBERAY / folder), key=name) == theirs
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_kuberay_knows_every_field_of_its_kinds(folder: str) -> None:
     kinds = manifests_of(folder)
     checked = 0
@@ -146,7 +147,7 @@ def test_a_value_that_is_misspelt_is_found() -> None:
         schema.validate(manifest)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_kubernetes_knows_every_field_of_the_other_kinds(folder: str) -> None:
     kinds = manifests_of(folder)
     others = [m for kind, manifests in kinds.items() if kind not in OURS for m in manifests]
@@ -158,7 +159,7 @@ def test_kubernetes_knows_every_field_of_the_other_kinds(folder: str) -> None:
         kubernetes_validate.validate(as_pod, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_nothing_is_exposed(folder: str) -> None:
     kinds = manifests_of(folder)
     own = {"RayJob"} if folder.startswith("jobs/") else {"RayCluster"}
@@ -171,7 +172,7 @@ def test_nothing_is_exposed(folder: str) -> None:
         assert all("hostPort" not in p for c in pod["containers"] for p in c.get("ports", []))
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_only_the_namespace_and_the_operator_reach_a_pod(folder: str) -> None:
     [policy] = manifests_of(folder)["NetworkPolicy"]
     assert policy["spec"]["podSelector"] == {}
@@ -192,7 +193,7 @@ def test_only_the_namespace_and_the_operator_reach_a_pod(folder: str) -> None:
         assert "169.254.0.0/16" in block["except"], "the node's own role"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_every_cluster_wants_a_token(folder: str) -> None:
     kinds = manifests_of(folder)
     assert cluster_of(folder)["authOptions"] == {"mode": "token", "secretName": "cifake-ray-token"}
@@ -203,7 +204,7 @@ def test_every_cluster_wants_a_token(folder: str) -> None:
         assert not any("TOKEN" in variable["name"] for variable in container["env"])
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_every_container_is_locked_in(folder: str) -> None:
     kinds = manifests_of(folder)
     pods = list(find_pod_specs(list(kinds.values())))
@@ -232,7 +233,7 @@ def test_every_container_is_locked_in(folder: str) -> None:
         assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_volumes_of_a_pod_are_bounded(folder: str) -> None:
     for pod in find_pod_specs(render(KUBERAY / folder)):
         volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
@@ -244,14 +245,14 @@ def test_volumes_of_a_pod_are_bounded(folder: str) -> None:
                 assert volumes["shm"]["medium"] == "Memory"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_only_the_head_has_rights_in_kubernetes(folder: str) -> None:
     for pod in find_pod_specs(render(KUBERAY / folder)):
         is_head = pod["containers"][0]["name"] == "ray-head"
         assert pod.get("automountServiceAccountToken", True) is is_head
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_the_role_stands_in_one_place_and_keys_in_none(folder: str) -> None:
     accounts = manifests_of(folder)["ServiceAccount"]
     roles = {a["metadata"]["annotations"]["eks.amazonaws.com/role-arn"] for a in accounts}
@@ -264,7 +265,7 @@ def test_the_role_stands_in_one_place_and_keys_in_none(folder: str) -> None:
     assert not any(re.search(r"AWS_|secretKeyRef|AKIA", text) for text in texts)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_nothing_is_asked_of_kuberay_that_it_refuses(folder: str) -> None:
     """Rules of ValidateRayClusterSpec and ValidateRayJobSpec that no schema holds."""
     spec = cluster_of(folder)
@@ -291,7 +292,7 @@ def test_nothing_is_asked_of_kuberay_that_it_refuses(folder: str) -> None:
         assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", job["metadata"]["name"])
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@for_every(VERBS)
 def test_the_command_line_takes_the_entrypoint(verb: str) -> None:
     config = parse_entrypoint(job_of(verb)["entrypoint"])
     assert type(config).__name__ == f"{verb.capitalize()}Config"
@@ -316,7 +317,7 @@ def test_a_misspelt_entrypoint_is_found(change: tuple[str, str]) -> None:
         parse_entrypoint(line.replace(*change))
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@for_every(VERBS)
 def test_a_job_asks_for_no_more_than_its_cluster_may_grow_to(verb: str) -> None:
     job = job_of(verb)
     config = parse_entrypoint(job["entrypoint"])
@@ -343,14 +344,14 @@ def images_of(folder: str) -> Iterator[str]:
         yield container["image"]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@for_every(FOLDERS)
 def test_all_pods_of_a_cluster_run_one_image_of_this_version(folder: str) -> None:
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
     flavour = "gpu" if len(cluster_of(folder)["workerGroupSpecs"]) == 2 else "cpu"
     assert set(images_of(folder)) == {f"REGISTRY/cifake-ray:{version}-{flavour}"}
 
 
-@pytest.mark.parametrize("level", ["enforce", "audit", "warn"])
+@for_every(["enforce", "audit", "warn"])
 def test_the_namespace_is_restricted(level: str) -> None:
     [namespace] = manifests_of("overlays/cpu")["Namespace"]
     assert namespace["metadata"]["labels"][f"pod-security.kubernetes.io/{level}"] == "restricted"

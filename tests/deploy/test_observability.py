@@ -18,6 +18,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from every import for_every
 from kustomizing import render
 from prometheus_client import REGISTRY
 from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
@@ -119,7 +120,7 @@ EXPRESSIONS = [target["expr"] for target in find_targets(DASHBOARD)]
 EXPRESSIONS += [alert["expr"] for alert in ALERTS.values()]
 
 
-@pytest.mark.parametrize("expr", EXPRESSIONS)
+@for_every(EXPRESSIONS)
 def test_every_metric_and_label_exists(expr: str) -> None:
     assert find_uses(expr)
     assert find_faults(expr) == []
@@ -254,7 +255,7 @@ def test_every_panel_follows_the_chosen_sessions() -> None:
 # The alerts
 
 
-@pytest.mark.parametrize("name", ALERTS)
+@for_every(ALERTS)
 def test_an_alert_says_what_it_means_and_the_readme_what_to_do(name: str) -> None:
     alert = ALERTS[name]
     assert alert.keys() == {"alert", "expr", "for", "labels", "annotations"}

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from every import for_every
 
 import cifake_ray
 
@@ -37,7 +38,7 @@ def test_a_field_that_is_misspelt_is_found() -> None:
         jsonschema.validate({**CLUSTER, "max_worker": 1}, read_schema())
 
 
-@pytest.mark.parametrize("name", NODES)
+@for_every(NODES)
 def test_a_node_has_a_role_and_no_way_in_but_the_given_group(name: str) -> None:
     node = NODES[name]["node_config"]
     assert node["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::ACCOUNT:instance-profile/")
@@ -56,7 +57,7 @@ def test_no_key_is_in_the_file() -> None:
     assert not re.search(r"AKIA|AWS_|aws_secret|ssh_private_key|RAY_AUTH_TOKEN\b", text)
 
 
-@pytest.mark.parametrize("name", WORKERS)
+@for_every(WORKERS)
 def test_workers_are_spot_and_not_the_head(name: str) -> None:
     assert NODES[name]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "InstanceMarketOptions" not in NODES["head"]["node_config"]
@@ -64,7 +65,7 @@ def test_workers_are_spot_and_not_the_head(name: str) -> None:
     assert profiles[0] != profiles[1], "only the head may start and end nodes"
 
 
-@pytest.mark.parametrize("where", ["head", "worker"])
+@for_every(["head", "worker"])
 def test_ray_starts_with_a_token_and_one_arena(where: str) -> None:
     *_, command = CLUSTER[f"{where}_start_ray_commands"]
     words = shlex.split(command)
