@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import IO
 
@@ -94,7 +95,7 @@ class _HashSorter:
     def _writer(self, index: int, schema: pa.Schema) -> pa.ipc.RecordBatchStreamWriter:
         writer = self.writers[index]
         if writer is None:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the sorter
+            file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
             self.ranges[index] = file
             writer = self.writers[index] = pa.ipc.new_stream(file, schema)
         return writer
@@ -113,6 +114,12 @@ class _HashSorter:
             table = table.remove_column(0).take(pc.sort_indices(place, sort_keys=order))
             _check_unique(table)
             yield table
+
+    def close(self) -> None:
+        """Close the files, also those of a listing that broke off."""
+        for file in self.ranges:
+            if file is not None:
+                file.close()
 
 
 def _check_unique(table: pa.Table) -> None:
@@ -145,20 +152,19 @@ def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table
 
 
 def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
-    if listing.keeps_order:
-        checker = _HashSorter()
+    with closing(_HashSorter()) as sorter:
+        if listing.keeps_order:
+            for batch in listing.batches:
+                sorter.add(batch.select(["key", "size_bytes"]))
+                yield pa.Table.from_batches([batch])
+            for _ in sorter.drain():  # refuses a key that stands there twice
+                pass
+            return
         for batch in listing.batches:
-            checker.add(batch.select(["key", "size_bytes"]))
-            yield pa.Table.from_batches([batch])
-        for _ in checker.drain():  # refuses a key that stands there twice
-            pass
-        return
-    sorter = _HashSorter()
-    for batch in listing.batches:
-        sorter.add(batch)
-    rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
-    for shard in _deal_rows(sorter.drain(), rows):
-        yield shard.sort_by("key")
+            sorter.add(batch)
+        rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
+        for shard in _deal_rows(sorter.drain(), rows):
+            yield shard.sort_by("key")
 
 
 def write_manifest(
