@@ -27,10 +27,11 @@ from cifake_ray.storage.runs.tune_run import TuneRun
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
+TINY = "small_cnn_w8_d1"  # 1,382 parameters: what is tested is the search
 SPACE = {"lr": {"loguniform": [0.0005, 0.02]}, "augment.flip": [0.0, 0.5]}
 RECIPE = {
-    "model": "cnn",
-    "epochs": 3,
+    "model": TINY,
+    "epochs": 2,
     "batch_size": 16,
     "val_fraction": 0.3,
     "precision": "float32",
@@ -47,7 +48,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 def make_config(shards: Path, run: Path, files: dict[str, str], **options: Any) -> TuneConfig:
     values = {
-        "trials": 4,
+        "trials": 3,
         "recipe": files["recipe"],
         "search": (files["search"],),
         "cache_dir": str(run.parent / "cache"),
@@ -81,19 +82,19 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     run, said = tmp_path / "run", []
     summary = run_tune(shards, run, files, scheduler="none", log=said.append)
     rows = read_rows(run)
-    assert [row["trial"] for row in rows] == [0, 1, 2, 3]
-    assert {row["end"] for row in rows} == {"all 3 epochs done"}
-    assert summary["ends"] == {"all 3 epochs done": 4}
-    assert summary["epochs"] == summary["epochs_planned"] == 12
+    assert [row["trial"] for row in rows] == [0, 1, 2]
+    assert {row["end"] for row in rows} == {"all 2 epochs done"}
+    assert summary["ends"] == {"all 2 epochs done": 3}
+    assert summary["epochs"] == summary["epochs_planned"] == 6
     assert summary["best"] == max(row["val_accuracy"] for row in rows)
     with open(run / "trials.csv", newline="") as file:
         assert [row["lr"] for row in csv.DictReader(file)] == [str(row["lr"]) for row in rows]
     command = (
         f"cifake-ray tune {shards} {run} --search {files['search']} --recipe {files['recipe']}"
     )
-    assert f"{command} --trials 4 --scheduler none" in (run / "report.html").read_text()
+    assert f"{command} --trials 3 --scheduler none" in (run / "report.html").read_text()
     table = [line for line in said if line.startswith("| ")]
-    assert len(table) == 6  # head, rule, four trials
+    assert len(table) == 5  # head, rule, three trials
     before = read_stamps(run)
     with monkeypatch.context() as patched:  # it needs neither
         for name in ("connect_cluster", "read_training_rows"):
@@ -111,7 +112,7 @@ def test_the_recipe_makes_the_best_trial_again(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    summary = run_tune(shards, run, files, trials=3)
+    summary = run_tune(shards, run, files, trials=2)
     config = TrainConfig(
         shards=str(shards),
         run=str(tmp_path / "again"),
@@ -131,13 +132,14 @@ def test_asha_stops_those_behind_at_the_rung_and_says_so(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     """One after the other, so that each is compared with all that came before it."""
-    Path(files["search"]).write_text("lr: [0.001, 0.002, 0.00000001, 0.5, 0.6]\n")
+    Path(files["search"]).write_text("lr: [0.001, 0.002, 0.00000001, 0.5]\n")
     summary = run_tune(
         shards,
         tmp_path / "run",
         files,
         searcher="grid",
-        trials=5,
+        trials=4,
+        epochs=3,
         objective="val_loss",
         reduction_factor=2,
         grace_epochs=2,
@@ -155,25 +157,25 @@ def test_asha_stops_those_behind_at_the_rung_and_says_so(
     assert stopped
     assert read_recipe(tmp_path / "run" / "recipe.yaml")["monitor"] == "val_loss"
     assert summary["ends"]["stopped by asha"] == len(stopped)
-    assert summary["epochs"] == summary["epochs_planned"] - len(stopped) == 15 - len(stopped)
+    assert summary["epochs"] == summary["epochs_planned"] - len(stopped) == 12 - len(stopped)
 
 
 def test_a_search_that_lost_its_end_goes_on_and_repeats_nothing(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = run_tune(shards, run, files, trials=4)
+    first = run_tune(shards, run, files)
     rows = read_rows(run)
     search = TuneRun(run)
-    trial = search.read_trial(3)
+    trial = search.read_trial(2)
     (run / "_SUCCESS").unlink()  # as if it was killed in the last trial's first epoch
-    shutil.rmtree(search.folder_of(3) / "run-0")
+    shutil.rmtree(search.folder_of(2) / "run-0")
     search.write_trial(replace(trial, end=None))
-    stamps = {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p}
+    stamps = {p: t for p, t in read_stamps(run / "trials").items() if "00002" not in p}
     said: list[str] = []
-    second = run_tune(shards, run, files, trials=4, log=said.append)
-    assert said[0] == "tune: going on with 4 trials, 3 of them over"
-    assert {p: t for p, t in read_stamps(run / "trials").items() if "00003" not in p} == stamps
+    second = run_tune(shards, run, files, log=said.append)
+    assert said[0] == "tune: going on with 3 trials, 2 of them over"
+    assert {p: t for p, t in read_stamps(run / "trials").items() if "00002" not in p} == stamps
     untimed = [{k: v for k, v in row.items() if k != "train_s"} for row in rows]
     assert [{k: v for k, v in r.items() if k != "train_s"} for r in read_rows(run)] == untimed
     assert (second["best_trial"], second["best"]) == (first["best_trial"], first["best"])
@@ -196,7 +198,7 @@ def test_a_trial_that_fails_is_a_row_and_is_tried_again(
     summary = run_tune(shards, run, files, **options)
     assert summary["best_trial"] == 0
     (good, bad) = read_rows(run)
-    assert good["end"] == "all 3 epochs done"
+    assert good["end"] == "all 2 epochs done"
     assert bad["end"].startswith("failed: ")
     assert "lower --lr" in bad["end"]
     (run / "_SUCCESS").unlink()
@@ -272,7 +274,8 @@ def test_a_folder_of_another_verb_is_refused_and_stays_as_it_is(
 def test_median_stopping_comes_to_an_end(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    summary = run_tune(shards, tmp_path / "run", files, scheduler="median")
+    options: dict[str, Any] = {"scheduler": "median", "trials": 4, "epochs": 3}
+    summary = run_tune(shards, tmp_path / "run", files, **options)
     assert sum(summary["ends"].values()) == 4
     assert summary["ends"].keys() <= {"all 3 epochs done", "stopped by median"}
     assert (tmp_path / "run" / "bundle" / "config.json").exists()
@@ -321,22 +324,22 @@ def test_tpe_tries_as_many_as_it_is_told(
 
 def test_tpe_chooses_anew_after_a_kill(shards: Path, files: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
+    run_tune(shards, run, files, searcher="tpe", epochs=1)
     (run / "_SUCCESS").unlink()
-    for number in (2, 3):  # as if it had been killed before these
+    for number in (1, 2):  # as if it had been killed before these
         shutil.rmtree(TuneRun(run).folder_of(number))
-    run_tune(shards, run, files, searcher="tpe", trials=4, epochs=1)
-    assert len({row["lr"] for row in read_rows(run)}) == 4, "a trial was tried twice"
+    run_tune(shards, run, files, searcher="tpe", epochs=1)
+    assert len({row["lr"] for row in read_rows(run)}) == 3, "a trial was tried twice"
 
 
 def test_tpe_goes_on_after_a_network_beyond_the_budget(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
-    Path(files["search"]).write_text("model: [cnn, small_cnn]\n")
+    Path(files["search"]).write_text(f"model: [{TINY}, small_cnn]\n")
     options: dict[str, Any] = {"searcher": "tpe", "trials": 5, "epochs": 1}
     run_tune(shards, tmp_path / "run", files, max_parameters=40_000, **options)
     rows = read_rows(tmp_path / "run")
-    assert [row["model"] for row in rows] == ["cnn"] * 5
+    assert [row["model"] for row in rows] == [TINY] * 5
     assert {row["end"] for row in rows} == {"all 1 epochs done"}
     with pytest.raises(CifakeError, match="nothing was within the budget"):
         run_tune(shards, tmp_path / "none", files, max_parameters=10, **options)
@@ -346,7 +349,7 @@ def test_the_time_budget_ends_the_search_and_is_the_reason(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     summary = run_tune(
-        shards, tmp_path / "run", files, trials=3, epochs=4000, time_budget=20, scheduler="none"
+        shards, tmp_path / "run", files, trials=3, epochs=4000, time_budget=12, scheduler="none"
     )
     assert summary["ends"] == {"the time budget was over": 3}
     assert summary["epochs"] == summary["epochs_planned"], "nothing was saved by stopping early"
@@ -383,7 +386,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
         monkeypatch.setattr("ray.init", lambda **options: pytest.fail("was called"))
         monkeypatch.setattr(stages_tune, "count_local_cpus", lambda: 2)
     plan = run_tune(shards, tmp_path / "run", files, dry_run=True)
-    assert (plan["trials"], plan["at_once"], plan["epochs"]) == (4, 2, 3)
+    assert (plan["trials"], plan["at_once"], plan["epochs"]) == (3, 2, 2)
     assert not (tmp_path / "run").exists()
 
 
