@@ -1,4 +1,4 @@
-"""The verbs as functions, and a detector for single images: for notebooks and other programs.
+"""Offer the verbs as functions, and a detector for single images, to notebooks and other programs.
 
 Each function takes the options of its command as keywords (the fields of
 `ScoreConfig` and so on), runs the same code, and resumes when it is called again. It raises the
@@ -52,7 +52,7 @@ def _run(config: Any) -> Any:
 def _take_options(
     config_class: Callable[P, Any],
 ) -> Callable[[Callable[[Any], R]], Callable[P, R]]:
-    """Return a decorator that gives a function of a config the keywords of that config."""
+    """Return a decorator that replaces a config parameter by the fields of that config."""
 
     def decorate(run: Callable[[Any], R]) -> Callable[P, R]:
         @wraps(run)
@@ -102,7 +102,7 @@ def score(config: ScoreConfig) -> BatchSummary | DryRun:
 
 
 class LoadedDetector:
-    """A detector from a bundle. Takes images and returns `p_fake`, as `score` computes it.
+    """A detector from a bundle, which computes `p_fake` of images as `score` does.
 
     >>> from PIL import Image
     >>> detector = load_detector()
@@ -118,7 +118,7 @@ class LoadedDetector:
 
     @property
     def threshold(self) -> float:
-        """`p_fake` from which `score` calls an image FAKE, 0 to 1."""
+        """Return the `p_fake` from which `score` calls an image FAKE, 0 to 1."""
         return self.bundle.threshold(None)
 
     def predict(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
@@ -133,7 +133,7 @@ class LoadedDetector:
         return compute_p_fake(logit, self.bundle.calibration.temperature)
 
     def predict_logit(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
-        """Return the uncalibrated output of each image, float32[N]: above 0 speaks for FAKE.
+        """Return the uncalibrated output of each image, float32[N]: above 0 means FAKE.
 
         Takes and raises what `predict` does.
         """
@@ -168,8 +168,8 @@ def load_detector(
 ) -> LoadedDetector:
     """Load a bundle, or a run of `train` that holds one; without `bundle` the built-in detector.
 
-    `device` is torch's name ("cpu", "cuda"), `store` says how buckets are reached. BundleError when
-    the bundle is missing, incomplete or damaged.
+    `device` is torch's name ("cpu", "cuda"), `store` configures access to buckets. BundleError
+    when the bundle is missing, incomplete or damaged.
 
     >>> load_detector().bundle.architecture
     'small_cnn'

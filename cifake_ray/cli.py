@@ -1,7 +1,6 @@
-"""The `cifake-ray` command: one function per verb.
+"""The `cifake-ray` command: parse the options of a verb, run it, print its result.
 
-Parses, calls one stage, prints. Stages are imported inside their command, so that
-`--help` needs neither torch nor Ray.
+Stages are imported inside their command, so that `--help` needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -14,20 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cifake_ray.config import (
-    Config,
-    ConvertConfig,
-    EvaluateConfig,
-    ExportConfig,
-    PipelineConfig,
-    RepairConfig,
-    SampleConfig,
-    ScoreConfig,
-    SubmitConfig,
-    TrainConfig,
-    TuneConfig,
-    VerifyConfig,
-)
+from cifake_ray.config import VERBS, Config, SubmitConfig
 from cifake_ray.console import get_log_format, log, run_command, show_line
 from cifake_ray.errors import ExitCode
 from cifake_ray.options import DebugOption, JsonOption, make_command
@@ -41,17 +27,14 @@ app = typer.Typer(
 )
 
 
-def _add_verb(name: str, config_class: type[Config]) -> None:
-    def run(make_config: Any, *, json_output: bool, debug: bool) -> None:
-        def body() -> tuple[Any, int]:
-            config = make_config()
-            from cifake_ray.pipeline import run_verb
+def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
+    def body() -> tuple[Any, int]:
+        config = make_config()
+        from cifake_ray.pipeline import run_verb
 
-            return run_verb(config, STARTED_S)
+        return run_verb(config, STARTED_S)
 
-        run_command(body, json_output=json_output, debug=debug)
-
-    app.command(name=name, help=_describe(config_class))(make_command(config_class, run))
+    run_command(body, json_output=json_output, debug=debug)
 
 
 def _describe(config_class: type[Config]) -> str:
@@ -59,21 +42,8 @@ def _describe(config_class: type[Config]) -> str:
     return doc[:1].upper() + doc[1:]
 
 
-VERBS: dict[str, type[Config]] = {
-    "sample": SampleConfig,
-    "convert": ConvertConfig,
-    "train": TrainConfig,
-    "tune": TuneConfig,
-    "evaluate": EvaluateConfig,
-    "score": ScoreConfig,
-    "pipeline": PipelineConfig,
-    "verify": VerifyConfig,
-    "repair": RepairConfig,
-    "export": ExportConfig,
-}
-for _name, _config_class in VERBS.items():
-    _add_verb(_name, _config_class)
-
+for _name, _class in VERBS.items():
+    app.command(name=_name, help=_describe(_class))(make_command(_class, _run_verb))
 
 submit = typer.Typer(
     help="Run a verb as a job of a Ray cluster; the command ends with the job's own exit code.",
@@ -112,7 +82,7 @@ def demo(
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """All of it on a small sample: convert, train, evaluate, score and a report."""
+    """Run everything on a small sample: convert, train, evaluate, score and a report."""
     from cifake_ray.pipeline import run_demo
 
     run_command(
@@ -124,7 +94,9 @@ def demo(
 def models(
     pattern: Annotated[
         str | None,
-        typer.Argument(help="All of timm's too that match this glob (default: ours and a choice)"),
+        typer.Argument(
+            help="Include timm's that match this glob (default: ours and a selection of timm's)"
+        ),
     ] = None,
     image_size: Annotated[
         int | None,
@@ -136,7 +108,7 @@ def models(
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """The architectures that `--model` takes: what they cost, how well they did on CIFAKE."""
+    """List the architectures that `--model` takes, with their cost and their results on CIFAKE."""
 
     def body() -> tuple[Any, int]:
         from cifake_ray.core.training.model_cost import list_models
@@ -158,7 +130,7 @@ def models(
 
 @app.command()
 def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
-    """Check this machine: versions, cores, GPUs, memory, disk, Ray and the detector in the box."""
+    """Check this machine: versions, cores, GPUs, memory, disk, Ray and the built-in detector."""
 
     def body() -> tuple[Any, int]:
         from cifake_ray.stages.doctor import examine_machine
@@ -170,7 +142,7 @@ def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
 
 @app.command()
 def version(json_output: JsonOption = False, debug: DebugOption = False) -> None:
-    """Versions of this program and of what it stands on."""
+    """Print the versions of this program and of its main dependencies."""
 
     def body() -> tuple[Any, int]:
         from importlib.metadata import version as find_version
@@ -182,13 +154,13 @@ def version(json_output: JsonOption = False, debug: DebugOption = False) -> None
 
 
 def main(verb: str | None = None) -> None:
-    """Entry point of `cifake-ray`; a job file gives its verb."""
+    """Run `cifake-ray`; a job file passes its verb."""
     try:
         app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")
     except SystemExit as end:
         if end.code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED, ExitCode.RESOURCES):
-            # All is said and Ray is stopped; a thread that still lists a source, or waits for a
-            # cluster that does not answer, would hold up an orderly exit.
+            # Everything is printed and Ray is stopped; a thread that still lists a source, or waits
+            # for a cluster that does not answer, would delay an orderly exit.
             sys.stdout.flush()
             os._exit(int(end.code))
         raise

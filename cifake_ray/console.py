@@ -1,4 +1,4 @@
-"""Output of the commands, and how each one ends.
+"""Print the output of the commands, and end each one with its exit code.
 
 Results go to stdout, everything else to stderr.
 """
@@ -31,7 +31,7 @@ TERMINAL_INTERVAL_S = 0.2
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C."""
+    """Raised on SIGTERM, which is handled like Ctrl-C."""
 
 
 def clean_text(text: str) -> str:
@@ -57,10 +57,10 @@ def run_command(
     def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
         if debug:
             _show_traceback(failure)
-        place = traceback.extract_tb(trace)[-1]
+        frame = traceback.extract_tb(trace)[-1]
         message = (
-            f"unexpected {kind.__name__}: {failure} ({Path(place.filename).name}:{place.lineno}, in"
-            f" {place.name}); --debug shows the whole traceback"
+            f"unexpected {kind.__name__}: {failure} ({Path(frame.filename).name}:{frame.lineno}, in"
+            f" {frame.name}); --debug shows the whole traceback"
         )
         log(f"cifake-ray: {message}")
         if json_output:
@@ -162,7 +162,7 @@ def show_line(line: str, stream: TextIO | None = None) -> None:
 
 @dataclass
 class ProgressLine:
-    """Progress with rate and time left: one updated line on a terminal, else a line every 5 s."""
+    """Show progress with rate and time left: one updated line on a terminal, else one every 5 s."""
 
     verb: str
     shown_s: float = 0.0

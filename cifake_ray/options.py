@@ -1,14 +1,14 @@
 """Derive the options of a command from a config dataclass.
 
-Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from the fields,
-in the order `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags, which is click's own.
+Help, defaults, `CIFAKE_RAY_*` variables and `--config` keys all come from its fields. Precedence is
+click's own: `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
@@ -29,9 +29,9 @@ def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def load_recipe(context: typer.Context, name: str | None) -> str | None:
-    """Use a recipe, a file or a built-in one, as defaults; `--config` takes precedence.
+    """Use a recipe, built-in or a file, as defaults; `--config` takes precedence.
 
-    BadParameter when there is neither.
+    BadParameter when there is no such recipe.
     """
     if name is not None:
         try:
@@ -93,71 +93,63 @@ def make_command(
 ) -> Callable[..., None]:
     """Return a function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
-    `make()` builds the config, so that its UsageError is reported where all errors are. With a
-    `job_class` its fields are added, those of the same name replaced, and `make()` builds both.
+    `make()` builds the config, so its UsageError is reported as other errors are. A `job_class`
+    adds its fields, replaces those of the same name, and makes `make()` return both configs.
     """
-    classes = [config_class] if job_class is None else [job_class, config_class]
-    owners = {field.name: owner for owner in reversed(classes) for field in fields(owner)}
-    parameters = []
-    for name, owner in sorted(
-        owners.items(), key=lambda item: not doc_of(item[1], item[0]).positional
-    ):
-        default = next(field.default for field in fields(owner) if field.name == name)
-        parameters.append(
-            _make_parameter(name, get_type_hints(owner)[name], default, doc_of(owner, name))
-        )
-    recipe = [("recipe", RecipeOption, None)] if config_class is TrainConfig else []
-    for name, annotation, default in (
-        ("json_output", JsonOption, False),
-        ("debug", DebugOption, False),
-        ("log_format", LogFormatOption, "text"),
-        ("config_file", ConfigOption, None),
-        *recipe,
-    ):
-        parameters.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-            )
-        )
-
-    handled = ("log_format", "config_file", *(name for name, _, _ in recipe))  # by callbacks
+    classes = [config_class] if job_class is None else [config_class, job_class]
+    owners = {field.name: (owner, field) for owner in classes for field in fields(owner)}
+    docs = {name: doc_of(owner, name) for name, (owner, _) in owners.items()}
+    options = {
+        name: _make_option(docs[name], get_type_hints(owners[name][0])[name], owners[name][1])
+        for name in sorted(owners, key=lambda name: not docs[name].positional)
+    }
+    options |= {
+        "json_output": (JsonOption, False),
+        "debug": (DebugOption, False),
+        "log_format": (LogFormatOption, "text"),  # used by its callback, as the two below
+        "config_file": (ConfigOption, None),
+    }
+    if config_class is TrainConfig:
+        options["recipe"] = (RecipeOption, None)
 
     def command(*, json_output: bool, debug: bool, **values: Any) -> None:
-        values = {name: value for name, value in values.items() if name not in handled}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
         def make() -> Any:
             made = [
-                owner(**{name: values[name] for name in values if owners[name] is owner})
-                for owner in reversed(classes)
+                owner(**{name: values[name] for name in owners if owners[name][0] is owner})
+                for owner in classes
             ]
             return made[0] if job_class is None else made
 
         run(make, json_output=json_output, debug=debug)
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+            for name, (annotation, default) in options.items()
+        ]
+    )
+    command.__annotations__ = {name: annotation for name, (annotation, _) in options.items()}
     command.__doc__ = config_class.__doc__
     return command
 
 
-def _make_parameter(name: str, hint: Any, default: Any, doc: Doc) -> inspect.Parameter:
+def _make_option(doc: Doc, hint: Any, field: Field[Any]) -> tuple[Any, Any]:
+    """Return the annotation and the default of the parameter that typer makes an option."""
+    default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words
         hint, default = list[str], list(default)
-    if hint == str | Augmentation:  # the command line has its text
+    if hint == str | Augmentation:  # on the command line it is text
         hint = str
     if doc.positional:
-        info: Any = typer.Argument(help=doc.help, show_default=False)
-    else:
-        info = typer.Option(
-            help=doc.help,
-            envvar=PREFIX + name.upper(),
-            show_envvar=False,
-            show_default=default not in (None, []),
-        )
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[hint, info],
+        return Annotated[hint, typer.Argument(help=doc.help, show_default=False)], default
+    option = typer.Option(
+        help=doc.help,
+        envvar=PREFIX + field.name.upper(),
+        show_envvar=False,
+        show_default=default not in (None, []),
     )
+    return Annotated[hint, option], default

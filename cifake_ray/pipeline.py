@@ -24,19 +24,20 @@ from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path
 
-# Enough for the cnn to learn the sample, in about half a minute on two cores.
+# Enough to fit the sample with the cnn, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
 
 
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
-    """Run the verb a config belongs to: its result and exit code."""
+    """Run the verb that a config belongs to; return its result and exit code."""
     return RUNNERS[type(config)](config, started_s)
 
 
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """convert, train, evaluate and score below one root; finished stages are left untouched."""
+    """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.driver import check_training, place_training
+    from cifake_ray.stages.train.driver import place_training
+    from cifake_ray.stages.train.prepare import build_checked
     from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
@@ -59,7 +60,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         EvaluateConfig(shards=shards, bundle=run, out=report, device=config.device, **batch),
         ScoreConfig(src=config.src, out=scores, bundle=run, device=config.device, **batch),
     )
-    check_training(train)  # what cannot be trained is refused before hours of converting
+    build_checked(train)  # fail before hours of converting if the options do not fit together
     with connect_cluster(config, log=log) as resources:
         is_trained = exists(root / "run" / "_SUCCESS")
         if not (is_trained or config.scale_timeout_s or train.worker_range == (0, 0)):
@@ -80,7 +81,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
 
 
 def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
-    """The whole pipeline on the sample: a report to look at in about two minutes."""
+    """Run the whole pipeline on the sample, which makes a report in about two minutes."""
     root = resolve_path(out)
     log(f"demo: writing a sample of {images:,} images to {root / 'images'}")
     run_verb(SampleConfig(out=str(root / "images"), images=images, seed=seed), time.time())
@@ -146,7 +147,7 @@ def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
-    """Redo the shards that are not what was committed, and only those."""
+    """Redo the shards that differ from what was committed, and only those."""
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import set_damaged_aside
 
@@ -159,15 +160,15 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
         again = verbs[run.command](**values, **here)
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
-            f"{path}/_run.json: not the papers of a run that can be repaired ({error}); was it"
-            " edited?"
+            f"{path}/_run.json: not the metadata of a run that can be repaired ({error}); it may"
+            " have been edited"
         ) from error
     aside = set_damaged_aside(path)
     try:
         result = run_verb(again, started_s)
         aside.discard()
     finally:
-        aside.restore()  # if it could not be done, nothing is worse than before
+        aside.restore()  # after a failure everything is as it was before
     return result
 
 
@@ -179,7 +180,7 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
     return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
 
 
-# Each resolves the paths of its verb, once, and imports its stage itself.
+# Each resolves the paths of its verb, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
     ConvertConfig: _convert,

@@ -1,7 +1,7 @@
-"""Every option of every verb, one file a verb.
+"""Every option of every verb, one file per verb.
 
-One frozen dataclass per verb; the command line, `CIFAKE_RAY_*` variables and
-`--config` files are all made from these fields, so a default stands in one place.
+Each verb has one frozen dataclass; the command line, `CIFAKE_RAY_*` variables and `--config` files
+are all made from its fields, so a default is written in one place.
 """
 
 from __future__ import annotations
@@ -33,51 +33,17 @@ from cifake_ray.config.train import Monitor, TrackerName, TrainConfig
 from cifake_ray.config.tune import TuneConfig
 from cifake_ray.config.verify import VerifyConfig
 
-Config = (
-    SampleConfig
-    | ConvertConfig
-    | TrainConfig
-    | TuneConfig
-    | EvaluateConfig
-    | ScoreConfig
-    | PipelineConfig
-    | VerifyConfig
-    | RepairConfig
-    | ExportConfig
-)
+Config = StoreConfig | SampleConfig  # of any verb
 
-__all__ = [
-    "JOBS_API",
-    "MAX_IMAGE_SIZE",
-    "POLICIES",
-    "Augmentation",
-    "BatchConfig",
-    "BundleConfig",
-    "ClusterConfig",
-    "Config",
-    "ConvertConfig",
-    "Device",
-    "Doc",
-    "EvaluateConfig",
-    "ExportConfig",
-    "Fit",
-    "Monitor",
-    "PipelineConfig",
-    "RepairConfig",
-    "SampleConfig",
-    "ScoreConfig",
-    "SourceConfig",
-    "StoreConfig",
-    "SubmitConfig",
-    "TrackerName",
-    "TrainConfig",
-    "TuneConfig",
-    "VerifyConfig",
-    "check_endpoint",
-    "check_remote_paths",
-    "doc_of",
-    "find_misfit",
-    "fingerprint_settings",
-    "list_options",
-    "parse_augmentation",
-]
+VERBS: dict[str, type[Config]] = {
+    "sample": SampleConfig,
+    "convert": ConvertConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
+    "pipeline": PipelineConfig,
+    "verify": VerifyConfig,
+    "repair": RepairConfig,
+    "export": ExportConfig,
+}

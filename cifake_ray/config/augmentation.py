@@ -1,4 +1,4 @@
-"""Every step of an augmentation policy on one page, and the policies that have a name."""
+"""Define every step of an augmentation policy, and the policies that have a name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Annotated, Any, get_type_hints
 from cifake_ray.config.fields import Doc
 from cifake_ray.errors import UsageError
 
-# In degraded photographs of the wild. Source: Wang et al. 2020, CNNDetection, section 4.1: blur and
-# JPEG on a tenth of the images each.
+# Share of degraded images. Source: Wang et al. 2020, CNNDetection, section 4.1: blur and JPEG on a
+# tenth of the images each.
 DEGRADED_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to training images, in this order. 0 leaves a step out; 100 does for JPEG."""
+    """Steps applied to training images, in this order. 0 skips a step, as JPEG quality 100 does."""
 
     flip: Annotated[float, Doc("Share of the images that are mirrored, 0 to 1")] = 0.0
     rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
@@ -55,7 +55,7 @@ class Augmentation:
                 raise UsageError(f"augmentation: give {strength} and {step}_share, or neither")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the steps that are taken; `parse_augmentation` reads them."""
+        """Return the steps that change anything; `parse_augmentation` reads them."""
         nothing = {field.name: field.default for field in fields(self)}
         return {name: value for name, value in asdict(self).items() if value != nothing[name]}
 
@@ -66,7 +66,7 @@ class Augmentation:
 
     @property
     def moves(self) -> bool:
-        """Whether pixels change their place, mirrors apart."""
+        """Whether pixels change their position, other than by mirroring."""
         return max(self.rotation, self.shift, self.crop) > 0
 
 
@@ -103,7 +103,7 @@ POLICIES: dict[str, Augmentation] = {
 
 
 def parse_augmentation(values: Mapping[str, Any]) -> Augmentation:
-    """A policy from a mapping of its fields. UsageError for names and values it does not have."""
+    """Return the policy with these fields. UsageError for unknown names and invalid values."""
     known = get_type_hints(Augmentation)
     if unknown := sorted(str(name) for name in values if name not in known):
         raise UsageError(f"augmentation: no step {', '.join(unknown)}; it has {', '.join(known)}")

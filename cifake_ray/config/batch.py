@@ -13,7 +13,7 @@ SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(ClusterConfig):
-    """Options of the verbs that run on the batch spine."""
+    """Options of the verbs that run as a batch."""
 
     num_workers: Annotated[
         int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
@@ -43,7 +43,7 @@ class BatchConfig(ClusterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(BatchConfig):
-    """Options of how images are found and labelled."""
+    """Options for finding and labelling images."""
 
     src: Annotated[
         str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
@@ -74,11 +74,11 @@ class SourceConfig(BatchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig(BatchConfig):
-    """Options of the detector that scores."""
+    """Options for loading and running a detector."""
 
     bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
     expect_sha256: Annotated[
-        str | None, RuntimeDoc("Refuse a bundle with another sha256 (the error shows its own)")
+        str | None, RuntimeDoc("Reject a bundle with another sha256 (the error shows its own)")
     ] = None
     allow_pickle: Annotated[
         bool, RuntimeDoc("Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code")

@@ -41,6 +41,7 @@ TYPE_WORDS = {
 
 
 def check(condition: bool, message: str) -> None:
+    """Raise UsageError unless the condition holds."""
     if not condition:
         raise UsageError(message)
 
@@ -56,7 +57,7 @@ def find_misfit(config_class: type, name: str, value: object) -> str | None:
     words = [
         word
         for kind in kinds
-        if not is_dataclass(kind)  # its text is what a person gives
+        if not is_dataclass(kind)  # on the command line it is text
         for word in (
             get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
         )
@@ -80,7 +81,7 @@ def _fits(kind: Any, value: object) -> bool:
 
 
 def check_least(config: object, least: int, *names: str) -> None:
-    """Check that fields are None, or finite and at least `least`."""
+    """Raise UsageError unless each field is None, or finite and at least `least`."""
     for name in names:
         value = getattr(config, name)
         check(
@@ -93,7 +94,7 @@ S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
 
 
 def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
-    """Raise UsageError, without repeating it, for a URL that is not a bare server address."""
+    """Raise UsageError, without the URL in it, for a URL that is not a bare server address."""
     check(
         url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
         f"{name}: give http://HOST:PORT or https://HOST, {what}",
@@ -102,7 +103,7 @@ def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """How buckets are reached. Credentials come from the AWS chain, never from options."""
+    """Options for reaching buckets. Credentials come from the AWS chain, never from options."""
 
     s3_endpoint_url: Annotated[
         str | None, RuntimeDoc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)")
@@ -123,13 +124,13 @@ class StoreConfig:
 
     @property
     def store(self) -> StoreConfig:
-        """These fields alone, as they are sent to the workers."""
+        """Return these fields alone, as they are sent to the workers."""
         return StoreConfig(**{f.name: getattr(self, f.name) for f in fields(StoreConfig)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(StoreConfig):
-    """Options of where a command runs."""
+    """Options for where a command runs."""
 
     address: Annotated[
         str | None,
@@ -145,7 +146,7 @@ class ClusterConfig(StoreConfig):
 
     @property
     def cluster(self) -> ClusterConfig:
-        """These fields alone, for another verb on the same cluster."""
+        """Return these fields alone, for another verb on the same cluster."""
         return ClusterConfig(**{f.name: getattr(self, f.name) for f in fields(ClusterConfig)})
 
 
@@ -178,7 +179,7 @@ def list_options(config: Any) -> list[str]:
         elif isinstance(value, bool) and value != field.default:
             options.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != field.default:
-            check(value is not None, f"{field.name}: no option of the command line takes it away")
+            check(value is not None, f"{field.name}: no command-line option sets it to None")
             for item in value if isinstance(value, tuple) else [value]:
                 options += [f"--{flag}", str(item)]
     return [*arguments, *options]

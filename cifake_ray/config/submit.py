@@ -1,4 +1,4 @@
-"""How a verb becomes a job of a Ray cluster."""
+"""Options of `submit`, which runs a verb as a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOBS_API = "the Jobs API of the cluster, usually at port 8265 of its head"
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig:
-    """submit: run a verb as a job of a Ray cluster, and end as the job ends."""
+    """submit: run a verb as a job of a Ray cluster, and exit with the job's exit code."""
 
     address: Annotated[
         str | None, Doc("The cluster's Jobs API, such as http://HEAD:8265 (default: RAY_ADDRESS)")
@@ -31,7 +31,7 @@ class SubmitConfig:
     ] = None
     env: Annotated[
         tuple[str, ...],
-        Doc("NAME=VALUE for the job; who reaches the cluster can read it, so no secrets"),
+        Doc("NAME=VALUE for the job; every user of the cluster can read it, so no secrets"),
     ] = ()
 
     def __post_init__(self) -> None:

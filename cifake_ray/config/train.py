@@ -1,4 +1,4 @@
-"""Every knob of `train` on one page."""
+"""Options of `train`."""
 
 from __future__ import annotations
 
@@ -31,43 +31,36 @@ class TrainConfig(ClusterConfig):
     """train: shards -> RUN/bundle, the best epoch by validation."""
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
-    run: Annotated[
-        str,
-        RuntimeDoc("Folder of this run; the same folder resumes", positional=True),
-    ]
+    run: Annotated[str, RuntimeDoc("Folder of this run; the same folder resumes", positional=True)]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
         str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
     ] = None
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
-    batch_size: Annotated[int, Doc("Images per optimiser step, all workers together")] = 128
-    optimizer: Annotated[Optimizer, Doc("What takes the steps; muon is for hidden layers")] = (
-        "adamw"
-    )
+    batch_size: Annotated[int, Doc("Images per optimizer step, all workers together")] = 128
+    optimizer: Annotated[Optimizer, Doc("Optimizer; muon is for hidden layers")] = "adamw"
     lr: Annotated[float, Doc("Peak learning rate")] = 0.003
-    momentum: Annotated[float, Doc("Of sgd and muon, first beta of adamw; 0 to 1")] = 0.9
+    momentum: Annotated[float, Doc("Momentum for sgd and muon, beta1 for adamw (0 to 1)")] = 0.9
     weight_decay: Annotated[float, Doc("Weight decay, on weights with 2 axes or more")] = 0.01
-    schedule: Annotated[Schedule, Doc("How the rate moves after the warm-up")] = "onecycle"
-    warmup: Annotated[float, Doc("Share of the steps in which the rate rises, 0 to 1")] = 0.2
-    layer_decay: Annotated[
-        float | None, Doc("Factor of the rate from each layer to the one before it (timm's)")
-    ] = None
-    freeze_epochs: Annotated[int, Doc("Epochs at the start in which only the head learns")] = 0
-    grad_clip: Annotated[float | None, Doc("Longest gradient, as an L2 norm over all weights")] = (
-        None
+    schedule: Annotated[Schedule, Doc("Learning rate schedule after the warm-up")] = "onecycle"
+    warmup: Annotated[float, Doc("Share of the steps in which the learning rate rises, 0 to 1")] = (
+        0.2
     )
-    grad_accum: Annotated[
-        int, Doc("Pieces in which a batch goes through the network, to save memory")
-    ] = 1
+    layer_decay: Annotated[
+        float | None, Doc("Learning rate factor from each layer to the one before it (timm's)")
+    ] = None
+    freeze_epochs: Annotated[int, Doc("Epochs at the start that train only the head")] = 0
+    grad_clip: Annotated[float | None, Doc("Max gradient norm (L2)")] = None
+    grad_accum: Annotated[int, Doc("Gradient accumulation: pieces of a batch, to save memory")] = 1
     ema_decay: Annotated[
         float | None,
         Doc("Validate and keep a moving average of the weights; its decay per step, below 1"),
     ] = None
-    label_smoothing: Annotated[float, Doc("0 to 1")] = 0.0
+    label_smoothing: Annotated[float, Doc("Label smoothing, 0 to 1")] = 0.0
     mixup: Annotated[float, Doc("Alpha of mixup; 0 is none")] = 0.0
     cutmix: Annotated[float, Doc("Alpha of CutMix; 0 is none")] = 0.0
-    drop_path: Annotated[float, Doc("Stochastic depth of timm's networks that take it")] = 0.0
+    drop_path: Annotated[float, Doc("Stochastic depth, for timm networks that support it")] = 0.0
     channels_last: Annotated[bool, Doc("Weights in channels-last order: often faster")] = False
     augment: Annotated[
         str | Augmentation,
@@ -75,49 +68,50 @@ class TrainConfig(ClusterConfig):
             "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
         ),
     ] = "flip"
-    monitor: Annotated[Monitor, Doc("What makes an epoch the best, on validation")] = "val_accuracy"
+    monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
+        "val_accuracy"
+    )
     patience: Annotated[
-        int | None, Doc("Stop after so many epochs without a better one (default: never)")
+        int | None, Doc("Stop after this many epochs without a better one (default: never)")
     ] = None
-    min_delta: Annotated[
-        float, Doc("What must be gained for --patience to count an epoch as better")
-    ] = 0.0
+    min_delta: Annotated[float, Doc("Smallest gain that --patience counts as better")] = 0.0
     keep_epochs: Annotated[
-        int, Doc("Keep the mean weights of so many best epochs, if better than the best one's")
+        int, Doc("Keep the mean weights of this many best epochs, if better than the best one's")
     ] = 1
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
     ] = None
-    fit: Annotated[Fit, Doc("How other sizes are brought to it")] = "resize"
+    fit: Annotated[Fit, Doc("How images of other sizes are made to fit")] = "resize"
     test_time_flip: Annotated[
-        bool, Doc("Mean output of an image and its mirror image, here and in the bundle")
+        bool, Doc("Average the outputs of an image and its mirror image, here and in the bundle")
     ] = False
     val_fraction: Annotated[float, Doc("Share of the train split kept for validation")] = 0.1
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
     num_workers: Annotated[
         str | None,
         RuntimeDoc(
-            "Data-parallel workers, or MIN:MAX for as many as there is room for; 0 trains in this"
+            "Data-parallel workers, or MIN:MAX for as many as fit; 0 trains in this"
             " process (default: the GPUs, else 1)"
         ),
     ] = None
     cpus_per_worker: Annotated[
         int | None,
-        RuntimeDoc("CPU threads of each worker (default: shared out evenly; with MIN:MAX 1)"),
+        RuntimeDoc("CPU threads of each worker (default: an equal share; with MIN:MAX 1)"),
     ] = None
     device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     precision: Annotated[
         Precision,
-        Doc("auto: bf16 where the device computes it, else float32 on CPU and fp16 on GPU"),
+        Doc("auto: bf16 where the device supports it, else float32 on CPU and fp16 on GPU"),
     ] = "auto"
     compile: Annotated[
         bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")
     ] = False
     checkpoint_steps: Annotated[
-        int | None, RuntimeDoc("Save every so many steps within an epoch too (default: at its end)")
+        int | None,
+        RuntimeDoc("Also save every this many steps within an epoch (default: only at its end)"),
     ] = None
-    max_failures: Annotated[int, RuntimeDoc("Worker failures survived before giving up")] = 3
+    max_failures: Annotated[int, RuntimeDoc("Worker failures to recover from before giving up")] = 3
     cache_dir: Annotated[
         str | None, RuntimeDoc("Folder for decoded images (default: ~/.cache/cifake_ray)")
     ] = None
@@ -127,8 +121,8 @@ class TrainConfig(ClusterConfig):
     track: Annotated[
         tuple[TrackerName, ...],
         RuntimeDoc(
-            "Tell every epoch to tensorboard (files in RUN) or mlflow (at MLFLOW_TRACKING_URI);"
-            " may be repeated"
+            "Log every epoch to tensorboard (files in RUN) or mlflow (at MLFLOW_TRACKING_URI);"
+            " repeatable"
         ),
     ] = ()
     dry_run: Annotated[bool, RuntimeDoc("Show the plan and stop")] = False
@@ -151,14 +145,12 @@ class TrainConfig(ClusterConfig):
             self.min_delta == 0 or self.patience is not None,
             "--min-delta needs --patience: without it no epoch is counted",
         )
-        check(0 < self.lr < math.inf, f"--lr is {self.lr}; give a number above 0")
-        for name in ("grad_clip", "layer_decay", "ema_decay"):
-            value = getattr(self, name)
-            highest = math.inf if name == "grad_clip" else 1
+        for name in ("lr", "grad_clip", "layer_decay", "ema_decay"):
+            value, is_decay = getattr(self, name), name.endswith("decay")
             check(
-                value is None or 0 < value < highest,
+                value is None or 0 < value < (1 if is_decay else math.inf),
                 f"--{name.replace('_', '-')} is {value}; give a number above 0"
-                + (", below 1" if highest == 1 else ""),
+                + (", below 1" if is_decay else ""),
             )
         check(
             self.freeze_epochs <= self.epochs,
@@ -184,15 +176,15 @@ class TrainConfig(ClusterConfig):
 
     @property
     def policy(self) -> Augmentation:
-        """Return `augment` once `read_augmentation` has parsed its text."""
+        """Return `augment`, whose text `read_augmentation` has parsed by now."""
         assert isinstance(self.augment, Augmentation)
         return self.augment
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
-        """The least and the most workers, equal unless MIN:MAX was given; None leaves it open.
+        """Return the least and the most workers, which differ for MIN:MAX; None without the option.
 
-        UsageError for what is neither.
+        UsageError when it is neither a number nor MIN:MAX.
         """
         if self.num_workers is None:
             return None

@@ -1,4 +1,4 @@
-"""Every knob of `tune` on one page."""
+"""Options of `tune`."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ class TuneConfig(ClusterConfig):
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[
-        str,
-        RuntimeDoc("Folder of this search; the same folder resumes", positional=True),
+        str, RuntimeDoc("Folder of this search; the same folder resumes", positional=True)
     ]
     search: Annotated[
         tuple[str, ...],
-        Doc("What is searched: a space in the box or a YAML file; give several to search all"),
+        Doc("Search space, built-in or a YAML file; repeat to search several"),
     ] = ("augmentation",)
     recipe: Annotated[
-        str, Doc("Options of `train` that all trials share: a recipe in the box or a YAML file")
+        str, Doc("Options of `train` that all trials share: a built-in recipe or a YAML file")
     ] = "fast"
     epochs: Annotated[int | None, Doc("Most epochs of a trial (default: the recipe's)")] = None
-    objective: Annotated[Monitor, Doc("What makes a trial the best, at its best epoch")] = (
+    objective: Annotated[Monitor, Doc("Validation metric that selects the best trial")] = (
         "val_accuracy"
     )
     max_parameters: Annotated[int | None, Doc("Leave out networks with more parameters")] = None
     max_latency_ms: Annotated[
         float | None,
-        Doc("Leave out networks that score an image slower, here, on one CPU thread or the GPU"),
+        Doc("Leave out networks that need longer for an image, here, on one CPU thread or the GPU"),
     ] = None
-    trials: Annotated[int, Doc("Trials; with the grid searcher the most of them")] = 16
+    trials: Annotated[int, Doc("Trials; with the grid searcher, at most this many")] = 16
     time_budget: Annotated[
-        float | None, RuntimeDoc("Stop the search after so many seconds (default: never)")
+        float | None, RuntimeDoc("Stop the search after this many seconds (default: never)")
     ] = None
     max_concurrent: Annotated[
         int | None, RuntimeDoc("Trials at once (default: as many as the cluster holds)")
     ] = None
-    scheduler: Annotated[Scheduler, Doc("Who stops trials that fall behind")] = "asha"
+    scheduler: Annotated[Scheduler, Doc("Algorithm that stops trials that fall behind")] = "asha"
     grace_epochs: Annotated[int, Doc("Epochs before a trial may be stopped, or copied by pbt")] = 1
-    reduction_factor: Annotated[int, Doc("asha: one trial of so many goes on at each rung")] = 3
-    searcher: Annotated[Searcher, Doc("Who chooses; tpe needs Optuna")] = "random"
+    reduction_factor: Annotated[int, Doc("asha: one trial in this many continues at each rung")] = 3
+    searcher: Annotated[Searcher, Doc("Algorithm that chooses the options; tpe needs Optuna")] = (
+        "random"
+    )
     seed: Annotated[int, Doc("Same seed, same trials")] = 0
     num_workers: Annotated[
         int, RuntimeDoc("Data-parallel workers of each trial; 0 trains in the trial's own process")
@@ -55,14 +56,14 @@ class TuneConfig(ClusterConfig):
     cpus_per_worker: Annotated[int, RuntimeDoc("CPU threads of each worker")] = 1
     device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     max_failures: Annotated[
-        int, RuntimeDoc("Failures of a trial survived before it is given up")
+        int, RuntimeDoc("Failures of a trial to recover from before it is given up")
     ] = 1
     cache_dir: Annotated[
         str | None, RuntimeDoc("Folder for decoded images (default: ~/.cache/cifake_ray)")
     ] = None
     track: Annotated[
         tuple[TrackerName, ...],
-        RuntimeDoc("Tell every trial's epochs to tensorboard or mlflow, as `train` does"),
+        RuntimeDoc("Log every trial's epochs to tensorboard or mlflow, as `train` does"),
     ] = ()
     dry_run: Annotated[bool, RuntimeDoc("Show the plan and stop")] = False
 
@@ -78,7 +79,7 @@ class TuneConfig(ClusterConfig):
                 value is None or value > 0,
                 f"--{name.replace('_', '-')} is {value}; give a number above 0",
             )
-        check(len(self.search) > 0, "--search: give a space in the box or a YAML file")
+        check(len(self.search) > 0, "--search: give a built-in space or a YAML file")
         check(
             self.scheduler != "pbt" or self.searcher == "random",
             f"--scheduler pbt chooses for itself; leave --searcher {self.searcher} out",
