@@ -1,7 +1,7 @@
-"""Wiring of the verbs onto Ray. The only floor that imports it."""
+"""Run the verbs on Ray. Only this folder imports Ray."""
 
 import os
 
-# We connect where a run begins. Left to itself, Ray would also start whenever it is asked for
-# something: after Ctrl-C, by a thread that had not heard of it.
+# We connect where a run begins. By default Ray would also start whenever it is used, such as by a
+# thread that still runs after Ctrl-C.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

@@ -13,7 +13,7 @@ from cifake_ray.storage.sources.open_source import open_source
 
 
 def make_processor(placement: Placement) -> ConvertProcessor:
-    """What each worker does; it needs to know nothing of the placement."""
+    """Return the processor of a worker, the same for every placement."""
     return ConvertProcessor()
 
 
@@ -25,7 +25,7 @@ def convert_images(
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
-    """Turn the images of `src` into shards below `out`. The same call again resumes."""
+    """Convert the images of `src` to shards below `out`. The same call again resumes."""
     plan = BatchPlan(
         command="convert",
         config=config,

@@ -1,4 +1,4 @@
-"""doctor: report what this machine has, and check that the parts work together."""
+"""doctor: report what this machine has, and check that detector and Ray work."""
 
 from __future__ import annotations
 

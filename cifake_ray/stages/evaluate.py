@@ -1,7 +1,6 @@
 """evaluate: labelled shards and a bundle -> predictions, metrics and a report.
 
-The spine scores the shards exactly as `score` would; the rest is arithmetic on the
-predictions.
+The shards are scored exactly as `score` would do it; the report is computed from the predictions.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from cifake_ray.version import __version__
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
-MIN_SLICE_IMAGES = 30  # below, a slice's interval says nothing
+MIN_SLICE_IMAGES = 30  # with fewer, the interval of a slice is too wide to be useful
 MAX_SLICES = 50
 
 
@@ -85,7 +84,7 @@ def evaluate_detector(
 def write_report(
     run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
-    """metrics.json, figures/*.png and report.html from the predictions of a run."""
+    """Write metrics.json, figures/*.png and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
     predictions = pa.concat_tables([read_shard(run.shard_path(shard)) for shard in shards])
     scored = predictions.filter(pc.is_null(predictions.column("error")))
@@ -126,7 +125,7 @@ def write_report(
 
 
 def measure(scored: pa.Table, bundle: BundleInfo, num_bootstrap: int) -> dict[str, Any]:
-    """The metrics of some predictions."""
+    """Return the metrics of some predictions."""
     return compute_metrics(
         scored.column("logit").to_numpy(),
         scored.column("label").to_numpy(),
@@ -137,7 +136,7 @@ def measure(scored: pa.Table, bundle: BundleInfo, num_bootstrap: int) -> dict[st
 
 
 def measure_slices(scored: pa.Table, bundle: BundleInfo) -> dict[str, dict[str, Any]]:
-    """Metrics of each source, the largest first; none when there is but one."""
+    """Return the metrics of each source, largest first; none when there is only one."""
     counts = pc.value_counts(scored.column("source").drop_null()).to_pylist()
     counts = sorted(counts, key=lambda row: (-row["counts"], row["values"]))[:MAX_SLICES]
     if len(counts) < 2:
@@ -152,7 +151,7 @@ def measure_slices(scored: pa.Table, bundle: BundleInfo) -> dict[str, dict[str, 
 
 
 def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mistake]:
-    """The surest mistakes of each kind, with thumbnails."""
+    """Return the mistakes with the most extreme logits of each kind, with thumbnails."""
     label = scored.column("label").to_numpy()
     logit = scored.column("logit").to_numpy()
     chosen: list[int] = []
@@ -168,7 +167,7 @@ def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mis
         rows = rows.filter(pc.is_in(rows.column("key"), pa.array(list(by_key), pa.string())))
         for key, data in zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True):
             if isinstance(data, ImageError):
-                continue  # it was scored, so it was there; the shards have changed since
+                continue  # the shards have changed since it was scored
             row = by_key[key]
             mistakes.append(
                 Mistake(key=key, label=row["label"], p_fake=row["p_fake"], png=make_thumbnail(data))
@@ -177,7 +176,7 @@ def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mis
 
 
 def make_thumbnail(data: bytes) -> bytes:
-    """PNG of an image: itself when small, else its centre at THUMBNAIL_SIZE."""
+    """Return a PNG of an image, resized to THUMBNAIL_SIZE if it is larger."""
     pixels = decode_image(data)
     if max(pixels.shape[:2]) > THUMBNAIL_SIZE:
         pixels = fit_image(pixels, size=THUMBNAIL_SIZE, fit="resize")

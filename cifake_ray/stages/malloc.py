@@ -12,7 +12,7 @@ MAX_CHUNK_BYTES = 2**30
 def keep_freed_memory() -> None:
     """Let glibc reuse large buffers instead of giving them back to the system at every free.
 
-    A network's activations are freed and allocated again with each batch. If they are mapped anew
+    A network's activations are freed and allocated again with each batch. If they are mapped again
     each time, every page faults: with the baseline cnn that took over half of the CPU time.
     """
     if sys.platform != "linux":

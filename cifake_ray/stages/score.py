@@ -1,6 +1,6 @@
 """score: images -> scores, with a bundle.
 
-evaluate runs the same work on labelled shards.
+evaluate uses the same processor on labelled shards.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MakeScoreProcessor:
-    """Loads the bundle inside the worker; this recipe is all that travels there."""
+    """Loads the bundle inside the worker; only this small object is sent there."""
 
     bundle: BundleInfo
     threshold: float
     batch_size: int
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
-        from cifake_ray.core.processing.score import (
-            ScoreProcessor,  # torch: only the workers need it
-        )
+        # It imports torch, which only the workers need.
+        from cifake_ray.core.processing.score import ScoreProcessor
 
         keep_freed_memory()
-        # The very bytes that the driver saw, or none: a bundle may be replaced meanwhile.
+        # Load exactly the bytes that the driver read: the bundle may have been replaced since.
         detector, bundle = load_bundle(
             self.bundle.path,
             expect_sha256=self.bundle.fingerprint,
@@ -61,7 +60,7 @@ class MakeScoreProcessor:
 
 
 def find_device(placement: Placement) -> str:
-    """Where a worker computes, for torch. ResourceError when there is no GPU in truth."""
+    """Return torch's name of a worker's device. ResourceError when torch sees no GPU."""
     if not placement.gpus_per_worker:
         return "cpu"
     import torch
@@ -85,7 +84,7 @@ def score_images(
 ) -> BatchSummary | DryRun:
     """Score every image of `src` into `out`. The same call again resumes.
 
-    `log` gets a warning when images are unlike those that the detector learned from.
+    Log a warning when images are unlike those that the detector was trained on.
     """
     source = open_source(config, src, out)
     bundle = read_bundle_info(

@@ -1,6 +1,6 @@
-"""Runs a verb as a job of a Ray cluster, over its Jobs API.
+"""Run a verb as a job of a Ray cluster, through its Jobs API.
 
-`ray job submit` ends with 0 or 1; here the command ends with the job's own code.
+`ray job submit` exits with 0 or 1; `cifake-ray submit` exits with the exit code of the job.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from cifake_ray.stages.cluster import TOKEN_REMEDY
 from cifake_ray.storage.io.paths import refuse_credentials
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray prefers it to RAY_ADDRESS, and both to an argument
-ANSWER_S = 30.0  # to wait for an answer of the head; Ray's client itself would wait for ever
-PATIENCE_S = 120.0  # a head that has not answered for so long is given up, the job is not
-TAIL_S = 60.0  # how long a log is followed before the status is read: the connection may be dead
+ANSWER_S = 30.0  # wait for an answer of the head; Ray's client itself would wait for ever
+PATIENCE_S = 120.0  # stop waiting for a head that has not answered for that long; the job continues
+TAIL_S = 60.0  # follow a log for that long before reading the status: the connection may be dead
 POLL_S = 1.0
 
 REFUSED = (RuntimeError, AuthenticationError)  # the head has answered
@@ -55,7 +55,7 @@ def submit_job(
     """Run `verb` with `config` on the cluster, show the job's log and return its exit code.
 
     `flags` are options without a field in `config`, such as --debug. With --json among them the
-    job prints its result as JSON; it is `result` in the dictionary returned here.
+    job prints its result as JSON, which is returned here as `result`.
     UsageError for what cannot run elsewhere, ResourceError when the cluster does not take the job.
     """
     _check_request(config, job)
@@ -75,8 +75,8 @@ def submit_job(
         raise ResourceError(f"the cluster does not take the job: {error}") from error
     except LOST as error:
         raise ResourceError(
-            f"the cluster does not answer ({error}); job {name} may run: `ray job status {name}"
-            f" --address {address}` tells"
+            f"the cluster does not answer ({error}); job {name} may run: check with `ray job status"
+            f" {name} --address {address}`"
         ) from error
     result = {"command": "submit", "verb": verb, "submission_id": name, "address": address}
     try:
@@ -89,8 +89,8 @@ def submit_job(
         details = _follow(client, name, job_log)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(
-            f"not waiting any longer: job {name} goes on; `ray job stop {name} --address {address}`"
-            " ends it"
+            f"not waiting any longer: job {name} continues; `ray job stop {name} --address"
+            f" {address}` ends it"
         ) from None
     code = _read_code(details)
     job_result = {"result": job_log.find_result()} if "--json" in flags else {}
@@ -113,11 +113,11 @@ def _check_request(config: Any, job: SubmitConfig) -> None:
         refuse_credentials(value)
     checkout = job.working_dir
     if checkout is not None and not (Path(checkout) / "cifake_ray" / "__main__.py").is_file():
-        raise UsageError(f"--working-dir {checkout}: no checkout of cifake_ray lies there")
+        raise UsageError(f"--working-dir {checkout}: no checkout of cifake_ray is there")
 
 
 def _connect(address: str | None) -> JobSubmissionClient:
-    """Return a client of the Jobs API at `address`, else where Ray's variables point."""
+    """Return a client of the Jobs API at `address`, or at the address in Ray's variables."""
     found = {"--address": address} | {n: os.environ.get(n) for n in (ADDRESS, "RAY_ADDRESS")}
     name, address = next(((n, v) for n, v in found.items() if v), ("--address", ""))
     check_endpoint(address, name, JOBS_API)
@@ -137,7 +137,7 @@ def _connect(address: str | None) -> JobSubmissionClient:
 
 
 def _ask(timeout_s: float, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Return what `function` returns. TimeoutError after `timeout_s`: its thread is left behind."""
+    """Return the result of `function`. TimeoutError after `timeout_s`, while its thread runs on."""
     with ThreadPool(1) as pool:  # of daemon threads, which keep no process alive
         try:
             return pool.apply_async(function, args, options).get(timeout_s)
@@ -146,7 +146,7 @@ def _ask(timeout_s: float, function: Callable[..., Any], *args: Any, **options: 
 
 
 class _JobLog:
-    """The log of a job, line by line, each line once."""
+    """Shows the log of a job line by line, each line once."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self.show, self.text, self.num_shown = show, "", 0
@@ -162,7 +162,7 @@ class _JobLog:
     async def tail(self, client: JobSubmissionClient, name: str) -> None:
         """Follow the log for `TAIL_S`, or until the job ends or the connection is lost."""
         text = ""  # Ray sends a log from its beginning, also when it is followed again
-        with suppress(*LOST):  # not every way to a head lets a log through
+        with suppress(*LOST):  # some proxies block the websocket of the log
             async with asyncio.timeout(TAIL_S):
                 async for more in client.tail_job_logs(name):
                     text += more
@@ -198,7 +198,7 @@ def _follow(client: JobSubmissionClient, name: str, job_log: _JobLog) -> JobDeta
             if time.monotonic() - lost_s > PATIENCE_S:
                 raise ResourceError(
                     f"the cluster has not answered for {PATIENCE_S:.0f} s ({error}); job {name} may"
-                    " go on: run the same command again, it goes on from what is done"
+                    " still run: run the same command again to resume"
                 ) from error
         time.sleep(POLL_S)
 

@@ -156,7 +156,7 @@ def test_who_stops_waiting_does_not_stop_the_job(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED
-    assert "job left-alone goes on" in errors
+    assert "job left-alone continues" in errors
     until_s = time.monotonic() + 120
     while not (out / "_SUCCESS").exists():
         assert time.monotonic() < until_s
@@ -392,7 +392,7 @@ def test_a_head_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch, status
     monkeypatch.setattr(stages_submit, "POLL_S", 0.02)
     head = Head([RUNNING, status], [["a\n"]], "")
     log = stages_submit._JobLog(lambda line: None)
-    with pytest.raises(ResourceError, match=r"\((gone|no answer in 0 s)\); job name may go on"):
+    with pytest.raises(ResourceError, match=r"\((gone|no answer in 0 s)\); job name may still run"):
         stages_submit._follow(cast(Any, head), "name", log)
 
 
@@ -447,7 +447,10 @@ class Deaf:
     [
         (RuntimeError("taken"), "does not take the job: taken"),
         (AuthenticationError("token"), "does not take the job: token"),
-        (OSError("reset"), r"not answer \(reset\); job score-1 may run: `ray job status score-1"),
+        (
+            OSError("reset"),
+            r"not answer \(reset\); job score-1 may run: check with `ray job status score-1",
+        ),
     ],
 )
 def test_a_job_is_called_refused_only_where_it_is(

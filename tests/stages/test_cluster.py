@@ -9,9 +9,9 @@ from cifake_ray.stages.cluster import Node, Placement, Resources, _check_address
 
 
 def place(nodes: list[tuple[int, int]], **options: object) -> Placement:
-    defaults = {"num_workers": None, "use_gpu": False, "cpus_per_worker": None}
+    defaults = {"num_workers": 1, "use_gpu": False, "cpus_per_worker": None}
     resources = Resources(tuple(Node(*node) for node in nodes))
-    return place_workers(resources, **{**defaults, "default_workers": 1, **options})  # type: ignore[arg-type]
+    return place_workers(resources, **{**defaults, **options})  # type: ignore[arg-type]
 
 
 def test_one_worker_gets_the_cpus_of_the_largest_node() -> None:

@@ -1,9 +1,9 @@
-"""The batch spine: list -> freeze -> for each shard: fetch, work, commit -> _SUCCESS.
+"""Run a batch: list -> freeze -> for each shard: fetch, process, commit -> _SUCCESS.
 
-convert, score and evaluate are this machine with different work. One Ray Data row is
-one shard; an actor per core fetches, works and commits it whole (`shard_worker`), so no image
-crosses the object store. An actor with a GPU has its images prepared by tasks on CPUs
-(`cpu_feeder`), and still commits. Only a `ShardReport` travels back to the driver.
+convert, score and evaluate differ only in their processor. One Ray Data row is one shard; an actor
+per core fetches, processes and commits it whole (`shard_worker`), so no image crosses the object
+store. For an actor with a GPU, tasks on CPUs prepare the images (`cpu_feeder`); the actor still
+commits. Only a `ShardReport` travels back to the driver.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ from cifake_ray.storage.sources.source import Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
-BLOCKS_PER_WORKER = 4  # at least, where there are so many shards: the last ones end together
+BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers end together
 MAX_BLOCKS = 4_096
 KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a batch run is."""
+    """Progress of a batch run."""
 
-    done: int  # images, with those of resumed shards
+    done: int  # images, including those of resumed shards
     failed: int
     listed: int
-    images_per_s: float  # in this process, first work until now
+    images_per_s: float  # in this process, since the first shard was started
     eta_s: float | None
 
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """The account of a batch run: listed = done + failed."""
+    """Counts of a finished batch run: listed = done + failed."""
 
     command: str
     out: str
@@ -74,7 +74,7 @@ class BatchSummary:
     done: int
     failed: int
     errors: dict[str, int]
-    unlike_training: dict[str, int]  # images by reason; empty where no domain is known
+    unlike_training: dict[str, int]  # images by reason; empty if no domain is known
     left_out: dict[str, int]
     shards_total: int
     shards_resumed: int
@@ -90,7 +90,7 @@ class BatchSummary:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do."""
+    """Plan of a run that was not started."""
 
     command: str
     out: str
@@ -105,25 +105,24 @@ class DryRun:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """What a verb hands to the spine."""
+    """All that a verb defines of its run."""
 
     command: str
     config: BatchConfig
     out: AnyPath
     source: Source
-    paths: dict[str, str | None]  # the other path options, resolved, as `repair` gives them again
-    inputs: dict[str, Any] = field(default_factory=dict)  # what the fingerprint has in their place
+    paths: dict[str, str | None]  # the other path options, resolved, for `repair` to use again
+    inputs: dict[str, Any] = field(default_factory=dict)  # replaces them in the fingerprint
     device: Device = "cpu"
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
-    # All shards are there, no _SUCCESS yet.
-    before_success: Callable[[Run], None] = lambda run: None
+    before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
 
     @property
     def run(self) -> RunPlan:
-        """The run that is found in the output or frozen there."""
+        """Return the plan of the run that is found in the output or frozen there."""
         settings = {**fingerprint_settings(self.config), **self.paths}
         kept = {name: value for name, value in asdict(self.config).items() if name in KEPT_OPTIONS}
         return RunPlan(
@@ -137,8 +136,8 @@ class BatchPlan:
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
-    """List the source and count; nothing is written and no Ray is started."""
-    plan.run.find()  # an output that belongs to another run is refused
+    """List the source and count; write nothing and do not start Ray."""
+    plan.run.find()  # raises if the output belongs to another run
     listing = plan.source.list_images()
     listed = size_bytes = num_batches = 0
     for batch in listing.batches:
@@ -159,8 +158,8 @@ def plan_batch(plan: BatchPlan) -> DryRun:
 
 
 @dataclass
-class _Account:
-    """Adds up what the workers report."""
+class _Totals:
+    """Adds up the reports of the workers."""
 
     listed: int
     shards: list[ShardStats] = field(default_factory=list)
@@ -190,7 +189,7 @@ class _Account:
         return sum(self.errors.values())
 
     def rate(self, until_s: float) -> float:
-        """Images per second from the first work until then; 0 before there is any."""
+        """Return images per second since the first shard was started; 0 before that."""
         if self.first_s is None or until_s <= self.first_s:
             return 0.0
         return self.worked_rows / (until_s - self.first_s)
@@ -208,9 +207,9 @@ class _Account:
 
 
 def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
-    """Bring the run to its end, or return at once the summary of one that has ended before.
+    """Finish the run, or return at once the summary of one that is finished.
 
-    ResourceError, StorageError, RunMismatch or NothingToDo when it cannot be done.
+    ResourceError, StorageError, RunMismatch or NothingToDo when that is impossible.
     """
     if plan.config.dry_run:
         return plan_batch(plan)
@@ -223,11 +222,11 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         lister = ThreadPoolExecutor(1)
         stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
         opening = lister.submit(lambda: found or plan.run.freeze())
-        # Ray takes seconds to start: let it, while a long source is listed. But nodes that an
-        # autoscaler makes would stand idle until then.
+        # Ray takes seconds to start, so start it while a long source is listed; but not if an
+        # autoscaler would start nodes that are idle until then.
         wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
         if opening.done():
-            opening.result()  # what is wrong with the source is said before Ray is started
+            opening.result()  # report an error of the source before starting Ray
         least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
@@ -236,62 +235,55 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
-        options = WorkerOptions(
-            secrets.token_hex(4), plan.config.retry_errors, plan.config.stall_timeout_s
-        )
-        account = _Account(listed=run.manifest.num_rows)
-        reports = watch_progress(
-            _stream_shards(run, plan, placement, options),
-            run,
-            options.session,
-            options.stall_timeout_s,
-        )
-        with closing(reports):
+        session, stall_timeout_s = secrets.token_hex(4), plan.config.stall_timeout_s
+        options = WorkerOptions(session, plan.config.retry_errors, stall_timeout_s)
+        stream = _stream_shards(run, plan, placement, options)
+        totals = _Totals(listed=run.manifest.num_rows)
+        with closing(watch_progress(stream, run, session, stall_timeout_s)) as reports:
             for report in reports:
-                account.add(report)
-                plan.on_progress(account.progress())
+                totals.add(report)
+                plan.on_progress(totals.progress())
         elapsed_s = time.time() - plan.started_s
         summary = BatchSummary(
             command=run.command,
             out=str(run.out),
             listed=run.manifest.num_rows,
-            done=account.rows - account.failed,
-            failed=account.failed,
-            errors=dict(account.errors.most_common()),
-            unlike_training=dict(account.unlike_training),
+            done=totals.rows - totals.failed,
+            failed=totals.failed,
+            errors=dict(totals.errors.most_common()),
+            unlike_training=dict(totals.unlike_training),
             left_out=run.left_out,
             shards_total=run.manifest.num_shards,
-            shards_resumed=account.resumed,
-            shards_retried=account.retried,
+            shards_resumed=totals.resumed,
+            shards_retried=totals.retried,
             elapsed_s=round(elapsed_s, 3),
-            images_per_s=round(account.worked_rows / elapsed_s, 1),
-            steady_images_per_s=round(account.rate(account.last_s), 1),
+            images_per_s=round(totals.worked_rows / elapsed_s, 1),
+            steady_images_per_s=round(totals.rate(totals.last_s), 1),
         )
         plan.before_success(run)
         clear_attempts(run)
-        finish_run(run, account.shards, asdict(summary))
+        finish_run(run, totals.shards, asdict(summary))
     return summary
 
 
 def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
-    """A worker for each CPU, or for each GPU, fed by tasks on all CPUs that are left.
+    """Return a placement of a worker per CPU, or per GPU with tasks on all other CPUs to feed it.
 
     ResourceError, with the numbers, when the cluster is too small.
     """
     use_gpu = choose_gpu(device, resources)
     placement = place_workers(
         resources,
-        num_workers=num_workers,
+        num_workers=num_workers or max(1, resources.num_gpus if use_gpu else resources.num_cpus),
         use_gpu=use_gpu,
         cpus_per_worker=1,
-        default_workers=max(1, resources.num_gpus if use_gpu else resources.num_cpus),
     )
     spare = resources.num_cpus - placement.num_workers if use_gpu else 0
     return replace(placement, num_feeders=-(-spare // placement.num_workers))
 
 
 def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
-    """Ray Data tasks for a plan: each takes some shards and commits them one by one."""
+    """Return the number of Ray Data tasks; each takes some shards and commits them one by one."""
     wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
     return min(num_shards, wanted, MAX_BLOCKS)
 
@@ -302,13 +294,13 @@ def _stream_shards(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray gives up after half an hour without a finished block, and cannot see that it is worked on.
+    # Ray would give up after half an hour without a finished block, even if it is processed.
     context.execution_no_progress_timeout_s = -1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
     num_actors = min(placement.num_workers, len(shards))
     num_blocks = choose_blocks(len(shards), run.manifest.num_rows, num_actors)
-    # The list is in the driver, so no read task needs a CPU: the actors may hold all of them.
+    # The list is in the driver, so no read task needs a CPU: the actors may use all of them.
     results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
         ShardWorker,
         fn_constructor_args=(run, plan.source, plan.make_processor, placement, options),
@@ -330,12 +322,11 @@ def find_result(plan: BatchPlan) -> BatchSummary | None:
         return None
     record = read_json(path)
     try:
-        names = BatchSummary.__dataclass_fields__
-        summary = BatchSummary(**{name: record[name] for name in names})
+        summary = BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
     except KeyError as error:
         raise StorageError(
             f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
-            " repair` makes it anew"
+            " repair` restores it"
         ) from error
     has_work = plan.config.retry_errors and count_retryable(summary.errors)
     return None if has_work else summary

@@ -1,6 +1,6 @@
-"""What workers tell whoever watches the cluster: Prometheus reads it from Ray's metrics agents.
+"""Metrics of the workers, which Prometheus reads from Ray's metrics agents.
 
-Ray puts `ray_` before the names and `_total` behind those of counters.
+Ray adds the prefix `ray_` to all names and the suffix `_total` to those of counters.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import pyarrow as pa
 from ray.util.metrics import Counter, Histogram
 
 SHARD_SECONDS = [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]  # bounds of the buckets
-DONE = "done"  # an outcome beside the errors of `core.schema.IMAGE_ERRORS`
+DONE = "done"  # an outcome besides the errors of `core.schema.IMAGE_ERRORS`
 
 
 class WorkMetrics:
-    """Counts of one worker of convert, score or evaluate."""
+    """Metrics of one worker of convert, score or evaluate."""
 
     def __init__(self, verb: str) -> None:
         self.verb = {"verb": verb}
@@ -24,7 +24,7 @@ class WorkMetrics:
         )
 
     def count_images(self, result: pa.Table, size_bytes: int) -> None:
-        """Count some images of so many bytes together, and what became of them."""
+        """Count images by outcome, and the bytes that they have together."""
         for outcome in result.column("error").value_counts().to_pylist():
             tags = {**self.verb, "outcome": outcome["values"] or DONE}
             self.images.inc(outcome["counts"], tags)
@@ -32,5 +32,5 @@ class WorkMetrics:
             self.size_bytes.inc(size_bytes, self.verb)
 
     def time_shard(self, elapsed_s: float) -> None:
-        """A shard is committed."""
+        """Record how long a committed shard took."""
         self.shard_s.observe(elapsed_s, self.verb)

@@ -1,7 +1,7 @@
-"""Quarantine: images are tried one by one in a child process, which may die of them.
+"""Try images one by one in a child process, because one of them may crash it.
 
-The child is this module run by `python -m`; it imports the decoders and nothing
-else, so that it starts in a fraction of a second. It ends with its parent.
+The child is this module run by `python -m`; it imports only the decoders, so it starts in a
+fraction of a second. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READY = b"ready"
 
 
 class Quarantine:
-    """A child process that tries images, replaced when it dies. Closed by `with`."""
+    """A child process that tries images, replaced when it dies. `with` ends it."""
 
     def __init__(self, *, decodes: bool, timeout_s: float) -> None:
         self.decodes = decodes
@@ -46,7 +46,7 @@ class Quarantine:
     def try_images(
         self, images: Sequence[bytes | ImageError], on_step: Callable[[], None]
     ) -> list[bytes | ImageError]:
-        """The same images, with a worker_crash in the place of each that ends a process twice.
+        """Return the images, with a worker_crash instead of each that ends a process twice.
 
         ResourceError when no child can be started.
         """
@@ -57,13 +57,12 @@ class Quarantine:
         return tried
 
     def _try_image(self, image: bytes) -> bytes | ImageError:
-        death = self._send_image(image)
-        if death is not None:  # perhaps not of this image: once more, in a fresh process
-            death = self._send_image(image)
+        # An image before it may be the cause of a death: try once more, in a new process.
+        death = self._send_image(image) and self._send_image(image)
         return image if death is None else ImageError("worker_crash", death)
 
     def _send_image(self, image: bytes) -> str | None:
-        """None when the child lives on, else how it died."""
+        """Return None when the child survives the image, else how it died."""
         connection = self.connection or self._start_child()
         try:
             connection.send_bytes(image)
@@ -107,12 +106,12 @@ class Quarantine:
         return mine
 
     def _end_child(self) -> int | None:
-        """End the child if there is one: its exit code, as subprocess gives it."""
+        """End the child if there is one; return its exit code, as subprocess defines it."""
         process, connection = self.process, self.connection
         self.process = self.connection = None
         if process is None or connection is None:
             return None
-        connection.close()  # a child that waits for images ends at this
+        connection.close()  # this ends a child that waits for images
         try:
             return process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -128,7 +127,7 @@ class Quarantine:
 
 
 def serve_images(connection: Connection, *, timeout_s: float, decodes: bool) -> None:
-    """What the child does until its parent closes the connection."""
+    """Try images, as the child does, until its parent closes the connection."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in whatever code it hangs
     connection.send_bytes(READY)
     with suppress(EOFError):

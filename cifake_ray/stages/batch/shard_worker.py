@@ -1,8 +1,8 @@
-"""What an actor does with a shard: fetch, work, commit, and leave a trace if that kills it.
+"""Process a shard in an actor: fetch, work, commit, and leave a trace if that kills the actor.
 
-While a shard is worked on, its heartbeat file lies beside the results. Ray restarts
-an actor that died and gives it the same shard; it finds the file and tries the images in quarantine
-first, so that an image that kills its process becomes a row with its error.
+While a shard is processed, its heartbeat file is next to the results. Ray restarts an actor that
+died and gives it the same shard; it finds the file and tries the images in quarantine first, so an
+image that kills its process becomes a row with its error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -37,9 +38,9 @@ from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.storage.runs.shards import commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.sources.source import Source
 
-MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are worked on at once
+MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are processed at once
 MAX_ATTEMPTS = 5  # at one shard, by one command
-MAX_HEARTBEAT_S = 10.0  # between two of them
+MAX_HEARTBEAT_S = 10.0  # between two heartbeats
 MAX_IMAGE_S = 60.0  # for one image in quarantine
 STDERR = 2
 
@@ -55,10 +56,10 @@ class WorkerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What the driver learns of a committed shard."""
+    """Report of a committed shard to the driver."""
 
     stats: ShardStats
-    worked: int  # images, in this session; 0 where the shard was there already
+    worked: int  # images, in this session; 0 if the shard was committed before
     retried: bool  # an earlier attempt was lost with its worker
     started_s: float  # time.time(), as finished_s
     finished_s: float
@@ -67,8 +68,8 @@ class ShardReport:
 class Heartbeat:
     """Writes the progress of an attempt to its file, and ends the process when there is none.
 
-    A decoder that hangs holds its thread for ever; only the end of the process ends it. Ray starts
-    another one, and the file sends the shard through quarantine.
+    Only the end of the process stops a decoder that hangs. Ray starts another process, and because
+    of the file it processes the shard in quarantine.
     """
 
     def __init__(self, run: Run, attempt: Attempt, stall_timeout_s: float) -> None:
@@ -79,7 +80,7 @@ class Heartbeat:
         self.next_s = 0.0
 
     def beat(self) -> None:
-        """Count a step, and write the file when it is time."""
+        """Count a step, and write the file when it is due."""
         self.steps += 1
         if time.monotonic() >= self.next_s:
             self.show()
@@ -95,7 +96,7 @@ class Heartbeat:
 
 
 class ShardWorker:
-    """One actor of the pool: takes shard numbers, commits shards."""
+    """Actor of the pool: takes shard numbers, commits shards."""
 
     def __init__(
         self,
@@ -110,15 +111,23 @@ class ShardWorker:
         self.make_processor = make_processor
         self.placement = placement
         self.options = options
-        self.processor: Processor | None = None
-        self.feeder: CpuFeeder | None = None
         self.metrics = WorkMetrics(run.command)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Make the processor when there is work for it, since that takes seconds."""
+        return self.make_processor(self.placement)
+
+    @cached_property
+    def feeder(self) -> CpuFeeder:
+        timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
+        return CpuFeeder(self.source, self.processor, self.placement.num_feeders, timeout_s)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[ShardReport | CifakeError]]:
         return {"report": [self._report_shard(int(shard)) for shard in batch["shard"]]}
 
     def _report_shard(self, shard: int) -> ShardReport | CifakeError:
-        """Make, mend or find a shard. An error is returned: raised, Ray would wrap it up."""
+        """Make, retry or find a shard. Return an error, because Ray would wrap a raised one."""
         try:
             stats = inspect_shard(self.run, shard)
             started_s, worked, retried = time.time(), 0, False
@@ -127,7 +136,7 @@ class ShardWorker:
                 worked = stats.rows
             elif self.options.retry_errors and count_retryable(stats.errors):
                 worked = count_retryable(stats.errors)
-                stats, retried = self._mend_shard(shard)
+                stats, retried = self._retry_shard(shard)
         except CifakeError as error:
             return error
         finished_s = time.time()
@@ -138,13 +147,13 @@ class ShardWorker:
         )
 
     def _make_shard(self, shard: int) -> tuple[ShardStats, bool]:
-        """Make all of a shard; say also whether an earlier attempt was lost."""
+        """Make all of a shard; return also whether an earlier attempt was lost."""
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             return self._commit(shard, self._work_on(rows, heartbeat, is_suspect)), is_suspect
 
-    def _mend_shard(self, shard: int) -> tuple[ShardStats, bool]:
-        """Make the rows of a committed shard again whose error may have passed; keep the others."""
+    def _retry_shard(self, shard: int) -> tuple[ShardStats, bool]:
+        """Make those rows of a committed shard again whose error may be transient; keep others."""
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             old = read_shard(self.run.shard_path(shard)).replace_schema_metadata(None)
@@ -156,13 +165,12 @@ class ShardWorker:
             return self._commit(shard, table), is_suspect
 
     def _commit(self, shard: int, table: pa.Table) -> ShardStats:
-        assert self.processor is not None
         unlike = self.processor.count_unlike(table)
         return commit_shard(self.run, shard, table, self.processor.footer, unlike)
 
     @contextmanager
     def _attempt(self, shard: int) -> Iterator[tuple[Heartbeat, bool]]:
-        """Keep a heartbeat while a shard is worked on; yield also whether an attempt was lost.
+        """Keep a heartbeat while a shard is processed; yield also whether an attempt was lost.
 
         ResourceError after MAX_ATTEMPTS.
         """
@@ -178,66 +186,58 @@ class ShardWorker:
         heartbeat = Heartbeat(self.run, attempt, self.options.stall_timeout_s)
         heartbeat.show()
         try:
-            if self.processor is None:
-                # Takes seconds, so only when there is work.
-                self.processor = self.make_processor(self.placement)
             yield heartbeat, earlier is not None
         finally:
             heartbeat.stop()
         remove_attempt(self.run, shard)
 
     def _work_on(self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool) -> pa.Table:
-        """Process some rows of the manifest. Suspect images go through quarantine first."""
-        processor = self.processor
-        assert processor is not None
+        """Process rows of the manifest; try suspect images in quarantine first."""
         feed = self._feed if self.placement.num_feeders and not is_suspect else self._prepare
         tables = []
-        with closing(feed(processor, rows, heartbeat, is_suspect)) as batches:
+        with closing(feed(rows, heartbeat, is_suspect)) as batches:
             for batch in batches:
-                tables.append(processor.finish(batch.rows, batch.prepared))
+                tables.append(self.processor.finish(batch.rows, batch.prepared))
                 self.metrics.count_images(tables[-1], batch.size_bytes)
                 heartbeat.rows_done += batch.rows.num_rows
                 heartbeat.beat()
         return pa.concat_tables(tables)
 
     def _prepare(
-        self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
+        self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Fetch and prepare images in this process; the next are fetched while it works."""
+        """Fetch and prepare images in this process; prefetch the next ones meanwhile."""
         with ExitStack() as stack:
             quarantine = None
             if is_suspect:
                 image_s = min(MAX_IMAGE_S, self.options.stall_timeout_s / 8)
                 quarantine = stack.enter_context(
-                    Quarantine(decodes=processor.decodes, timeout_s=image_s)
+                    Quarantine(decodes=self.processor.decodes, timeout_s=image_s)
                 )
-            coming = self.source.read_images(rows)
-            for some in slice_rows(rows, processor.batch_size):
+            fetched = self.source.read_images(rows)
+            for some in slice_rows(rows, self.processor.batch_size):
                 images: list[bytes | ImageError] = []
-                for image in islice(coming, some.num_rows):
+                for image in islice(fetched, some.num_rows):
                     images.append(image)
                     heartbeat.beat()
                 if quarantine is not None:
                     images = quarantine.try_images(images, heartbeat.beat)
-                yield PreparedBatch(some, *prepare_images(processor.prepare, images))
+                yield PreparedBatch(some, *prepare_images(self.processor.prepare, images))
 
     def _feed(
-        self, processor: Processor, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
+        self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Fetch and prepare images by tasks on other CPUs; in quarantine what ends such a task."""
-        if self.feeder is None:
-            timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
-            self.feeder = CpuFeeder(self.source, processor, self.placement.num_feeders, timeout_s)
-        for batch in self.feeder.prepare_slices(slice_rows(rows, processor.batch_size)):
+        """Fetch and prepare images in tasks on other CPUs; put what ends a task in quarantine."""
+        for batch in self.feeder.prepare_slices(slice_rows(rows, self.processor.batch_size)):
             heartbeat.beat()
             if batch.prepared is None:
-                yield from self._prepare(processor, batch.rows, heartbeat, is_suspect=True)
+                yield from self._prepare(batch.rows, heartbeat, is_suspect=True)
             else:
                 yield batch
 
 
 def count_retryable(errors: dict[str, int]) -> int:
-    """Count the errors that may have passed."""
+    """Count the errors that may be transient."""
     return sum(errors.get(error, 0) for error in RETRYABLE_ERRORS)
 
 
@@ -254,13 +254,13 @@ def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
     yield rows.slice(start)
 
 
-def replace_rows(table: pa.Table, places: np.ndarray, new: pa.Table) -> pa.Table:
-    """Replace the rows at `places` (ascending) by those of `new`; no byte is copied.
+def replace_rows(table: pa.Table, indices: np.ndarray, new: pa.Table) -> pa.Table:
+    """Return `table` with those of `new` as rows `indices` (ascending); no byte is copied.
 
     Not by `take`, which would gather more than 2 GiB of images into one array and fail.
     """
     pieces, start = [], 0
-    for number, place in enumerate(places.tolist()):
-        pieces += [table.slice(start, place - start), new.slice(number, 1).cast(table.schema)]
-        start = place + 1
+    for number, index in enumerate(indices.tolist()):
+        pieces += [table.slice(start, index - start), new.slice(number, 1).cast(table.schema)]
+        start = index + 1
     return pa.concat_tables([*pieces, table.slice(start)])

@@ -1,7 +1,7 @@
-"""Ends a run that makes no progress, and says what it was waiting for.
+"""End a run that makes no progress, with an error that names what it was waiting for.
 
-A thread waits inside Ray, which never gives up. The main thread waits for it with a
-timeout, so Ctrl-C is heard at once, and looks at the heartbeat files when nothing comes.
+A thread waits inside Ray, which never gives up. The main thread waits for that thread with a
+timeout, so Ctrl-C works at once, and reads the heartbeat files when there is no report.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cifake_ray.storage.runs.run import Run
 
 Report = TypeVar("Report")
 
-MAX_LOOK_S = 30.0  # between two looks at the heartbeat files
+MAX_LOOK_S = 30.0  # between two reads of the heartbeat files
 CLOSE_S = 2.0  # for Ray Data to stop its workers
 CLUSTER_ANSWER_S = 10.0
 MAX_SHOWN = 8
@@ -31,9 +31,9 @@ MAX_SHOWN = 8
 def watch_progress(
     reports: Generator[Report, None, None], run: Run, session: str, timeout_s: float
 ) -> Generator[Report, None, None]:
-    """Yield the reports, which are read in a thread; what is raised there is raised here.
+    """Yield the reports, which are read in a thread; raise what is raised there.
 
-    ResourceError, with what was waited for, when for `timeout_s` there is no report and no
+    ResourceError, which names what was waited for, when for `timeout_s` there is no report and no
     heartbeat file of the session changes. Contents are compared, never clocks.
     """
     thread, attempts = ThreadPoolExecutor(1), list[Attempt]()
@@ -63,7 +63,7 @@ def watch_progress(
 
 
 def explain_stall(attempts: list[Attempt], timeout_s: float) -> str:
-    """What a run that stands still was waiting for."""
+    """Return the error message of a run without progress."""
     if attempts:
         shown = ", ".join(attempt.describe() for attempt in attempts[:MAX_SHOWN])
         more = f" and {len(attempts) - MAX_SHOWN} more" if len(attempts) > MAX_SHOWN else ""
@@ -72,12 +72,12 @@ def explain_stall(attempts: list[Attempt], timeout_s: float) -> str:
         waiting = "no worker is at work on a shard"
     return (
         f"no progress for {timeout_s:g} s: {waiting}; {describe_cluster()}. Run the same command"
-        " again to go on from there; if one batch may take so long, raise --stall-timeout-s"
+        " again to resume; if one batch may take that long, raise --stall-timeout-s"
     )
 
 
 def describe_cluster() -> str:
-    """Nodes and CPUs for an error message, even if the cluster does not answer."""
+    """Describe nodes and CPUs for an error message, even if the cluster does not answer."""
 
     def ask() -> str:
         resources = read_resources()

@@ -1,8 +1,8 @@
 """train: shards -> a bundle, with Ray Train.
 
-Every worker runs `train_rank`; with `--num-workers 0` this process does. Rank 0
-writes the latest checkpoint, the history and, at the end, the bundle. A checkpoint is one file
-below RUN that appears whole, so a run resumes after a killed worker or a killed driver alike.
+Every worker runs `train_rank`; with `--num-workers 0` this process does. Rank 0 writes the latest
+checkpoint, the history and, at the end, the bundle. A checkpoint is one file below RUN that is
+written atomically, so a run resumes after a killed worker or a killed driver.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from cifake_ray.storage.runs.trackers import Tracking, check_trackers
 from cifake_ray.storage.runs.train_run import TrainRun
 from cifake_ray.storage.s3.location import open_path
 
-POLL_S = 0.5  # how often the driver looks for a finished epoch
+POLL_S = 0.5  # between two reads of the history
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a finished training run prints and stores in `_SUCCESS`."""
+    """Result of a finished training, printed and stored in `_SUCCESS`."""
 
     command: str
     out: str
@@ -64,16 +64,18 @@ class TrainSummary:
     unusable: dict[str, int]
     epochs: int
     epochs_resumed: int
-    stopped: str  # why it ended
+    stopped: str  # why the training ended
     steps: int
     best_epoch: int
-    averaged_epochs: list[int]  # whose mean the weights of the bundle are
+    averaged_epochs: list[int]  # their mean weights are those of the bundle
     val_accuracy: float  # of the bundle
     train_s: float  # in training epochs, over all attempts
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
-    weights: str | None = None  # what it started from, if not from fresh ones
-    untracked: dict[str, int] = field(default_factory=dict)  # rows that a tracker was not told
+    weights: str | None = None  # the starting weights, unless initialised at random
+    untracked: dict[str, int] = field(
+        default_factory=dict
+    )  # rows that could not be logged, per tracker
 
 
 def train_detector(
@@ -84,11 +86,11 @@ def train_detector(
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    `on_epoch(row, epochs)` is called once for each finished epoch; `log` gets other messages. With
-    `config.track` the trackers of a finished run get the rows that they missed.
+    Call `on_epoch(row, epochs)` once per finished epoch, and `log` for other messages. With
+    `config.track`, log to the trackers of a finished run the rows that they lack.
     """
     check_trackers(config.track)
-    # Absolute before it travels: a Ray worker has another working folder.
+    # Absolute, because a Ray worker has another working folder.
     config = replace(
         config,
         weights=config.weights and str(resolve_path(config.weights, config.store)),
@@ -100,7 +102,9 @@ def train_detector(
     run = TrainRun(resolve_path(config.run, config.store))
     if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:
         return summary
-    prepared = prepare_training(config)  # what does not fit is refused here, not in every worker
+    prepared = prepare_training(
+        config
+    )  # fails here, not in every worker, if options do not fit together
     if config.dry_run:
         return {
             "command": "train",
@@ -142,7 +146,7 @@ def _find_finished(
 ) -> dict[str, Any] | None:
     """Return the summary of a finished run without reading its rows; None when it is not finished.
 
-    Its trackers get what they missed. RunMismatch when it has other settings.
+    Log to its trackers what they lack. RunMismatch when it has other settings.
     """
     if (summary := run.read_success()) is None:
         return None
@@ -159,11 +163,6 @@ def _find_finished(
         return {**summary, "untracked": tracking.finish(summary)}
 
 
-def check_training(config: TrainConfig) -> None:
-    """Raise UsageError when the options of the model do not fit together."""
-    build_checked(config)
-
-
 def place_training(config: TrainConfig, resources: Resources) -> Placement:
     """Return the smallest placement that starts.
 
@@ -173,11 +172,10 @@ def place_training(config: TrainConfig, resources: Resources) -> Placement:
     use_gpu = choose_gpu(config.device, resources)
     return place_workers(
         resources,
-        num_workers=least,
+        num_workers=least or (resources.num_gpus if use_gpu else 1),
         use_gpu=use_gpu,
-        # Those that join later must find as much as those that were there.
+        # Workers that join later must get as many as the first ones.
         cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
-        default_workers=resources.num_gpus if use_gpu else 1,
     )
 
 
@@ -192,7 +190,7 @@ def finish_training(config: TrainConfig, use_gpu: bool) -> None:
 
 
 def _choose_gpu_here(device: Device) -> bool:
-    """Return whether this process computes on a GPU. ResourceError when it should and has none."""
+    """Return whether this process uses a GPU. ResourceError when --device cuda finds none."""
     is_there = torch.cuda.is_available()
     if device == "cuda" and not is_there:
         raise ResourceError(
@@ -207,14 +205,16 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
 
     config = prepared.config
     filesystem, storage_path = to_arrow(run.path)
-    # Ray Train takes one report of each worker as often as it looks at them: every 2 s by default,
-    # for which an epoch of a small run would wait.
+    # Ray Train takes one report per worker and check: every 2 s by default, for which an epoch of a
+    # small run would wait.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    threads = ThreadPoolExecutor(1)  # in the main one, Ray Train would take over Ctrl-C
+    threads = ThreadPoolExecutor(1)  # in the main thread, Ray Train would handle Ctrl-C
     least, most = config.worker_range or (None, None)
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
     with connect_cluster(config, room, log) as resources:
         placement = place_training(config, resources)
+        # In a range, Ray Train restarts with another number of workers as nodes come or go.
+        workers: Any = placement.num_workers if least == most else (placement.num_workers, most)
         task = RankTask(
             config=config,
             rows_hash=prepared.rows_hash,
@@ -224,12 +224,19 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
         trainer = TorchTrainer(
             start_rank,
             train_loop_config={"task": task},
-            scaling_config=_scale(placement, most or placement.num_workers),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=task.use_gpu,
+                resources_per_worker={
+                    "CPU": placement.cpus_per_worker,
+                    **({"GPU": placement.gpus_per_worker} if task.use_gpu else {}),
+                },
+            ),
             run_config=ray.train.RunConfig(
                 name="ray",
                 storage_path=storage_path,
                 storage_filesystem=filesystem,
-                # Nodes that Ray was told would go do not count: these may be any number.
+                # Announced node removals are not counted: Ray Train allows any number.
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
         )
@@ -237,27 +244,11 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
             threads.submit(trainer.fit).result()
         except ray.train.TrainingFailedError as error:
             raise CifakeError(
-                f"training failed: {find_cause(error)}; run the same command again to go on from"
-                " the last epoch, with --debug for the whole story"
+                f"training failed: {find_cause(error)}; run the same command again to resume from"
+                " the last epoch, with --debug for the whole traceback"
             ) from error
         finally:
             threads.shutdown(wait=False)
-
-
-def _scale(placement: Placement, most: int) -> Any:
-    """Return the number of workers; as nodes come or go, Ray Train restarts with another one."""
-    import ray.train
-
-    least = placement.num_workers
-    workers: Any = least if least == most else (least, most)
-    return ray.train.ScalingConfig(
-        num_workers=workers,
-        use_gpu=placement.gpus_per_worker > 0,
-        resources_per_worker={
-            "CPU": placement.cpus_per_worker,
-            **({"GPU": placement.gpus_per_worker} if placement.gpus_per_worker else {}),
-        },
-    )
 
 
 def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float) -> TrainSummary:
@@ -311,9 +302,7 @@ class _HistoryWatch:
 
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
-            with suppress(
-                CifakeError
-            ):  # after a short failure of the store the next look reports it
+            with suppress(CifakeError):  # a short failure of the store: the next look reports it
                 self.look()
 
     def __enter__(self) -> None:

@@ -1,7 +1,7 @@
-"""What a training starts from: its rows, its detector with the starting weights, its settings.
+"""Prepare a training: read its rows, build its detector with the starting weights, check options.
 
-The driver prepares once and hands the result to a training in its own process; a
-worker of Ray Train, which has a process of its own, prepares for itself.
+The driver prepares once, which is enough for a training in its own process; each worker of Ray
+Train prepares again in its process.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cifake_ray.storage.presets.augmentation import read_augmentation
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A training that can start."""
+    """A training that is ready to start."""
 
     config: TrainConfig  # its `augment` is parsed
     rows: TrainingRows
     rows_hash: str
     detector: Detector  # with its starting weights; training changes it in place
-    weights: StartingWeights | None  # None for fresh ones
+    weights: StartingWeights | None  # None if initialised at random
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def describe_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_checked(config: TrainConfig) -> Detector:
-    """Build the detector with fresh weights. UsageError when the options do not fit together."""
+    """Build the detector with random weights. UsageError when the options do not fit together."""
     torch.manual_seed(config.seed)
     detector = build_for_training(config)
     make_optimizer(detector.network, config)

@@ -1,4 +1,4 @@
-"""What each rank of a training does, in a worker of Ray Train or in the command's own process.
+"""Train as one rank, in a worker of Ray Train or in the command's own process.
 
 Rank 0 writes the checkpoint, the history and the bundle.
 """
@@ -36,7 +36,7 @@ from cifake_ray.storage.runs.train_run import TrainRun
 
 @dataclass(frozen=True, kw_only=True)
 class RankTask:
-    """What a worker of Ray Train gets."""
+    """Task of a worker of Ray Train."""
 
     config: TrainConfig
     rows_hash: str  # of the rows that the driver found
@@ -67,7 +67,7 @@ def train_rank(
 ) -> None:
     """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
 
-    `is_over`: train no further, and only write the bundle.
+    With `is_over` only write the bundle, and train no further.
     """
     config, detector = prepared.config, prepared.detector
     run = TrainRun(resolve_path(config.run, config.store))
@@ -90,7 +90,7 @@ def train_rank(
     domain = read_domain(data.train) if trainer.rank == 0 else None
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(checkpoint)
-        if trainer.rank == 0:  # the attempt before may have died between the two
+        if trainer.rank == 0:  # an earlier attempt may have died before it wrote the history
             _show_history(run, trainer, on_save)
 
     def save() -> None:
@@ -111,7 +111,7 @@ def train_rank(
 
 @contextmanager
 def _explain_compiler(config: TrainConfig) -> Iterator[None]:
-    """CifakeError when `--compile` cannot, such as for want of a C++ compiler."""
+    """Raise CifakeError when `--compile` fails, such as without a C++ compiler."""
     if not config.compile:
         yield
         return
@@ -121,7 +121,9 @@ def _explain_compiler(config: TrainConfig) -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         reason = str(error).splitlines()[0]
-        raise CifakeError(f"--compile: {reason}; install what it lacks, or leave it out") from error
+        raise CifakeError(
+            f"--compile: {reason}; install what is missing, or leave --compile out"
+        ) from error
 
 
 def _show_history(run: TrainRun, trainer: Trainer, on_save: Callable[[], None]) -> None:
@@ -133,7 +135,7 @@ def _show_history(run: TrainRun, trainer: Trainer, on_save: Callable[[], None]) 
 def _join_group(
     config: TrainConfig, detector: Detector, device: str
 ) -> tuple[nn.Module, Callable[[dict[str, Any]], None]]:
-    """The detector as this rank trains it, and how the rank reports where it stands."""
+    """Return the detector as this rank trains it, and the function that reports its progress."""
     if config.worker_range == (0, 0):
         return detector.to(device), lambda row: None
     import ray.train
@@ -152,7 +154,7 @@ def _write_best(
     best: KeptEpoch,
     averaged: list[int],
 ) -> None:
-    """The bundle: the best weights, calibrated on the validation images."""
+    """Write the bundle: the best weights, calibrated on the validation images."""
     state = trainer.state
     trainer.detector.network.load_state_dict(best.weights)
     logit, label = best.logit.numpy(), data.val.labels
@@ -161,7 +163,9 @@ def _write_best(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
     settings = describe_options(config)
-    shards = settings.pop("shards").rpartition("/")[2]  # where it lay is nobody else's business
+    shards = settings.pop("shards").rpartition("/")[
+        2
+    ]  # without the folders above, which are private
     training = {
         **settings,
         "weights": config.weights and config.weights.rpartition("/")[2],

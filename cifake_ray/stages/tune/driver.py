@@ -1,8 +1,8 @@
 """tune: shards -> the best of many trainings, with Ray Tune.
 
-A trial is a training as `train` does it, in a folder of its own; Ray Tune decides
-which one runs, where, and for how long. The options of trial n are stored before it starts, and why
-it ended when it does, so a search that was killed resumes by replaying to Ray Tune what is stored.
+A trial is a training as `train` does it, in a folder of its own; Ray Tune decides which one runs,
+where, and for how long. The options of a trial are stored before it starts, and the reason for its
+end when it ends, so a killed search resumes by replaying the stored trials to Ray Tune.
 """
 
 from __future__ import annotations
@@ -23,12 +23,7 @@ from typing import Any
 import ray
 import torch
 
-from cifake_ray.config import (
-    TrainConfig,
-    TuneConfig,
-    fingerprint_settings,
-    list_options,
-)
+from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
 from cifake_ray.core.search.space import Space, list_grid, sample_space
 from cifake_ray.core.search.trial_table import find_best
 from cifake_ray.errors import CifakeError, ResourceError, UsageError
@@ -65,7 +60,7 @@ DEFAULTS = asdict(TrainConfig(shards="", run=""))
 
 @dataclass(frozen=True)
 class TuneSummary:
-    """What a finished search prints and stores in `_SUCCESS`."""
+    """Result of a finished search, printed and stored in `_SUCCESS`."""
 
     command: str
     out: str
@@ -73,13 +68,13 @@ class TuneSummary:
     recipe: str
     report: str
     trials: int
-    ends: dict[str, int]  # why trials ended
+    ends: dict[str, int]  # trials by the reason for their end
     objective: str
     best_trial: int
     best: float
     chosen: dict[str, Any]
     epochs: int  # trained, over all trials
-    epochs_planned: int  # had no trial been stopped for falling behind
+    epochs_planned: int  # if no trial had been stopped for falling behind
     steps: int
     elapsed_s: float
 
@@ -89,7 +84,7 @@ def tune_detector(
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Search to `config.run`/bundle. The same call again resumes; a finished one stays as it is."""
+    """Search to `config.run`/bundle. The same call resumes; a finished search is left untouched."""
     config = replace(
         config,
         shards=str(open_path(config.shards, config.store)),
@@ -132,14 +127,14 @@ def tune_detector(
 
 @contextmanager
 def _connect(config: TuneConfig, log: Callable[[str], None]) -> Iterator[Resources]:
-    """Yield the resources of the cluster, or for a dry run without one those of this machine."""
+    """Yield the resources of the cluster, or of this machine for a dry run without a cluster."""
     has_cluster = ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS")
     if config.dry_run and not has_cluster:
         yield Resources((Node(count_local_cpus(), torch.cuda.device_count()),))
         return
-    side_by_side = (config.max_concurrent or 1) if config.scale_timeout_s else 1
+    num_at_once = (config.max_concurrent or 1) if config.scale_timeout_s else 1
     room = Placement(
-        max(1, config.num_workers) * side_by_side,
+        max(1, config.num_workers) * num_at_once,
         config.cpus_per_worker,
         int(config.device == "cuda"),
     )
@@ -148,36 +143,31 @@ def _connect(config: TuneConfig, log: Callable[[str], None]) -> Iterator[Resourc
 
 
 def _count_at_once(config: TuneConfig, resources: Resources, use_gpu: bool) -> int:
-    """Return how many trials the cluster holds side by side. ResourceError when there are none."""
+    """Return how many trials the cluster can run at once. ResourceError if not even one."""
     per_trial = max(1, config.num_workers)
-    place_workers(
-        resources,
-        num_workers=per_trial,
-        use_gpu=use_gpu,
-        cpus_per_worker=config.cpus_per_worker,
-        default_workers=1,
-    )
-    num_places = resources.count_places(config.cpus_per_worker, int(use_gpu)) // per_trial
+    cpus = config.cpus_per_worker
+    place_workers(resources, num_workers=per_trial, use_gpu=use_gpu, cpus_per_worker=cpus)
+    num_places = resources.count_places(cpus, int(use_gpu)) // per_trial
     if config.scheduler == "pbt" and config.num_workers > 0 and num_places < 2:
         raise ResourceError(
-            f"--scheduler pbt compares trials side by side; with --num-workers {config.num_workers}"
+            f"--scheduler pbt compares concurrent trials; with --num-workers {config.num_workers}"
             " there is room for one: give --num-workers 0, or more CPUs or GPUs"
         )
     return min(num_places, config.max_concurrent or num_places)
 
 
 def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -> list[Trial]:
-    """Choose and store the options of every trial; those of an earlier attempt stay as they were.
+    """Choose and store the options of every trial; keep those of an earlier attempt.
 
-    The searcher tpe chooses as it goes. UsageError when nothing is within the budget.
+    The searcher tpe chooses during the search. UsageError when nothing is within the budget.
     """
     config, search = plan.config, plan.search
     known = search.read_trials()
     if known:
         over = sum(trial.end is not None for trial in known)
-        log(f"tune: going on with {len(known)} trials, {over} of them over")
+        log(f"tune: resuming with {len(known)} trials, {over} of them over")
     for number, trial in enumerate(known):
-        if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # it is tried again
+        if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # try it again
             known[number] = replace(trial, end=None)
             search.write_trial(known[number])
     if config.searcher == "tpe" or len(known) == config.trials:
@@ -205,7 +195,7 @@ def _choose_trials(
         number = len(trials)
         if number == config.trials:
             break
-        if number < len(known):  # else it was left out before
+        if number < len(known):  # any other choice was left out before
             trials += [known[number]] if known[number].chosen == chosen else []
             continue
         try:
@@ -228,17 +218,17 @@ def _run_trials(
     use_gpu: bool,
     watch: TrialCallback,
 ) -> None:
-    """Run the trials until all are over or the time budget is."""
+    """Run the trials until all have ended or the time budget is used up."""
     from ray import tune
 
     config = plan.config
-    # Ray Tune writes tables and logs of its own unless it is told not to.
+    # Disable the tables and logs that Ray Tune writes by default.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     filesystem, storage_path = to_arrow(plan.search.path)
     room: dict[str, float] = {"cpu": config.cpus_per_worker, "gpu": int(use_gpu)}
     if config.num_workers > 0:  # a trial only waits for workers of its own
-        room = {"cpu": 0, "memory": 1}  # a byte: Ray places nothing that needs nothing
+        room = {"cpu": 0, "memory": 1}  # one byte: Ray requires some resource
     settings = [{"number": trial.number, "chosen": trial.chosen} for trial in trials]
     is_tpe = config.searcher == "tpe"
     is_shared = config.scheduler == "pbt" and config.num_workers == 0
@@ -249,7 +239,7 @@ def _run_trials(
             search_alg=RecordedSearcher(plan, space) if is_tpe else None,
             scheduler=make_scheduler(config, plan.options["epochs"], space),
             num_samples=config.trials if is_tpe else 1,
-            # Population based training lets its trials take turns: all of them must have begun.
+            # In population based training trials take turns, so all of them must be started.
             max_concurrent_trials=None if is_shared else num_at_once,
             time_budget_s=config.time_budget,
             reuse_actors=config.num_workers == 0,
@@ -259,14 +249,14 @@ def _run_trials(
             storage_path=storage_path,
             storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
-            # Population based training copies them; Ray warns of fewer.
+            # Population based training copies them; with fewer, Ray warns.
             checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
             callbacks=[watch],
             verbose=0,
         ),
     )
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback
-    threads = ThreadPoolExecutor(1)  # in the main one, Ray Tune would take over Ctrl-C
+    threads = ThreadPoolExecutor(1)  # in the main thread, Ray Tune would handle Ctrl-C
     try:
         threads.submit(tuner.fit).result()
         watch.write_failures()
@@ -289,14 +279,10 @@ def _finish(
         raise CifakeError(f"no trial trained an epoch ({ends}); see {search.path / 'trials'}")
     trial = search.read_trial(best["trial"])
     train = plan.to_train_config(trial)
-    if search.run_of(trial).read_success() is None:  # it was stopped, and is the best all the same
+    if search.run_of(trial).read_success() is None:  # it was stopped, but is the best
         finish_trial(train, config.cpus_per_worker, use_gpu)
     settings = {**fingerprint_settings(train), "augment": str(train.augment)}
-    options = {
-        name: value
-        for name, value in settings.items()
-        if name != "shards" and value != DEFAULTS[name]
-    }
+    options = {n: v for n, v in settings.items() if n != "shards" and v != DEFAULTS[n]}
     recipe = format_recipe(
         options,
         command=f"cifake-ray train {config.shards} RUN --recipe recipe.yaml",

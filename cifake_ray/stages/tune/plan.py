@@ -1,4 +1,4 @@
-"""What all trials of a search share: the options of `train`, and the budget of their networks."""
+"""Plan the trials of a search: their common options of `train`, and the budget of the networks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
 @dataclass(frozen=True)
 class TrialPlan:
-    """What all trials of a search share."""
+    """Options and budget that all trials of a search share."""
 
     config: TuneConfig
-    options: dict[str, Any]  # of `train`; `augment` is the policy that the chosen steps change
+    options: dict[str, Any]  # of `train`; chosen steps change the policy `augment`
 
     @property
     def search(self) -> TuneRun:
         return TuneRun(resolve_path(self.config.run, self.config.store))
 
     def to_train_config(self, trial: Trial) -> TrainConfig:
-        """Return its options of `train`. UsageError when the chosen ones do not fit together."""
+        """Return a trial's options of `train`. UsageError when they do not fit together."""
         return TrainConfig(
             **{**self.options, **to_train_options(trial.chosen, self.options["augment"])},
             run=str(self.search.run_of(trial).path),
@@ -40,7 +40,7 @@ class TrialPlan:
     def measure(self, trial: Trial) -> Trial:
         """Return the trial with the size of its network.
 
-        UsageError when that is beyond the budget, or the options do not go together.
+        UsageError when the network is beyond the budget, or the options do not fit together.
         """
         train = self.to_train_config(trial)
         size = _count_parameters(train.model, train.image_size)
@@ -69,13 +69,13 @@ def _measure_latency_ms(model: str, image_size: int | None) -> float:
 
 
 def make_plan(config: TuneConfig) -> TrialPlan:
-    """Read the recipe. UsageError when it has other options than `train`."""
+    """Read the recipe. UsageError when it has options that `train` does not have."""
     options = read_recipe(find_preset(config.recipe, RECIPES))
     options |= {
         **asdict(config.store),
         "shards": config.shards,
         "seed": config.seed,
-        "monitor": config.objective,  # so that the epoch that is kept is the one that counts
+        "monitor": config.objective,  # so the kept epoch is the one that is compared
         "num_workers": str(config.num_workers),
         "cpus_per_worker": config.cpus_per_worker,
         "device": config.device,
@@ -88,7 +88,7 @@ def make_plan(config: TuneConfig) -> TrialPlan:
         train = TrainConfig(**options, run="")
     except TypeError as error:
         raise UsageError(
-            f"--recipe {config.recipe}: {error}; it holds options of `train`"
+            f"--recipe {config.recipe}: {error}; a recipe has options of `train`"
         ) from error
     options["epochs"] = train.epochs
     options["weights"] = _pin_file("weights", train.weights, train)
@@ -97,7 +97,7 @@ def make_plan(config: TuneConfig) -> TrialPlan:
 
 
 def read_space(config: TuneConfig, shared: TrainConfig) -> Space:
-    """Read what is searched. UsageError when it cannot be searched, or is not there."""
+    """Read the search space. UsageError when it is missing or cannot be searched."""
     return {
         name: replace(domain, values=tuple(_pin_file(name, v, shared) for v in domain.values))
         for name, domain in parse_space(read_searches(config.search)).items()
@@ -105,7 +105,7 @@ def read_space(config: TuneConfig, shared: TrainConfig) -> Space:
 
 
 def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
-    """Make a path absolute and a file of steps their text: trials run in folders of their own."""
+    """Make a path absolute, or replace a file of steps by its text: trials run elsewhere."""
     if name == "weights" and value is not None:
         return str(resolve_path(value, train.store))
     if name == "augment" and value not in POLICIES:

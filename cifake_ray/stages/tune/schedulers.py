@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers, which stop trials, and its searcher, which chooses their options."""
+"""Adapt Ray Tune's schedulers, which stop trials, and its searcher, which chooses options."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from cifake_ray.stages.tune.plan import TrialPlan
 from cifake_ray.stages.tune.trial_worker import CURRENT, OBJECTIVE, REPLAYED
 from cifake_ray.storage.runs.tune_run import Trial
 
-MOST_LEFT_OUT = 50  # choices that may be beyond the budget, for each trial that is wanted
-# What may change while a network is trained.
+MOST_LEFT_OUT = 50  # choices beyond the budget, per trial
+# Options that may change during training.
 MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mixup", "cutmix"}
 
 
 def check_searcher(config: TuneConfig, space: Space) -> None:
-    """UsageError for a searcher or scheduler that cannot work with the space."""
+    """Raise UsageError for a searcher or scheduler that does not support the space."""
     if config.searcher == "tpe" and importlib.util.find_spec("optuna") is None:
         raise UsageError("--searcher tpe: optuna is not installed; `pip install optuna` brings it")
     if config.scheduler == "pbt":
         fixed = [n for n in space if n not in MUTABLE and not n.startswith(AUGMENT)]
         if fixed:
             raise UsageError(
-                f"--scheduler pbt changes options while it trains, which {', '.join(fixed)} do not"
-                f" stand; search {', '.join(sorted(MUTABLE))} and steps of augmentation"
+                f"--scheduler pbt changes options during training, and {', '.join(fixed)} cannot"
+                f" change then; search {', '.join(sorted(MUTABLE))} and steps of augmentation"
             )
 
 
 class _Asha(AsyncHyperBandScheduler):
     """Asynchronous successive halving that records replayed results and never stops a trial at one.
 
-    A resumed search replays the histories of its trials in any order, so judging them again would
-    stop trials that had passed.
+    A resumed search replays the histories of its trials in any order, so evaluating them again
+    would stop trials that had passed.
     """
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -54,22 +54,22 @@ class _Asha(AsyncHyperBandScheduler):
 
 
 class _Median(MedianStoppingRule):
-    """Median stopping that records replayed results without judging them, as `_Asha` does."""
+    """Median stopping that records replayed results without evaluating them, as `_Asha` does."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get(REPLAYED):  # judged, it would count as stopped and fail at its next result
+        if result.get(REPLAYED):  # evaluated, it would count as stopped, and its next result fail
             self.on_trial_complete(controller, trial, result)  # only records the result
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 
 
 class _Pbt(PopulationBasedTraining):
-    """Population based training: weights and options of a better trial, changed a little."""
+    """Population based training, which copies weights and options of better trials with changes."""
 
     space: Space
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Keep the trial's number and the ranges of the search when it gets another one's options.
+        """Keep the trial's number and the ranges of the search when options are copied to it.
 
         Ray Tune copies the number too, and multiplies options by 0.8 or 1.2, beyond their ranges.
         """
@@ -82,7 +82,10 @@ class _Pbt(PopulationBasedTraining):
 
 
 def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialScheduler:
-    """Li et al. 2020 (asha), Golovin et al. 2017 (median), Jaderberg et al. 2017 (pbt)."""
+    """Return the scheduler of the config.
+
+    Sources: Li et al. 2020 (asha), Golovin et al. 2017 (median), Jaderberg et al. 2017 (pbt).
+    """
     if config.scheduler == "asha":
         return _Asha(
             time_attr="epoch",
@@ -98,7 +101,7 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
             time_attr="epoch",
             grace_period=config.grace_epochs,
             min_samples_required=3,
-            # Or trials would be paused while there are fewer.
+            # Otherwise trials would be paused while there are fewer samples.
             min_time_slice=math.inf,  # type: ignore[arg-type]
             metric=OBJECTIVE,
             mode="max",
@@ -119,7 +122,7 @@ def make_scheduler(config: TuneConfig, epochs: int, space: Space) -> TrialSchedu
 
 
 def to_tune(domain: ParameterRange) -> Any:
-    """Return Ray Tune's distribution, or for a choice the list, whose neighbours PBT takes."""
+    """Return Ray Tune's distribution; for a choice the list, in which PBT moves to neighbours."""
     if domain.kind == "choice":
         return list(domain.values)
     return getattr(tune, domain.kind)(*domain.values)
@@ -128,46 +131,45 @@ def to_tune(domain: ParameterRange) -> Any:
 class RecordedSearcher(Searcher):
     """Optuna's TPE, with every choice stored before it is tried.
 
-    Trials of an earlier attempt are suggested again as they were, and Optuna gets their results.
+    It suggests trials of an earlier attempt again unchanged, and gives Optuna their results.
     """
 
     def __init__(self, plan: TrialPlan, space: Space) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         from ray.tune.search.optuna import OptunaSearch
 
-        domains = {
-            name: tune.choice(list(d.values)) if d.kind == "choice" else to_tune(d)
-            for name, d in space.items()
-        }
+        domains = OptunaSearch.convert_search_space(
+            {
+                name: tune.choice(list(d.values)) if d.kind == "choice" else to_tune(d)
+                for name, d in space.items()
+            }
+        )
         self.plan = plan
-        domains = OptunaSearch.convert_search_space(domains)
         self.known = {trial.number: trial for trial in plan.search.read_trials()}
-        # Its generator starts anew: with the same seed it would choose again what is known.
+        # Optuna starts again: with the same seed it would repeat the choices that are stored.
         seed = plan.config.seed + len(self.known)
         self.inner = OptunaSearch(domains, metric=OBJECTIVE, mode="max", seed=seed)
-        self.recalled: dict[str, Trial] = {}  # by Ray Tune's name for them
-        self.asked: dict[str, str] = {}  # Optuna's name for the others
+        self.recalled: dict[str, Trial] = {}  # by Ray Tune's name of the trial
+        self.asked: dict[str, str] = {}  # Optuna's names of the other trials, by Ray Tune's
         self.number = 0
 
     def suggest(self, trial_id: str) -> Any:
-        """Settings of `run_trial`."""
+        """Return the settings of `run_trial`."""
         if self.number == self.plan.config.trials:
             return Searcher.FINISHED
-        trial = self.known.get(self.number)
-        if trial is not None:
+        if (trial := self.known.get(self.number)) is not None:
             self.recalled[trial_id] = trial
-        else:
-            trial = self._ask(trial_id)
-            if trial is None:
-                return Searcher.FINISHED
+        elif (trial := self._ask(trial_id)) is not None:
             self.plan.search.write_trial(trial)
+        else:
+            return Searcher.FINISHED
         self.number += 1
         return {"trial": {"number": trial.number, "chosen": trial.chosen}}
 
     def _ask(self, trial_id: str) -> Trial | None:
-        """Return Optuna's choice; those beyond the budget count as failed. None when all are."""
+        """Return Optuna's choice; count those beyond the budget as failed. None when all are."""
         for attempt in range(MOST_LEFT_OUT):
-            name = f"{trial_id}-{attempt}"  # by one name it would choose the same again
+            name = f"{trial_id}-{attempt}"  # Optuna repeats its choice for the same name
             try:
                 trial = self.plan.measure(Trial(self.number, self.inner.suggest(name) or {}))
             except ValueError:

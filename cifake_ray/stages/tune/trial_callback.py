@@ -1,4 +1,4 @@
-"""Follows a search from outside its trials: stores and logs why each of them ended."""
+"""Follow a search in the driver: store and log why each trial ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE_INTERVAL_S = 30.0
 
 
 class TrialCallback(Callback):
-    """What Ray Tune calls in the driver."""
+    """Callbacks that Ray Tune calls in the driver."""
 
     def __init__(self, plan: TrialPlan, log: Callable[[str], None]) -> None:
         self.plan, self.log = plan, log
@@ -28,7 +28,7 @@ class TrialCallback(Callback):
         self.failed: list[Any] = []
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """A row for each trial, out of the folder of the search."""
+        """Return a row per trial, read from the folder of the search."""
         return [self._to_row(trial) for trial in self.plan.search.read_trials()]
 
     def _to_row(self, trial: Trial) -> dict[str, Any]:
@@ -56,24 +56,24 @@ class TrialCallback(Callback):
             self.write_end(replace(record, end=end))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.failed.append(trial)  # Ray Tune puts the error into it only after this
+        self.failed.append(trial)  # Ray Tune stores the error in it only after this call
 
     def write_failures(self) -> None:
-        """Why trials failed, once Ray Tune is done with them."""
+        """Store why trials failed, once Ray Tune has finished."""
         for trial in self.failed:
             record = self.plan.search.read_trial(trial.config["trial"]["number"])
             self.write_end(replace(record, end=f"{FAILED}: {find_cause(trial.get_error())}"))
 
     def write_end(self, record: Trial) -> None:
-        """Why a trial is over."""
+        """Store and log why a trial ended."""
         self.plan.search.write_trial(record)
         row = self._to_row(record)
-        value = row[self.plan.config.objective]
-        came_to = "" if value is None else f", {self.plan.config.objective} {value:.4f}"
-        self.log(f"tune: trial {record.number}, {row['epochs']} epochs{came_to}: {record.end}")
+        objective = self.plan.config.objective
+        best = "" if row[objective] is None else f", {objective} {row[objective]:.4f}"
+        self.log(f"tune: trial {record.number}, {row['epochs']} epochs{best}: {record.end}")
 
     def show(self) -> None:
-        """The table of all trials."""
+        """Log the table of all trials."""
         self.shown_s = time.monotonic()
         for line in format_trials(self.read_rows(), self.plan.config.objective).splitlines():
             self.log(line)

@@ -1,7 +1,7 @@
-"""What the process of a trial does: the training of `train`, reported to Ray Tune by the epoch.
+"""Run a trial in its process: train as `train` does, and report each epoch to Ray Tune.
 
-A resumed search reports the stored epochs of its trials again, so that the scheduler
-knows what it knew, and trains no epoch twice.
+A resumed search reports the stored epochs of its trials again, which restores the state of the
+scheduler without training an epoch twice.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from cifake_ray.stages.tune.plan import TrialPlan
 from cifake_ray.storage.io.files import read_bytes, read_json, write_json
 from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
-OBJECTIVE, CURRENT = "objective", "current"  # the best epoch so far, and this one; more is better
+OBJECTIVE, CURRENT = (
+    "objective",
+    "current",
+)  # of the best epoch so far, and of this one; more is better
 REPLAYED = "known"  # whether an earlier attempt reported it already
-FAILED = "failed"  # begins the end of a trial that will be tried again
+FAILED = "failed"  # prefix of the `end` of a trial that will be tried again
 
 
 def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
-    """Train a trial, resume it, or report the epochs of one that is over."""
+    """Train a trial, resume it, or report the epochs of one that has ended."""
     search = plan.search
     trial = search.read_trial(settings["trial"]["number"])
     checkpoint = tune.get_checkpoint()  # with population based training only
@@ -41,12 +44,12 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
     report = _Report(search, trial, plan.config)
     history = search.run_of(trial).read_history()
     for number, row in enumerate(history, start=1):
-        report.note(row)
-        if checkpoint is None and plan.config.scheduler != "pbt":  # it goes by what is new
-            report.tell(row, is_replayed=trial.end is not None or number < len(history))
+        report.record(row)
+        if checkpoint is None and plan.config.scheduler != "pbt":  # pbt compares only new epochs
+            report.send(row, is_replayed=trial.end is not None or number < len(history))
     if trial.end is None:
         train_detector(config, report, time.time())
-    report.tell_last()
+    report.send_last()
 
 
 def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
@@ -69,17 +72,17 @@ def finish_trial(config: TrainConfig, num_cpus: int, use_gpu: bool) -> None:
 class _Report:
     """Reports each epoch to Ray Tune, the last one only when the bundle is written.
 
-    A scheduler stops a trial at a report, and then nothing more is written.
+    A scheduler may stop a trial at a report, and then nothing more is written.
     """
 
     search: TuneRun
     trial: Trial
     config: TuneConfig
     best: float = float("-inf")
-    last: dict[str, Any] | None = None  # the row that waits
+    last: dict[str, Any] | None = None  # not reported yet
 
     def __call__(self, row: dict[str, Any], epochs: int) -> None:
-        self.note(row)
+        self.record(row)
         if row["epoch"] == epochs:
             self.last = row
         elif self.config.scheduler == "pbt":
@@ -87,34 +90,29 @@ class _Report:
                 last = self.search.run_of(self.trial).checkpoint_path
                 (Path(folder) / "last.pt").write_bytes(read_bytes(last))
                 write_json(Path(folder) / "trial.json", {"number": self.trial.number})
-                self.tell(row, tune.Checkpoint.from_directory(folder))
+                self.send(row, tune.Checkpoint.from_directory(folder))
         else:
-            self.tell(row)
+            self.send(row)
 
-    def note(self, row: dict[str, Any]) -> None:
+    def record(self, row: dict[str, Any]) -> None:
         self.best = max(self.best, to_score(row, self.config.objective))
 
-    def tell(self, row: dict[str, Any], checkpoint: Any = None, is_replayed: bool = False) -> None:
-        score = to_score(row, self.config.objective)
-        metrics = {
-            "epoch": row["epoch"],
-            OBJECTIVE: self.best,
-            CURRENT: score,
-            REPLAYED: is_replayed,
-        }
-        tune.report(metrics, checkpoint=checkpoint)
+    def send(self, row: dict[str, Any], checkpoint: Any = None, is_replayed: bool = False) -> None:
+        current = to_score(row, self.config.objective)
+        scores = {OBJECTIVE: self.best, CURRENT: current, REPLAYED: is_replayed}
+        tune.report({"epoch": row["epoch"], **scores}, checkpoint=checkpoint)
 
-    def tell_last(self) -> None:
+    def send_last(self) -> None:
         if self.last is not None:
-            self.tell(self.last)
+            self.send(self.last)
 
 
 def _take_over(search: TuneRun, trial: Trial, chosen: dict[str, Any], checkpoint: Any) -> Trial:
-    """The weights and options of a better trial, if it was given them, in a run of its own."""
+    """Return the trial; if pbt assigned it a better one's weights and options, in a new run."""
     with checkpoint.as_directory() as folder:
-        facts = read_json(Path(folder) / "trial.json")
-        if facts["number"] == trial.number and chosen == trial.chosen:
-            return trial  # it had to wait for its turn
+        donor = read_json(Path(folder) / "trial.json")
+        if donor["number"] == trial.number and chosen == trial.chosen:
+            return trial  # it only waited for its turn
         trial = replace(trial, chosen=chosen, generation=trial.generation + 1)
         search.run_of(trial).write_checkpoint((Path(folder) / "last.pt").read_bytes())
     search.write_trial(trial)

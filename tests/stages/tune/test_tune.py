@@ -174,7 +174,7 @@ def test_a_search_that_lost_its_end_goes_on_and_repeats_nothing(
     stamps = {p: t for p, t in read_stamps(run / "trials").items() if "00002" not in p}
     said: list[str] = []
     second = run_tune(shards, run, files, log=said.append)
-    assert said[0] == "tune: going on with 3 trials, 2 of them over"
+    assert said[0] == "tune: resuming with 3 trials, 2 of them over"
     assert {p: t for p, t in read_stamps(run / "trials").items() if "00002" not in p} == stamps
     untimed = [{k: v for k, v in row.items() if k != "train_s"} for row in rows]
     assert [{k: v for k, v in r.items() if k != "train_s"} for r in read_rows(run)] == untimed
@@ -395,7 +395,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     [
         ("lr: [0.1]", {"recipe": "fastest"}, "not among the recipes in the box: best, fast"),
         ("lr: [0.1]", {"search": ("wild",)}, "not among the searches in the box: architecture"),
-        ("model: [cnn]", {"scheduler": "pbt"}, "which model do not stand"),
+        ("model: [cnn]", {"scheduler": "pbt"}, "model cannot change"),
         ("lr: 0.1", {}, "lr: give a list of values"),
     ],
 )
