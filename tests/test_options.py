@@ -137,7 +137,7 @@ def test_a_policy_in_a_recipe_and_a_recipe_of_a_search(tmp_path: Path) -> None:
 
 def test_a_recipe_that_is_not_there_is_refused_with_those_that_are() -> None:
     said = refuse(TrainConfig, "s", "r", "--recipe", "fastest")
-    assert "fastest: no such file, and not among the recipes in the box" in said
+    assert "fastest: no such file, and not among the built-in recipes" in said
     assert "seed-v1.3" in said
     assert "No such option: --recipe" in refuse(ConvertConfig, "s", "o", "--recipe", "seed-v1.3")
 

@@ -1,4 +1,4 @@
-"""Labels, splits and sources from paths and values."""
+"""Read labels, splits and sources from paths and values."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def parse_label(value: object) -> int | None:
 def read_class_label(value: object, class_names: Sequence[str] | None) -> int | None:
     """Parse a label of a Parquet file, by the class names of its footer if it has them.
 
-    Hugging Face writes -1 for "unknown". Names of which none means REAL or FAKE are about something
-    else, so the label is unknown. UsageError for a number beyond the names.
+    Hugging Face writes -1 for "unknown". Where no name means REAL or FAKE the label is unknown.
+    UsageError for a number beyond the names.
     """
     if class_names is None or not isinstance(value, int):
         return parse_label(value)

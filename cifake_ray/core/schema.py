@@ -1,7 +1,4 @@
-"""Labels, error classes and the columns of every table on disk.
-
-Read this first; every other file uses these names.
-"""
+"""Define the labels, the error names and the columns of every table on disk."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ LABEL_FIELDS = [
 ]
 ERROR_FIELDS = [pa.field("error", pa.string()), pa.field("error_detail", pa.string())]
 
-# What the header of an image says.
+# From the header of an image.
 HEADER_FIELDS = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),

@@ -13,7 +13,8 @@ import pytest
 from measure import link_part
 from model_results import ENTRIES, Bench, Entry, choose_entries, merge_rows, render_page
 
-from cifake_ray.core.training.model_cost import LISTED_MODELS, count_cost, find_own_size
+from cifake_ray.core.models.detector import find_own_size
+from cifake_ray.core.training.model_cost import LISTED_MODELS, count_cost
 from cifake_ray.storage.presets.model_results import locate_model_results, read_model_results
 
 

@@ -256,12 +256,12 @@ def test_more_workers_than_cpus_are_refused_with_numbers(
 
 def test_an_output_that_cannot_be_written_ends_the_run(sample_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file stands here")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+    with pytest.raises(StorageError, match="a file is where a folder is needed"):
         run_convert(sample_folder, tmp_path / "out")
     out = tmp_path / "late"
     out.mkdir()
     (out / "shards").write_text("the worker meets a file where its folder should be")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+    with pytest.raises(StorageError, match="a file is where a folder is needed"):
         run_convert(sample_folder, out)
     assert not (out / "_SUCCESS").exists()
 

@@ -1,7 +1,7 @@
-"""Temperature and thresholds: how logits become p_fake and decisions, and how both are fitted.
+"""Turn logits into p_fake and decisions, and fit the temperature and the thresholds for that.
 
-Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are
-exact float32 values, so numpy, pyarrow and SQL agree on them, in float32 and in float64.
+Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are exact float32
+values, so numpy, pyarrow and SQL agree on them, in float32 and in float64.
 """
 
 from __future__ import annotations
@@ -26,14 +26,10 @@ TEMPERATURE_BOUNDS = (0.05, 100.0)
 class Calibration:
     """Temperature and thresholds of a detector. Thresholds are on p_fake, in [0, 1]."""
 
-    temperature: float
-    """Divides the logit, > 0; above 1 the detector was overconfident."""
-    threshold: float
-    """Maximises balanced accuracy."""
-    threshold_fpr_1: float
-    """At most 1% of REAL at or above it."""
-    threshold_fpr_01: float
-    """At most 0.1% of REAL at or above it."""
+    temperature: float  # divides the logit, > 0; above 1 the detector was overconfident
+    threshold: float  # maximises balanced accuracy
+    threshold_fpr_1: float  # at most 1% of REAL at or above it
+    threshold_fpr_01: float  # at most 0.1% of REAL at or above it
 
 
 def compute_p_fake(logit: Floats, temperature: float) -> npt.NDArray[np.float32]:
@@ -114,8 +110,8 @@ def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) 
     """Return the lowest threshold with at most `fpr` of REAL at or above it.
 
     All thresholds between two neighbouring scores decide alike; the middle is returned, so that
-    rounding on another machine does not change a decision. With fewer than
-    1 / fpr REAL images it lies above the highest of them.
+    rounding on another machine does not change a decision. With fewer than 1 / fpr REAL images it
+    is above the highest of them.
     """
     real = np.sort(p_fake[label == REAL])[::-1]
     allowed = count_allowed(len(real), fpr)
@@ -130,10 +126,12 @@ def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) 
 
 
 def count_allowed(num_real: int, fpr: float) -> int:
+    """Return how many of `num_real` images are at most the share `fpr` of them."""
     return int(fpr * num_real + 1e-9)  # the addend repairs products that end in .999999
 
 
 def check_scores(logit: Floats, label: Ints) -> None:
+    """Raise ValueError unless logits and labels are finite, valid and equally many."""
     if logit.ndim != 1 or logit.shape != label.shape:
         raise ValueError(f"logit {logit.shape} and label {label.shape} must be [N] both")
     if len(logit) == 0:

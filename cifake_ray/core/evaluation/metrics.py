@@ -1,14 +1,8 @@
-"""How far the scores can be trusted: calibration, operating points, metrics with 95% intervals.
+"""Measure how far scores can be trusted: metrics with 95% intervals, as plain JSON types.
 
-Arrays in, plain JSON-able data out. FAKE = 1 is the positive class.
-
-Two conventions hold everywhere in this file:
-
-- Ranking metrics (AUROC, average precision, EER, TPR at an FPR) rank by `logit`. `p_fake` is
-  float32 and saturates: above a calibrated logit of about 17 every image has p_fake == 1.0, and
-  ranking by it would invent ties.
-- Decisions are `p_fake >= threshold`, as in the score tables. Calibrated thresholds are exact
-  float32 values, so numpy, pyarrow and SQL agree on them, in float32 and in float64.
+FAKE = 1 is the positive class. Ranking metrics (AUROC, average precision, EER, TPR at an FPR) rank
+by `logit`: `p_fake` is float32 and saturates, so that ranking by it would invent ties. Decisions
+are `p_fake >= threshold`.
 """
 
 from __future__ import annotations
@@ -131,7 +125,7 @@ def _measure_ece(p_fake: npt.NDArray[np.float64], label: Ints) -> float:
 
 
 class _Cells:
-    """The images in at most MAX_BOOTSTRAP_CELLS cells of neighbouring rank, highest logits first.
+    """Images in at most MAX_BOOTSTRAP_CELLS cells of neighbouring rank, highest logits first.
 
     A replicate then is two rows of counts, and costs the same for a thousand images and for a
     million, without sorting again. Tied logits share a cell; up to 4096 images every distinct logit

@@ -1,8 +1,7 @@
-"""Headers and upright RGB pixels from encoded bytes: the one decode policy of the project.
+"""Read headers and upright RGB pixels from encoded bytes: the one decode policy of the project.
 
-Whoever needs pixels calls `decode_image`; whoever needs the header calls
-`inspect_image`. Both refuse an image with `ImageError`, whose `error` is one of
-`core.schema.IMAGE_ERRORS`. What becomes of the pixels is told by `core.imaging.preprocessing`.
+`decode_image` and `inspect_image` raise `ImageError`, whose `error` is one of
+`core.schema.IMAGE_ERRORS`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
@@ -33,15 +32,15 @@ _T = TypeVar("_T")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64_000_000
-# Each scan of a JPEG goes over all its pixels again, at about 0.1 s for 64 million. Encoders write
-# 10 scans, optimisers up to 64; a file of 400 kB can hold thousands.
+# Each scan of a JPEG visits all its pixels again, at about 0.1 s for 64 million. Encoders write 10
+# scans, optimisers up to 64; a file of 400 kB can hold thousands.
 MAX_SCANNED_PIXELS = 24 * MAX_IMAGE_PIXELS
 
 # What the web serves and browsers decode, most frequent first, since Pillow tries them in this
 # order; TIFF and BMP for archives. JPEG covers MPO (several JPEGs in one file). AVIF is in: sites
 # convert uploads to it, and libavif and dav1d are fuzzed as browser code. JPEG 2000 is out: rare on
 # the web, and OpenJPEG has a long record of memory errors. So are formats that run programs (EPS,
-# WMF) or whose parsers nobody exercises (PCX, TGA, PSD, FLI, ...).
+# WMF) or whose parsers are little used (PCX, TGA, PSD, FLI, ...).
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
@@ -101,6 +100,19 @@ def decode_image(data: bytes) -> np.ndarray:
     file that lacks only what follows its last pixel (PNG's IEND, a later frame) decodes.
     """
     return _call_decoder(_decode_pixels, data)
+
+
+def map_images(
+    function: Callable[[bytes], _T], images: Iterable[bytes | ImageError]
+) -> list[_T | ImageError]:
+    """Call a function on each image; an ImageError, given or raised, is the result of its image."""
+    results: list[_T | ImageError] = []
+    for image in images:
+        try:
+            results.append(image if isinstance(image, ImageError) else function(image))
+        except ImageError as error:
+            results.append(error)
+    return results
 
 
 def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
@@ -167,7 +179,7 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
 
 
 def _decode_slow(data: bytes) -> np.ndarray:
-    """Decode with Pillow, which alone decides what is wrong with a file."""
+    """Decode with Pillow, whose errors decide what is wrong with a file."""
     image = _open_image(data)
     if image.format in ("JPEG", "MPO"):
         num_scans, (width, height) = count_scans(data), image.size
@@ -241,7 +253,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def _explain_unidentified(data: bytes) -> ImageError:
-    """Tell a broken header of an allowed format, another format and no image apart."""
+    """Return the error for a broken header of an allowed format, another format or no image."""
     for name in ALLOWED_FORMATS:
         accept = Image.OPEN[name][1]
         if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text

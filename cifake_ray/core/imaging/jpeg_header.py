@@ -1,7 +1,7 @@
-"""Size, layout and quality of a JPEG from its markers, without decoding.
+"""Read size, layout and quality of a JPEG from its markers, without decoding.
 
-`core.imaging.decode` asks this scan first, as it costs an eighth of opening the file
-in Pillow. It answers None at the least doubt, and Pillow decides.
+This costs an eighth of opening the file in Pillow, which `core.imaging.decode` does after all where
+the markers leave any doubt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class JpegHeader(NamedTuple):
 def scan_jpeg(data: bytes) -> JpegHeader | None:
     """Read the header of a JPEG from its markers (4 us for a 32x32 file); never raises.
 
-    Gives None for whatever is not a well-formed single 8-bit Huffman-coded frame: not a JPEG, cut
+    Returns None for all that is not a well-formed single 8-bit Huffman-coded frame: not a JPEG, cut
     short, arithmetic or lossless coding, 12 bit, hierarchical frames, junk between segments. None
     means "doubt", not "broken".
     """
@@ -91,12 +91,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
         start = end
     else:
         return None
-    if (
-        len(frame) < 9
-        or frame[0] != 8
-        or frame[5] not in (1, 3, 4)
-        or len(frame) != 6 + 3 * frame[5]
-    ):
+    if len(frame) < 9 or frame[0] != 8:
+        return None
+    if frame[5] not in (1, 3, 4) or len(frame) != 6 + 3 * frame[5]:
         return None
     height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
     if not width or not height or frame[8] not in tables:
@@ -135,8 +132,8 @@ def estimate_quality(luminance_table: bytes) -> int:
 
     Nearest by the sum of absolute differences, entries above 255 counting as 255 as in baseline
     files; of two equally near the lower. Exact for every encoder of the IJG family (libjpeg,
-    Pillow, OpenCV); for tables of another make (Photoshop, cameras) it is an estimate. Cached: a
-    data set has few tables and millions of files.
+    Pillow, OpenCV); for other tables (Photoshop, cameras) it is an estimate. Cached: a data set has
+    few tables and millions of files.
 
     `luminance_table`: 64 bytes, or 128 for 16-bit entries, in zigzag order, as in `JpegHeader`.
     """

@@ -1,7 +1,7 @@
-"""Limits on what image containers may cost their parsers, checked without decoding.
+"""Limit what image containers may cost their parsers, without decoding.
 
-Parsers of Pillow that are loops in Python take seconds to minutes for a file made of
-millions of tiny pieces: PNG chunks, JPEG segments or fill bytes, GIF frames, runs of a BMP.
+Parsers of Pillow that are loops in Python take seconds to minutes for a file of millions of tiny
+pieces: PNG chunks, JPEG segments or fill bytes, GIF frames, runs of a BMP.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_frames(num_frames: int) -> None:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether a file that did not decode lacks its end: marker, length field or directory."""
+    """Return whether a file that did not decode lacks its end: marker, length or directory."""
     tail = data[-32:]  # some tools pad
     if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in tail

@@ -1,7 +1,4 @@
-"""Fit pixels of any size to a detector's input: the same for training, evaluation and scoring.
-
-Everything that feeds a detector calls `Preprocessing.load_image` or `fit_image`.
-"""
+"""Fit pixels of any size to a detector's input: the same for training, evaluation and scoring."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
     - resize: Pillow's antialiased bicubic until the shorter side is `size`, then the centre
       (torchvision's and timm's rounding). Of images longer than 4:1 only the middle is resized, so
       a 1 x 60,000,000 strip costs nothing.
-    - crop: the centre, never resampled; an image smaller than `size` is continued by symmetric
+    - crop: the centre, never resampled; an image smaller than `size` is padded by symmetric
       reflection.
 
     Raises ValueError for another shape or dtype.
@@ -53,7 +50,7 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How pixels become a detector's input: one for training, evaluation and scoring."""
+    """How pixels become a detector's input."""
 
     image_size: int  # pixels: side of the square input, 1..MAX_IMAGE_SIZE
     fit: Fit  # "resize" or "crop", see `fit_image`

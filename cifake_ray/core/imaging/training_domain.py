@@ -1,4 +1,4 @@
-"""The domain of a detector: what the headers of its training images have in common."""
+"""Find the domain of a detector, the ranges of its training images, and count images outside."""
 
 from __future__ import annotations
 
@@ -11,18 +11,13 @@ import pyarrow.compute as pc
 
 Bounds = tuple[int, int]  # lowest and highest, both inside
 
-DOMAIN_COLUMNS = [
-    "width",
-    "height",
-    "format",
-    "jpeg_quality",
-]  # of HEADER_FIELDS, what a domain is of
+DOMAIN_COLUMNS = ["width", "height", "format", "jpeg_quality"]  # of HEADER_FIELDS
 QUALITIES = (1, 100)  # IJG
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingDomain:
-    """What images a detector was trained on. Ranges, so that each training image is inside."""
+    """The ranges that the training images of a detector are in."""
 
     sides: Bounds  # pixels: the smallest and the largest width or height
     formats: tuple[str, ...]  # Pillow's names, sorted
@@ -49,17 +44,14 @@ class TrainingDomain:
         unlike = {
             "size": pc.or_(_is_outside(width, self.sides), _is_outside(height, self.sides)),
             "format": pc.invert(pc.is_in(name, pa.array(self.formats, pa.string()))),
-            "jpeg_quality": pc.fill_null(
-                _is_outside(quality, self.jpeg_qualities or QUALITIES), False
-            ),
+            "jpeg_quality": _is_outside(quality, self.jpeg_qualities or QUALITIES).fill_null(False),
         }
-        by_size_or_format = pc.or_(unlike["size"], unlike["format"])
-        unlike["any"] = pc.or_(by_size_or_format, unlike["jpeg_quality"])
+        unlike["any"] = pc.or_(pc.or_(unlike["size"], unlike["format"]), unlike["jpeg_quality"])
         return {reason: pc.sum(column).as_py() or 0 for reason, column in unlike.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingDomain:
-        """Read it from the config of a bundle. KeyError, TypeError or ValueError if malformed."""
+        """Parse the config of a bundle. KeyError, TypeError or ValueError if malformed."""
         qualities = values["jpeg_qualities"]
         return cls(
             sides=tuple(values["sides"]),

@@ -1,7 +1,6 @@
-"""Detectors: a network together with its normalisation.
+"""Build detectors: a network together with its normalisation.
 
-Networks are timm's where timm has them; this file adds only what it lacks. timm takes
-seconds to import, so it is imported only when one of its networks is asked for.
+timm takes seconds to import, so it is imported only when one of its networks is asked for.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ def build_cnn() -> nn.Sequential:
 class Detector(nn.Module):
     """uint8[B, S, S, 3] in, float32[B, 2] out: the outputs [z_REAL, z_FAKE].
 
-    Normalisation lives here, so that whoever has the pixels of `Preprocessing.load_image` cannot
-    feed them in differently.
+    Normalisation is part of it, so that all callers feed the pixels of `Preprocessing.load_image`.
     """
 
     scale: torch.Tensor
@@ -101,20 +99,26 @@ def build_detector(
     `image_size` None is the architecture's own. UsageError for an unknown architecture, or a size
     or a `drop_path` it cannot take.
     """
+    mean = std = HALF
     if architecture == "cnn":
         if drop_path:
             raise UsageError("--drop-path: cnn has no paths to drop; leave it out")
-        if image_size not in (None, 32):
+        if image_size not in (None, SMALL_SIZE):
             raise UsageError(f"--image-size {image_size}: cnn takes 32 only; leave it out")
-        preprocessing = Preprocessing(image_size=32, fit=fit, mean=HALF, std=HALF)
-        return Detector("cnn", build_cnn(), preprocessing)
-    if is_small(architecture):
+        size, network = SMALL_SIZE, build_cnn()
+    elif is_small(architecture):
         size = image_size or SMALL_SIZE
-        preprocessing = Preprocessing(image_size=size, fit=fit, mean=HALF, std=HALF)
         network = build_small(architecture, size, drop_path)
-        detector = Detector(architecture, network, preprocessing)
-        check_size(detector)
-        return detector
+    else:
+        network, size, mean, std = _build_timm(architecture, image_size, drop_path)
+    preprocessing = Preprocessing(image_size=size, fit=fit, mean=mean, std=std)
+    detector = Detector(architecture, network, preprocessing)
+    check_size(detector)
+    return detector
+
+
+def _build_timm(architecture: str, image_size: int | None, drop_path: float) -> tuple[Any, ...]:
+    """Return a network of timm, its image size, mean and standard deviation."""
     import timm
 
     if not timm.is_model(architecture):
@@ -124,7 +128,7 @@ def build_detector(
         raise UsageError(f"--model {architecture}: no such architecture; {hint}")
     cfg = timm.models.get_pretrained_cfg(architecture)
     options: dict[str, Any] = {"num_classes": 2, "pretrained": False}
-    own_size = cfg.input_size[-1] if cfg else 224
+    own_size = find_own_size(architecture)
     size = image_size or own_size
     if cfg and cfg.fixed_input_size and size != own_size:
         options["img_size"] = size
@@ -135,13 +139,18 @@ def build_detector(
     except (TypeError, AssertionError) as error:
         asked = f"--image-size {size}" + (f" and --drop-path {drop_path}" if drop_path else "")
         raise UsageError(f"--model {architecture} with {asked}: {error}") from error
-    (r, g, b), (r_std, g_std, b_std) = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
-    preprocessing = Preprocessing(
-        image_size=size, fit=fit, mean=(r, g, b), std=(r_std, g_std, b_std)
-    )
-    detector = Detector(architecture, network, preprocessing)
-    check_size(detector)
-    return detector
+    mean, std = (cfg.mean, cfg.std) if cfg else (HALF, HALF)
+    return network, size, tuple(mean), tuple(std)
+
+
+def find_own_size(architecture: str) -> int:
+    """Return the side in pixels of an architecture's images when none is asked for."""
+    if architecture == "cnn" or is_small(architecture):
+        return SMALL_SIZE
+    import timm
+
+    cfg = timm.models.get_pretrained_cfg(architecture)
+    return int(cfg.input_size[-1]) if cfg else 224
 
 
 def find_head(network: nn.Module) -> nn.Module:
@@ -161,8 +170,7 @@ def list_architectures(pattern: str) -> dict[str, str]:
 
     ours = {name: text for name, text in OWN_ARCHITECTURES.items() if fnmatch(name, pattern)}
     for name in timm.list_models(pattern):
-        cfg = timm.models.get_pretrained_cfg(name)
-        size = cfg.input_size[-1] if cfg else 224
+        size = find_own_size(name)
         ours[name] = f"timm, {size}x{size}"
     if not ours:
         raise UsageError(f"no architecture matches {pattern!r}; try a glob such as '*resnet*'")
@@ -170,7 +178,7 @@ def list_architectures(pattern: str) -> dict[str, str]:
 
 
 def check_size(detector: Detector) -> None:
-    """Raise UsageError when the network cannot take images of its size, such as too small ones."""
+    """Raise UsageError when the network cannot take images of its size."""
     size = detector.preprocessing.image_size
     was_training = detector.training
     detector.eval()

@@ -1,7 +1,7 @@
-"""Networks for small images: a plain CNN, adapted ones of timm, and a fusion of two.
+"""Build networks for small images: a plain CNN, adapted ones of timm, and a fusion of two.
 
-timm's stems shrink an image by 4 to 16 before the first block: of 32 x 32 pixels too
-little is left, and what tells generated images lies in the finest of them.
+timm's stems shrink an image by 4 to 16 before the first block. That leaves too little of 32 x 32
+pixels: generated images differ in the finest details.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DESCRIPTIONS = (
 
 
 def is_small(name: str) -> bool:
-    """Whether `build_small` builds this architecture."""
+    """Return whether `build_small` builds this architecture."""
     return name in DESCRIPTIONS or SMALL_CNN.fullmatch(name) is not None
 
 
@@ -77,7 +77,7 @@ def build_small(name: str, image_size: int, drop_path: float, num_classes: int =
         options["img_size"] = image_size
     network: nn.Module = timm.create_model(timm_name, pretrained=False, **options)
     if "resnet" in name:
-        # Source: He et al. 2016, section 4.2: the networks for CIFAR begin with a 3x3 convolution
+        # Source: He et al. 2016, section 4.2: the networks for CIFAR start with a 3x3 convolution
         # and have no pooling before the first block.
         stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
@@ -94,9 +94,9 @@ def choose_channels(width: str | None = None, depth: str | None = None) -> tuple
 def build_small_cnn(channels: Sequence[int]) -> nn.Sequential:
     """Build float[B, 3, S, S] -> float[B, 2] for S from 8 on; small_cnn has 450,594 parameters.
 
-    The stem halves the side at once: what tells generated images lies in the finest pixels, and a
-    window of 4 x 4 of them sees that, while whatever works on 32 x 32 costs four times as much. The
-    second convolution works at that side, the last one at a quarter of it, the others between.
+    The stem halves the side at once: generated images differ in the finest pixels, which a window
+    of 4 x 4 covers, and layers on 32 x 32 would cost four times as much. The second convolution
+    works at that side, the last one at a quarter of it, the others between.
     """
     stem, second, *middle, last = channels
     layers = [*_convolve(3, stem, 4, stride=2), *_convolve(stem, second), nn.MaxPool2d(2)]

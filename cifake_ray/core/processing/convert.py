@@ -1,4 +1,4 @@
-"""The processor of convert: images to shard rows."""
+"""Turn images into shard rows: the processor of convert."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, ImageHeader, inspect_image
+from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, inspect_image, map_images
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
-from cifake_ray.core.schema import HEADER_FIELDS, SHARD_FIELDS
+from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import ImageError
-
-BATCH_SIZE = 1024
 
 
 class ConvertProcessor:
     """Keep the bytes untouched and record what their header says: the `Processor` of convert."""
 
-    batch_size = BATCH_SIZE
+    batch_size = 1024
     decodes = False
     image_bytes = MAX_IMAGE_BYTES
 
@@ -27,17 +25,9 @@ class ConvertProcessor:
         self.prepare: Prepare = list
 
     def finish(self, rows: pa.Table, prepared: Sequence[bytes | ImageError]) -> pa.Table:
-        headers: list[ImageHeader | None] = []
-        errors: list[ImageError | None] = []
-        for image in prepared:
-            try:
-                if isinstance(image, ImageError):
-                    raise image
-                headers.append(inspect_image(image))
-                errors.append(None)
-            except ImageError as error:
-                headers.append(None)
-                errors.append(error)
+        inspected = map_images(inspect_image, prepared)
+        headers = [None if isinstance(each, ImageError) else each for each in inspected]
+        errors = [each if isinstance(each, ImageError) else None for each in inspected]
         data = [None if isinstance(image, ImageError) else image for image in prepared]
         columns: dict[str, Sequence[object] | pa.Array] = {
             "image": pa.StructArray.from_arrays(
@@ -46,9 +36,7 @@ class ConvertProcessor:
             ),
             "sha256": [None if d is None else hashlib.sha256(d).digest() for d in data],
         }
-        for field in HEADER_FIELDS:
-            columns[field.name] = [h and getattr(h, field.name) for h in headers]
-        return assemble_rows(SHARD_FIELDS, rows, columns, errors)
+        return assemble_rows(SHARD_FIELDS, rows, columns, headers, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {}  # there is no detector

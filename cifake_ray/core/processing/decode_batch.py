@@ -1,6 +1,6 @@
-"""Decode encoded images to a batch of a detector's input: the half of scoring without a detector.
+"""Decode images to a batch of a detector's input: the half of scoring without a detector.
 
-torch is not imported, since beside a GPU other processes do this.
+torch is not imported, since with a GPU other processes do this.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cifake_ray.core.imaging.decode import ImageHeader, inspect_image
+from cifake_ray.core.imaging.decode import ImageHeader, inspect_image, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.errors import ImageError
 
@@ -26,20 +26,11 @@ class Decoded:
 
 def decode_batch(preprocessing: Preprocessing, images: Iterable[bytes | ImageError]) -> Decoded:
     """Decode the images in order; an error takes the place of an image that fails."""
-    pixels: list[np.ndarray] = []
-    headers: list[ImageHeader | None] = []
-    errors: list[ImageError | None] = []
-    for image in images:
-        try:
-            if isinstance(image, ImageError):
-                raise image
-            found = inspect_image(image)
-            pixels.append(preprocessing.load_image(image))
-            headers.append(found)
-            errors.append(None)
-        except ImageError as error:
-            headers.append(None)
-            errors.append(error)
+    decoded = map_images(lambda data: (inspect_image(data), preprocessing.load_image(data)), images)
+    pixels = [each[1] for each in decoded if not isinstance(each, ImageError)]
     side = preprocessing.image_size
-    stacked = np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8)
-    return Decoded(stacked, headers, errors)
+    return Decoded(
+        np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
+        headers=[None if isinstance(each, ImageError) else each[0] for each in decoded],
+        errors=[each if isinstance(each, ImageError) else None for each in decoded],
+    )

@@ -1,4 +1,4 @@
-"""The processor of score and evaluate: images to scores."""
+"""Turn images into scores: the processor of score and evaluate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
-from cifake_ray.core.schema import HEADER_FIELDS, SCORE_FIELDS
+from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.errors import ImageError
 
 
@@ -63,9 +63,7 @@ class ScoreProcessor:
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
             "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
         }
-        for field in HEADER_FIELDS:
-            columns[field.name] = [h and getattr(h, field.name) for h in prepared.headers]
-        return assemble_rows(SCORE_FIELDS, rows, columns, errors)
+        return assemble_rows(SCORE_FIELDS, rows, columns, prepared.headers, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {} if self.domain is None else self.domain.count_unlike(rows)

@@ -1,7 +1,6 @@
-"""What an architecture costs: parameters, multiplications, images per second.
+"""Count what an architecture costs: parameters, multiplications, images per second.
 
-Costs are counted on torch's meta device, where no number is computed. What was
-measured on images comes from outside and is only put beside.
+Costs are counted on torch's meta device, where no number is computed.
 """
 
 from __future__ import annotations
@@ -15,8 +14,12 @@ import numpy as np
 import torch
 
 from cifake_ray.config import POLICIES, TrainConfig
-from cifake_ray.core.models.detector import OWN_ARCHITECTURES, build_detector, list_architectures
-from cifake_ray.core.models.small_networks import SMALL_SIZE, is_small
+from cifake_ray.core.models.detector import (
+    OWN_ARCHITECTURES,
+    build_detector,
+    find_own_size,
+    list_architectures,
+)
 from cifake_ray.core.training.device_limits import choose_batch_size, choose_precision, count_macs
 from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.core.training.trainer import Trainer
@@ -44,7 +47,7 @@ MIN_TIMED_S = 1.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs."""
+    """The cost of one image."""
 
     image_size: int  # pixels, each side
     num_parameters: int
@@ -64,7 +67,7 @@ class Speed:
 
 
 def count_cost(architecture: str, image_size: int | None = None) -> Cost:
-    """Built and counted without a weight being drawn. UsageError as `build_detector`."""
+    """Count the cost without drawing a weight. UsageError as `build_detector`."""
     with torch.device("meta"):
         detector = build_detector(architecture, image_size=image_size)
     size = detector.preprocessing.image_size
@@ -73,7 +76,7 @@ def count_cost(architecture: str, image_size: int | None = None) -> Cost:
 
 @dataclass
 class _BlankImages:
-    """Black images to time a step on: `Images` of the trainer."""
+    """Black images to time a step on: the trainer's `Images`."""
 
     labels: np.ndarray
     image_size: int
@@ -126,7 +129,7 @@ def measure_speed(architecture: str, image_size: int | None = None) -> Speed:
 
 
 def _time_batch(run_batch: Callable[[], object], device: str) -> float:
-    """Seconds for each of a few batches, the first one not counted."""
+    """Return the mean seconds of a few batches, the first one not counted."""
 
     def wait() -> None:
         if device == "cuda":
@@ -151,11 +154,11 @@ def list_models(
     measure: bool = False,
     log: Callable[[str], None] = lambda message: None,
 ) -> list[dict[str, Any]]:
-    """A row for each architecture: of ZOO, or of all that match a glob.
+    """Return a row for each architecture: of LISTED_MODELS, or of all that match a glob.
 
-    `results` are rows of the benchmark, put beside the architecture they belong to. More than
-    MAX_COUNTED are named with their sizes only, `num_parameters` and `macs` being None; UsageError
-    when they were to be measured, or when nothing matches.
+    `results` are rows of the benchmark, each added to its architecture. More than MAX_COUNTED are
+    listed with their sizes only, `num_parameters` and `macs` being None; UsageError when they were
+    to be measured, or when nothing matches.
     """
     about = list_architectures("*" if pattern is None else pattern)
     names = list(LISTED_MODELS) if pattern is None else list(about)
@@ -189,13 +192,3 @@ def list_models(
         except (ValueError, RuntimeError) as error:
             row["problem"] = str(error).splitlines()[0]
     return rows
-
-
-def find_own_size(architecture: str) -> int:
-    """The side in pixels that it takes when none is asked for."""
-    if architecture == "cnn" or is_small(architecture):
-        return SMALL_SIZE
-    import timm
-
-    cfg = timm.models.get_pretrained_cfg(architecture)
-    return int(cfg.input_size[-1]) if cfg else 224

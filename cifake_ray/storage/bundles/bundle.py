@@ -1,8 +1,7 @@
-"""Bundles: a trained detector on disk, in the layout of timm and Hugging Face.
+"""Read and write bundles: a trained detector on disk, in the layout of timm and Hugging Face.
 
-`config.json` and `model.safetensors` are what timm reads with `local-dir:`; what
-only this package needs is in `config.json` under `cifake_ray`. `storage.bundles.weights` reads the
-weights.
+timm reads `config.json` and `model.safetensors` with `local-dir:`; what only this package needs is
+in `config.json` under `cifake_ray`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,13 @@ from cifake_ray.storage.bundles.weights import (
     find_weights,
     load_weights,
 )
-from cifake_ray.storage.io.files import encode_json, exists, read_bytes, write_bytes
+from cifake_ray.storage.io.files import (
+    encode_json,
+    encode_json_lines,
+    exists,
+    read_bytes,
+    write_bytes,
+)
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 
 if TYPE_CHECKING:
@@ -42,7 +47,7 @@ class BundleInfo:
 
     path: AnyPath
     weights_name: str  # model.safetensors, or the pickle that --allow-pickle let in
-    fingerprint: str  # sha256(sha256(config.json) + sha256(weights)): same scores, same fingerprint
+    fingerprint: str  # sha256(sha256(config.json) + sha256(weights))
     architecture: str
     preprocessing: Preprocessing
     calibration: Calibration
@@ -51,11 +56,11 @@ class BundleInfo:
 
     @property
     def is_pickle(self) -> bool:
-        """Whether the weights come from a file that --allow-pickle let in."""
+        """Whether the weights are a pickle that --allow-pickle let in."""
         return self.weights_name != WEIGHTS_NAME
 
     def threshold(self, target_fpr: float | None) -> float:
-        """The stored threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
+        """Return the threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
         return {
             None: self.calibration.threshold,
             0.01: self.calibration.threshold_fpr_1,
@@ -64,7 +69,7 @@ class BundleInfo:
 
 
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
-    """Return the path of a bundle, given it or a RUN that holds it; None is the built-in one."""
+    """Return the path of a bundle from its URI or that of its RUN; None is the built-in one."""
     if uri is None:
         return Path(str(files("cifake_ray") / "bundles" / "default"))
     path = resolve_path(uri, store)
@@ -74,7 +79,7 @@ def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
 def read_bundle_info(
     path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
 ) -> BundleInfo:
-    """Read and check a bundle without torch; cheap enough to do before work is scheduled.
+    """Read and check a bundle without torch, cheaply enough to do before work is scheduled.
 
     `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
     incomplete, damaged, another one, not of cifake-ray, or a pickle without `allow_pickle`.
@@ -85,7 +90,7 @@ def read_bundle_info(
 def load_bundle(
     path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
 ) -> tuple[Detector, BundleInfo]:
-    """Return the detector, on the CPU and ready to score, made of the bytes that were checked.
+    """Return the detector, on the CPU and ready to score, from the bytes that were checked.
 
     BundleError as `read_bundle_info`, and when the weights are not those of the architecture.
     """
@@ -178,7 +183,7 @@ def write_bundle(
     history: list[dict[str, Any]],
     model_card: str,
 ) -> None:
-    """Write a bundle; `config.json` comes last, so a bundle that has one is complete."""
+    """Write a bundle, `config.json` last, so that a bundle that has one is complete."""
     preprocessing = detector.preprocessing
     config = {
         "architecture": detector.architecture,
@@ -203,8 +208,7 @@ def write_bundle(
         },
     }
     write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
-    lines = "".join(json.dumps(row) + "\n" for row in history)
-    write_bytes(path / "history.jsonl", lines.encode())
+    write_bytes(path / "history.jsonl", encode_json_lines(history))
     write_bytes(path / "metrics.json", encode_json(dict(metrics)))
     write_bytes(path / "README.md", model_card.encode())
     write_bytes(path / "config.json", encode_json(config))

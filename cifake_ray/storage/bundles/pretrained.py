@@ -1,7 +1,7 @@
-"""Weights that training starts from: a file, a folder of timm's layout, a bundle, timm's hub.
+"""Load the weights that training starts from: a file, timm's layout, a bundle or timm's hub.
 
-Everything must fit except the classifier, which may be for other classes: it then
-keeps the fresh weights that the seed gave it, and the log says so.
+Everything must fit except the classifier, which may be for other classes: it then keeps its fresh
+weights, and the log reports it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NUM_SHOWN = 3  # names in a message
 
 @dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """What was loaded into a fresh detector, and from where."""
+    """The weights that were loaded into a fresh detector, and their source."""
 
     source: str
-    digest: str  # sha256 of names, shapes and values, the same for any file that holds them
+    digest: str  # sha256 of names, shapes and values, whatever the file format
     num_loaded: int  # tensors
     fresh: tuple[str, ...]  # names in the classifier that were not loaded
 
@@ -43,10 +43,10 @@ class StartingWeights:
 
 
 def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWeights | None:
-    """Load what `--weights` or `--pretrained` names into a fresh detector; None for neither.
+    """Load the weights of `--weights` or `--pretrained` into a fresh detector; None for neither.
 
-    The mean and deviation of a folder come with its weights. BundleError when the weights cannot
-    be read or fetched, or do not fit.
+    A folder's mean and deviation are used too. BundleError when the weights cannot be read or
+    fetched, or do not fit.
     """
     if config.pretrained:
         state = _fetch_pretrained(config, detector)
@@ -96,12 +96,11 @@ def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, t
     """Return timm's weights for the architecture; timm fits them to the input size."""
     import timm
 
-    options: dict[str, Any] = {}
     cfg = timm.models.get_pretrained_cfg(config.model)
     if cfg is None or not cfg.has_weights:
         raise BundleError(f"--pretrained: timm has no weights of {config.model}; leave it out")
-    if cfg.fixed_input_size:
-        options["img_size"] = detector.preprocessing.image_size
+    size = detector.preprocessing.image_size
+    options: dict[str, Any] = {"img_size": size} if cfg.fixed_input_size else {}
     try:
         network = timm.create_model(config.model, pretrained=True, num_classes=2, **options)
     except (OSError, RuntimeError) as error:  # what the hub raises are OSErrors
@@ -123,15 +122,9 @@ def _load_fitting(
     from cifake_ray.core.models.detector import find_head
 
     own = detector.network.state_dict(keep_vars=True)
-    in_head = {
-        id(tensor) for tensor in find_head(detector.network).state_dict(keep_vars=True).values()
-    }
+    in_head = {id(t) for t in find_head(detector.network).state_dict(keep_vars=True).values()}
     head = {name for name, tensor in own.items() if id(tensor) in in_head}
-    fits = {
-        name: tensor
-        for name, tensor in state.items()
-        if name in own and tensor.shape == own[name].shape
-    }
+    fits = {name: t for name, t in state.items() if name in own and t.shape == own[name].shape}
     loaded = {name: t for name, t in fits.items() if not (fresh_head and name in head)}
     wrong = {
         "missing": sorted(own.keys() - state.keys() - head),

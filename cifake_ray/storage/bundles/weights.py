@@ -1,4 +1,4 @@
-"""Weights of a bundle: safetensors, which cannot run code, and pickles only by permission."""
+"""Read and write weights: safetensors, which cannot run code, and pickles only by permission."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def find_weights(bundle: AnyPath, allow_pickle: bool) -> str:
-    """Return the name of the file with the weights. BundleError when there is none to be used."""
+    """Return the name of the file with the weights. BundleError when there is no usable one."""
     if exists(bundle / WEIGHTS_NAME):
         return WEIGHTS_NAME
     found = [p.name for p in list_folder(bundle) if p.suffix.lower() in PICKLE_SUFFIXES]
@@ -48,8 +48,7 @@ def find_weights(bundle: AnyPath, allow_pickle: bool) -> str:
 def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
     """Raise BundleError unless safetensors can read `data` and it names no other architecture.
 
-    Without torch; for a moment it takes as much memory again as `data`. Pickles are not checked
-    here: that takes torch.
+    It takes as much memory again as `data`. Pickles are not checked here: that takes torch.
     """
     if path.suffix != ".safetensors":
         return

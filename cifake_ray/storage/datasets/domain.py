@@ -1,4 +1,4 @@
-"""The domain of a detector, out of the shards it is trained on."""
+"""Find the domain of a detector from the shards it is trained on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cifake_ray.storage.sources.parquet import read_columns, use_table
 
 
 def read_domain(images: ImageSet) -> TrainingDomain | None:
-    """The domain of these images, from the columns beside them; no image is read.
+    """Return the domain of images from the header columns of their rows; no image is read.
 
-    None when a file is not of convert: another program may mean other things by these columns.
+    None when a file is not of convert: these columns may mean something else there.
     """
     rows = images.rows
     groups, starts = np.unique(rows.group[images.positions], return_index=True)

@@ -1,4 +1,4 @@
-"""Writes the sample to disk."""
+"""Write the sample images to disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANGE_SIZE = 4_096  # images a process makes at a time
 
 
 def write_sample(config: SampleConfig) -> Path:
-    """Write the folder; files that hold the right bytes already are left alone."""
+    """Write the folder; files that have the right bytes already are left alone."""
     out = resolve_local(config.out, "the sample")
     check_writable(out)
     starts = range(0, config.images, RANGE_SIZE)
@@ -40,7 +40,7 @@ def _write_range(config: SampleConfig, start: int, stop: int) -> None:
             if path.parent not in folders:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 folders.add(path.parent)
-            # An untouched file keeps its time stamp, so a conversion under way stays valid.
+            # An untouched file keeps its time stamp, so a conversion in progress stays valid.
             if not path.exists() or path.read_bytes() != image.data:
                 path.write_bytes(image.data)
         except OSError as error:

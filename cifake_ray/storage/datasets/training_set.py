@@ -1,7 +1,7 @@
-"""Training images out of shards: which rows they are, and their pixels.
+"""Choose the training images of shards and read their pixels.
 
-Pixels are decoded once per node into a memory-mapped file that all workers and
-trials share; when that would be too large, encoded bytes are read and decoded as they are needed.
+Pixels are decoded once per node into a memory-mapped file that all workers and trials share; when
+that would be too large, encoded bytes are read and decoded as they are needed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
+from cifake_ray.core.imaging.decode import map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
@@ -51,14 +53,14 @@ class TrainingRows:
     is_val: np.ndarray  # bool[N]
 
     def hash_rows(self) -> str:
-        """sha256 of which rows train and validate, and their labels."""
+        """Return the sha256 of which rows train and validate, and their labels."""
         digest = hashlib.sha256()
         for column in (self.group, self.row, self.label, self.is_val):
             digest.update(column.tobytes())
         return digest.hexdigest()
 
     def hash_files(self) -> str:
-        """sha256 that changes when a file is another one."""
+        """Return a sha256 that changes when a file does."""
         digest = hashlib.sha256()
         for path in dict.fromkeys(path for path, _ in self.groups):
             digest.update(f"{path}|{stamp_file(path)}\n".encode())
@@ -66,7 +68,7 @@ class TrainingRows:
 
 
 def read_training_rows(config: TrainConfig) -> TrainingRows:
-    """Find the training and validation rows. UsageError when a class or a side has none."""
+    """Find the training and validation rows. UsageError when either has none of a class."""
     root = resolve_path(config.shards, config.store)
     groups: list[tuple[AnyPath, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
@@ -83,7 +85,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
 
 
 def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
-    """UsageError when a class has no usable image to train or to validate on."""
+    """Raise UsageError when a class has no usable image to train or to validate on."""
     for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
         for value in (REAL, FAKE):
             if not (rows.label[side & usable] == value).any():
@@ -97,7 +99,7 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
 def _read_group_rows(
     table: Any, path: AnyPath, number: int, config: TrainConfig
 ) -> tuple[np.ndarray, ...]:
-    """row, label, is_val of the usable rows of one row group."""
+    """Return row, label and is_val of the usable rows of one row group."""
     names = table.schema_arrow.names
     hashed = "sha256" if "sha256" in names else "image"
     wanted = [n for n in ("label", "split", "error", hashed) if n in names]
@@ -111,15 +113,8 @@ def _read_group_rows(
 
     file_split = SPLIT_NAMES.get(path.stem.split("-")[0].lower())
     chosen: list[tuple[int, int, bool]] = []
-    for row, (label, split, error, content) in enumerate(
-        zip(
-            values("label"),
-            values("split", file_split),
-            values("error"),
-            values(hashed),
-            strict=True,
-        )
-    ):
+    cells = values("label"), values("split", file_split), values("error"), values(hashed)
+    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
         try:
             label, split = read_class_label(label, class_names), parse_split(split)
         except ValueError as problem:
@@ -137,11 +132,15 @@ def _read_group_rows(
 
 
 def _is_val(content: Any, fraction: float) -> bool:
-    """Chosen by what the image is, so that duplicates are never on both sides."""
-    if isinstance(content, dict):
-        content = content["bytes"]
+    """Decide by the image's bytes, so that duplicates are never on both sides."""
+    content = _get_bytes(content)
     digest = content if len(content) == 32 else hashlib.sha256(content).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _get_bytes(image: Any) -> Any:
+    """Return the bytes of a value of the column `image`, a struct or plain bytes."""
+    return image["bytes"] if isinstance(image, dict) else image
 
 
 class Pixels(Protocol):
@@ -151,7 +150,7 @@ class Pixels(Protocol):
 
 
 class MappedPixels:
-    """uint8[N, S, S, 3] in a memory-mapped file: pages are shared by every process of a node."""
+    """uint8[N, S, S, 3] in a memory-mapped file, which all processes of a node share."""
 
     def __init__(self, path: Path) -> None:
         self.array = np.load(path, mmap_mode="r")
@@ -162,7 +161,7 @@ class MappedPixels:
 
 
 class StreamedPixels:
-    """Decodes on demand; keeps the encoded bytes of a few row groups in memory."""
+    """Images decoded on demand; the encoded bytes of a few row groups stay in memory."""
 
     def __init__(self, rows: TrainingRows, preprocessing: Preprocessing, num_threads: int) -> None:
         self.rows = rows
@@ -175,16 +174,13 @@ class StreamedPixels:
         size = self.preprocessing.image_size
         pixels = np.empty((len(positions), size, size, 3), np.uint8)
         for group in dict.fromkeys(groups.tolist()):  # in the order of the batch: see order_epoch
-            places = np.flatnonzero(groups == group)
+            indices = np.flatnonzero(groups == group)
             images = self._load_group(group)
-            data = [images[int(r)].as_py() for r in self.rows.row[positions[places]]]
-            for place, decoded in zip(places, self.threads.map(self._decode, data), strict=True):
-                pixels[place] = decoded
+            data = [_get_bytes(images[int(r)].as_py()) for r in self.rows.row[positions[indices]]]
+            decoded = self.threads.map(self.preprocessing.load_image, data)
+            for index, image in zip(indices, decoded, strict=True):
+                pixels[index] = image
         return pixels
-
-    def _decode(self, image: Any) -> np.ndarray:
-        data = image["bytes"] if isinstance(image, dict) else image
-        return self.preprocessing.load_image(data)
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
         if group not in self.loaded:
@@ -199,7 +195,7 @@ class StreamedPixels:
 
 @dataclass
 class ImageSet:
-    """The images of one side, training or validation: `core.training.trainer.Images`."""
+    """The training or validation images: `core.training.batches.Images`."""
 
     rows: TrainingRows
     pixels: Pixels
@@ -210,7 +206,7 @@ class ImageSet:
         return self.pixels.read(self.positions[indices])
 
     def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """A permutation; when streaming, one that stays within a few row groups at a time."""
+        """Return a permutation; when streaming, it stays within a few row groups at a time."""
         if isinstance(self.pixels, MappedPixels):
             return rng.permutation(len(self.positions))
         group = self.rows.group[self.positions]
@@ -233,7 +229,7 @@ class TrainingData:
 def open_training_data(
     rows: TrainingRows, preprocessing: Preprocessing, config: TrainConfig, num_threads: int
 ) -> TrainingData:
-    """Decode, or find decoded, what training needs. Processes of a node wait for the first one."""
+    """Return the training data, decoded if need be by the first process of each node."""
     size_bytes = len(rows.label) * preprocessing.image_size**2 * 3
     fits = size_bytes <= config.cache_gb * 1e9
     folder = locate_cache(config.cache_dir)
@@ -246,9 +242,8 @@ def open_training_data(
         fcntl.flock(lock, fcntl.LOCK_EX)
         pixels_path, unusable_path = folder / f"{key}.npy", folder / f"{key}.json"
         if not unusable_path.exists() or (fits and not pixels_path.exists()):
-            _decode_all(
-                rows, preprocessing, num_threads, pixels_path if fits else None, unusable_path
-            )
+            path = pixels_path if fits else None
+            _decode_all(rows, preprocessing, num_threads, path, unusable_path)
     unusable = json.loads(unusable_path.read_bytes())["unusable"]
     usable = np.ones(len(rows.label), bool)
     usable[[int(position) for position in unusable]] = False
@@ -269,7 +264,7 @@ def _make_set(rows: TrainingRows, pixels: Pixels, chosen: np.ndarray) -> ImageSe
 
 
 def locate_cache(cache_dir: str | None) -> Path:
-    """`--cache-dir`, else the user's cache folder."""
+    """Return `--cache-dir`, else the user's cache folder."""
     if cache_dir is not None:
         return resolve_local(cache_dir, "--cache-dir")
     return resolve_local(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "cifake_ray"
@@ -308,14 +303,7 @@ def _decode_rows(
     rows: TrainingRows, preprocessing: Preprocessing, num_threads: int
 ) -> Iterator[tuple[int, np.ndarray | ImageError]]:
     def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
-        decoded: list[np.ndarray | ImageError] = []
-        for image in images:
-            try:
-                data = image["bytes"] if isinstance(image, dict) else image
-                decoded.append(preprocessing.load_image(data))
-            except ImageError as error:
-                decoded.append(error)
-        return decoded
+        return map_images(preprocessing.load_image, map(_get_bytes, images))
 
     starts = np.searchsorted(rows.group, np.arange(len(rows.groups) + 1))
     with ThreadPoolExecutor(num_threads) as threads:
@@ -326,8 +314,4 @@ def _decode_rows(
             table = read_row_group(path, number, ["image"])
             images = table.column("image").take(pa.array(rows.row[start:stop])).to_pylist()
             chunks = [images[i : i + DECODE_CHUNK] for i in range(0, len(images), DECODE_CHUNK)]
-            position = start
-            for decoded in threads.map(decode, chunks):
-                for pixels in decoded:
-                    yield position, pixels
-                    position += 1
+            yield from enumerate(chain.from_iterable(threads.map(decode, chunks)), start)

@@ -1,16 +1,15 @@
-"""Bytes in and out of places: the only code that opens files.
-
-Everything a run leaves behind is written whole or not at all.
-"""
+"""Read, write and list files. Everything a run writes appears whole or not at all."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,88 +17,87 @@ from typing import IO, Any
 from upath import UPath
 
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.paths import AnyPath, explain_errors, explain_os_error
+from cifake_ray.storage.io.paths import AnyPath, explain_errors
 
 TEMPORARY_PREFIX = ".writing-"
 MAX_PUT_BYTES = 5 * 2**30  # S3 takes no more in one PUT
 
 
 def make_folder(folder: AnyPath) -> None:
-    """Create a folder and its parents, where there are folders. StorageError when it fails."""
+    """Create a local folder and its parents; stores have none. StorageError when it fails."""
     if not isinstance(folder, Path):
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # FileExistsError here means that a file bears the name
-        if isinstance(error, FileExistsError):
-            error = NotADirectoryError(errno.ENOTDIR, "Not a directory")
-        raise explain_os_error(error, folder) from error
-
-
-def exists(place: AnyPath) -> bool:
-    """Whether a file or folder is there. StorageError when that cannot be told."""
-    with explain_errors(place):
-        return place.exists()
-
-
-def is_file(place: AnyPath) -> bool:
-    """Whether a place is a file. StorageError when that cannot be told."""
-    with explain_errors(place):
-        if isinstance(place, Path):
-            return place.is_file()
+    with explain_errors(folder):
         try:
-            return bool(place.fs.info(place.path)["type"] == "file")
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # a file has the name
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
+
+
+def exists(path: AnyPath) -> bool:
+    """Return whether a file or folder exists. StorageError when that cannot be found out."""
+    with explain_errors(path):
+        return path.exists()
+
+
+def is_file(path: AnyPath) -> bool:
+    """Return whether a path is a file. StorageError when that cannot be found out."""
+    with explain_errors(path):
+        if isinstance(path, Path):
+            return path.is_file()
+        try:
+            return bool(path.fs.info(path.path)["type"] == "file")
         except FileNotFoundError:
             return False
 
 
-def read_bytes(place: AnyPath) -> bytes:
-    """The whole file. StorageError when it cannot be read."""
-    with explain_errors(place):
-        return place.read_bytes()
+def read_bytes(path: AnyPath) -> bytes:
+    """Return the content of a file. StorageError when it cannot be read."""
+    with explain_errors(path):
+        return path.read_bytes()
 
 
-def read_if_exists(place: AnyPath) -> bytes | None:
-    """The whole file, or None when there is none. StorageError when it cannot be read."""
-    with explain_errors(place):
+def read_if_exists(path: AnyPath) -> bytes | None:
+    """Return the content of a file, None when there is none. StorageError when it is unreadable."""
+    with explain_errors(path):
         try:
-            return place.read_bytes()
+            return path.read_bytes()
         except FileNotFoundError:
             return None
 
 
-def open_file(place: AnyPath) -> IO[bytes]:
-    """A file to read at any position. StorageError when it cannot be opened."""
-    with explain_errors(place):
-        file: IO[bytes] = place.open("rb")
+def open_file(path: AnyPath) -> IO[bytes]:
+    """Open a file to read at any position. StorageError when it cannot be opened."""
+    with explain_errors(path):
+        file: IO[bytes] = path.open("rb")
         return file
 
 
-def open_ranges(place: AnyPath) -> IO[bytes]:
-    """A file of which no more is fetched than is asked for. StorageError when it cannot be opened.
+def open_ranges(path: AnyPath) -> IO[bytes]:
+    """Open a file without reading ahead, as Parquet needs. StorageError when it cannot be opened.
 
-    What `open_file` gives reads ahead: good for a text, but a Parquet file would come whole.
+    `open_file` reads ahead, which is good for text but would fetch a Parquet file whole.
     """
-    with explain_errors(place):
-        if isinstance(place, Path):
-            return place.open("rb")
-        return place.open("rb", cache_type="none")
+    with explain_errors(path):
+        if isinstance(path, Path):
+            return path.open("rb")
+        return path.open("rb", cache_type="none")
 
 
 def list_folder(folder: AnyPath) -> list[AnyPath]:
-    """What stands directly in a folder, by name; nothing when it does not exist."""
+    """Return the entries of a folder, sorted by name; none when it does not exist."""
     missing = (
         FileNotFoundError if isinstance(folder, Path) else (FileNotFoundError, NotADirectoryError)
     )
     with explain_errors(folder):
         try:
-            return sorted(folder.iterdir(), key=lambda place: place.name)
+            return sorted(folder.iterdir(), key=lambda path: path.name)
         except missing:
             return []
 
 
 def find_files(folder: AnyPath) -> list[str]:
-    """The files below a folder, as paths relative to it, in order."""
+    """Return the files below a folder as sorted relative paths."""
     with explain_errors(folder):
         if isinstance(folder, Path):
             paths = (path for path in folder.rglob("*") if path.is_file())
@@ -108,35 +106,35 @@ def find_files(folder: AnyPath) -> list[str]:
         return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
 
 
-def stamp_file(place: AnyPath) -> tuple[int, str]:
-    """Size in bytes, and something that changes with the content: a time, or the store's etag."""
-    with explain_errors(place):
-        if isinstance(place, Path):
-            status = place.stat()
+def stamp_file(path: AnyPath) -> tuple[int, str]:
+    """Return the size in bytes and what changes with the content: a time or the store's etag."""
+    with explain_errors(path):
+        if isinstance(path, Path):
+            status = path.stat()
             return status.st_size, str(status.st_mtime_ns)
-        info = place.fs.info(place.path)
+        info = path.fs.info(path.path)
         return int(info["size"]), str(info.get("ETag") or info.get("mtime") or "")
 
 
-def remove(place: AnyPath) -> None:
-    """Remove a file if it is there. StorageError when that fails."""
-    with explain_errors(place), suppress(FileNotFoundError):
-        place.unlink()
+def remove(path: AnyPath) -> None:
+    """Remove a file if it exists. StorageError when that fails."""
+    with explain_errors(path), suppress(FileNotFoundError):
+        path.unlink()
 
 
-def discard(place: AnyPath) -> None:
-    """Remove garbage if that can be done; where deleting is not allowed it stays and harms none."""
+def discard(path: AnyPath) -> None:
+    """Remove a file that does no harm if it stays, such as where deleting is not allowed."""
     with suppress(StorageError):
-        remove(place)
+        remove(path)
 
 
-def move(place: AnyPath, target: AnyPath) -> None:
-    """Give a file another name; in a bucket it is copied. StorageError when that fails."""
-    with explain_errors(place):
-        if isinstance(place, Path):
-            os.rename(place, str(target))
+def move(path: AnyPath, target: AnyPath) -> None:
+    """Rename a file; in a bucket it is copied. StorageError when that fails."""
+    with explain_errors(path):
+        if isinstance(path, Path):
+            os.rename(path, str(target))
         else:
-            place.fs.mv(place.path, target.path)  # type: ignore[union-attr]
+            path.fs.mv(path.path, target.path)  # type: ignore[union-attr]
 
 
 def _write_atomically(
@@ -145,7 +143,7 @@ def _write_atomically(
     publish: Callable[[Path, Path], None],
     durable: bool = True,
 ) -> None:
-    """Write beside `path`, force to disk, then make it visible under its name in one step."""
+    """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     make_folder(path.parent)
     with explain_errors(path):
@@ -158,63 +156,60 @@ def _write_atomically(
             publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        if not durable:
-            return
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _put(place: UPath, data: bytes, mode: str) -> None:
-    """One request, so that the object is there whole or not at all."""
-    options = {"chunksize": MAX_PUT_BYTES} if place.protocol == "s3" else {}
-    place.fs.pipe_file(place.path, data, mode=mode, **options)
-
-
-def write_bytes(place: AnyPath, data: bytes) -> None:
-    """Make `place` hold `data`, whole or not at all, replacing what was there."""
-    write_chunks(place, [data])
-
-
-def write_chunks(place: AnyPath, chunks: Iterable[bytes]) -> None:
-    """Make `place` hold all the chunks, one after another, whole or not at all."""
-    if isinstance(place, Path):
-        _write_atomically(place, chunks, os.replace)
-    else:
-        with explain_errors(place):
-            _put(place, b"".join(chunks), "overwrite")
-
-
-def write_volatile(place: AnyPath, data: bytes) -> None:
-    """As `write_bytes`, but not forced to disk: it survives a process, not a machine."""
-    if isinstance(place, Path):
-        _write_atomically(place, [data], os.replace, durable=False)
-    else:
-        write_bytes(place, data)
-
-
-def create_bytes(place: AnyPath, data: bytes) -> bool:
-    """Make `place` hold `data` if it does not exist. False, and nothing changed, if it does."""
-    try:
-        if isinstance(place, Path):
-            _write_atomically(place, [data], _link)
-            return True
-        with explain_errors(place):
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
             try:
-                _put(place, data, "create")  # S3: If-None-Match: *
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _put(path: UPath, data: bytes, mode: str) -> None:
+    """Write an object in one request, so that it appears whole or not at all."""
+    options = {"chunksize": MAX_PUT_BYTES} if path.protocol == "s3" else {}
+    path.fs.pipe_file(path.path, data, mode=mode, **options)
+
+
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write or replace a file, whole or not at all."""
+    write_chunks(path, [data])
+
+
+def write_chunks(path: AnyPath, chunks: Iterable[bytes]) -> None:
+    """Write or replace a file with the chunks, one after another, whole or not at all."""
+    if isinstance(path, Path):
+        _write_atomically(path, chunks, os.replace)
+    else:
+        with explain_errors(path):
+            _put(path, b"".join(chunks), "overwrite")
+
+
+def write_volatile(path: AnyPath, data: bytes) -> None:
+    """Write as `write_bytes` does, but do not force it to disk: a power cut may lose it."""
+    if isinstance(path, Path):
+        _write_atomically(path, [data], os.replace, durable=False)
+    else:
+        write_bytes(path, data)
+
+
+def create_bytes(path: AnyPath, data: bytes) -> bool:
+    """Write a file that does not exist yet. Return False and change nothing if it does."""
+    with suppress(FileExistsError):
+        if isinstance(path, Path):
+            _write_atomically(path, [data], _link)
+            return True
+        with explain_errors(path):
+            try:
+                _put(path, data, "create")  # S3: If-None-Match: *
+                return True
             except OSError:
-                if not place.exists():
+                if not path.exists():
                     raise
-                return False
-    except FileExistsError:
-        return False
-    return True
+    return False
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """link(2) fails if the name is taken, where rename would not."""
+    """Publish by link(2), which fails if the name is taken, where rename would not."""
     try:
         os.link(temporary, path)
     except OSError as error:
@@ -224,49 +219,63 @@ def _link(temporary: Path, path: Path) -> None:
             file.write(temporary.read_bytes())
 
 
-def read_json(place: AnyPath) -> dict[str, Any]:
-    """A JSON object. StorageError when it is missing or not JSON."""
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Return the JSON object in a file. StorageError when it is missing or not JSON."""
     try:
-        value = json.loads(read_bytes(place))
+        value = json.loads(read_bytes(path))
     except ValueError as error:
-        raise StorageError(f"{place}: not valid JSON ({error}); was it edited?") from error
+        raise StorageError(f"{path}: not valid JSON ({error}); it may have been edited") from error
     if not isinstance(value, dict):
-        raise StorageError(f"{place}: holds no JSON object; was it edited?")
+        raise StorageError(f"{path}: holds no JSON object; it may have been edited")
     return value
 
 
-def write_json(place: AnyPath, value: dict[str, Any]) -> None:
+def encode_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return the rows as CSV with a header; a value that a row lacks is empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
+
+
+def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return a line of JSON for each row."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_json(path: AnyPath, value: dict[str, Any]) -> None:
     """Write a JSON object, whole or not at all."""
-    write_bytes(place, encode_json(value))
+    write_bytes(path, encode_json(value))
 
 
 def encode_json(value: dict[str, Any]) -> bytes:
-    """Readable JSON, the same bytes for the same value."""
+    """Return indented JSON, the same bytes for the same value."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def hash_json(value: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
+    """Return the sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(place: AnyPath) -> str:
-    """sha256 of a file. StorageError when it cannot be read."""
-    if not isinstance(place, Path):
-        return hashlib.sha256(read_bytes(place)).hexdigest()
-    with explain_errors(place), open(place, "rb") as file:
+def hash_file(path: AnyPath) -> str:
+    """Return the sha256 of a file. StorageError when it cannot be read."""
+    if not isinstance(path, Path):
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    with explain_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: AnyPath) -> None:
-    """Fail now, not after an hour: write and remove a small file. StorageError if that fails."""
+    """Write and remove a small file, to fail before the work. StorageError when that fails."""
     probe = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-probe"
     write_bytes(probe, b"probe")
     discard(probe)
 
 
 def remove_leftovers(folder: AnyPath) -> None:
-    """Remove the temporary files that killed writers left in a local folder; stores have none."""
+    """Remove the temporary files of killed processes in a local folder; stores have none."""
     if not isinstance(folder, Path):
         return
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
@@ -278,8 +287,6 @@ def remove_leftovers(folder: AnyPath) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)  # it belongs to another user
     return True

@@ -1,8 +1,6 @@
-"""Places: what a URI names, and how the errors of a store are told.
+"""Turn URIs into paths, and errors of a store into StorageErrors.
 
-A place is a local `Path`, or a `UPath` in a bucket or another store that fsspec
-opens. Both have `/`, `name`, `parent` and `str()`; files are read and written by
-`storage.io.files`.
+A path is a local `Path`, or a `UPath` in a bucket or another store that fsspec opens.
 """
 
 from __future__ import annotations
@@ -36,11 +34,11 @@ from cifake_ray.errors import StorageError, UsageError
 
 AnyPath: TypeAlias = Path | UPath
 
-SCHEMES = ("s3", "gs", "az", "abfs", "hf", "memory")  # beside file; no http: see README, Security
+SCHEMES = ("s3", "gs", "az", "abfs", "hf", "memory")  # besides file; no http: see README, Security
 REMEDIES: dict[type[Exception], str] = {
     ParamValidationError: "give s3://BUCKET/PREFIX with a valid name of a bucket",
     ProfileNotFound: "check --s3-profile and AWS_PROFILE",
-    ConfigParseError: "mend the AWS configuration, or name another by AWS_CONFIG_FILE",
+    ConfigParseError: "fix the AWS configuration, or name another by AWS_CONFIG_FILE",
     PartialCredentialsError: "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither",
     InvalidRegionError: "check --s3-region and AWS_REGION",
     SSLError: "check --s3-endpoint-url: http:// or https://, and its certificate",
@@ -60,7 +58,7 @@ _CREDENTIALS = re.compile(
 
 
 def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
-    """The place a URI names; a local path becomes absolute.
+    """Return the path that a URI names; a local one becomes absolute.
 
     UsageError for a scheme that is not supported and for credentials inside the URI.
     """
@@ -79,21 +77,29 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
         )
     if scheme == "s3" and not rest.partition("/")[0]:
         raise UsageError(f"{uri!r} names no bucket; give s3://BUCKET/PREFIX")
-    options = {}
+    options: dict[str, Any] = {}
     if scheme == "s3":
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
             check_endpoint(os.environ.get(name), name)
-        options = _s3_options(store or StoreConfig())
+        store = store or StoreConfig()
+        options = {
+            "anon": store.s3_anonymous,
+            "endpoint_url": store.s3_endpoint_url,
+            "profile": store.s3_profile,
+            "client_kwargs": {"region_name": store.s3_region} if store.s3_region else {},
+            "config_kwargs": S3_CONFIG,
+            "use_listings_cache": False,
+        }
     try:
-        place: UPath = UPath(f"{scheme}://{rest.rstrip('/')}", **options)
-        _ = place.fs  # imports what the scheme needs
+        path: UPath = UPath(f"{scheme}://{rest.rstrip('/')}", **options)
+        _ = path.fs  # imports what the scheme needs
     except ImportError as error:
         raise UsageError(f"{scheme}:// needs a package that is not installed: {error}") from error
-    return place
+    return path
 
 
 def refuse_credentials(uri: str) -> None:
-    """UsageError, which does not repeat them, when a URI holds credentials."""
+    """Raise UsageError, which does not repeat them, when a URI holds credentials."""
     if _CREDENTIALS.search(uri):
         raise UsageError(
             f"a {uri.partition('://')[0]}:// URI holds credentials; leave them out: they come from"
@@ -101,58 +107,43 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
-def is_inside(place: AnyPath, folder: AnyPath) -> bool:
-    """Whether a place is a folder or lies below it; links are followed."""
-    if isinstance(place, Path) or isinstance(folder, Path):
-        return (
-            isinstance(place, Path)
-            and isinstance(folder, Path)
-            and place.resolve().is_relative_to(folder.resolve())
-        )
-    return f"{str(place).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
+def is_inside(path: AnyPath, folder: AnyPath) -> bool:
+    """Return whether a path is a folder or is below it; links are followed."""
+    if isinstance(path, Path) and isinstance(folder, Path):
+        return path.resolve().is_relative_to(folder.resolve())
+    return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
 def resolve_local(uri: str, what: str) -> Path:
-    """The local path a URI names. UsageError, naming `what` it is for, when it is in a store."""
-    place = resolve_path(uri)
-    if not isinstance(place, Path):
+    """Return the local path a URI names. UsageError, with `what` it is for, if it is in a store."""
+    path = resolve_path(uri)
+    if not isinstance(path, Path):
         raise UsageError(f"{uri}: {what} must be a local folder; give a path on this machine")
-    return place
+    return path
 
 
-def _s3_options(store: StoreConfig) -> dict[str, Any]:
-    return {
-        "anon": store.s3_anonymous,
-        "endpoint_url": store.s3_endpoint_url,
-        "profile": store.s3_profile,
-        "client_kwargs": {"region_name": store.s3_region} if store.s3_region else {},
-        "config_kwargs": S3_CONFIG,
-        "use_listings_cache": False,
-    }
-
-
-def to_arrow(place: AnyPath) -> tuple[Any, str]:
-    """A place as pyarrow and Ray want it: a file system, or None for a local one, and a path."""
-    if isinstance(place, Path):
-        return None, str(place)
-    return PyFileSystem(FSSpecHandler(place.fs)), place.path
+def to_arrow(path: AnyPath) -> tuple[Any, str]:
+    """Return what pyarrow and Ray take: a file system, None for the local one, and a path."""
+    if isinstance(path, Path):
+        return None, str(path)
+    return PyFileSystem(FSSpecHandler(path.fs)), path.path
 
 
 @contextmanager
-def explain_errors(place: AnyPath) -> Iterator[None]:
-    """Whatever a store raises becomes a StorageError of one line; FileExistsError passes."""
+def explain_errors(path: AnyPath) -> Iterator[None]:
+    """Turn what a store raises into a StorageError of one line, except FileExistsError."""
     try:
         yield
     except FileExistsError:
         raise
     except OSError as error:
-        raise explain_os_error(error, place) from error
+        raise explain_os_error(error, path) from error
     except (BotoCoreError, ClientError) as error:
-        raise explain_store_error(error, place) from error
+        raise explain_store_error(error, path) from error
 
 
-def explain_os_error(error: OSError, place: AnyPath | str) -> StorageError:
-    """One line for an operating-system error: what failed, where, and what to do."""
+def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
+    """Return a one-line error for one of the operating system: path, reason and remedy."""
     remedies = {
         errno.ENOENT: "check the path",
         errno.EACCES: "check the permissions",
@@ -161,26 +152,26 @@ def explain_os_error(error: OSError, place: AnyPath | str) -> StorageError:
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the quota is used up; free some space and run the same command again",
         errno.EFBIG: "the file would exceed a size limit; raise it and run the same command again",
-        errno.ENOTDIR: "a file stands where a folder is needed",
-        errno.EISDIR: "a folder stands where a file is needed",
+        errno.ENOTDIR: "a file is where a folder is needed",
+        errno.EISDIR: "a folder is where a file is needed",
     }
     remedy = remedies.get(error.errno or 0, "check the disk and run the same command again")
     reason = str(error.strerror or error).rstrip(".")
-    if isinstance(place, UPath):  # fsspec's errors carry no errno
+    if isinstance(path, UPath):  # fsspec's errors carry no errno
         reason, remedy = reason or type(error).__name__, "run the same command again"
         if isinstance(error, FileNotFoundError):
             remedy = "check the bucket and the path"
         elif isinstance(error, PermissionError):
             remedy = "check the credentials (AWS chain, --s3-profile) and the bucket's policy"
-    return StorageError(f"{place}: {reason}; {remedy}")
+    return StorageError(f"{path}: {reason}; {remedy}")
 
 
-def explain_store_error(error: BotoCoreError | ClientError, place: AnyPath | str) -> StorageError:
-    """One line for what botocore raises before or without an answer of the store."""
+def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str) -> StorageError:
+    """Return a one-line error for what botocore raises without an answer of the store."""
     for kind, remedy in REMEDIES.items():
         if isinstance(error, kind):
-            return StorageError(f"{place}: {' '.join(str(error).split())}; {remedy}")
+            return StorageError(f"{path}: {' '.join(str(error).split())}; {remedy}")
     if isinstance(error, NoCredentialsError):
         remedy = "set up the AWS chain (variables, --s3-profile, a role) or give --s3-anonymous"
-        return StorageError(f"{place}: no AWS credentials found; {remedy}")
-    return StorageError(f"{place}: {error}; run the same command again")
+        return StorageError(f"{path}: no AWS credentials found; {remedy}")
+    return StorageError(f"{path}: {error}; run the same command again")

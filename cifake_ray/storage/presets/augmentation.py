@@ -1,4 +1,4 @@
-"""Augmentation policies by name or out of a YAML file."""
+"""Read augmentation policies by name or from a YAML file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from cifake_ray.storage.presets.yaml_presets import parse_mapping
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
-    """Return the policy that `augment` is, names or holds.
-
-    UsageError for no such name, file or step.
-    """
+    """Return the policy of `--augment`. UsageError for an unknown name, file or step."""
     if isinstance(config.augment, Augmentation):
         return config.augment
     if config.augment in POLICIES:

@@ -1,4 +1,4 @@
-"""What the benchmark of the zoo measured: `model_results.json`, which comes with the package.
+"""Read the benchmark of architectures, `model_results.json`, which comes with the package.
 
 `tests/benchmarks/model_results.py --write` makes it.
 """
@@ -13,12 +13,12 @@ from cifake_ray.storage.io.files import read_json
 
 
 def locate_model_results() -> Path:
-    """Where the results lie."""
+    """Return the path of the results."""
     return Path(str(files("cifake_ray") / "model_results.json"))
 
 
 def read_model_results() -> dict[str, Any]:
-    """`made_by`, the command, and `rows`, one for each network that was measured.
+    """Return `made_by`, the command, and `rows`, one for each measured network.
 
     StorageError when the file is missing or damaged.
     """

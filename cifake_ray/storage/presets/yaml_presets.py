@@ -1,6 +1,6 @@
-"""Recipes and search spaces: YAML files in the box, or a person's own.
+"""Read recipes and search spaces from YAML files, built-in or other.
 
-Command lines read them too, so nothing heavy is imported.
+The command line reads them too, so nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
-    """A YAML mapping, its names as options have them in Python.
+    """Parse a YAML mapping; dashes in its names become underscores.
 
     UsageError, which begins with `name`, for anything else.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Takes 1e-3 for a number as YAML 1.2 does; for PyYAML, which reads 1.1, it is text."""
+        """Read 1e-3 as a number, as YAML 1.2 does; to PyYAML, which reads 1.1, it is text."""
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
@@ -34,7 +34,7 @@ def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{name}: not readable as YAML ({reason})") from error
-    if values is None:  # nothing but comments
+    if values is None:  # comments only
         values = {}
     if not isinstance(values, dict):
         raise UsageError(f"{name}: holds no mapping; write one `name: value` a line")
@@ -42,7 +42,7 @@ def parse_mapping(data: bytes, name: str) -> dict[str, Any]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The same of a file. UsageError when it cannot be read."""
+    """Parse a file as `parse_mapping` does. UsageError when it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -50,19 +50,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return parse_mapping(data, str(path))
 
 
-def find_preset(name: str, box: Path) -> Path:
-    """The file of that name, or the one in the box. UsageError when there is neither."""
-    boxed = box / f"{name}.yaml"
-    path = boxed if Path(name).name == name and boxed.is_file() else Path(name)
+def find_preset(name: str, folder: Path) -> Path:
+    """Return the built-in file of that name in `folder`, else the path `name`.
+
+    UsageError when neither exists.
+    """
+    built_in = folder / f"{name}.yaml"
+    path = built_in if Path(name).name == name and built_in.is_file() else Path(name)
     if not path.is_file():
-        stems = [file.stem for file in box.glob("*.yaml")]
-        known = ", ".join(sorted(stems + [EVERYTHING] * (box == SEARCHES)))
-        raise UsageError(f"{name}: no such file, and not among the {box.name} in the box: {known}")
+        stems = [file.stem for file in folder.glob("*.yaml")]
+        known = ", ".join(sorted(stems + [EVERYTHING] * (folder == SEARCHES)))
+        raise UsageError(f"{name}: no such file, and not among the built-in {folder.name}: {known}")
     return path
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Options of `train`. A policy of augmentation may stand in it as a mapping of its steps."""
+    """Return options of `train`. An augmentation policy may be given as a mapping of its steps."""
     values = read_mapping(path)
     if isinstance(values.get("augment"), dict):
         values["augment"] = json.dumps(values["augment"])
@@ -70,9 +73,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_searches(names: tuple[str, ...]) -> dict[str, Any]:
-    """Spaces as one; of an option in several the last one counts. `everything` is all in the box.
+    """Merge search spaces; of an option in several the last one counts.
 
-    UsageError when one is missing or not readable.
+    `everything` stands for all built-in ones. UsageError when one is missing or unreadable.
     """
     values: dict[str, Any] = {}
     for name in names:

@@ -1,7 +1,7 @@
-"""Notes of attempts: who works on which shard, left behind when the work kills its process.
+"""Heartbeat files of workers: one for each shard in progress, in `attempts/`.
 
-A note is written before a shard is begun and removed once it is committed, so a
-note that is found tells of a crash, a hang or a kill. Nothing depends on it but caution.
+A heartbeat is written before a shard is started and removed once it is committed, so one that is
+found means a crash, a hang or a kill. A lost one costs caution, never a result.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ HEARTBEAT_NAME = re.compile(r"(\d{5,})\.json")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a shard. `steps` grows with everything that is done: only its change matters."""
+    """One try at a shard. `steps` grows with all that is done: only its change matters."""
 
     shard: int
-    session: str  # the command that made it; a rerun is another one
+    session: str  # the command that started it; a rerun is another one
     number: int  # 1 for the first of its session
     host: str
     pid: int
-    started: str  # UTC, by the clock of `host`: for people, never compared
+    started: str  # UTC, by the clock of `host`: for messages, never compared
     rows_done: int = 0
     steps: int = 0
 
     def describe(self) -> str:
-        """For an error message."""
+        """Describe the attempt for an error message."""
         return (
             f"shard {self.shard} (attempt {self.number}, begun {self.started} on {self.host},"
             f" process {self.pid}, {self.rows_done} images done)"
@@ -53,7 +53,7 @@ def find_heartbeat(run: Run, shard: int) -> AnyPath:
 
 
 def read_attempt(run: Run, shard: int) -> Attempt | None:
-    """The attempt whose note stands there, or None. A damaged note counts as one of nobody."""
+    """Return the attempt of a heartbeat, None without one; a damaged one is of no session."""
     data = read_if_exists(find_heartbeat(run, shard))
     if data is None:
         return None
@@ -64,39 +64,39 @@ def read_attempt(run: Run, shard: int) -> Attempt | None:
 
 
 def follow_attempt(earlier: Attempt | None, shard: int, session: str) -> Attempt:
-    """The attempt of this process, after an earlier one. Each session counts from 1."""
+    """Return the attempt of this process after an earlier one; each session counts from 1."""
     number = earlier.number if earlier and earlier.session == session else 0
     started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return Attempt(shard, session, number + 1, socket.gethostname(), os.getpid(), started)
 
 
 def write_attempt(run: Run, attempt: Attempt) -> None:
-    """Leave the note of an attempt. StorageError when that fails."""
-    place, data = find_heartbeat(run, attempt.shard), json.dumps(asdict(attempt)).encode()
+    """Write the heartbeat of an attempt. StorageError when that fails."""
+    path, data = find_heartbeat(run, attempt.shard), json.dumps(asdict(attempt)).encode()
     try:
-        write_volatile(place, data)
+        write_volatile(path, data)
     except StorageError:  # another run on the same output has just ended and removed the folder
-        write_volatile(place, data)
+        write_volatile(path, data)
 
 
 def remove_attempt(run: Run, shard: int) -> None:
-    """Remove the note of a shard that is committed."""
+    """Remove the heartbeat of a shard that is committed."""
     discard(find_heartbeat(run, shard))
 
 
 def list_attempts(run: Run, session: str) -> list[Attempt]:
-    """The attempts of a session that have not ended well, or not yet."""
-    names = (HEARTBEAT_NAME.fullmatch(place.name) for place in list_folder(find_folder(run)))
+    """Return the attempts of a session that are in progress or failed."""
+    names = (HEARTBEAT_NAME.fullmatch(path.name) for path in list_folder(find_folder(run)))
     attempts = (read_attempt(run, int(name[1])) for name in names if name)
     return [a for a in attempts if a is not None and a.session == session]
 
 
 def clear_attempts(run: Run) -> None:
-    """Remove all notes: the run is complete."""
+    """Remove all heartbeats of a complete run."""
     folder = find_folder(run)
-    for place in list_folder(folder):
-        if HEARTBEAT_NAME.fullmatch(place.name):
-            discard(place)
+    for path in list_folder(folder):
+        if HEARTBEAT_NAME.fullmatch(path.name):
+            discard(path)
     if isinstance(folder, Path):
         with suppress(OSError):
             folder.rmdir()

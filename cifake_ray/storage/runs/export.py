@@ -1,4 +1,4 @@
-"""Scores as one CSV file."""
+"""Export scores to one CSV file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export_scores(scores: AnyPath, file: AnyPath) -> int:
     if exists(scores / "_run.json"):
         run = open_finished(scores)
         if is_inside(file, scores):
-            raise UsageError(f"{file} lies inside {scores}; choose a file outside it")
+            raise UsageError(f"{file} is inside {scores}; choose a file outside it")
         paths = [scores / row["name"] for row in read_files(run)]
     else:
         paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]

@@ -1,8 +1,8 @@
-"""The frozen listing: every key once, dealt to shards.
+"""Write and read the manifest: the frozen listing, every key once, dealt to shards.
 
-Keys are dealt in the order of a hash of the key, so that every shard is a random
-sample of the source. The listing is sorted through unnamed temporary files, one for each range of
-the hash, so memory is that of a 64th of the keys and a kill leaves nothing behind.
+Keys are dealt in the order of a hash of the key, so that every shard is a random sample of the
+source. The listing is sorted through unnamed temporary files, one for each range of the hash, so
+memory is that of a 64th of the keys and a kill leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -56,30 +56,29 @@ class Manifest:
 
 
 def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
-    """Images per shard, from the listing alone: N/1000 between bounds, and at most 256 MiB."""
+    """Return the images per shard: N/1000 between bounds, and at most 256 MiB."""
     rows = min(max(num_rows // 1000, MIN_SHARD_ROWS), MAX_SHARD_ROWS)
     mean_bytes = max(size_bytes // max(num_rows, 1), 1)
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 
 def hash_key(key: str) -> int:
-    """uint64 that decides the place of a key in the deal; the same everywhere and for ever."""
+    """Return the uint64 by which keys are dealt; it must never change."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 class _HashSorter:
-    """Batches in, the same rows out in the order of their hash; on disk in between."""
+    """Sort batches of rows by the hash of their key, on disk."""
 
     def __init__(self) -> None:
-        self.ranges: list[IO[bytes] | None] = [None] * NUM_RANGES
-        self.writers: list[pa.ipc.RecordBatchStreamWriter | None] = [None] * NUM_RANGES
+        self.streams: dict[int, tuple[IO[bytes], pa.ipc.RecordBatchStreamWriter]] = {}  # by range
         self.num_rows = 0
         self.size_bytes = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         keys = batch.column("key").to_pylist()
         hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
-        # The hash goes first and has no name of its own: a list may call its columns anything.
+        # The hash is first and has no name: a list may use any name for its columns.
         schema = batch.schema.insert(0, pa.field("", pa.uint64()))
         batch = pa.RecordBatch.from_arrays([pa.array(hashes), *batch.columns], schema=schema)
         ranges = (hashes >> np.uint64(58)).astype(np.intp)  # the upper 6 bits: NUM_RANGES
@@ -88,42 +87,35 @@ class _HashSorter:
         for index in range(NUM_RANGES):
             rows = order[bounds[index] : bounds[index + 1]]
             if len(rows):
-                self._writer(index, batch.schema).write_batch(batch.take(pa.array(rows)))
+                if index not in self.streams:
+                    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the sorter
+                    self.streams[index] = file, pa.ipc.new_stream(file, batch.schema)
+                self.streams[index][1].write_batch(batch.take(pa.array(rows)))
         self.num_rows += batch.num_rows
         self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
 
-    def _writer(self, index: int, schema: pa.Schema) -> pa.ipc.RecordBatchStreamWriter:
-        writer = self.writers[index]
-        if writer is None:
-            file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
-            self.ranges[index] = file
-            writer = self.writers[index] = pa.ipc.new_stream(file, schema)
-        return writer
-
     def drain(self) -> Iterator[pa.Table]:
-        """Tables in the order of the hash. UsageError when a key stands there twice."""
-        for file, writer in zip(self.ranges, self.writers, strict=True):
-            if file is None or writer is None:
-                continue
+        """Yield tables in the order of the hash. UsageError when a key is listed twice."""
+        for index in sorted(self.streams):
+            file, writer = self.streams[index]
             writer.close()
             file.seek(0)
             table = pa.ipc.open_stream(file).read_all()
             file.close()
-            place = pa.table({"hash": table.column(0), "key": table.column("key")})
+            keys = pa.table({"hash": table.column(0), "key": table.column("key")})
             order = [("hash", "ascending"), ("key", "ascending")]
-            table = table.remove_column(0).take(pc.sort_indices(place, sort_keys=order))
+            table = table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
             _check_unique(table)
             yield table
 
     def close(self) -> None:
         """Close the files, also those of a listing that broke off."""
-        for file in self.ranges:
-            if file is not None:
-                file.close()
+        for file, _ in self.streams.values():
+            file.close()
 
 
 def _check_unique(table: pa.Table) -> None:
-    """Rows are sorted, so a key that was listed twice stands beside itself."""
+    """Raise UsageError when neighbours in a sorted table have the same key."""
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
     if len(twice):
@@ -135,7 +127,7 @@ def _check_unique(table: pa.Table) -> None:
 
 
 def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
-    """Tables of any size in, tables of `shard_rows` out (the last may be smaller)."""
+    """Regroup tables of any size into tables of `shard_rows`; the last may be smaller."""
     waiting: list[pa.Table] = []
     num_waiting = 0
     for table in tables:
@@ -157,7 +149,7 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
             for batch in listing.batches:
                 sorter.add(batch.select(["key", "size_bytes"]))
                 yield pa.Table.from_batches([batch])
-            for _ in sorter.drain():  # refuses a key that stands there twice
+            for _ in sorter.drain():  # raises for a key that is listed twice
                 pass
             return
         for batch in listing.batches:
@@ -206,7 +198,7 @@ def write_manifest(
 
 
 def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
-    """The rows of one shard, in key order. StorageError when the manifest is damaged."""
+    """Return the rows of one shard, in key order. StorageError when the manifest is damaged."""
     path = folder / file.name
     try:
         with open_ranges(path) as opened:
@@ -214,5 +206,5 @@ def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.T
             return table.read_row_group(shard - file.first_shard)
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(
-            f"{path}: the manifest is damaged or gone ({error}); start again in a new folder"
+            f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
         ) from error

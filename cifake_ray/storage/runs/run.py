@@ -1,7 +1,7 @@
-"""The metadata of a run: `_run.json` when it starts, `_files.parquet` and `_SUCCESS` at its end.
+"""Read and write run metadata: `_run.json` at first, `_files.parquet` and `_SUCCESS` at the end.
 
-`_run.json` is created only once the manifest is complete, and only if no other
-process created it first: a process that loses this race works on the winner's manifest.
+`_run.json` is created once the manifest is complete, unless another process has created it: a
+process that loses this race uses the winner's manifest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FILES_FIELDS = [
 
 @dataclass(frozen=True)
 class Run:
-    """An output folder whose plan is frozen."""
+    """A run whose settings and manifest are frozen in its output folder."""
 
     out: AnyPath
     command: str
@@ -65,12 +65,12 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """sha256 of the settings and the listing: only its own shards are taken for a run's."""
+        """The sha256 of the settings and the listing, which marks the shards of this run."""
         return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
 
     @property
     def results(self) -> str:
-        """shards, scores or predictions."""
+        """The name of the folder of results: shards, scores or predictions."""
         return RESULTS[self.command]
 
     @property
@@ -85,7 +85,7 @@ class Run:
         return self.results_folder / shard_name(shard)
 
     def find_file(self, shard: int) -> ManifestFile:
-        """The manifest file that holds a shard."""
+        """Return the manifest file that holds a shard."""
         for file in self.manifest.files:
             if file.first_shard <= shard < file.first_shard + file.num_shards:
                 return file
@@ -93,7 +93,7 @@ class Run:
 
 
 def read_run(out: AnyPath) -> Run | None:
-    """The run of an output folder, or None when none has been frozen there."""
+    """Return the run of an output folder, or None when none has been frozen there."""
     path = out / "_run.json"
     if not exists(path):
         return None
@@ -126,12 +126,13 @@ def read_run(out: AnyPath) -> Run | None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
-            f"{path}: not the papers of a run ({type(error).__name__}: {error}); was it edited?"
+            f"{path}: not the metadata of a run ({type(error).__name__}: {error}); it may have"
+            " been edited"
         ) from error
 
 
 def require_run(out: AnyPath) -> Run:
-    """The run of an output folder. StorageError when there is none."""
+    """Return the run of an output folder. StorageError when there is none."""
     run = read_run(out)
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
@@ -139,13 +140,13 @@ def require_run(out: AnyPath) -> Run:
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`epochs: 5 there, 6 here` for every setting that differs."""
+    """Return `epochs: 5 there, 6 here` for every setting that differs."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
 
 
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """RunMismatch, with the difference, when the folder belongs to a run with other settings."""
+    """Raise RunMismatch with the difference when the folder belongs to other settings."""
     if old != new:
         if old.get("command") != new["command"]:  # nothing else is comparable
             old, new = ({"command": settings.get("command")} for settings in (old, new))
@@ -156,7 +157,7 @@ def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> No
 
 
 def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what two runs must have in common to be the same: what a fingerprint covers."""
+    """Return the settings that a fingerprint covers: two runs are the same if these are."""
     return {"command": command, "schema_version": SCHEMA_VERSION, **settings}
 
 
@@ -169,8 +170,8 @@ def claim_folder(
 ) -> None:
     """Write `_run.json` with the settings of `identify_run`, or check that it has the same ones.
 
-    `plan` is stored beside them and not compared. RunMismatch, with the difference, for other
-    settings; those of a run of the same command that has not begun its work are replaced.
+    `plan` is stored too but not compared. RunMismatch, with the difference, for other settings;
+    those of a run of the same command that has not started its work are replaced.
     """
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -185,12 +186,12 @@ def claim_folder(
         found = read_record(path)
         if found.get("command") != settings["command"] or has_begun():
             check_settings(path, found["settings"], settings)
-        else:  # refused or killed before its first result: there is nothing to lose
+        else:  # it failed or was killed before its first result: nothing is lost
             write_json(path / "_run.json", record)
 
 
 def read_record(path: AnyPath) -> dict[str, Any]:
-    """Read `_run.json`. RunMismatch when it is not ours."""
+    """Return the content of `_run.json`. RunMismatch when it is not of cifake-ray."""
     record = read_json(path / "_run.json")
     if "settings" not in record:
         raise RunMismatch(f"{path / '_run.json'}: not a run of cifake-ray; choose a new folder")
@@ -199,7 +200,7 @@ def read_record(path: AnyPath) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run is to be, before it is frozen."""
+    """The settings of a run before it is frozen."""
 
     out: AnyPath
     command: str
@@ -209,33 +210,33 @@ class RunPlan:
     shard_rows: int | None
 
     def find(self) -> Run | None:
-        """The run of `out`. RunMismatch when it has other settings."""
+        """Return the run of `out`, if any. RunMismatch when it has other settings."""
         run = read_run(self.out)
         if run is not None:
             check_settings(self.out, run.settings, self._settings)
         return run
 
     def check_new(self) -> None:
-        """Fail now, not after a long listing: UsageError, RunMismatch or StorageError."""
+        """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
         if str(self.out).startswith("memory://"):
             raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
         folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
         foreign = [
-            place
+            path
             for folder in folders
-            for place in list_folder(folder)
-            if not place.name.startswith(TEMPORARY_PREFIX)
-            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(place.name))
+            for path in list_folder(folder)
+            if not path.name.startswith(TEMPORARY_PREFIX)
+            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(path.name))
         ]
         if foreign and self.find() is None:  # else another process has just frozen it
             raise RunMismatch(
-                f"{foreign[0]} stands where a run would write, and no run is there; choose a new"
-                " output folder"
+                f"{foreign[0]} is where a run would write, but the folder holds no run; choose a"
+                " new output folder"
             )
         check_writable(self.out)
 
     def freeze(self) -> Run:
-        """List the source and freeze the plan, or take the one that was frozen meanwhile."""
+        """List the source and freeze the run, or return one that was frozen meanwhile."""
         listing = self.list_source()
         folder = self.out / "manifest"
         manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
@@ -267,7 +268,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What a committed shard says of itself."""
+    """The counts and the digest of a committed shard."""
 
     shard: int
     rows: int
@@ -278,18 +279,18 @@ class ShardStats:
 
 
 def reopen_run(run: Run) -> None:
-    """Withdraw what says that a run is complete, before any of its shards is made anew."""
-    remove(run.out / "_SUCCESS")  # first: without it nobody relies on the other
+    """Remove what marks a run as complete, before one of its shards is made again."""
+    remove(run.out / "_SUCCESS")  # first: without it the other is not used
     remove(run.out / "_files.parquet")
 
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
-    """Write `_files.parquet`, check that the account adds up, then write `_SUCCESS`."""
+    """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
     missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
     rows = sum(part.rows for part in parts)
     if missing or rows != run.manifest.num_rows:
         raise CifakeError(
-            f"{run.out}: the account does not add up: {run.manifest.num_rows} images listed,"
+            f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
             f" {rows} rows written, {len(missing)} shards missing; run the same command again"
         )
     parts = sorted(parts, key=lambda part: part.shard)
@@ -306,7 +307,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     remove_leftovers(run.results_folder)
     remove_leftovers(run.manifest_folder)
     named = {file.name for file in run.manifest.files}
-    for path in list_folder(run.manifest_folder):  # listings that were killed, or lost the race
+    for path in list_folder(run.manifest_folder):  # of killed listings and lost races
         if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
             discard(path)
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())

@@ -1,4 +1,4 @@
-"""Result shards: each appears whole or not at all, and says in its footer whose it is."""
+"""Write and read result shards; the footer of each names its run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOOTER_KEY = b"cifake_ray"
 def commit_shard(
     run: Run, shard: int, table: pa.Table, extra: dict[str, str], unlike_training: dict[str, int]
 ) -> ShardStats:
-    """Write one result shard under its name and return what it says of itself."""
+    """Write one result shard and return its counts and digest."""
     errors = Counter(error for error in table.column("error").to_pylist() if error)
     footer = {
         "schema_version": SCHEMA_VERSION,
@@ -38,7 +38,7 @@ def commit_shard(
     schema = table.schema.with_metadata(
         {FOOTER_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
     )
-    # Images are compressed already; zstd would spend time on them for nothing.
+    # Images are compressed already: zstd would waste time on them.
     compression = {
         path: "none" if path.startswith("image.") else "zstd" for path in _leaf_paths(schema)
     }
@@ -69,20 +69,20 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
 
 
 def _open_shard(data: bytes) -> pq.ParquetFile:
-    """A shard is read whole by everyone: it is one GET, and its bytes are hashed as well."""
+    """Open the bytes of a shard. It is always read whole: one GET, and its bytes are hashed."""
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
 
 
 def read_shard(path: AnyPath) -> pa.Table:
-    """One result shard, page checksums verified. StorageError when it is damaged."""
+    """Read one result shard and verify its checksums. StorageError when it is damaged."""
     try:
         return _open_shard(read_bytes(path)).read()
     except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` redoes it") from error
+        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
 
 
 def inspect_shard(run: Run, shard: int) -> ShardStats | None:
-    """A shard that this run has committed already, or None when it must be made.
+    """Return what `commit_shard` returned for a shard of this run, None when it must be made.
 
     The whole shard is read, page checksums included, so a damaged one is made again.
     """

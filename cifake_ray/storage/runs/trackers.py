@@ -118,7 +118,7 @@ class Tracking:
             except CifakeError as error:
                 self.failures[name] += 1
                 if self.failures[name] == 1:
-                    self.log(f"train: {error}; training goes on, rows are kept until it answers")
+                    self.log(f"train: {error}; training continues, rows are kept until it answers")
 
     def _catch_up(self, tracker: _TensorBoard | _MLflow) -> None:
         for row in self._find_missing(tracker):

@@ -1,8 +1,7 @@
-"""The folder of a training run: `_run.json`, checkpoint, history, bundle, `_SUCCESS`."""
+"""Read and write the folder of a training run: `_run.json`, checkpoint, history, `_SUCCESS`."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import pickle
@@ -13,6 +12,8 @@ from typing import Any, ClassVar
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io.files import (
+    encode_csv,
+    encode_json_lines,
     exists,
     read_bytes,
     read_if_exists,
@@ -25,7 +26,7 @@ from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_r
 
 
 def read_history(path: AnyPath) -> list[dict[str, Any]]:
-    """One row per epoch of the training that made a bundle; BundleError when they are damaged."""
+    """Return the history of a training, a row per epoch. BundleError when it is damaged."""
     history = path / "history.jsonl"
     if not exists(history):
         return []
@@ -56,8 +57,7 @@ class RunFolder:
     def check_options(self, options: dict[str, Any], unread: Sequence[str]) -> dict[str, Any]:
         """Return the settings of a finished run. RunMismatch when it has other options.
 
-        `unread` names settings that rows or weights would have to be read for: they are taken
-        from `_run.json`.
+        `unread` names settings that take reading rows or weights: those of `_run.json` are used.
         """
         found = read_record(self.path)["settings"]
         settings = {**options, **{name: found.get(name) for name in unread}}
@@ -88,15 +88,11 @@ class TrainRun(RunFolder):
     def bundle_path(self) -> AnyPath:
         return self.path / "bundle"
 
-    @property
-    def history_path(self) -> AnyPath:
-        return self.path / "history.jsonl"
-
     def has_begun(self) -> bool:
         return exists(self.checkpoint_path) or exists(self.path / "_SUCCESS")
 
     def read_checkpoint(self) -> dict[str, Any] | None:
-        """The latest checkpoint, or None before the first. StorageError when it is damaged."""
+        """Return the last checkpoint, None before the first. StorageError when it is damaged."""
         import torch
 
         data = read_if_exists(self.checkpoint_path)
@@ -117,15 +113,10 @@ class TrainRun(RunFolder):
         write_bytes(self.checkpoint_path, data)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Show the history of a committed checkpoint: one row or more."""
-        lines = "".join(json.dumps(row) + "\n" for row in history)
-        write_bytes(self.history_path, lines.encode())
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(history[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_bytes(self.path / "summary.csv", table.getvalue().encode())
+        """Write the history of a committed checkpoint, of at least one row."""
+        write_bytes(self.path / "history.jsonl", encode_json_lines(history))
+        write_bytes(self.path / "summary.csv", encode_csv(list(history[-1]), history))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """One row per finished epoch."""
+        """Return a row per finished epoch."""
         return read_history(self.path)

@@ -1,14 +1,12 @@
-"""The folder of a search: `_run.json`, a folder for each trial, tables, recipe, `_SUCCESS`.
+"""Read and write the folder of a search: `_run.json`, trials, tables, recipe, `_SUCCESS`.
 
-A trial's folder holds what it was given and why it ended, and the runs of `train`
-it is made of: one, or with population based training one for each set of options it has had. All
-of it is JSON and Parquet: Ray Tune's own state is pickled, so it is written and never read.
+A trial's folder holds `trial.json` and its runs of `train`: one, or with population based training
+one for each set of options it has had. All of it is JSON and Parquet: Ray Tune's own state is
+pickled, so it is never read.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifake_ray.storage.io.files import (
+    encode_csv,
     exists,
     list_folder,
     read_bytes,
@@ -30,7 +29,7 @@ from cifake_ray.storage.runs.train_run import RunFolder, TrainRun
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial was given, and why it ended."""
+    """The options of a trial, and why it ended."""
 
     number: int
     chosen: dict[str, Any]  # by the names of the search space
@@ -52,11 +51,11 @@ class TuneRun(RunFolder):
         return self.path / "trials" / f"{number:05d}"
 
     def run_of(self, trial: Trial) -> TrainRun:
-        """The training that a trial is at, or ended with."""
+        """Return the training run of a trial's last options."""
         return TrainRun(self.folder_of(trial.number) / f"run-{trial.generation}")
 
     def read_trials(self) -> list[Trial]:
-        """By number."""
+        """Return the trials by number."""
         if not exists(self.path / "trials"):
             return []
         numbers = sorted(int(f.name) for f in list_folder(self.path / "trials") if f.name.isdigit())
@@ -69,20 +68,16 @@ class TuneRun(RunFolder):
         write_json(self.folder_of(trial.number) / "trial.json", asdict(trial))
 
     def write_tables(self, rows: Sequence[dict[str, Any]]) -> None:
-        """`trials.csv` and `trials.parquet`."""
+        """Write `trials.csv` and `trials.parquet`."""
         names = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_bytes(self.path / "trials.csv", text.getvalue().encode())
+        write_bytes(self.path / "trials.csv", encode_csv(names, rows))
         columns = {name: _to_column([row.get(name) for row in rows]) for name in names}
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
         write_bytes(self.path / "trials.parquet", sink.getvalue().to_pybytes())
 
     def write_best(self, trial: Trial, recipe: str) -> None:
-        """The bundle of a trial as that of the search, and the recipe that makes it again."""
+        """Copy the bundle of a trial to the search, and write the recipe that makes it again."""
         source = self.run_of(trial).bundle_path
         files = sorted((file.name for file in list_folder(source)), key="config.json".__eq__)
         for name in files:  # config.json last: a bundle that has it is complete
@@ -94,7 +89,7 @@ class TuneRun(RunFolder):
 
 
 def _to_column(values: list[Any]) -> pa.Array:
-    """Numbers as such; text where a column holds both."""
+    """Return an Arrow array: of text when Arrow has no common type for the values."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):

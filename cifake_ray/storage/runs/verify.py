@@ -1,7 +1,6 @@
-"""Whether a finished run is still what it committed, and making room to mend it.
+"""Compare the files of a finished run with what it committed, and rename damaged ones for repair.
 
-What `_files.parquet` names is taken for nothing but names: a file that is no result
-shard is never touched.
+Names in `_files.parquet` are checked before use: a file that is no result shard is never touched.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class DamagedFile:
 
 
 def open_finished(out: AnyPath) -> Run:
-    """The run of a folder that has one which has finished. StorageError otherwise."""
+    """Return the finished run of a folder. StorageError when there is none."""
     run = require_run(out)
     if not exists(out / "_SUCCESS"):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
@@ -48,59 +47,52 @@ def open_finished(out: AnyPath) -> Run:
 
 
 def read_files(run: Run) -> list[dict[str, Any]]:
-    """What a finished run committed: name, size_bytes, sha256, rows and errors of each shard."""
+    """Return name, size_bytes, sha256, rows and errors of each shard of a finished run."""
     path = run.out / "_files.parquet"
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(path)))
         rows: list[dict[str, Any]] = table.cast(pa.schema(FILES_FIELDS)).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise StorageError(
-            f"{path}: damaged ({error}); `cifake-ray repair` makes it anew"
-        ) from error
+        raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
     expected = [f"{run.results}/{shard_name(n)}" for n in range(run.manifest.num_shards)]
     if [row["name"] for row in rows] != expected:
         raise StorageError(
-            f"{path}: does not name the shards of the run; `cifake-ray repair` makes it anew"
+            f"{path}: does not name the shards of the run; `cifake-ray repair` restores it"
         )
     return rows
 
 
 def verify_files(out: AnyPath) -> list[DamagedFile]:
-    """Compare every file of a finished run with what was committed. StorageError if it has not."""
+    """Return the damage of a finished run. StorageError when the run has not finished."""
     run = open_finished(out)
     read_json(out / "_SUCCESS")
     committed = read_files(run)
     damage = []
-    for file in run.manifest.files:
-        place = run.manifest_folder / file.name
-        if not exists(place):
-            damage.append(DamagedFile(f"manifest/{file.name}", "missing"))
-        elif hash_file(place) != file.sha256:
-            damage.append(DamagedFile(f"manifest/{file.name}", "sha256 differs"))
-    for row in committed:
-        place = out / row["name"]
-        if not exists(place):
+    rows = [{"name": f"manifest/{f.name}", "sha256": f.sha256} for f in run.manifest.files]
+    for row in [*rows, *committed]:
+        path, size_bytes = out / row["name"], row.get("size_bytes")
+        if not exists(path):
             damage.append(DamagedFile(row["name"], "missing"))
-        elif (size_bytes := stamp_file(place)[0]) != row["size_bytes"]:
-            damage.append(DamagedFile(row["name"], f"{size_bytes} bytes, not {row['size_bytes']}"))
-        elif hash_file(place) != row["sha256"]:
+        elif size_bytes is not None and (found := stamp_file(path)[0]) != size_bytes:
+            damage.append(DamagedFile(row["name"], f"{found} bytes, not {size_bytes}"))
+        elif hash_file(path) != row["sha256"]:
             damage.append(DamagedFile(row["name"], "sha256 differs"))
     names = {row["name"] for row in committed}
-    for place in list_folder(run.results_folder):
-        name = f"{run.results}/{place.name}"
-        if SHARD_NAME.fullmatch(place.name) and name not in names:
+    for path in list_folder(run.results_folder):
+        name = f"{run.results}/{path.name}"
+        if SHARD_NAME.fullmatch(path.name) and name not in names:
             damage.append(DamagedFile(name, "not committed by this run"))
     return damage
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """Files of a run that were renamed out of the way: name -> name while aside."""
+    """Files of a run that were renamed out of the way: path -> path while aside."""
 
     files: dict[AnyPath, AnyPath]
 
     def restore(self) -> None:
-        """Put back what has not been made again."""
+        """Rename the files back that have not been made again."""
         for path, aside in self.files.items():
             if exists(aside) and not exists(path):
                 move(aside, path)
@@ -111,17 +103,17 @@ class SetAside:
 
 
 def set_damaged_aside(out: AnyPath) -> SetAside:
-    """Rename damaged result files and `_SUCCESS`: the run's command then makes them again.
+    """Rename damaged result files and `_SUCCESS`, so that the run's command makes them again.
 
-    StorageError when the manifest is damaged: what was to be done is no longer known.
+    StorageError when the manifest is damaged: the images of the run are no longer known.
     """
     try:
         damage = verify_files(out)
-    except StorageError:  # papers that are unfinished or damaged: every shard proves itself
+    except StorageError:  # unfinished or damaged metadata: each shard is checked by the run
         damage = []
     if lost := [item.name for item in damage if item.name.startswith("manifest/")]:
         raise StorageError(
-            f"{out}/{lost[0]}: the manifest is damaged or gone; start again in a new folder"
+            f"{out}/{lost[0]}: the manifest is damaged or missing; start again in a new folder"
         )
     paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
     files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}

@@ -300,7 +300,7 @@ def test_training_outlives_its_server_and_logs_later(
         summary = run_train(shards, run, on_epoch=on_epoch, **options)
     assert summary["untracked"] == {"mlflow": 3}  # two epochs and the summary
     assert json.loads((run / "_SUCCESS").read_text())["untracked"] == {"mlflow": 3}
-    warnings = [line for line in said if "training goes on" in line]
+    warnings = [line for line in said if "training continues" in line]
     assert len(warnings) == 1
     assert said[-1].startswith("train: --track mlflow failed 3 times; 3 rows are missing")
     with run_mlflow_server(store_uri, port):

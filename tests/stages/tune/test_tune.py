@@ -393,8 +393,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
 @pytest.mark.parametrize(
     ("space", "options", "message"),
     [
-        ("lr: [0.1]", {"recipe": "fastest"}, "not among the recipes in the box: best, fast"),
-        ("lr: [0.1]", {"search": ("wild",)}, "not among the searches in the box: architecture"),
+        ("lr: [0.1]", {"recipe": "fastest"}, "not among the built-in recipes: best, fast"),
+        ("lr: [0.1]", {"search": ("wild",)}, "not among the built-in searches: architecture"),
         ("model: [cnn]", {"scheduler": "pbt"}, "model cannot change"),
         ("lr: 0.1", {}, "lr: give a list of values"),
     ],

@@ -216,7 +216,7 @@ def test_two_processes_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="a file stands where a folder is needed"):
+    with pytest.raises(StorageError, match="a file is where a folder is needed"):
         open_here(tmp_path / "file" / "out", fail_to_list)
 
 
@@ -322,7 +322,7 @@ def test_success_is_written_when_the_account_adds_up(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     run = open_here(tmp_path)
-    with pytest.raises(CifakeError, match=r"does not add up.*1 shards missing"):
+    with pytest.raises(CifakeError, match=r"do not add up.*1 shards missing"):
         finish_run(run, commit_all(run)[:-1], {})
     assert not (tmp_path / "_SUCCESS").exists()
 
@@ -472,7 +472,7 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
 def test_files_of_others_are_never_taken_for_ours(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(b"mine")
-    with pytest.raises(RunMismatch, match=f"{name} stands where a run would write"):
+    with pytest.raises(RunMismatch, match=f"{name} is where a run would write"):
         open_here(tmp_path)
     assert (tmp_path / name).read_bytes() == b"mine"
 
@@ -529,5 +529,5 @@ def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
     papers = json.loads((tmp_path / "_run.json").read_text())
     papers[name] = [7]
     (tmp_path / "_run.json").write_text(json.dumps(papers))
-    with pytest.raises(CifakeError, match=r"_run\.json: .*was it edited"):
+    with pytest.raises(CifakeError, match=r"_run\.json: .*it may have been edited"):
         verify_files(tmp_path)
