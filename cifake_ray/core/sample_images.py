@@ -1,14 +1,13 @@
-"""A small labelled image folder that needs no download, in CIFAKE's layout.
+"""Generate a small labelled image folder in CIFAKE's layout, without a download.
 
-It is a stand-in that exercises the pipeline, NOT evidence about real generators. REAL images are
-32x32 crops of photographs. FAKE images are other crops of the same photographs, put through one
-fixed encode-decode step that halves the resolution and comes back by a stride-2 transposed
-convolution with uneven kernels. Part of the fine detail passes beside that step; the rest returns
-as lattice noise of the same Laplacian energy (the period-2 spectral peaks of many generators), so
-that FAKE is neither smoother nor rougher than REAL and file size, colour and contrast do not tell
-them apart. A detector that scores well here has learnt to see that lattice and no more.
+It exercises the pipeline and is NOT evidence about real generators. REAL images are 32x32 crops of
+photographs. FAKE images are other crops of them after one fixed encode-decode step, which halves
+the resolution and restores it by a stride-2 transposed convolution with uneven kernels. Part of the
+fine detail bypasses that step; the rest becomes lattice noise of the same Laplacian energy (the
+period-2 spectral peaks of many generators), so that file size, smoothness, colour and contrast do
+not separate the classes. A detector that scores well here detects that lattice and no more.
 
-The photographs ship inside wheels (`PHOTOGRAPHS` has names and licences); nothing is fetched.
+The photographs are files of installed packages; `PHOTOGRAPHS` has names and licences.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ _U_PHOTO, _U_PLACE, _U_FLIP, _U_JITTER, _U_DECODER = 0, 1, 2, slice(3, 8), slice
 _U_SIZE, _U_ASPECT, _U_FORMAT, _U_LEFT, _U_TOP = 13, 14, 15, 16, 17
 _NUM_DRAWS = 18
 
-_KEPT_DETAIL = (0.25, 0.65)  # share of the fine detail that the decoder brings back right
-_LATTICE_FLOOR = 0.8  # grey levels: decoders leave some lattice in flat parts too
+_KEPT_DETAIL = (0.25, 0.65)  # share of the fine detail that the decoder restores
+_LATTICE_FLOOR = 0.8  # grey levels: decoders leave some lattice in flat areas too
 # Amplitudes (row, column, diagonal) of the period-2 gain of a stride-2 decoder with uneven phases.
 _LATTICES = np.array(
     [[0.9, 0.2, 0.4], [0.2, 0.9, 0.4], [0.6, 0.6, 0.5], [0.3, 0.3, 0.9]], dtype=np.float32
@@ -99,14 +98,14 @@ class SampleImage:
 def generate_images(
     *, num_images: int, seed: int = 0, mixed: bool = False, start: int = 0, stop: int | None = None
 ) -> Iterator[SampleImage]:
-    """Images `start` to `stop` (default: all) of a folder of `num_images`, in order of index.
+    """Generate images `start` to `stop` (default: all) of `num_images`, in order of index.
 
     Classes alternate; per class `num_images // 2 // 10` images are val, as many are test, the rest
     train; an odd last image is REAL and train. Image i depends on (seed, i, num_images, mixed)
-    alone, so that processes can share the range. Names are hashes of seed and index and tell
-    nothing of label or content. Images are 32x32 RGB JPEGs (quality 75, 4:2:0, simplejpeg).
-    `mixed` gives a load generator instead: sides of about 27 to 600 px, most of them small, in
-    several formats and modes, all drawn without regard to the label; not meant for training.
+    alone, so that processes can share the range. Names are hashes of seed and index. Images are
+    32x32 RGB JPEGs (quality 75, 4:2:0, simplejpeg). `mixed` gives images for load tests instead:
+    sides of about 27 to 600 px, most of them small, in formats and modes that are independent of
+    the label; not meant for training.
 
     Raises UsageError for a number or range out of bounds, CifakeError if a photograph's package is
     not installed.
@@ -128,7 +127,7 @@ def generate_images(
 
 
 def assign_image(index: int, num_images: int) -> tuple[str, int]:
-    """Split and label (REAL or FAKE) of image `index`; the rule stands in `generate_images`."""
+    """Return split and label (REAL or FAKE) of an image, by the rule of `generate_images`."""
     pair, num_held_out = index // 2, num_images // 2 // 10
     label = FAKE if index % 2 else REAL
     if pair < num_held_out:
@@ -137,9 +136,9 @@ def assign_image(index: int, num_images: int) -> tuple[str, int]:
 
 
 def find_photograph(name: str) -> Path:
-    """The file of one `PHOTOGRAPHS` entry, found without importing its package.
+    """Return the path of a `PHOTOGRAPHS` entry without importing its package.
 
-    Raises CifakeError if the package is not installed or came without the file.
+    CifakeError if the package is not installed or lacks the file.
     """
     package, *rest = PurePosixPath(name).parts
     spec = importlib.util.find_spec(package)
@@ -177,12 +176,12 @@ def _generate_range(
 
 @dataclass(frozen=True)
 class _Pyramids:
-    """Every photograph at every scale as one list of pixels, and where crops may start in it."""
+    """Every photograph at every scale as one list of pixels, and the corners of crops in it."""
 
     pixels: Bytes  # [P,3]
     corners: NDArray[np.int64]  # allowed top left corners as indices into pixels, level by level
-    first: NDArray[np.int64]  # [L] where a level's corners begin
-    count: NDArray[np.int64]  # [L] how many it has
+    first: NDArray[np.int64]  # [L] index of a level's first corner
+    count: NDArray[np.int64]  # [L] corners of a level
     width: NDArray[np.int64]  # [L] px: from one row of the level to the next
     levels: dict[str, tuple[int, int]]  # split -> its range of levels
 
@@ -221,7 +220,7 @@ def _build_pyramids() -> _Pyramids:
 
 
 def _measure_crops(level: Bytes) -> NDArray[np.float64]:
-    """Standard deviation of grey in every 32x32 window, by sums over an integral image."""
+    """Return the standard deviation of grey in every 32x32 window, by an integral image."""
     grey = level.mean(axis=2)
     moments = []
     for power in (grey, grey * grey):
@@ -233,7 +232,7 @@ def _measure_crops(level: Bytes) -> NDArray[np.float64]:
 
 
 def _draw_block(assigned: list[tuple[str, int]], u: Draws) -> Bytes:
-    """uint8[B,32,32,3]: crop, flip, jitter alike for both classes; then FAKE is decoded."""
+    """Return uint8[B,32,32,3]: crop, flip, jitter alike for both classes; then FAKE is decoded."""
     p = _build_pyramids()
     low, high = np.array([p.levels[split] for split, _ in assigned]).T
     level = low + (u[:, _U_PHOTO] * (high - low)).astype(np.int64)
@@ -259,9 +258,9 @@ def _jitter(images: Floats, u: Draws) -> Floats:
 
 
 def _synthesise(images: Floats, u: Draws) -> Floats:
-    """float32[B,H,W,3] in 0..255 with a decoder's lattice; H and W even.
+    """Give float32[B,H,W,3] in 0..255 a decoder's lattice; H and W must be even.
 
-    Each image keeps its Laplacian energy (but for clipping), so that detail lost is lattice won.
+    Each image keeps its Laplacian energy (but for clipping): the lattice replaces lost detail.
     """
     v = u[:, _U_DECODER].astype(np.float32)
     base = _upsample(_halve(images))
@@ -288,14 +287,14 @@ def _synthesise(images: Floats, u: Draws) -> Floats:
 
 
 def _halve(images: Floats) -> Floats:
-    """Means over 2x2 cells: [B,H,W,C] -> [B,H/2,W/2,C]."""
+    """Average 2x2 cells: [B,H,W,C] -> [B,H/2,W/2,C]."""
     tall: Floats = images[:, ::2] + images[:, 1::2]
     cells: Floats = tall[:, :, ::2] + tall[:, :, 1::2]
     return cells * np.float32(0.25)
 
 
 def _upsample(latent: Floats) -> Floats:
-    """Stride-2 transposed convolution by [1,3,3,1]/4 on both axes: [B,H,W,C] -> [B,2H,2W,C]."""
+    """Convolve transposed, stride 2, by [1,3,3,1]/4 on both axes: [B,H,W,C] -> [B,2H,2W,C]."""
     b, h, w, c = latent.shape
     z = np.pad(latent, ((0, 0), (1, 1), (0, 0), (0, 0)), mode="edge")
     middle = 0.75 * latent
@@ -309,8 +308,8 @@ def _upsample(latent: Floats) -> Floats:
 
 def _measure_laplacian(images: Floats) -> Floats:
     grey: Floats = images.mean(axis=3)
-    beside = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
-    laplacian: Floats = 4 * grey[:, 1:-1, 1:-1] - beside
+    neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    laplacian: Floats = 4 * grey[:, 1:-1, 1:-1] - neighbours
     return laplacian
 
 
@@ -318,7 +317,7 @@ def _measure_laplacian(images: Floats) -> Floats:
 
 
 def _draw_mixed(split: str, label: int, u: Draws) -> tuple[str, bytes]:
-    """Extension and encoded bytes of one image; u is float64[1,_NUM_DRAWS]."""
+    """Return extension and encoded bytes of one image; u is float64[1,_NUM_DRAWS]."""
     draw = u[0]
     side = 32 * 16 ** (draw[_U_SIZE] ** 3)  # 32 to 512 px, half of them below 46
     aspect = 0.75 ** (2 * draw[_U_ASPECT] - 1)

@@ -1,9 +1,9 @@
 """Draw the figures of a report: metrics in, PNG bytes out.
 
-Matplotlib is imported on first use, since most commands draw nothing, and used
-through its object API: pyplot keeps figures in a global list and is not thread-safe. Colours are
-Okabe and Ito's, safe for colour-blind readers; REAL and FAKE also differ in line style or position.
-The same numbers give the same bytes.
+Matplotlib is imported on first use, since most commands draw nothing, and used through its object
+API: pyplot keeps figures in a global list and is not thread-safe. Colours are Okabe and Ito's, safe
+for colour-blind readers; REAL and FAKE also differ in line style or position. The same numbers give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
     Rows have `epoch` and any of `train_loss`, `val_loss`; other keys are ignored.
     """
     figure, (axes,) = new_figure()
-    _plot_epochs(axes, history, "train_loss", "o--", colour=COLOURS["REAL"], label="training")
-    points = _plot_epochs(axes, history, "val_loss", "s-", colour=INK, label="validation")
+    _plot_epochs(axes, history, "train_loss", "o--", color=COLOURS["REAL"], label="training")
+    points = _plot_epochs(axes, history, "val_loss", "s-", color=INK, label="validation")
     axes.set_ylabel("Loss")
     axes.legend(loc="best")
     axes.set_title("Loss")
@@ -189,7 +189,7 @@ def draw_loss(history: Sequence[Mapping[str, Any]]) -> bytes:
 def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw validation accuracy over epochs, from `epoch` and `val_accuracy` of each row."""
     figure, (axes,) = new_figure()
-    points = _plot_epochs(axes, history, "val_accuracy", "s-", colour=INK, label="validation")
+    points = _plot_epochs(axes, history, "val_accuracy", "s-", color=INK, label="validation")
     axes.set_ylabel("Accuracy on validation")
     axes.set_title("Accuracy on validation")
     axes.yaxis.set_major_formatter("{x:.1%}")
@@ -245,27 +245,27 @@ def new_figure(
 
 
 def encode_figure(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # no version in the bytes
     return buffer.getvalue()
 
 
-def _plot_epochs(
-    axes: Axes,
-    history: Sequence[Mapping[str, Any]],
-    name: str,
-    style: str,
-    *,
-    colour: str,
-    label: str,
-) -> list[tuple[float, float]]:
+def label_epochs(axes: Axes) -> None:
+    """Label the x-axis with whole epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    points = [(row["epoch"], row[name]) for row in history if _is_number(row.get(name))]
-    epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
-    axes.plot(epochs, values, style, color=colour, label=label, linewidth=1.6, markersize=5)
     axes.set_xlabel("Epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _plot_epochs(
+    axes: Axes, history: Sequence[Mapping[str, Any]], name: str, style: str, **look: Any
+) -> list[tuple[float, float]]:
+    points = [(row["epoch"], row[name]) for row in history if _is_number(row.get(name))]
+    epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
+    axes.plot(epochs, values, style, linewidth=1.6, markersize=5, **look)
+    label_epochs(axes)
     return points
 
 
@@ -278,6 +278,7 @@ def _format_count(count: int) -> str:
 
 
 def shorten(name: str) -> str:
-    # The font ends after Cyrillic: avoid a box and a warning per character.
+    """Shorten a name to 32 characters that the font has, to avoid boxes and warnings."""
+    # The font ends after Cyrillic.
     printable = "".join(c if c.isprintable() and c < "\u0530" else "?" for c in name)
     return printable if len(printable) <= 32 else printable[:15] + "…" + printable[-16:]

@@ -1,7 +1,7 @@
 """Render a report as one self-contained HTML page.
 
-Keys come from untrusted file names, so Jinja2 escapes everything, control
-characters are spelled out, and the page's security policy allows no scripts and no requests.
+Keys come from untrusted file names, so Jinja2 escapes everything, control characters are spelled
+out, and the page's security policy allows no scripts and no requests.
 """
 
 from __future__ import annotations
@@ -46,14 +46,10 @@ CAPTIONS = {
 class Mistake:
     """A misclassified image, for the contact sheet."""
 
-    key: str
-    """Any text; shown escaped, control characters spelled out."""
-    label: int
-    """REAL or FAKE."""
-    p_fake: float
-    """In [0, 1]."""
-    png: bytes
-    """The encoded thumbnail; small ones are enlarged without smoothing."""
+    key: str  # any text; shown escaped, control characters spelled out
+    label: int  # REAL or FAKE
+    p_fake: float  # in [0, 1]
+    png: bytes  # the encoded thumbnail; small ones are enlarged without smoothing
 
 
 def render_report(

@@ -14,7 +14,7 @@ def format_models_table(catalogue: Mapping[str, Any]) -> str:
     """Format the rows of `core.training.model_cost.list_models`, with notes on the columns.
 
     `catalogue` holds them as `models`; `made_by` is the command that made their results. Results at
-    another size or on other images take further lines.
+    another size or on other images have their own lines.
     """
     rows = catalogue["models"]
     counted = [row for row in rows if row["num_parameters"] is not None]

@@ -163,6 +163,7 @@ def model_card(
 
 
 def _rest(num_real: int, one_in: int) -> str:
+    """Return the images that a threshold for one false positive in `one_in` is based on."""
     allowed = num_real // one_in
     if allowed == 0:
         return f"too few: allows no error among {num_real:,} REAL images"

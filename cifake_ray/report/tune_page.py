@@ -13,6 +13,7 @@ from cifake_ray.report.figures import (
     INK,
     MUTED,
     encode_figure,
+    label_epochs,
     new_figure,
     shorten,
 )
@@ -84,11 +85,7 @@ def render_tune_page(
         ],
         best_trial=summary["best_trial"],
         recipe=recipe,
-        facts={
-            "Command": command,
-            "Bundle": summary["bundle"],
-            "Recipe": summary["recipe"],
-        },
+        facts={"Command": command, "Bundle": summary["bundle"], "Recipe": summary["recipe"]},
     )
 
 
@@ -96,8 +93,6 @@ def draw_objective(
     histories: Mapping[int, Sequence[Mapping[str, Any]]], objective: str, best_trial: int
 ) -> bytes:
     """Draw the objective of every trial over its epochs, as PNG."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, (axes,) = new_figure()
     for number, history in histories.items():
         is_best = number == best_trial
@@ -112,9 +107,8 @@ def draw_objective(
             zorder=3 if is_best else 2,
             label=f"trial {number}" if is_best else None,
         )
-    axes.set_xlabel("Epoch")
+    label_epochs(axes)
     axes.set_ylabel(objective)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="best")
     axes.set_title("Objective over the epochs")
     return encode_figure(figure)
@@ -133,7 +127,7 @@ def draw_parallel(
     for index, row in enumerate(trained):
         is_best = row["trial"] == best_trial
         axes.plot(
-            [places[index] for places, _ in axes_of.values()],
+            [positions[index] for positions, _ in axes_of.values()],
             heights,
             color=BEST if is_best else INK,
             alpha=1.0 if is_best else 0.1 + 0.6 * float(levels[index]),
@@ -142,10 +136,10 @@ def draw_parallel(
         )
     for height, (_, marks) in zip(heights, axes_of.values(), strict=True):
         axes.axhline(height, color=GRID, linewidth=1)
-        for place, text in marks.items():
+        for position, text in marks.items():
             axes.annotate(
                 shorten(text),
-                (place, height),
+                (position, height),
                 (0, 4),
                 textcoords="offset points",
                 ha="center",
@@ -170,12 +164,10 @@ def draw_bars(values: Mapping[str, float], label: str) -> bytes:
 
     figure, (axes,) = new_figure(height=1.4 + ROW_HEIGHT * len(values))
     names = [shorten(name) for name in values]
-    places = range(len(names))
-    axes.barh(places, list(values.values()), color=COLOURS["REAL"])
-    axes.set_yticks(places, names)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=all(isinstance(value, int) for value in values.values()))
-    )
+    axes.barh(range(len(names)), list(values.values()), color=COLOURS["REAL"])
+    axes.set_yticks(range(len(names)), names)
+    are_counts = all(isinstance(value, int) for value in values.values())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=are_counts))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)

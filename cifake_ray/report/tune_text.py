@@ -12,15 +12,12 @@ from cifake_ray.config import Monitor
 from cifake_ray.core.training.early_stopping import to_score
 from cifake_ray.report.text import format_rows
 
-RUNNING = "running"
-WAITING = "waiting"
-
 
 def describe_end(row: Mapping[str, Any]) -> str:
     """Return why a trial ended, else whether it runs or waits."""
     if row["end"] is not None:
         return str(row["end"])
-    return RUNNING if row["epochs"] else WAITING
+    return "running" if row["epochs"] else "waiting"
 
 
 def format_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> str:

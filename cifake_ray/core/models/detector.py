@@ -99,6 +99,7 @@ def build_detector(
     `image_size` None is the architecture's own. UsageError for an unknown architecture, or a size
     or a `drop_path` it cannot take.
     """
+    network: nn.Module
     mean = std = HALF
     if architecture == "cnn":
         if drop_path:

@@ -1,7 +1,7 @@
-"""What a search chooses from: options of `train`, each with its values or its distribution.
+"""Parse and sample search spaces: options of `train`, each with its values or its distribution.
 
-Distributions have the names of Ray Tune. What trial n gets follows from the seed and n
-alone, so that a search that was killed asks for the same trials again.
+Distributions have the names of Ray Tune. The options of trial n follow from the seed and n alone,
+so that a killed search runs the same trials again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cifake_ray.errors import UsageError
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
 AUGMENT = "augment."  # before the name of a step
-# What belongs to the search. Epochs are averaged (`keep_epochs`) after the objective is known.
+# Options of the search itself. Epochs are averaged (`keep_epochs`) after the objective is known.
 OF_THE_SEARCH = {"shards", "epochs", "seed", "val_fraction", "val_split", "monitor", "keep_epochs"}
 SEARCHED = {
     f.name
@@ -38,7 +38,7 @@ class ParameterRange:
     values: tuple[Any, ...]  # of choice; else the lowest and what the highest stays below
 
     def pick(self, share: float) -> Any:
-        """A share in [0, 1) of the distribution -> a value."""
+        """Return the value at a share in [0, 1) of the distribution."""
         if self.kind == "choice":
             return self.values[int(share * len(self.values))]
         low, high = self.values
@@ -49,7 +49,7 @@ class ParameterRange:
         return int(value) if self.kind.endswith("randint") else value
 
     def clip(self, value: Any) -> Any:
-        """The nearest value that can be picked; one of a choice is left as it is."""
+        """Return the nearest value that can be picked; one of a choice is left as it is."""
         if self.kind == "choice":
             return value
         low, high = self.values
@@ -61,7 +61,7 @@ Space = dict[str, ParameterRange]  # by the name of the option
 
 
 def parse_space(values: Mapping[str, Any]) -> Space:
-    """A space from a mapping. UsageError for names that cannot be searched and odd distributions.
+    """Parse a space. UsageError for names that cannot be searched and odd distributions.
 
     `lr: {loguniform: [0.001, 0.01]}`, `patience: {choice: [2, 4]}`, or a list of choices alone;
     `augment.shift` and the like are steps of the augmentation.
@@ -89,30 +89,30 @@ def _parse_domain(name: str, value: Any) -> ParameterRange:
         value = {"choice": value}
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
         raise UsageError(f"{name}: give a list of values, or one of {', '.join(KINDS)}")
-    (kind, numbers), is_range = *value.items(), next(iter(value)) in RANGES
+    ((kind, numbers),) = value.items()
     if not isinstance(numbers, list) or not numbers:
         raise UsageError(f"{name}: {kind} takes a list of values")
-    if is_range:
+    if kind in RANGES:
         is_number = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
         if not is_number or len(numbers) != 2 or not numbers[0] < numbers[1]:
             raise UsageError(f"{name}: {kind} takes [lowest, highest]")
         if kind.startswith("log") and numbers[0] <= 0:
             raise UsageError(f"{name}: {kind} begins above 0")
-        if kind.endswith("randint") and any(not isinstance(n, int) for n in numbers):
+        if not kind.endswith("randint"):
+            numbers = [float(n) for n in numbers]
+        elif any(not isinstance(n, int) for n in numbers):
             raise UsageError(f"{name}: {kind} takes whole numbers; the highest is left out")
-    if is_range and not kind.endswith("randint"):
-        numbers = [float(n) for n in numbers]
     return ParameterRange(kind, tuple(numbers))
 
 
 def sample_space(space: Space, seed: int, number: int) -> dict[str, Any]:
-    """What trial `number`, from 0, gets."""
+    """Return the options of trial `number`, counted from 0."""
     shares = np.random.default_rng((seed, number)).random(len(space))
     return {n: d.pick(float(u)) for (n, d), u in zip(space.items(), shares, strict=True)}
 
 
 def list_grid(space: Space) -> Iterator[dict[str, Any]]:
-    """Every combination, the last option changing fastest. UsageError for a range."""
+    """Yield every combination, the last option changing fastest. UsageError for a range."""
     for name, domain in space.items():
         if domain.kind != "choice":
             raise UsageError(f"--searcher grid: {name} is a {domain.kind}; give a list of values")
@@ -123,7 +123,7 @@ def list_grid(space: Space) -> Iterator[dict[str, Any]]:
 def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[str, Any]:
     """Return options of `train`: `augment` is the policy with the steps that were chosen.
 
-    A step of which the strength or the share is nothing is left out.
+    A step of no strength or no share is left out.
     """
     steps = {k.removeprefix(AUGMENT): v for k, v in chosen.items() if k.startswith(AUGMENT)}
     options = {name: value for name, value in chosen.items() if not name.startswith(AUGMENT)}

@@ -1,4 +1,4 @@
-"""What trials came to: a row for each, the best of them, and what each option was worth."""
+"""Summarise trials: a row for each, the best of them, and the importance of each option."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def to_row(
     history: Sequence[Mapping[str, Any]],
     objective: Monitor,
 ) -> dict[str, Any]:
-    """A row of the table of trials; the objective is that of its best epoch."""
+    """Return a row of the table of trials; the objective is that of its best epoch."""
     best = max(history, key=lambda row: to_score(dict(row), objective), default=None)
     return {
         "trial": number,
@@ -38,7 +38,7 @@ def to_row(
 
 
 def find_best(rows: Sequence[dict[str, Any]], objective: Monitor) -> dict[str, Any] | None:
-    """The row of the best trial, of equals the first; None if none has trained an epoch."""
+    """Return the row of the best trial, of equals the first; None if none has trained an epoch."""
     trained = [row for row in rows if row[objective] is not None]
     return max(trained, key=lambda row: to_score(row, objective), default=None)
 
@@ -46,11 +46,10 @@ def find_best(rows: Sequence[dict[str, Any]], objective: Monitor) -> dict[str, A
 def measure_importance(
     rows: Sequence[dict[str, Any]], names: Sequence[str], objective: Monitor, seed: int = 0
 ) -> dict[str, float]:
-    """Share of the objective's variance that each option explains, largest first.
+    """Return the share of the objective's variance that each option explains, largest first.
 
-    Permutation importance of a random forest (Breiman 2001), which sees options that work together;
-    negative ones, which are noise, are 0. Empty for fewer than MIN_TRIALS trials or when all came
-    to the same.
+    Permutation importance of a random forest (Breiman 2001), which covers interactions; negative
+    ones, which are noise, are 0. Empty for fewer than MIN_TRIALS trials or equal objectives.
     """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
@@ -70,11 +69,11 @@ def measure_importance(
 
 
 def to_axis(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
-    """Values of an option as float64[N] in [0, 1], and which values stand where: all of them, or
-    for more than six different numbers the lowest, the middle and the highest.
+    """Map values of an option to float64[N] in [0, 1]; return the axis labels by position too.
 
-    Numbers keep their distances, on a log scale where they span a factor of 20; other values stand
-    one beside the other.
+    All values have labels, of more than six different numbers the lowest, the middle and the
+    highest. Those keep their distances, on a log scale if they span a factor of 20; others are
+    spaced evenly.
     """
     is_number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     different = sorted(set(values), key=lambda v: v if is_number else str(v))
@@ -93,5 +92,5 @@ def to_axis(values: Sequence[Any]) -> tuple[np.ndarray, dict[float, str]]:
 
 
 def format_value(value: Any) -> str:
-    """A chosen value: three digits of a fraction."""
+    """Format a chosen value; fractions get three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
-"""Augmentation of training images: a policy is data, and what it does to an image is drawn first.
+"""Augment training images by a policy and by random numbers drawn beforehand.
 
-What happens to an image depends on the seed, the epoch, the step and its place in the
-global batch alone: the numbers are drawn for whole batches and then dealt to the ranks with the
-images. So one worker or two see the same pixels, and so does a run that was killed and goes on.
+The numbers are drawn for a whole global batch and then dealt to the ranks with the images, so they
+depend on the seed, the epoch, the step and the position in the batch alone. One worker or two, and
+a run that was killed and resumed, see the same pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DRAWN = (
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decided about each of B images."""
+    """The random numbers of each of B images."""
 
     mirrored: np.ndarray  # bool[B]
     uniform: dict[str, np.ndarray]  # float64[B] in [0, 1), by the names in DRAWN
     noise_seed: np.ndarray  # int64[B]
 
     def take(self, places: np.ndarray) -> Draws:
-        """Those of some images: `places` int64[N] in the batch."""
+        """Return those of some images: `places` int64[N] in the batch."""
         return Draws(
             self.mirrored[places],
             {name: values[places] for name, values in self.uniform.items()},
@@ -41,9 +41,9 @@ class Draws:
 
 
 def draw_augmentation(rng: np.random.Generator, mirrored: np.ndarray) -> Draws:
-    """Draws for a global batch; `mirrored` bool[B] has been drawn with the order of the epoch.
+    """Draw for a global batch; `mirrored` bool[B] has been drawn with the order of the epoch.
 
-    Every number is drawn whatever the policy, so that one step more leaves the others as they are.
+    Every number is drawn whatever the policy, so that another step leaves the others as they are.
     """
     table = rng.random((len(DRAWN), len(mirrored)))
     seeds = rng.integers(2**62, size=len(mirrored))
@@ -51,7 +51,7 @@ def draw_augmentation(rng: np.random.Generator, mirrored: np.ndarray) -> Draws:
 
 
 def augment(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """uint8[B, S, S, 3] -> uint8[B, S, S, 3], on the device of `images`."""
+    """Augment uint8[B, S, S, 3] on its device."""
     if policy.flip:
         mirrored = torch.from_numpy(draws.mirrored).to(images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
@@ -70,21 +70,21 @@ def augment(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.T
 
 
 def _both_ways(uniform: np.ndarray, reach: float) -> np.ndarray:
-    """[0, 1) -> [-reach, reach)."""
+    """Map [0, 1) to [-reach, reach)."""
     spread: np.ndarray = (2 * uniform - 1) * reach
     return spread
 
 
 def _to_column(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """float64[B] -> float32[B, 1, 1, 1] on the device of `like`."""
+    """Map float64[B] to float32[B, 1, 1, 1] on the device of `like`."""
     return torch.from_numpy(values.astype(np.float32)).to(like.device)[:, None, None, None]
 
 
 def _move(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Rotation, shift and crop in one bilinear sampling; beyond the border its pixels go on.
+    """Rotate, shift and crop in one bilinear sampling; border pixels are repeated outside.
 
-    Shifts are whole pixels, as torchvision's RandomAffine has them: on their own they blur nothing.
-    The border is that of Keras' ImageDataGenerator, fill_mode="nearest".
+    Shifts are whole pixels, as in torchvision's RandomAffine: on their own they blur nothing. The
+    border is that of Keras' ImageDataGenerator, fill_mode="nearest".
     """
     u, (count, _, size, _) = draws.uniform, values.shape
     angle = np.deg2rad(_both_ways(u["rotation"], policy.rotation))
@@ -106,7 +106,7 @@ def _move(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Ten
 
 
 def _change_colours(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Brightness, contrast and saturation, as torchvision's ColorJitter blends them."""
+    """Change brightness, contrast and saturation as torchvision's ColorJitter does."""
     for name in ("brightness", "contrast", "saturation"):
         if reach := getattr(policy, name):
             factor = _to_column(1 + _both_ways(draws.uniform[name], reach), values)
@@ -116,7 +116,7 @@ def _change_colours(values: torch.Tensor, policy: Augmentation, draws: Draws) ->
 
 
 def _find_base(name: str, values: torch.Tensor) -> torch.Tensor:
-    """What is blended in: black, the mean grey, or each pixel's grey (ITU-R 601)."""
+    """Return what is blended in: black, the mean grey, or each pixel's grey (ITU-R 601)."""
     if name == "brightness":
         return torch.zeros((), device=values.device)
     weights = torch.tensor([0.2989, 0.587, 0.114], device=values.device)[None, :, None, None]
@@ -128,12 +128,12 @@ def _find_base(name: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def _choose(draws: Draws, step: str, share: float) -> np.ndarray:
-    """int64: the images that a step strikes."""
+    """Return int64[N], the images that a step changes."""
     return np.flatnonzero(draws.uniform[f"{step}_share"] < share)
 
 
 def _rescale(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Shrunk with antialias and enlarged again: what a copy on a web page has been through."""
+    """Shrink with antialias and enlarge again, as happens to copies on web pages."""
     size = values.shape[-1]
     for i in _choose(draws, "rescale", policy.rescale_share):
         smaller = max(1, round(size * (1 - policy.rescale * float(draws.uniform["rescale"][i]))))
@@ -143,7 +143,7 @@ def _rescale(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.
 
 
 def _blur(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Gaussian, each image with its own deviation; the kernel ends at three of the largest."""
+    """Blur each image with its own deviation; the kernel ends at three of the largest."""
     chosen = _choose(draws, "blur", policy.blur_share)
     if not len(chosen):
         return values
@@ -164,7 +164,7 @@ def _blur(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Ten
 
 
 def _add_noise(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Gaussian noise, drawn on the CPU so that a GPU trains on the same pixels."""
+    """Add Gaussian noise, drawn on the CPU so that a GPU trains on the same pixels."""
     for i in _choose(draws, "noise", policy.noise_share):
         rng = torch.Generator().manual_seed(int(draws.noise_seed[i]))
         noise = torch.randn(values.shape[1:], generator=rng).to(values.device)
@@ -173,7 +173,7 @@ def _add_noise(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torc
 
 
 def _compress(pixels: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Through libjpeg-turbo, on the CPU, with the half colour resolution of most JPEGs."""
+    """Encode and decode with libjpeg-turbo, at the half colour resolution of most JPEGs."""
     reach = 101 - policy.jpeg_quality
     for i in _choose(draws, "jpeg", policy.jpeg_share):
         quality = policy.jpeg_quality + int(draws.uniform["jpeg"][i] * reach)

@@ -1,7 +1,6 @@
-"""What each optimiser step of a rank sees: its share of a global batch, augmented and mixed.
+"""Draw the batches of each rank: its share of a global batch, augmented and mixed.
 
-All of it follows from the seed, the epoch and the step, so that a run that was killed
-goes on with the batch it stood at.
+They follow from the seed, the epoch and the step alone, so that a killed run can resume.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class Images(Protocol):
     labels: np.ndarray  # int64[N], REAL or FAKE
 
     def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """int64[N]: a fresh permutation, in which reading is cheap."""
+        """Return int64[N], a new permutation in which reading is cheap."""
         ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """uint8[len(indices), S, S, 3]."""
+        """Return uint8[len(indices), S, S, 3]."""
         ...
 
 
@@ -41,19 +40,19 @@ class Batch(NamedTuple):
 
 
 def count_steps(num_images: int, batch_size: int) -> int:
-    """Optimiser steps in an epoch: whole batches only, unless there is not one."""
+    """Return the optimiser steps in an epoch: whole batches only, but at least one step."""
     return max(1, num_images // batch_size)
 
 
 def to_device(array: np.ndarray, device: str) -> torch.Tensor:
-    """A tensor of the array's numbers; the copy to a GPU overlaps with what it computes."""
+    """Return an array as a tensor; the copy to a GPU overlaps with its work."""
     tensor = torch.from_numpy(array)
     return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
 class Batches:
-    """The training images as one rank of several sees them."""
+    """The batches of one rank."""
 
     images: Images
     config: TrainConfig
@@ -67,9 +66,9 @@ class Batches:
         self.steps_per_epoch = count_steps(len(self.images.labels), self.batch_size)
 
     def draw(self, epoch: int, start: int) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on, both counted from 0.
+        """Yield the batches of an epoch from step `start` on, both counted from 0.
 
-        Seeds torch for each step, so that dropout repeats too; another way on every rank.
+        Seeds torch for each step, so that dropout repeats too; each rank has its own seed.
         """
         rng = np.random.default_rng((self.config.seed, epoch))
         order = self.images.order_epoch(rng)
@@ -92,7 +91,7 @@ class Batches:
     def _read(
         self, batch: np.ndarray, draws: Draws, places: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented images and labels at some places of a global batch."""
+        """Return augmented images and labels at some places of a global batch."""
         indices = batch[places]
         images = to_device(self.images.read(indices), self.device)
         labels = to_device(self.images.labels[indices], self.device)

@@ -1,4 +1,4 @@
-"""What suits a device: the precision it is fast in, and the images it takes at once."""
+"""Choose what suits a device: its fastest precision, and the images it takes at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_MACS = {"cpu": 32e9, "cuda": 1e12}
 
 @dataclass(frozen=True)
 class DevicePrecision:
-    """In what precision, and where, the loop computes."""
+    """The device and the precision of the training loop."""
 
     device: str
     dtype: torch.dtype  # float32 means no autocast
@@ -32,10 +32,10 @@ class DevicePrecision:
 
 
 def choose_precision(device: str, precision: str) -> DevicePrecision:
-    """`auto` is bf16 where the device computes it, else float32 on CPU and fp16 on GPU.
+    """Return the precision; `auto` is bf16 if the device has it, else float32 on CPU, fp16 on GPU.
 
-    A CPU that computes it has AMX or AVX512-BF16; others imitate it, slowly. Intel's without AMX
-    have the instruction, and convolve with it at half of float32's speed (measured).
+    A CPU that has it has AMX or AVX512-BF16; others emulate it, slowly. Intel's without AMX have
+    the instruction, but convolve with it at half of float32's speed (measured).
     """
     if precision == "auto":
         if device == "cpu":
@@ -56,7 +56,7 @@ def count_macs(network: nn.Module, image_size: int) -> int:
 
     Those of convolutions, matrix products and attention, on a copy on torch's meta device.
     """
-    # The counter hooks into whatever has a gradient, and some networks do not stand that.
+    # The counter hooks into all that has a gradient, which breaks some networks.
     network = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 3, image_size, image_size, device="meta"))

@@ -1,4 +1,4 @@
-"""Which epochs are the best, and when to stop waiting for a better one."""
+"""Keep the best epochs, and decide when to stop waiting for a better one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cifake_ray.config import Monitor, TrainConfig
 
 
 def to_score(row: dict[str, Any], monitor: Monitor) -> float:
-    """The monitored value of a row of the history, as a number of which more is better."""
+    """Return the monitored value of a row of the history, negated if less is better."""
     value = float(row[monitor])
     return -value if monitor == "val_loss" else value
 
 
 class KeptEpoch(NamedTuple):
-    """An epoch's weights, and what they gave on validation."""
+    """An epoch's weights, and their score and logits on validation."""
 
     epoch: int  # from 1
     score: float
@@ -35,7 +35,7 @@ def keep_best(
     network: nn.Module,
     num_kept: int,
 ) -> list[KeptEpoch]:
-    """The best `num_kept` epochs, best first and of equals the earliest, the new one among them."""
+    """Return the best `num_kept` epochs with the new one, best first, of equals the earliest."""
     if len(kept) == num_kept and score <= kept[-1].score:
         return kept
     weights = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
@@ -44,7 +44,7 @@ def keep_best(
 
 
 def average_weights(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of each tensor; counters, which are whole numbers, are the first one's."""
+    """Return the mean of each tensor; counters, which are whole numbers, are the first one's."""
     return {
         name: torch.stack([each[name] for each in weights]).mean(0) if t.is_floating_point() else t
         for name, t in weights[0].items()
@@ -53,13 +53,13 @@ def average_weights(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.T
 
 @dataclass
 class Patience:
-    """How long the wait has been: plain numbers, a part of the checkpoint."""
+    """How long no epoch has been better: plain numbers, stored in the checkpoint."""
 
     mark: float = -math.inf  # what the next epoch must exceed, by --min-delta, to end the wait
     num_waited: int = 0  # epochs since one did
 
     def watch(self, score: float, min_delta: float) -> None:
-        """Take notice of an epoch."""
+        """Count an epoch."""
         if score > self.mark + min_delta:
             self.mark, self.num_waited = score, 0
         else:
@@ -70,7 +70,7 @@ class Patience:
 
 
 def explain_end(history: list[dict[str, Any]], config: TrainConfig) -> str:
-    """Why a finished run ended, for its summary."""
+    """Return why a finished run ended, for its summary."""
     if len(history) == config.epochs:
         return f"all {config.epochs} epochs done"
     return f"{config.monitor} no better for {config.patience} epochs"

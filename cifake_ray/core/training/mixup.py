@@ -1,8 +1,8 @@
-"""Mixup and CutMix: images and labels of a batch blended with those of its mirror image.
+"""Blend images and labels of a batch by Mixup and CutMix.
 
-As timm's `Mixup` in its batch mode: one share for the batch, and image i is mixed with
-image B - 1 - i. timm's draws from numpy's global generator and sees one rank's images only; here
-the draw comes in and the partner is that of the global batch, so ranks do not change the result.
+As timm's `Mixup` in its batch mode: one share for the batch, and image i is mixed with image
+B - 1 - i. timm's draws from numpy's global generator and sees one rank's images only; here the
+partner is that of the global batch, so the number of ranks does not change the result.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cifake_ray.config import TrainConfig
 
 @dataclass(frozen=True)
 class Mix:
-    """What chance decided about a batch."""
+    """The random decisions for a batch."""
 
     kept: float  # share of an image's own label, 0 to 1
     box: tuple[slice, slice] | None  # CutMix: the rows and columns that the partner fills
 
 
 def draw_mix(rng: np.random.Generator, config: TrainConfig, size: int) -> Mix | None:
-    """A mix for a batch of S x S images; None when none is asked for.
+    """Draw a mix for a batch of S x S images; None when no mixing is asked for.
 
     The share is Beta(alpha, alpha), Zhang et al. 2017. With both alphas each batch takes one of the
     two by even odds, as in timm. The box and the share corrected for its clipping are those of Yun
@@ -47,7 +47,7 @@ def draw_mix(rng: np.random.Generator, config: TrainConfig, size: int) -> Mix | 
 
 
 def mix_images(images: torch.Tensor, partners: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """uint8[B, S, S, 3] twice -> the blend: float32 for mixup, uint8 for CutMix."""
+    """Blend two uint8[B, S, S, 3]: to float32 for mixup, uint8 for CutMix."""
     if mix.box is None:
         return images.float() * mix.kept + partners.float() * (1 - mix.kept)
     mixed = images.clone()
@@ -56,6 +56,6 @@ def mix_images(images: torch.Tensor, partners: torch.Tensor, mix: Mix) -> torch.
 
 
 def mix_labels(labels: torch.Tensor, partners: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """int64[B] twice -> float32[B, 2]: the share of each class."""
+    """Blend two int64[B] to float32[B, 2], the share of each class."""
     own, other = (torch.nn.functional.one_hot(x, 2).float() for x in (labels, partners))
     return own * mix.kept + other * (1 - mix.kept)

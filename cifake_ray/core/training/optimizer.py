@@ -1,4 +1,4 @@
-"""What the options of `train` make before the first step: network, optimiser, schedule.
+"""Build what training needs before the first step: network, optimiser, schedule.
 
 timm's optimiser and layer groups are imported only when they are asked for.
 """
@@ -17,7 +17,7 @@ from cifake_ray.errors import UsageError
 
 
 def build_for_training(config: TrainConfig) -> Detector:
-    """The detector that a run trains, with fresh weights from torch's global generator."""
+    """Build the detector that a run trains, with weights from torch's global generator."""
     detector = build_detector(
         config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
     )
@@ -29,10 +29,7 @@ def build_for_training(config: TrainConfig) -> Detector:
 
 
 def sync_batch_norms(network: nn.Module, device: str) -> nn.Module:
-    """Batch norms whose statistics are those of all ranks' images, where torch has them: on GPUs.
-
-    Names of weights stay as they are.
-    """
+    """Share the statistics of batch norms among ranks, on GPUs; names of weights stay the same."""
     if device == "cpu":
         return network
     from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
@@ -42,10 +39,10 @@ def sync_batch_norms(network: nn.Module, device: str) -> nn.Module:
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """adamw, sgd with Nesterov's momentum, or timm's muon. UsageError for impossible layers.
+    """Make adamw, sgd with Nesterov's momentum, or timm's muon. UsageError for impossible layers.
 
-    Decay on weights with two axes or more, as timm does, so not on biases and norms. Muon leaves
-    those and the head to AdamW at the same rate (Jordan 2024: it is for hidden layers).
+    Weights with two axes or more decay, as in timm, but biases and norms do not. Muon leaves those
+    and the head to AdamW at the same rate (Jordan 2024: it is for hidden layers).
     """
     groups = _make_groups(network, config)
     if config.optimizer == "sgd":
@@ -64,7 +61,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Parameters by decay, and with `--layer-decay` by layer."""
+    """Group parameters by decay, and with `--layer-decay` by layer."""
     if config.layer_decay is not None:
         if not hasattr(network, "group_matcher"):
             raise UsageError(
@@ -79,11 +76,10 @@ def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, obje
         for group in groups:
             group["lr"] = config.lr * group["lr_scale"]
     else:
-        decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
+        trained = [p for p in network.parameters() if p.requires_grad]
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
     if config.optimizer == "muon":
         head = {id(p) for p in find_head(network).parameters()}
@@ -99,7 +95,7 @@ def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, obje
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of each step: up to `lr` in the warm-up share, then as `--schedule` says.
+    """Make the schedule: up to `lr` in the warm-up share of the steps, then by `--schedule`.
 
     onecycle: Smith 2018, from lr / 25 up and down to almost 0, both as cosines. cosine: Loshchilov
     2017, one half wave without restarts, after a straight warm-up.

@@ -1,9 +1,8 @@
-"""Training: plain PyTorch over batches that somebody else draws.
+"""Train a detector: the loop in plain PyTorch.
 
-Ray Train's workers, `--num-workers 0` and unit tests all run this loop. What is
-distributed about it goes through `torch.distributed`, and only if that has been initialised: then
-each rank sees its share of every global batch, and gradients, losses and logits are those of the
-whole batch whatever the number of ranks.
+Ray Train's workers, `--num-workers 0` and unit tests all run it. If `torch.distributed` has been
+initialised, each rank sees its share of every global batch, and gradients, losses and logits are
+those of the whole batch whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -41,24 +40,17 @@ MAX_EVAL_BATCH = 512  # images a rank validates at once; fewer of large networks
 
 @dataclass
 class TrainState:
-    """Where training stands; a checkpoint is this and the weights."""
+    """The progress of training; a checkpoint is this and the weights."""
 
     epoch: int = 0  # epochs finished
     step: int = 0  # optimiser steps taken
     history: list[dict[str, Any]] = field(default_factory=list)
     patience: Patience = field(default_factory=Patience)
     kept: list[KeptEpoch] = field(default_factory=list)  # best first
-    # Of the epoch under way, when it was saved:
+    # Of the epoch in progress, when it was saved:
     batch: int = 0  # optimiser steps taken
     loss_sum: float = 0.0  # over the images of all ranks
     train_s: float = 0.0
-
-
-def _make_ema(detector: Detector, decay: float) -> Any:
-    """timm's moving average: its decay rises to `decay` as the steps go on, so short runs gain."""
-    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
-
-    return ModelEmaV3(detector, decay=decay, use_warmup=True)
 
 
 class Trainer:
@@ -90,18 +82,23 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(
             precision.device, enabled=precision.dtype is torch.float16
         )
-        self.ema = None if config.ema_decay is None else _make_ema(detector, config.ema_decay)
-        # Whose weights are validated and kept.
+        self.ema: Any = None
+        if config.ema_decay is not None:
+            from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+
+            # Its decay rises to `ema_decay` with the steps, so that short runs gain too.
+            self.ema = ModelEmaV3(detector, decay=config.ema_decay, use_warmup=True)
+        # The weights that are validated and kept.
         self.eval_model: Detector = detector if self.ema is None else self.ema.module
         macs = count_macs(detector.network, detector.preprocessing.image_size)
         self.eval_batch_size = choose_batch_size(macs, precision.device, MAX_EVAL_BATCH)
         self.state = TrainState()
 
     def fit(self, save: Callable[[], None]) -> None:
-        """Train the epochs that are left; `save` is called on every rank when it is time to.
+        """Train the epochs that are left.
 
-        That is after each epoch, and after every `--checkpoint-steps` within one. Ends before the
-        last epoch when `--patience` is over. CifakeError when the loss is no longer finite.
+        `save` is called on every rank after each epoch, and after every `--checkpoint-steps` within
+        one. Ends early when `--patience` is over. CifakeError when the loss is not finite.
         """
         state = self.state
         while state.epoch < self.config.epochs and not state.patience.is_over(self.config.patience):
@@ -130,10 +127,10 @@ class Trainer:
             save()
 
     def _train_epoch(self, save: Callable[[], None]) -> float:
-        """What is left of a pass over the training images: the mean loss of all of it."""
+        """Finish a pass over the training images; return the mean loss of all of it."""
         state = self.state
         self.wrapped.train()
-        if self.is_frozen:  # norms and drop-outs of the body stand still too
+        if self.is_frozen:  # norms and dropouts of the body are frozen too
             self.detector.network.eval()
             find_head(self.detector.network).train()
         started_s = time.perf_counter() - state.train_s
@@ -158,13 +155,13 @@ class Trainer:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether only the head learns in this epoch."""
+        """Whether only the head is trained in this epoch."""
         return self.state.epoch < self.config.freeze_epochs
 
     def train_step(self, batch: Batch) -> torch.Tensor:
         """Take an optimiser step on a global batch; return the sum of this rank's losses."""
         losses = self._find_gradient(batch)
-        if self.is_frozen:  # not requires_grad: DDP waits for every gradient it was born with
+        if self.is_frozen:  # not by requires_grad: DDP waits for every gradient it was made with
             self._drop_gradients_of_the_body()
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -182,14 +179,14 @@ class Trainer:
         return steps is not None and self.state.batch % steps == 0
 
     def _add_up(self, value: torch.Tensor) -> float:
-        """The sum over all ranks."""
+        """Return the sum over all ranks."""
         total = value.clone()
         if self.num_ranks > 1:
             dist.all_reduce(total)
         return float(total)
 
     def _find_gradient(self, batch: Batch) -> torch.Tensor:
-        """The gradient of a global batch, in pieces; gives the sum of this rank's losses."""
+        """Add up the gradient of a global batch in pieces; return the sum of this rank's losses."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
@@ -213,7 +210,7 @@ class Trainer:
         return total
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients with the last piece only."""
+        """Return a context in which ranks exchange gradients with the last piece only."""
         if is_last or not isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
             return nullcontext()
         held: AbstractContextManager[Any] = self.wrapped.no_sync()
@@ -226,7 +223,7 @@ class Trainer:
                 parameter.grad = None
 
     def _agree(self, value: float) -> float:
-        """Rank 0's value: another processor may round the last digit of its own differently."""
+        """Return rank 0's value: another processor may round the last digit differently."""
         if self.num_ranks == 1:
             return value
         shared = torch.tensor(value, dtype=torch.float64, device=self.precision.device)
@@ -235,7 +232,7 @@ class Trainer:
 
     @torch.inference_mode()
     def predict(self, images: Images) -> torch.Tensor:
-        """float32[N] on the CPU, the same on every rank: each computes its share, once.
+        """Return float32[N] on the CPU, the same on every rank: each computes its share, once.
 
         In float32, as scoring does: the threshold and the temperature are for its numbers.
         """
@@ -256,7 +253,7 @@ class Trainer:
         return logit.cpu()
 
     def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
-        """A row of the history. CifakeError when there is nothing to measure."""
+        """Return a row of the history. CifakeError when an output is not finite."""
         if not logit.isfinite().all():
             raise CifakeError(
                 f"validation outputs became infinite in epoch {self.state.epoch + 1}; lower --lr"
@@ -275,10 +272,10 @@ class Trainer:
         }
 
     def choose_best(self) -> tuple[KeptEpoch, list[int]]:
-        """The best weights, and the epochs they are the mean of; called by every rank.
+        """Return the best weights, and the epochs they are the mean of; called by every rank.
 
         With `--keep-epochs` the mean of the kept epochs' weights, if it is better than the best of
-        them (Izmailov et al. 2018; timm's avg_checkpoints, which takes the mean unseen).
+        them (Izmailov et al. 2018; timm's avg_checkpoints takes the mean without comparing).
         """
         best, *others = self.state.kept
         if not others:
@@ -293,10 +290,7 @@ class Trainer:
         return best, [best.epoch]
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Everything `resume` needs: tensors and plain values only.
-
-        No state of a random generator: every step seeds its own.
-        """
+        """Return all that `resume` needs, as tensors and plain values; every step seeds itself."""
         return {
             "network": self.detector.network.state_dict(),
             "ema": self.ema.module.network.state_dict() if self.ema is not None else {},
@@ -311,9 +305,9 @@ class Trainer:
         }
 
     def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Moments and place in the schedule; rates and decay are those of this run's options.
+        """Load moments and schedule, but keep the rates and the decay of this run's options.
 
-        They differ where population based training goes on from another trial's weights.
+        They differ where population based training continues from another trial's weights.
         """
         groups = [{**group} for group in self.optimizer.param_groups]
         base_rates = self.schedule.base_lrs
@@ -325,7 +319,7 @@ class Trainer:
             group.update({**own, "lr": rate})
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where `to_checkpoint` was called."""
+        """Continue from where `to_checkpoint` was called."""
         self.detector.network.load_state_dict(checkpoint["network"])
         if self.ema is not None:
             self.ema.module.network.load_state_dict(checkpoint["ema"])

@@ -1,8 +1,7 @@
-"""Logs the epochs of a training run to trackers: TensorBoard and MLflow.
+"""Log the epochs of a training run to trackers: TensorBoard and MLflow.
 
-What a tracker has is read from the tracker, and what is newer is logged. So a run
-that is resumed, anywhere and at any time, leaves no epoch out; one whose answer was lost may
-appear twice.
+The last epoch that a tracker has is read from the tracker, and newer ones are logged. So a run that
+is resumed, anywhere and at any time, omits no epoch; one whose answer was lost may appear twice.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.runs.train_run import TrainRun
 
 EVENTS = "events.out.tfevents.{}.cifake_ray"  # the epoch, in six digits
-# For a server that does not answer, an epoch waits seconds, not the minutes of MLflow's defaults.
+# If a server does not answer, an epoch waits seconds, not the minutes of MLflow's defaults.
 MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -42,9 +41,9 @@ MLFLOW_DEFAULTS = {
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """UsageError, naming the remedy, when a tracker lacks its package or its server's address."""
+    """Raise UsageError when a tracker lacks its package or its server's address."""
     for name in names:
-        spec = find_spec(name)  # the package is called as the tracker
+        spec = find_spec(name)  # the package has the name of the tracker
         if spec is None or spec.origin is None:  # without an origin it is a folder of that name
             raise UsageError(
                 f'--track {name} needs a package: pip install "cifake-ray[{name}]", or leave it out'
@@ -56,10 +55,10 @@ def check_trackers(names: Sequence[TrackerName]) -> None:
 
 
 class Tracking:
-    """Logs each epoch to the trackers of a run, and what one of them missed with the next epoch.
+    """Logs each epoch to the trackers of a run, and again with the next one where that failed.
 
-    Making it logs what the history holds already. CifakeError when a tracker cannot be reached.
-    After that nothing raises: the first failure of a tracker is reported and training goes on.
+    The constructor logs the epochs of the history. CifakeError when a tracker cannot be reached.
+    After that nothing raises: the first failure of a tracker is logged and training continues.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Tracking:
         self._try_all()
 
     def finish(self, summary: dict[str, Any]) -> dict[str, int]:
-        """Log the summary. Return how many rows, it among them, each tracker lacks, if any."""
+        """Log the summary. Return how many rows, including it, each tracker lacks, if any."""
         self.summary = summary
         self._try_all()
         missing = {
@@ -144,11 +143,11 @@ def _find_metrics(row: dict[str, Any]) -> dict[str, float]:
 class _TensorBoard:
     """Event files below RUN, one for each epoch, so that each appears whole, in a bucket too.
 
-    TensorBoard reads the files of a folder one after another, in the order of their names. They
-    hold neither a summary nor how the run ended.
+    TensorBoard reads the files of a folder in the order of their names. They hold neither a summary
+    nor how the run ended.
     """
 
-    has_summary = True  # nothing is missing
+    has_summary = True  # there is none to log
 
     def __init__(self, run: TrainRun) -> None:
         self.folder = run.path / "tensorboard"
@@ -177,7 +176,7 @@ class _TensorBoard:
 
 @contextmanager
 def _explain_mlflow() -> Iterator[None]:
-    """Turn what MLflow raises into a CifakeError of one line, without credentials of an address."""
+    """Turn what MLflow raises into a one-line CifakeError without credentials of an address."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -190,9 +189,9 @@ def _explain_mlflow() -> Iterator[None]:
 
 
 class _MLflow:
-    """A run on an MLflow server; its id is kept in RUN/mlflow.json.
+    """A run on an MLflow server; its id is stored in RUN/mlflow.json.
 
-    CifakeError when the server cannot be reached or does not know that id.
+    CifakeError when the server cannot be reached or has no run of that id.
     """
 
     def __init__(self, run: TrainRun, settings: dict[str, Any]) -> None:
@@ -216,7 +215,7 @@ class _MLflow:
                 self.client.update_run(self.run_id, status="RUNNING")
 
     def _claim_run(self, run: TrainRun, settings: dict[str, Any]) -> str:
-        """Return the id of the run in RUN/mlflow.json, or of a new one."""
+        """Return the id of the run in RUN/mlflow.json, or of a new run."""
         from mlflow.exceptions import MlflowException
 
         path, digest = run.path / "mlflow.json", hash_json(settings)
@@ -259,7 +258,7 @@ class _MLflow:
 
     @_explain_mlflow()
     def log_epoch(self, row: dict[str, Any]) -> None:
-        # The epoch comes last: where it is, the others are.
+        # The epoch is logged last: if it is there, the others are.
         self._log_metrics({**_find_metrics(row), "epoch": row["epoch"]}, row["epoch"])
 
     @_explain_mlflow()

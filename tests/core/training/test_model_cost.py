@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cifake_ray.core.models.detector import build_detector
+from cifake_ray.core.models.detector import build_detector, find_own_size
 from cifake_ray.core.training.device_limits import BATCH_MACS, choose_batch_size
 from cifake_ray.core.training.model_cost import (
     LISTED_MODELS,
     MAX_BATCH,
     count_cost,
-    find_own_size,
     list_models,
     measure_speed,
 )
