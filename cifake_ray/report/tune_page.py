@@ -23,6 +23,7 @@ from cifake_ray.report.tune_text import describe_end
 
 BEST = COLOURS["FAKE"]
 ROW_HEIGHT = 0.32  # inches per bar
+TOO_FEW_TRIALS = f"Option importance needs {MIN_TRIALS} trials with different results."
 
 CAPTIONS = {
     "objective": "Each trial over its epochs; the best is thick, stopped trials end early.",
@@ -74,9 +75,7 @@ def render_tune_page(
         },
         figures=figures,
         captions=CAPTIONS,
-        note=""
-        if importance
-        else f"Option importance needs {MIN_TRIALS} trials with different results.",
+        note="" if importance else TOO_FEW_TRIALS,
         objective=objective,
         names=names,
         rows=[

@@ -116,14 +116,8 @@ class Trainer:
             state.history.append(row)
             score = self._agree(to_score(row, self.config.monitor))
             state.patience.watch(score, self.config.min_delta)
-            state.kept = keep_best(
-                state.kept,
-                score,
-                state.epoch,
-                logit,
-                self.eval_model.network,
-                self.config.keep_epochs,
-            )
+            network, num_kept = self.eval_model.network, self.config.keep_epochs
+            state.kept = keep_best(state.kept, score, state.epoch, logit, network, num_kept)
             save()
 
     def _train_epoch(self, save: Callable[[], None]) -> float:
@@ -196,11 +190,9 @@ class Trainer:
             with self._synchronised(number == num_pieces):
                 with self.precision.autocast:
                     outputs = self.wrapped(piece)
+                smoothing = self.config.label_smoothing
                 losses = nn.functional.cross_entropy(
-                    outputs,
-                    piece_labels,
-                    reduction="sum",
-                    label_smoothing=self.config.label_smoothing,
+                    outputs, piece_labels, reduction="sum", label_smoothing=smoothing
                 )
                 # DDP divides the sum of the ranks' gradients by their number; this makes it the
                 # gradient of the mean over the whole batch, however it was dealt.

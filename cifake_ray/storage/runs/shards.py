@@ -18,6 +18,7 @@ from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
 FOOTER_KEY = b"cifake_ray"
+DICTIONARY_COLUMNS = ("label", "split", "source", "format", "mode", "error")
 
 
 def commit_shard(
@@ -42,11 +43,7 @@ def commit_shard(
     compression = {
         path: "none" if path.startswith("image.") else "zstd" for path in _leaf_paths(schema)
     }
-    dictionary = [
-        name
-        for name in ("label", "split", "source", "format", "mode", "error")
-        if name in schema.names
-    ]
+    dictionary = [name for name in DICTIONARY_COLUMNS if name in schema.names]
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.cast(schema),
