@@ -8,13 +8,7 @@ from typing import NamedTuple
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import UsageError
 
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class PathLabels(NamedTuple):

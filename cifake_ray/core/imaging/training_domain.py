@@ -24,10 +24,8 @@ class TrainingDomain:
     jpeg_qualities: Bounds | None  # see `estimate_quality`; None where no image was a JPEG
 
     def __post_init__(self) -> None:
-        for name, (low, high) in (
-            ("sides", self.sides),
-            ("jpeg_qualities", self.jpeg_qualities or QUALITIES),
-        ):
+        bounds = {"sides": self.sides, "jpeg_qualities": self.jpeg_qualities or QUALITIES}
+        for name, (low, high) in bounds.items():
             if not 1 <= low <= high:
                 raise ValueError(f"{name} from {low} to {high} must be 1 or more, in this order")
         if not all(isinstance(name, str) for name in self.formats):

@@ -88,11 +88,7 @@ def to_logit(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def build_detector(
-    architecture: str,
-    *,
-    image_size: int | None = None,
-    fit: Fit = "resize",
-    drop_path: float = 0.0,
+    architecture: str, *, image_size: int | None = None, fit: Fit = "resize", drop_path: float = 0.0
 ) -> Detector:
     """Build a detector with fresh weights, drawn from torch's global generator.
 

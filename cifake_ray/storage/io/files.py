@@ -138,10 +138,7 @@ def move(path: AnyPath, target: AnyPath) -> None:
 
 
 def _write_atomically(
-    path: Path,
-    chunks: Iterable[bytes],
-    publish: Callable[[Path, Path], None],
-    durable: bool = True,
+    path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
 ) -> None:
     """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
