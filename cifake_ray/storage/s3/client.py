@@ -1,4 +1,4 @@
-"""Requests to S3: signed, retried with pauses, and explained when they fail for good.
+"""Requests to S3: signed, retried with back-off, and explained when they fail for good.
 
 botocore knows the credentials, the endpoints and how to sign; the requests go over
 urllib3 itself, which costs a third of the CPU time of a botocore client. Clients are made where
@@ -54,7 +54,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 
 @dataclass(frozen=True, kw_only=True)
 class S3Limits:
-    """How many requests, how often and for how long; the defaults suit AWS."""
+    """Concurrency, retries and timeouts of requests; the defaults suit AWS."""
 
     max_in_flight: int = 64  # requests of one process at once
     max_ahead_bytes: int = 256 * 2**20  # fetched or being fetched before the consumer asks
@@ -112,7 +112,7 @@ class S3Client:
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
-        """The threads that fetch; they start when they are needed."""
+        """Return the threads that fetch; they start when they are needed."""
         return ThreadPoolExecutor(self.limits.max_in_flight, "s3")
 
     @cached_property
@@ -127,7 +127,7 @@ class S3Client:
     def list_page(
         self, bucket: str, query: Mapping[str, str], stop: threading.Event | None = None
     ) -> ET.Element:
-        """One page of ListObjectsV2. S3Error when it cannot be had."""
+        """Return one page of ListObjectsV2. S3Error when it fails for good."""
         request = _Request(bucket, None, {"list-type": "2", **query}, {}, MAX_ANSWER_BYTES)
         return self._retry(request, ET.fromstring, stop)
 
@@ -139,14 +139,14 @@ class S3Client:
         max_bytes: int,
         stop: threading.Event | None = None,
     ) -> bytes:
-        """An object's bytes if it still has this etag. S3Error, or TooLarge."""
+        """Return an object's bytes if it still has this etag. S3Error, or TooLarge."""
         request = _Request(bucket, key, {}, {"If-Match": etag} if etag else {}, max_bytes)
         return self._retry(request, bytes, stop)
 
     def _retry(
         self, request: _Request, parse: Callable[[bytes], T], stop: threading.Event | None
     ) -> T:
-        """The answer, after as many attempts as it takes; `stop` ends them early."""
+        """Return the answer, retrying what is transient; `stop` ends the attempts early."""
         limits = self.limits
         stop = stop or threading.Event()
         deadline_s = time.monotonic() + limits.deadline_s
@@ -176,7 +176,7 @@ class S3Client:
                     raise
 
     def _try(self, request: _Request, parse: Callable[[bytes], T], deadline_s: float) -> T:
-        """One request and its answer, or the S3Error it came to."""
+        """Send one request and return its parsed answer. S3Error when that fails."""
         address = self._find_address(request.bucket)
         target = request.make_target(address)
         signed = AWSRequest("GET", address.origin + target, headers=dict(request.headers))
@@ -227,7 +227,7 @@ class S3Client:
         return S3Error(status, code, words.get("Message") or str(response.reason), pause_s)
 
     def _find_address(self, bucket: str, region: str | None = None) -> _Address:
-        """Where a bucket answers; with `region`, from now on there."""
+        """Return the address of a bucket; `region` changes it from now on."""
         address = self._addresses.get(bucket)
         if address is not None and region in (None, address.region):
             return address
@@ -248,7 +248,7 @@ class S3Client:
         proxy = None
         if parts.scheme == "https":
             options["ca_certs"] = get_cert_path(session.get_config_variable("ca_bundle") or True)
-            # Through a tunnel; for http:// a proxy would be told a URL, and normalise the key.
+            # Through a tunnel; an http:// proxy would get a URL, and normalise the key.
             proxy = get_environ_proxies(origin).get("https")
         pools = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
         return _Address(
@@ -263,7 +263,7 @@ class S3Client:
 def _ask_urls(
     session: botocore.session.Session, endpoint_url: str | None, region: str, bucket: str
 ) -> tuple[str, str]:
-    """The URLs of a bucket and of its key `x`, as botocore would send requests there."""
+    """Return the URLs of a bucket and of its key `x` to which botocore would send requests."""
     urls: list[str] = []
 
     def answer(request: Any, **_: object) -> AWSResponse:
@@ -282,7 +282,7 @@ def _ask_urls(
 
 
 def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: float) -> bytes:
-    """The whole body. TooLarge before too much of it is read, HTTPError when it ends early."""
+    """Read the body. TooLarge before too much of it is read, HTTPError when it ends early."""
     length = response.headers.get("content-length", "")
     expected = int(length) if length.isdigit() else None
     if expected is not None and expected > max_bytes:
@@ -301,7 +301,7 @@ def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: f
 
 
 def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
-    """This process's client. StorageError when the profile does not exist."""
+    """Return this process's client. StorageError when the profile does not exist."""
     try:
         return connect(store, limits)
     except BotoCoreError as error:
@@ -309,7 +309,7 @@ def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:
 
 
 def connect(store: StoreConfig, limits: S3Limits = DEFAULT_LIMITS) -> S3Client:
-    """This process's client for a store, made when it is first asked for."""
+    """Return this process's client for a store, created at the first call."""
     # Other credentials in the environment are another client; only their hash is kept.
     settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
     environment = hashlib.sha256(repr(settings).encode()).digest()

@@ -1,4 +1,4 @@
-"""Why a request to S3 failed: what the answer says, and one line for a person."""
+"""Why a request to S3 failed: the parsed answer, and one line for the user."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TooLarge(Exception):
 
 
 def parse_error_body(data: bytes) -> dict[str, str]:
-    """What the XML of an error names, such as Code, Message and Region; nothing if it is none."""
+    """Return the fields of an XML error, such as Code, Message and Region; {} if it is none."""
     try:
         root = ET.fromstring(data)
     except ET.ParseError:
@@ -68,13 +68,13 @@ def parse_error_body(data: bytes) -> dict[str, str]:
 
 
 def describe_break(error: Exception) -> str:
-    """What broke a connection, in one short line."""
+    """Return one short line on what broke a connection."""
     name = type(error).__name__
     return BREAKS.get(name) or " ".join(f"{name}: {error}".split())[:MAX_DETAIL_CHARS]
 
 
 def explain_s3_error(error: S3Error | BotoCoreError, place: str) -> StorageError:
-    """One line for a request that failed for good: the place, the reason, the remedy."""
+    """Return a one-line error for a request that failed for good: path, reason, remedy."""
     if isinstance(error, ParamValidationError):
         return StorageError(f"{place}: not a valid name of a bucket; give s3://BUCKET/PREFIX")
     if isinstance(error, BotoCoreError):

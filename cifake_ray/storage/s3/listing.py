@@ -54,7 +54,7 @@ class Page(NamedTuple):
 
 
 def parse_page(root: ET.Element) -> Page:
-    """A page of ListObjectsV2."""
+    """Parse a page of ListObjectsV2."""
     space = root.tag.rpartition("}")[0]
     space += "}" if space else ""
     key_tag, size_tag, etag_tag = (f"{space}{name}" for name in ("Key", "Size", "ETag"))
@@ -71,7 +71,7 @@ def parse_page(root: ET.Element) -> Page:
 
 
 class _UnknownOrderError(Exception):
-    """The keys behind a branch cannot be told from those of the branch."""
+    """The keys behind a branch look like those of the branch."""
 
 
 class KeyLister:
@@ -96,7 +96,7 @@ class KeyLister:
         self.pages: queue.Queue[list[Entry] | None] = queue.Queue(2 * num_threads)
 
     def list_entries(self, prefix: str) -> Iterator[list[Entry]]:
-        """All entries, in no particular order, a page at a time."""
+        """Yield all entries, in no particular order, a page at a time."""
         self.todo.append(KeyRange(prefix))
         # Daemons: a server that hangs must not keep the process from ending.
         for _ in range(self.num_threads):
@@ -135,7 +135,7 @@ class KeyLister:
             self._put(None)
 
     def _take(self) -> KeyRange | None:
-        """The next range; None when all are listed."""
+        """Return the next range; None when all are listed."""
         with self.changed:
             while not self.todo and self.num_busy and not self.stop.is_set():
                 self.changed.wait()
@@ -149,7 +149,7 @@ class KeyLister:
             try:
                 return self.pages.put(page, timeout=WAKE_S)
             except queue.Full:
-                if self.stop.is_set():  # nobody may be there any more to make room
+                if self.stop.is_set():  # the consumer may be gone
                     return None
 
     @property
@@ -185,7 +185,7 @@ class KeyLister:
         return query
 
     def _probe(self, todo: KeyRange) -> str | None:
-        """The first key of a range."""
+        """Return the first key of a range."""
         entries = parse_page(self.ask(self._make_query(todo, 1))).entries
         return entries[0].key if entries else None
 
@@ -219,7 +219,7 @@ class KeyLister:
         return narrower
 
     def _find_branch(self, block: str, last: str) -> int | None:
-        """The first position behind `block` where other keys go on after `last`.
+        """Return the first position behind `block` where other keys follow `last`.
 
         The later the position, the more lies behind it, so it is found by halving.
         """
@@ -240,7 +240,7 @@ class KeyLister:
         return self._find_behind(block, branch) is not None
 
     def _find_behind(self, stem: str, branch: str) -> str | None:
-        """The first key that begins with `stem` behind all those that begin with `branch`."""
+        """Return the first key that begins with `stem` behind all that begin with `branch`."""
         key = self._probe(KeyRange(stem, branch + LAST_CHAR))
         if key is None:
             return None
@@ -254,5 +254,5 @@ def _is_text(key: str) -> bool:
 
 
 def _is_in_order(keys: list[str]) -> bool:
-    """Whether keys stand in one of the two orders; code points sort as their UTF-8 bytes do."""
+    """Return whether keys are in one of the two orders; code points sort as their UTF-8 bytes."""
     return keys == sorted(keys) or keys == sorted(keys, key=lambda key: key.split("/"))

@@ -12,11 +12,11 @@ from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 
 SCHEME = "s3://"
-CHECK_ATTEMPTS = 3  # a wrong endpoint should be told in seconds
+CHECK_ATTEMPTS = 3  # a wrong endpoint should be reported in seconds
 
 
 def open_path(uri: str, store: StoreConfig) -> AnyPath:
-    """The place a URI names; one in S3 is asked for first, which tells in seconds what is wrong.
+    """Return the path a URI names; a bucket is checked first, so that errors show in seconds.
 
     UsageError for what is no path, StorageError when the bucket cannot be reached.
     """
@@ -29,7 +29,7 @@ def open_path(uri: str, store: StoreConfig) -> AnyPath:
 def check_bucket(
     store: StoreConfig, bucket: str, prefix: str = "", limits: S3Limits = DEFAULT_LIMITS
 ) -> None:
-    """StorageError, naming the remedy, when a bucket cannot be listed with these credentials."""
+    """Raise StorageError, with the remedy, when these credentials cannot list a bucket."""
     limits = replace(limits, max_attempts=min(CHECK_ATTEMPTS, limits.max_attempts))
     try:
         query = {"prefix": prefix, "max-keys": "1"}
@@ -39,6 +39,6 @@ def check_bucket(
 
 
 def split_location(location: str) -> tuple[str, str]:
-    """Bucket and key of s3://BUCKET/KEY, every character of the key as it is."""
+    """Return bucket and key of s3://BUCKET/KEY, every character of the key unchanged."""
     bucket, _, key = location.removeprefix(SCHEME).partition("/")
     return bucket, key

@@ -1,16 +1,16 @@
-"""How many requests may be in flight at once, as the store bears it."""
+"""Limits the requests in flight to what the store accepts."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-HALVE_EVERY_S = 1.0  # answers to what was sent before the halving say nothing new
+HALVE_EVERY_S = 1.0  # answers to requests sent before the halving carry no news
 
 
 class Throttle:
-    """How many requests may be in flight: half as many when the store asks to slow down, then one
-    more for each round that went well."""
+    """Halve the requests in flight when the store asks to slow down, then add one for each
+    round of successes."""
 
     def __init__(self, most: int) -> None:
         self.most = most

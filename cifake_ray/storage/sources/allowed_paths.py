@@ -1,7 +1,7 @@
-"""What a list may point at: its own folder, and what `--allow-prefix` adds.
+"""Allowed paths of a list: its own folder, and what `--allow-prefix` adds.
 
-A list is data that somebody else may have written; without a fence one line of it
-would make this program read any file or bucket that the person who runs it may read.
+A list may come from an untrusted author; without this check one line of it could
+make this program read any file or bucket that its user may read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_uri(path: str) -> bool:
-    """Whether a path of a list begins with a scheme."""
+    """Return whether a path of a list begins with a scheme."""
     return _URI.match(path) is not None
 
 
@@ -42,7 +42,7 @@ class AllowedPaths:
     prefixes: tuple[str, ...]  # URIs without their last slash
 
     def locate(self, path: str) -> str:
-        """The absolute path, or the URI, of a row's path. UsageError when it may not point there.
+        """Return the absolute path or URI of a row's path. UsageError when it is not allowed.
 
         Keys are exact: nothing in a URI is decoded or normalised.
         """
@@ -87,7 +87,7 @@ class AllowedPaths:
 
 
 def check_uri(uri: str) -> None:
-    """UsageError for a scheme that is never fetched, and for credentials (which are not shown)."""
+    """Raise UsageError for a scheme that is never fetched, and for credentials (not shown)."""
     refuse_credentials(uri)
     scheme = uri.partition("://")[0]
     if scheme in ("http", "https"):
@@ -103,7 +103,7 @@ def check_uri(uri: str) -> None:
 
 
 def make_allowed_paths(list_place: AnyPath, allow_prefix: Iterable[str] = ()) -> AllowedPaths:
-    """The fence of a list. UsageError when an allowed prefix is no folder or URI."""
+    """Return the allowed paths of a list. UsageError when a prefix is neither folder nor URI."""
     is_local = isinstance(list_place, Path)
     _find_real_folder.cache_clear()  # a link may have moved since another list was read
     root = str(list_place.parent) if is_local else str(list_place).rpartition("/")[0]

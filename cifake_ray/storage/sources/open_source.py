@@ -1,4 +1,4 @@
-"""Opens whatever a person names as the source of images."""
+"""Opens the source of images that a command names."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looke
 
 
 def split_prefix(uri: str) -> tuple[str, str]:
-    """Bucket and prefix of s3://BUCKET/PREFIX, byte for byte; the prefix ends with a slash."""
+    """Return bucket and prefix of s3://BUCKET/PREFIX, unchanged; the prefix ends with a slash."""
     bucket, _, prefix = uri.partition("://")[2].partition("/")
     return bucket, prefix if not prefix or prefix.endswith("/") else prefix + "/"
 
 
 def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
-    """Paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
+    """Yield paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
     with explain_errors(place):
         if isinstance(place, Path):
             yield from (path.name for path in place.iterdir())
@@ -46,7 +46,7 @@ def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
 
 
 def check_there(place: AnyPath, uri: str) -> bool:
-    """Whether a place is a file, True, or a folder. StorageError when there is nothing."""
+    """Return True for a file and False for a folder. StorageError when there is neither."""
     if isinstance(place, Path):
         if not exists(place):
             raise StorageError(f"{place}: no such file or folder; check the path")
@@ -70,7 +70,7 @@ def check_there(place: AnyPath, uri: str) -> bool:
 
 
 def detect_kind(place: AnyPath, uri: str) -> str:
-    """folder, list, inventory or shards. UsageError when it is none of them."""
+    """Return folder, list, inventory or shards. UsageError when it is none of them."""
     if not check_there(place, uri):
         if exists(place / "_run.json"):
             return "shards"
@@ -92,7 +92,7 @@ def detect_kind(place: AnyPath, uri: str) -> str:
 
 
 def check_outside(out: AnyPath, source: AnyPath) -> None:
-    """UsageError when the output would lie inside the source."""
+    """Raise UsageError when the output would lie inside the source."""
     if is_inside(out, source):
         raise UsageError(
             f"the output {out} lies inside the source {source}; choose a folder outside it, or the"
