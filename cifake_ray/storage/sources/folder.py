@@ -9,25 +9,30 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.labels import read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.io.paths import explain_os_error
+from cifake_ray.storage.io.paths import explain_errors
+from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
-    LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
-    RowBuffer,
+    batch_rows,
     escape_key,
+    make_label_reader,
 )
+
+NUM_READ_THREADS = 8
+READ_GROUP_SIZE = 16  # a local disk needs no read-ahead; in groups it costs 10 us an image
 
 
 @dataclass(frozen=True)
@@ -41,23 +46,23 @@ class FolderSource:
 
     def list_images(self) -> Listing:
         left_out: Counter[str] = Counter()
-        return Listing(self._list_batches(left_out), left_out)
+        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
 
-    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
-        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+        read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
-        # Names of the folders on the way, and their identities where links are followed.
-        pending: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
+        # Folders, and the identities of those on the way to them where links are followed.
+        pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
         while pending:
-            folders, above = pending.pop()
-            labels = read_path(folders, self.class_names)
-            prefix = "".join(f"{folder}/" for folder in folders)
+            prefix, above = pending.pop()
+            labels = read_labels(prefix)
             if self.follow_symlinks:
-                status = self._stat(prefix)
+                with explain_errors(self.root / prefix):
+                    status = os.stat(self.root / prefix)
                 above |= {(status.st_dev, status.st_ino)}
-            for entry in self._scan(prefix):
+            for entry in self._scan(self.root / prefix):
                 if entry.is_dir(follow_symlinks=False):
-                    pending.append(((*folders, entry.name), above))
+                    pending.append((f"{prefix}{entry.name}/", above))
                     continue
                 key = prefix + entry.name
                 if not self.key_filter.keeps(key):
@@ -76,7 +81,7 @@ class FolderSource:
                         elif (status.st_dev, status.st_ino) in above:
                             left_out["link to a folder above it"] += 1
                         else:
-                            pending.append(((*folders, entry.name), above))
+                            pending.append((f"{prefix}{entry.name}/", above))
                         continue
                     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         left_out["not a regular file"] += 1
@@ -88,46 +93,24 @@ class FolderSource:
                         continue
                 escaped = escape_key(key)
                 if escaped is None:
-                    rows.append(key, key, None, size_bytes, mtime_ns, None, *labels, None)
+                    yield key, key, None, size_bytes, mtime_ns, None, *labels, None
                 else:
                     known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
-                    rows.append(escaped, *known, "bad_key")
-                if len(rows) >= LISTING_BATCH_ROWS:
-                    yield rows.drain()
-        if len(rows):
-            yield rows.drain()
+                    yield escaped, *known, "bad_key"
 
-    def _stat(self, prefix: str) -> os.stat_result:
-        folder = self.root / prefix
-        try:
-            return os.stat(folder)
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
-
-    def _scan(self, prefix: str) -> Iterator[os.DirEntry[str]]:
-        folder = self.root / prefix
-        try:
-            with os.scandir(folder) as entries:
-                yield from entries
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
+    def _scan(self, folder: Path) -> Iterator[os.DirEntry[str]]:
+        with explain_errors(folder), os.scandir(folder) as entries:
+            yield from entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        allowed = None if self.follow_symlinks else os.path.realpath(self.root)
-        columns = ("location", "size_bytes", "mtime_ns", "error")
-        for location, size_bytes, mtime_ns, error in zip(
-            *(rows.column(name).to_pylist() for name in columns), strict=True
-        ):
-            if error is not None:
-                yield ImageError(error, "the file name is not valid UTF-8; rename the file")
-            else:
-                yield read_local_file(
-                    os.path.join(self.root, location), size_bytes, mtime_ns, allowed
-                )
+        names = ("location", "size_bytes", "mtime_ns")
+        locations, sizes, mtimes_ns = (rows.column(name).to_pylist() for name in names)
+        allowed = None if self.follow_symlinks else self.root
+        return read_local_files(locations, sizes, mtimes_ns, self.root, allowed)
 
 
 def lies_below(path: str, root: str) -> bool:
-    """Whether a path lies in a folder; both are free of links."""
+    """Return whether a path lies in a folder; both must be free of links."""
     return path.startswith(root.rstrip("/") + "/")
 
 
@@ -138,15 +121,41 @@ def _find_real_path(descriptor: int, path: str) -> str:
         return os.path.realpath(path)
 
 
+def read_local_files(
+    locations: Sequence[str | None],
+    sizes: Sequence[int | None],
+    mtimes_ns: Sequence[int | None],
+    root: str | Path = "",
+    allowed: Path | None = None,
+) -> Iterator[bytes | ImageError]:
+    """Yield one result for each path below `root`, in order; some are read ahead.
+
+    A row without a location is one whose name is not valid UTF-8. Sizes in bytes and times are
+    those of the listing; a file that differs is `changed`. What is read must lie in `allowed`.
+    """
+    folder = None if allowed is None else os.path.realpath(allowed)
+
+    def read(fact: tuple[str | None, int | None, int | None]) -> bytes | ImageError:
+        location, size_bytes, mtime_ns = fact
+        if location is None:
+            return ImageError("bad_key", "the file name is not valid UTF-8; rename the file")
+        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder)
+
+    items = zip(zip(locations, sizes, mtimes_ns, strict=True), sizes, strict=True)
+    with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
+        max_ahead = 2 * NUM_READ_THREADS * READ_GROUP_SIZE
+        yield from read_ahead(read, items, threads, max_ahead=max_ahead, group_size=READ_GROUP_SIZE)
+
+
 def read_local_file(
     path: str,
     size_bytes: int | None = None,
     mtime_ns: int | None = None,
     allowed: str | None = None,
 ) -> bytes | ImageError:
-    """A file's bytes if it is still what was listed, else the error its row gets.
+    """Return a file's bytes if it is still as listed, else the error of its row.
 
-    `allowed` is a folder, free of links, that what is read must lie in.
+    The file must lie in `allowed`, a folder free of links.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

@@ -1,18 +1,16 @@
 """Images in any store that fsspec opens, except local folders and S3: gs://, az://, hf://, memory://.
 
-It asks each store only for what all of them have, so it is slower than the code for
-S3: one listing for each folder, two requests for each image.
+It uses only what all stores have, so it is slower than the code for S3: one
+listing for each folder, two requests for each image.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -20,25 +18,25 @@ from upath import UPath
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.labels import read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.paths import explain_errors, resolve_path
+from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
-    LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
-    RowBuffer,
+    batch_rows,
+    make_label_reader,
 )
 
 NUM_FETCH_THREADS = 16
-# What the stores call the thing that changes with the content, best first.
+# Names that stores give to what changes with the content, best first.
 _STAMPS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "last_modified", "created")
 
 
 def stamp_entry(info: dict[str, Any]) -> str | None:
-    """An etag, a generation or a time out of fsspec's facts of a file, if the store tells one."""
+    """Return an etag, a generation or a time from what fsspec knows of a file, if there is one."""
     value = next((info[name] for name in _STAMPS if info.get(name)), None)
     if isinstance(value, datetime):  # in one answer; seconds in another answer of the same store
         value = value.timestamp()
@@ -58,17 +56,16 @@ class FsspecPrefixSource:
 
     def list_images(self) -> Listing:
         left_out: Counter[str] = Counter()
-        return Listing(self._list_batches(left_out), left_out)
+        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
 
-    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
-        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
+    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+        read_labels = make_label_reader(self.class_names)
         root = self.root.path.rstrip("/")
         scheme = str(self.root).partition("://")[0]
         pending = [root]
         while pending:
             folder = pending.pop()
-            folders = folder[len(root) :].strip("/")
-            labels = read_path(folders.split("/") if folders else (), self.class_names)
+            labels = read_labels(folder[len(root) :])
             for info in self._list_folder(folder):
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
@@ -81,13 +78,8 @@ class FsspecPrefixSource:
                     left_out["excluded"] += 1
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
-                rows.append(
-                    key, location, None, info.get("size"), None, stamp_entry(info), *labels, None
-                )
-                if len(rows) >= LISTING_BATCH_ROWS:
-                    yield rows.drain()
-        if len(rows):
-            yield rows.drain()
+                stamp = (info.get("size"), None, stamp_entry(info))
+                yield key, location, None, *stamp, *labels, None
 
     def _list_folder(self, folder: str) -> list[dict[str, Any]]:
         # fsspec's own walk leaves out what it cannot list below the top, and says nothing.
@@ -106,9 +98,9 @@ def read_fsspec_files(
     sizes: Sequence[int | None],
     stamps: Sequence[str | None],
 ) -> Iterator[bytes | ImageError]:
-    """One result for each URI, in order; a few are fetched ahead.
+    """Yield one result for each URI, in order; a few are fetched ahead.
 
-    Sizes in bytes and stamps are what the listing told; a file that differs has `changed`.
+    Sizes in bytes and stamps are those of the listing; a file that differs is `changed`.
     StorageError when a store cannot be opened at all.
     """
     systems: dict[str, Any] = {}
@@ -116,23 +108,19 @@ def read_fsspec_files(
         scheme, _, rest = location.partition("://")
         if scheme not in systems:
             systems[scheme] = resolve_path(f"{scheme}://{rest.partition('/')[0]}", store).fs  # type: ignore[union-attr]
-    calls = (
-        partial(read_fsspec_file, systems[location.partition("://")[0]], location, size, stamp)
-        for location, size, stamp in zip(locations, sizes, stamps, strict=True)
-    )
+
+    def read(fact: tuple[str, int | None, str | None]) -> bytes | ImageError:
+        return read_fsspec_file(systems[fact[0].partition("://")[0]], *fact)
+
+    items = zip(zip(locations, sizes, stamps, strict=True), sizes, strict=True)
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as threads:
-        waiting: deque[Future[bytes | ImageError]] = deque(
-            threads.submit(call) for call in islice(calls, 2 * NUM_FETCH_THREADS)
-        )
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(threads.submit(call) for call in islice(calls, 1))
+        yield from read_ahead(read, items, threads, max_ahead=2 * NUM_FETCH_THREADS)
 
 
 def read_fsspec_file(
     system: Any, location: str, size_bytes: int | None, stamp: str | None
 ) -> bytes | ImageError:
-    """A file's bytes if it is still what was listed, else the error its row gets."""
+    """Return a file's bytes if it is still as listed, else the error of its row."""
     path = system._strip_protocol(location)  # what fsspec's own `url_to_fs` does
     try:
         info = system.info(path)

@@ -2,7 +2,7 @@
 
 A list has `path` (relative to the list, an absolute path or a URI; the key is
 `path` as written) and may have `label`, `split`, `source` and columns of its own, which are carried
-along. Of files in a store it may tell `size_bytes` and `etag`: reading checks them.
+along. Of files in a store it may have `size_bytes` and `etag`: reading checks them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +27,7 @@ from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
-from cifake_ray.storage.sources.folder import read_local_file
+from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
 from cifake_ray.storage.sources.parquet import open_parquet
 from cifake_ray.storage.sources.source import (
@@ -32,7 +35,7 @@ from cifake_ray.storage.sources.source import (
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
-    RowBuffer,
+    batch_rows,
 )
 
 RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
@@ -40,7 +43,7 @@ Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
 
 
 def quote_etag(etag: object) -> str | None:
-    """An etag as a listing of S3 gives it and If-Match wants it: in quotes; None when empty."""
+    """Return an etag in quotes, as S3 lists it and If-Match needs it; None when empty."""
     text = "" if etag is None else str(etag).strip()
     if not text:
         return None
@@ -48,7 +51,7 @@ def quote_etag(etag: object) -> str | None:
 
 
 def parse_size(value: object) -> int | None:
-    """A number of bytes; empty means unknown. UsageError for anything else."""
+    """Return a number of bytes; None when empty. UsageError for anything else."""
     if value in (None, ""):
         return None
     text = str(value).strip()
@@ -57,23 +60,8 @@ def parse_size(value: object) -> int | None:
     return int(text)
 
 
-def read_listed_objects(
-    store: StoreConfig,
-    locations: Sequence[str],
-    sizes: Sequence[int | None],
-    etags: Sequence[str | None],
-) -> Iterator[bytes | ImageError]:
-    """As `read_objects`, but a size that was told without an etag is checked too."""
-    images = read_objects(store, locations, sizes, etags)
-    for image, size_bytes in zip(images, sizes, strict=True):
-        if isinstance(image, bytes) and size_bytes not in (None, len(image)):
-            yield ImageError("changed", f"{len(image)} bytes; the list says {size_bytes}")
-        else:
-            yield image
-
-
 def stamp_local(path: str) -> Stamp:
-    """Size and time of a local file; nothing when it cannot be told: reading gives the error."""
+    """Return size and time of a local file; None when unknown: reading it reports the error."""
     try:
         status = os.stat(path)
     except OSError:
@@ -94,12 +82,10 @@ class ListFileSource:
     store: StoreConfig = StoreConfig()  # noqa: RUF009 - frozen
 
     def list_images(self) -> Listing:
-        listing = Listing(iter(()))
-        listing.batches = self._list_batches(listing)
-        return listing
+        left_out: Counter[str] = Counter()
+        return Listing(self._list_batches(left_out), left_out)
 
-    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
-        allowed = make_allowed_paths(self.path, self.allow_prefix)
+    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
         names, types, lines = self._open()
         known = [self.path_column, self.label_column, "split", self.source_column]
         known += ["size_bytes", "etag"]
@@ -112,7 +98,17 @@ class ListFileSource:
                     " rename it"
                 )
         fields = [*MANIFEST_FIELDS, *(pa.field(names[i], types[i]) for i in extra)]
-        rows = RowBuffer(pa.schema(fields))
+        rows = self._make_rows(lines, positions, extra, left_out)
+        yield from batch_rows(rows, pa.schema(fields))
+
+    def _make_rows(
+        self,
+        lines: Iterable[tuple[int, Sequence[object]]],
+        positions: list[int | None],
+        extra: list[int],
+        left_out: Counter[str],
+    ) -> Iterator[Sequence[Any]]:
+        allowed = make_allowed_paths(self.path, self.allow_prefix)
         for line_number, values in lines:
             path, label, split, source, size_bytes, etag = (
                 None if p is None else values[p] for p in positions
@@ -120,23 +116,19 @@ class ListFileSource:
             if not isinstance(path, str) or not path:
                 raise UsageError(f"{self.path}, line {line_number}: no path; give one or delete it")
             if not self.key_filter.keeps(path):
-                listing.left_out["excluded"] += 1
+                left_out["excluded"] += 1
                 continue
             try:
                 facts = (parse_label(label), parse_split(split), source or None)
                 location = allowed.locate(path)
-                told = (parse_size(size_bytes), None, quote_etag(etag))
-                stamp = told if is_uri(location) else stamp_local(location)
+                listed = (parse_size(size_bytes), None, quote_etag(etag))
+                stamp = listed if is_uri(location) else stamp_local(location)
             except ValueError as error:
                 raise UsageError(f"{self.path}, line {line_number}: {error}") from error
-            rows.append(path, location, None, *stamp, *facts, None, *(values[i] for i in extra))
-            if len(rows) >= LISTING_BATCH_ROWS:
-                yield rows.drain()
-        if len(rows):
-            yield rows.drain()
+            yield path, location, None, *stamp, *facts, None, *(values[i] for i in extra)
 
     def _open(self) -> tuple[list[str], list[pa.DataType], Iterator[tuple[int, Sequence[object]]]]:
-        """Column names, column types, and (line number, values) for each row."""
+        """Return column names, column types, and (line number, values) for each row."""
         suffix = self.path.suffix.lower()
         if suffix == ".parquet":
             table = open_parquet(self.path)
@@ -189,7 +181,7 @@ class ListFileSource:
             raise UsageError(f"{self.path}, line {reader.line_num}: {error}") from error
 
     def _read_lines(self, newline: str) -> Iterator[str]:
-        """Lines with their ends, whatever `newline` says they are."""
+        """Yield lines with their ends; `newline` is that of `open`."""
         try:
             with (
                 explain_errors(self.path),
@@ -201,23 +193,23 @@ class ListFileSource:
             raise UsageError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        columns = ("location", "size_bytes", "mtime_ns", "etag")
-        facts = list(zip(*(rows.column(name).to_pylist() for name in columns), strict=True))
-        kinds = [_find_kind(location) for location, *_ in facts]
-        readers = {}  # files in stores are fetched ahead, each kind apart; local ones in their turn
-        for kind, read in (("s3", read_listed_objects), ("store", read_fsspec_files)):
-            chosen = [fact for fact, its_kind in zip(facts, kinds, strict=True) if its_kind == kind]
-            if chosen:
-                locations, sizes, _, etags = zip(*chosen, strict=True)
-                readers[kind] = read(self.store, locations, sizes, etags)
-        for kind, (location, size_bytes, mtime_ns, _) in zip(kinds, facts, strict=True):
-            if kind == "local":
-                yield read_local_file(location, size_bytes, mtime_ns)
-            else:
-                yield next(readers[kind])
+        readers: dict[str, Callable[..., Iterator[bytes | ImageError]]] = {
+            "local": read_local_files,
+            "s3": partial(read_objects, self.store),
+            "fsspec": partial(read_fsspec_files, self.store),
+        }
+        rows = rows.select(["location", "size_bytes", "mtime_ns", "etag"])
+        kinds = [_find_kind(location) for location in rows.column("location").to_pylist()]
+        images = {}  # each kind is read ahead by itself
+        for kind in set(kinds):
+            chosen = rows.filter(pa.array([its_kind == kind for its_kind in kinds]))
+            locations, sizes, mtimes_ns, etags = (column.to_pylist() for column in chosen.columns)
+            images[kind] = readers[kind](locations, sizes, mtimes_ns if kind == "local" else etags)
+        for kind in kinds:
+            yield next(images[kind])
 
 
 def _find_kind(location: str) -> str:
     if location.startswith("s3://"):
         return "s3"
-    return "store" if is_uri(location) else "local"
+    return "fsspec" if is_uri(location) else "local"

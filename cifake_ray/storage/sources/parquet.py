@@ -1,7 +1,7 @@
 """The images of Parquet files with an `image` column: our shards, or any Hugging Face data set.
 
-Files keep their order and rows stay in their file, so that reading them never
-jumps about: one output shard covers neighbouring row groups of one file.
+Files keep their order and rows stay in their file, so that reads are sequential:
+one output shard covers neighbouring row groups of one file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
 def find_tables(root: AnyPath) -> list[AnyPath]:
-    """The Parquet files of convert's output, its `shards/`, any folder, or one file, by name."""
+    """Return the Parquet files of convert's output, its `shards/`, any folder, or one file."""
     if is_file(root):
         return [root]
     folder = root / "shards" if exists(root / "_run.json") else root
@@ -45,10 +45,10 @@ def find_tables(root: AnyPath) -> list[AnyPath]:
 
 
 def open_parquet(path: AnyPath) -> pq.ParquetFile:
-    """Any Parquet file; of one in a store, only what is read is fetched. StorageError otherwise."""
+    """Open any Parquet file; from a store, only what is read is fetched. StorageError otherwise."""
     with explain_errors(path):
         try:
-            # Arrow reads local files by itself; from a store it gathers ranges into few reads.
+            # pyarrow opens local files itself; from a store it merges ranges into few reads.
             file = path if isinstance(path, Path) else open_ranges(path)
             return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
         except (FileNotFoundError, PermissionError):
@@ -61,7 +61,7 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
 
 
 def open_table(path: AnyPath) -> pq.ParquetFile:
-    """A Parquet file with an `image` column. StorageError otherwise."""
+    """Open a Parquet file with an `image` column. StorageError otherwise."""
     table = open_parquet(path)
     if "image" not in table.schema_arrow.names:
         table.close(force=True)
@@ -71,7 +71,7 @@ def open_table(path: AnyPath) -> pq.ParquetFile:
 
 @contextmanager
 def use_table(path: AnyPath) -> Iterator[pq.ParquetFile]:
-    """What `open_table` gives, closed at the end of the block."""
+    """Open a Parquet file with an `image` column, and close it at the end of the block."""
     table = open_table(path)
     try:
         yield table
@@ -82,7 +82,7 @@ def use_table(path: AnyPath) -> Iterator[pq.ParquetFile]:
 def read_columns(
     table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: list[str]
 ) -> pa.Table:
-    """Some columns of some row groups. StorageError when the file is damaged."""
+    """Read some columns of some row groups. StorageError when the file is damaged."""
     with explain_errors(path):
         try:
             return table.read_row_groups(groups, columns=columns)
@@ -101,7 +101,7 @@ def read_row_group(path: AnyPath, number: int, columns: list[str]) -> pa.Table:
 
 
 def name_table(path: AnyPath, root: AnyPath) -> str:
-    """The path of a table below the root; its name when it is the root itself."""
+    """Return the path of a file below the root; its name when it is the root itself."""
     if path == root:
         return path.name
     if isinstance(path, Path):
@@ -110,7 +110,7 @@ def name_table(path: AnyPath, root: AnyPath) -> str:
 
 
 def read_label_names(schema: pa.Schema) -> list[str] | None:
-    """Class names in the order of their numbers, from the Hugging Face footer, if it has them."""
+    """Return class names in the order of their numbers, if a Hugging Face footer has them."""
     footer = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     label = footer.get("info", {}).get("features", {}).get("label", {})
     names: list[str] | None = label.get("names")
@@ -118,7 +118,7 @@ def read_label_names(schema: pa.Schema) -> list[str] | None:
 
 
 def find_splits(root: AnyPath) -> set[str]:
-    """The splits that occur in Parquet files with images."""
+    """Return the splits that occur in Parquet files with images."""
     splits = set()
     for path in find_tables(root):
         with use_table(path) as table:
@@ -185,7 +185,7 @@ class ParquetSource:
                         yield kept
 
     def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
-        """Neighbouring row groups, together at least a shard."""
+        """Yield neighbouring row groups, together at least a shard."""
         groups: list[int] = []
         num_rows = 0
         for group in range(table.num_row_groups):

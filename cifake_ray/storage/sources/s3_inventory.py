@@ -1,4 +1,4 @@
-"""The objects that an S3 Inventory names: AWS lists the bucket, nobody else has to.
+"""The objects that an S3 Inventory names: AWS has listed the bucket already.
 
 An inventory is a `manifest.json` and its parts: CSV (gzip, no header, keys
 URL-encoded, a space as `+`), Parquet or ORC. Described at
@@ -13,6 +13,7 @@ import hashlib
 import io
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,18 +25,19 @@ import pyarrow.orc as orc
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.files import open_file, read_json
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, resolve_path
-from cifake_ray.storage.sources.list_file import quote_etag, read_listed_objects
+from cifake_ray.storage.s3.prefetch import read_objects
+from cifake_ray.storage.sources.list_file import quote_etag
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
-    RowBuffer,
+    batch_rows,
+    make_label_reader,
 )
 
 INVENTORY_NAME = "manifest.json"
@@ -53,7 +55,7 @@ class InventoryFile(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """What a manifest.json says."""
+    """The contents of a manifest.json."""
 
     bucket: str  # whose objects are listed
     format: str
@@ -62,7 +64,7 @@ class Inventory(NamedTuple):
 
 
 def read_inventory(place: AnyPath) -> Inventory:
-    """The manifest of an inventory. StorageError when it is none."""
+    """Read the manifest of an inventory. StorageError when it is none."""
     manifest = read_json(place)
     try:
         destination = manifest["destinationBucket"].rpartition(":")[2]  # arn:aws:s3:::BUCKET
@@ -89,7 +91,7 @@ def read_inventory(place: AnyPath) -> Inventory:
 
 
 def _plain(name: str) -> str:
-    """CSV says ETag and IsLatest, Parquet e_tag and is_latest."""
+    """Return one spelling: CSV has ETag and IsLatest, Parquet e_tag and is_latest."""
     return name.strip().lower().replace("_", "")
 
 
@@ -103,14 +105,12 @@ class S3InventorySource:
     key_filter: KeyFilter = KEEP_ALL
 
     def list_images(self) -> Listing:
-        listing = Listing(iter(()))
-        listing.batches = self._list_batches(listing)
-        return listing
+        left_out: Counter[str] = Counter()
+        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
 
-    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
+    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
         inventory = read_inventory(self.place)
-        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
-        known_folder, labels = "", PathLabels(None, None, None)
+        read_labels = make_label_reader(self.class_names)
         for part in inventory.parts:
             for bucket, key, size, etag, is_latest, is_deleted in self._read_part(inventory, part):
                 if bucket != inventory.bucket:
@@ -128,33 +128,19 @@ class S3InventorySource:
                 elif not self.key_filter.keeps(key):
                     reason = "excluded"
                 if reason:
-                    listing.left_out[reason] += 1
+                    left_out[reason] += 1
                     continue
-                folder = key.rpartition("/")[0]
-                if folder != known_folder:  # neighbours lie in the same one
-                    names = [name for name in folder.split("/") if name]
-                    known_folder, labels = folder, read_path(names, self.class_names)
                 location = f"s3://{bucket}/{key}"
-                rows.append(key, location, None, size, None, quote_etag(etag), *labels, None)
-                if len(rows) >= LISTING_BATCH_ROWS:
-                    yield rows.drain()
-        if len(rows):
-            yield rows.drain()
+                labels = read_labels(key.rpartition("/")[0])
+                yield key, location, None, size, None, quote_etag(etag), *labels, None
 
     def _read_part(self, inventory: Inventory, part: InventoryFile) -> Iterator[Sequence[Any]]:
-        """The values of `_COLUMNS` for each object; None for a column that is not there."""
+        """Yield the values of `_COLUMNS` for each object; None for a missing column."""
         readers = {"CSV": _read_csv, "Parquet": _read_parquet, "ORC": _read_orc}
         with self._fetch_part(part) as file:
             try:
                 yield from readers[inventory.format](file, inventory.columns)
-            except (
-                OSError,
-                EOFError,
-                zlib.error,
-                csv.Error,
-                ValueError,
-                pa.ArrowException,
-            ) as error:
+            except UNREADABLE as error:
                 raise StorageError(
                     f"{part.uri}: not readable as a part of an inventory ({error}); give another"
                     " day's manifest.json"
@@ -162,7 +148,7 @@ class S3InventorySource:
 
     @contextmanager
     def _fetch_part(self, part: InventoryFile) -> Iterator[IO[bytes]]:
-        """A part as an unnamed local file, so that its checksum is known before its rows are."""
+        """Copy a part to an unnamed local file, to verify its checksum before it is parsed."""
         place = resolve_path(part.uri, self.store)
         digest = hashlib.md5(usedforsecurity=False)
         with tempfile.TemporaryFile() as copy:
@@ -179,9 +165,8 @@ class S3InventorySource:
             yield copy
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-
         columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
-        return read_listed_objects(self.store, *columns)
+        return read_objects(self.store, *columns)
 
 
 def _check_columns(names: Sequence[str]) -> None:

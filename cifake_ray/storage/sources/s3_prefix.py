@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
@@ -21,11 +21,11 @@ from cifake_ray.storage.s3.location import SCHEME, check_bucket
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
-    LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
-    RowBuffer,
+    batch_rows,
     escape_key,
+    make_label_reader,
 )
 
 LISTING_THREADS = 16  # a page costs CPU time, so more of them only stand in each other's way
@@ -47,21 +47,20 @@ class S3PrefixSource:
         return f"{SCHEME}{self.bucket}/{self.prefix}"
 
     def list_images(self) -> Listing:
-        """StorageError at once when the bucket cannot be listed."""
+        """Raise StorageError at once when the bucket cannot be listed."""
         check_bucket(self.store, self.bucket, self.prefix, self.limits)
         left_out: Counter[str] = Counter()
-        return Listing(self._list_batches(left_out), left_out)
+        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
 
-    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
+    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
         client = open_client(self.store, self.limits, self.bucket)
 
         def ask(query: Query) -> ET.Element:
             return client.list_page(self.bucket, query, lister.stop)
 
         lister = KeyLister(ask, min(LISTING_THREADS, self.limits.max_in_flight))
-        rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
         location = f"{SCHEME}{self.bucket}/"
-        known_folder, labels = "", PathLabels(None, None, None)
+        read_labels = make_label_reader(self.class_names)
         try:
             for page in lister.list_entries(self.prefix):
                 for full_key, size_bytes, etag in page:
@@ -72,21 +71,14 @@ class S3PrefixSource:
                     if not self.key_filter.keeps(key):
                         left_out["excluded"] += 1
                         continue
-                    folder = key[: key.rfind("/") + 1]
-                    if folder != known_folder:
-                        folders = [name for name in folder.split("/") if name]
-                        known_folder, labels = folder, read_path(folders, self.class_names)
+                    labels = read_labels(key.rpartition("/")[0])
                     escaped = escape_key(key)
                     if escaped is None:
-                        place = (key, location + full_key, None, size_bytes, None, etag)
-                        rows.append(*place, *labels, None)
+                        path = location + full_key
+                        yield key, path, None, size_bytes, None, etag, *labels, None
                     else:
                         known = (None, None, size_bytes, None, etag, labels.label, None, None)
-                        rows.append(escaped, *known, "bad_key")
-                if len(rows) >= LISTING_BATCH_ROWS:
-                    yield rows.drain()
-            if len(rows):
-                yield rows.drain()
+                        yield escaped, *known, "bad_key"
         except (S3Error, BotoCoreError) as error:
             raise explain_s3_error(error, self.uri) from error
 

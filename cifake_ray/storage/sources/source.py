@@ -1,20 +1,19 @@
-"""What every kind of source gives: record batches of `MANIFEST_FIELDS`, and bytes or an error.
-
-Listing gives record batches (plus the extra columns of a list); reading gives the
-bytes, or the ImageError that becomes the row of that key.
-"""
+"""What every kind of source promises: how images are listed and read."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.errors import ImageError
 
 LISTING_BATCH_ROWS = 16_384
@@ -24,49 +23,71 @@ MAX_SHARD_BYTES = 256 * 2**20
 
 @dataclass
 class Listing:
-    """What a source listed and, by reason, how many entries it left out."""
+    """What a source lists.
+
+    `batches` is read once. `left_out` counts, by reason, the entries that are no rows; it is
+    complete when `batches` is exhausted. Rows of a source that `keeps_order` stay in the order and
+    the batches that it gives (a batch is a shard); all others may be dealt to shards.
+    """
 
     batches: Iterator[pa.RecordBatch]
     left_out: Counter[str] = field(default_factory=Counter)
-    keeps_order: bool = False  # rows must stay in the order and shards that the source gives
+    keeps_order: bool = False
 
 
 class Source(Protocol):
-    """Where images come from."""
+    """Where images come from. `tests/storage/sources/test_conformance.py` tests these promises.
 
-    def list_images(self) -> Listing: ...
+    A source pickles at any time, without credentials, open files or connections: a worker gets it
+    with rows of the manifest and reads there. Memory does not grow with the number of images, but
+    fsspec lists one folder at once, and Parquet reads one row group at once.
+    """
+
+    def list_images(self) -> Listing:
+        """List every image once: columns of `MANIFEST_FIELDS`, then the source's own.
+
+        Nothing that is listed is read. `size_bytes` and `mtime_ns` or `etag` are what the store
+        says, null where it does not. A key that is not valid UTF-8 is a row with the error
+        `bad_key` and no location. StorageError, here or while iterating, when a folder or page
+        cannot be listed: nothing is left out in silence. UsageError for a list that is wrong.
+        """
+        ...
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        """One result for each row of the manifest, in order."""
+        """Yield one result for each row of the manifest, in the order of the rows.
+
+        A result is the bytes of the image if it still has the listed size and stamp, else an
+        ImageError (`not_found`, `changed`, `denied`, `too_large`, ...) for that row alone; above
+        MAX_IMAGE_BYTES nothing is fetched where the size is known. StorageError only for what
+        fails for all rows, such as missing credentials or a damaged Parquet file. Rows may be read
+        ahead on threads, a bounded number of bytes; closing the iterator stops them. One thread
+        iterates; several iterators of one source are independent.
+        """
         ...
 
 
-class RowBuffer:
-    """Collects rows as Python values and hands them out as record batches of one schema."""
+def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield rows of Python values as record batches of LISTING_BATCH_ROWS; none when empty."""
+    rows = iter(rows)
+    while chunk := list(islice(rows, LISTING_BATCH_ROWS)):
+        columns = zip(*chunk, strict=True)
+        arrays = [pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-    def __init__(self, schema: pa.Schema) -> None:
-        self.schema = schema
-        self.columns: list[list[Any]] = [[] for _ in schema]
 
-    def append(self, *values: Any) -> None:
-        for column, value in zip(self.columns, values, strict=True):
-            column.append(value)
+def make_label_reader(class_names: dict[str, int]) -> Callable[[str], PathLabels]:
+    """Return a function that reads label, split and source from a path like `train/FAKE/sdxl`."""
 
-    def __len__(self) -> int:
-        return len(self.columns[0])
+    @lru_cache(maxsize=1024)  # neighbours lie in the same folder
+    def read(folder: str) -> PathLabels:
+        return read_path([name for name in folder.split("/") if name], class_names)
 
-    def drain(self) -> pa.RecordBatch:
-        arrays = [
-            pa.array(column, type=field.type)
-            for column, field in zip(self.columns, self.schema, strict=True)
-        ]
-        self.columns = [[] for _ in self.schema]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+    return read
 
 
 @dataclass(frozen=True)
 class KeyFilter:
-    """Globs a key must match, or must not."""
+    """Keep the keys that match a glob of `include` (if any) and none of `exclude`."""
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -81,7 +102,7 @@ KEEP_ALL = KeyFilter()
 
 
 def escape_key(name: str) -> str | None:
-    """The name with its undecodable bytes as `\\xNN`, or None when it is valid UTF-8."""
+    """Return a name with its undecodable bytes as `\\xNN`; None when it is valid UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -27,22 +27,20 @@ from cifake_ray.storage.sources.source import (
     MAX_SHARD_ROWS,
     MIN_SHARD_ROWS,
     Listing,
-    RowBuffer,
+    batch_rows,
 )
 
 SCHEMA = pa.schema(MANIFEST_FIELDS)
 
 
 def batch_of(keys: Iterable[str], size_bytes: int | None = 1000) -> pa.RecordBatch:
-    rows = RowBuffer(SCHEMA)
-    for key in keys:
-        rows.append(key, key, None, size_bytes, 1, None, None, None, None, None)
-    return rows.drain()
+    rows = [(key, key, None, size_bytes, 1, *[None] * 5) for key in keys]
+    return next(batch_rows(rows, SCHEMA))
 
 
-def list_keys(keys: list[str], batch_rows: int = 100) -> Listing:
-    starts = range(0, len(keys), batch_rows)
-    return Listing(batch_of(keys[start : start + batch_rows]) for start in starts)
+def list_keys(keys: list[str], num_rows: int = 100) -> Listing:
+    starts = range(0, len(keys), num_rows)
+    return Listing(batch_of(keys[start : start + num_rows]) for start in starts)
 
 
 def read_shards(folder: Path, manifest: Manifest) -> list[list[str]]:
@@ -69,7 +67,7 @@ def test_every_key_is_in_one_shard_once(tmp_path: Path) -> None:
 def test_the_order_of_the_listing_does_not_matter(tmp_path: Path) -> None:
     shuffled = list(np.random.default_rng(1).permutation(np.array(KEYS, object)))
     one = write_manifest(tmp_path / "one", "run", list_keys(KEYS), 64)
-    two = write_manifest(tmp_path / "two", "run", list_keys(shuffled, batch_rows=333), 64)
+    two = write_manifest(tmp_path / "two", "run", list_keys(shuffled, num_rows=333), 64)
     assert one == two
 
 
@@ -87,11 +85,12 @@ def test_a_shard_is_a_random_sample_of_the_source(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
-    rows = RowBuffer(pa.schema([*MANIFEST_FIELDS, pa.field("n", pa.int16())]))
-    for n in range(300):
-        facts = (n % 2, "val", f"s{n}", None)
-        rows.append(f"{n}", f"at/{n}", n, n + 1, n + 2, f"e{n}", *facts, n)
-    manifest = write_manifest(tmp_path, "run", Listing(iter([rows.drain()])), 50)
+    schema = pa.schema([*MANIFEST_FIELDS, pa.field("n", pa.int16())])
+    rows = [
+        (f"{n}", f"at/{n}", n, n + 1, n + 2, f"e{n}", n % 2, "val", f"s{n}", None, n)
+        for n in range(300)
+    ]
+    manifest = write_manifest(tmp_path, "run", Listing(batch_rows(rows, schema)), 50)
     found = [
         row
         for file in manifest.files

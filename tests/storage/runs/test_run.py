@@ -22,14 +22,12 @@ from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard
 from cifake_ray.storage.runs.verify import DamagedFile, set_damaged_aside, verify_files
-from cifake_ray.storage.sources.source import Listing, RowBuffer
+from cifake_ray.storage.sources.source import Listing, batch_rows
 
 
 def list_keys(num_keys: int = 10, prefix: str = "") -> Listing:
-    rows = RowBuffer(pa.schema(MANIFEST_FIELDS))
-    for n in range(num_keys):
-        rows.append(f"{prefix}{n}", None, None, 1, None, None, None, None, None, None)
-    return Listing(iter([rows.drain()]))
+    rows = [(f"{prefix}{n}", None, None, 1, *[None] * 6) for n in range(num_keys)]
+    return Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS)))
 
 
 def fail_to_list() -> NoReturn:

@@ -25,6 +25,7 @@ from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.parquet import read_row_group
 from cifake_ray.storage.sources.source import Listing, Source
 
 Row = dict[str, Any]
@@ -675,6 +676,21 @@ def test_rows_without_a_key_are_named_after_file_and_place(tmp_path: Path) -> No
 def test_a_single_hub_file_is_a_source(tmp_path: Path) -> None:
     path = write_hub_table(tmp_path / "x.parquet", [0, 1, 1], None)
     assert read_all(path) == {f"x.parquet#{n}": make_png(n) for n in range(3)}
+
+
+def test_a_row_group_is_read_and_its_file_closed(tmp_path: Path) -> None:
+    path = write_hub_table(tmp_path / "x.parquet", [0, 1, 0, 1, 0], None)
+    rows = read_row_group(path, 1, ["image", "label"])
+    assert rows.column("label").to_pylist() == [0, 1]
+    assert [image["bytes"] for image in rows.column("image").to_pylist()] == [
+        make_png(2),
+        make_png(3),
+    ]
+    opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    assert str(path) not in opened
+    path.unlink()
+    with pytest.raises(StorageError, match=r"x\.parquet"):
+        read_row_group(path, 1, ["image"])
 
 
 def test_neighbouring_row_groups_make_a_shard(tmp_path: Path) -> None:
