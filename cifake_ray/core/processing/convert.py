@@ -14,7 +14,7 @@ from cifake_ray.errors import ImageError
 
 
 class ConvertProcessor:
-    """Keep the bytes untouched and record what their header says: the `Processor` of convert."""
+    """Keep the bytes untouched and record what their header holds: the `Processor` of convert."""
 
     batch_size = 1024
     decodes = False

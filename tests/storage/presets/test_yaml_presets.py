@@ -45,7 +45,7 @@ def test_the_box_goes_before_a_file_of_the_same_name(
     (tmp_path / "fast").write_text("epochs: 1\n")
     assert find_preset("fast", RECIPES) == RECIPES / "fast.yaml"
     assert find_preset("./fast", RECIPES) == Path("fast")
-    with pytest.raises(ValueError, match="quick: no such file, and not among the recipes in the"):
+    with pytest.raises(ValueError, match="quick: no such file, and not among the built-in recipes"):
         find_preset("quick", RECIPES)
 
 
