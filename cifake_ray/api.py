@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 
 from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig, StoreConfig, TrainConfig
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from cifake_ray.core.models.detector import Detector
-    from cifake_ray.stages.batch.driver import BatchSummary, DryRun
+    from cifake_ray.stages.batch.driver import BatchSummary
     from cifake_ray.stages.train.driver import TrainSummary
     from cifake_ray.storage.bundles.bundle import BundleInfo
 
@@ -45,6 +45,9 @@ R = TypeVar("R")
 
 def _run(config: Any) -> Any:
     from cifake_ray.pipeline import run_verb
+
+    if config.dry_run:
+        raise UsageError("dry_run is for the command line, which prints the plan: --dry-run")
 
     return run_verb(config, time.time())[0]
 
@@ -66,9 +69,9 @@ def _take_options(
 
 
 @_take_options(ConvertConfig)
-def convert(config: ConvertConfig) -> BatchSummary | DryRun:
+def convert(config: ConvertConfig) -> BatchSummary:
     """Convert the images of `src` to Parquet shards in `out`, as `cifake-ray convert` does."""
-    result: BatchSummary | DryRun = _run(config)
+    result: BatchSummary = _run(config)
     return result
 
 
@@ -85,19 +88,19 @@ def train(config: TrainConfig) -> TrainSummary:
 
 
 @_take_options(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> BatchSummary | DryRun:
+def evaluate(config: EvaluateConfig) -> BatchSummary:
     """Measure a detector on labelled `shards`, as `cifake-ray evaluate` does.
 
     `out` gets metrics.json, report.html and the predictions.
     """
-    result: BatchSummary | DryRun = _run(config)
+    result: BatchSummary = _run(config)
     return result
 
 
 @_take_options(ScoreConfig)
-def score(config: ScoreConfig) -> BatchSummary | DryRun:
+def score(config: ScoreConfig) -> BatchSummary:
     """Score the images of `src` into `out`/scores/*.parquet, as `cifake-ray score` does."""
-    result: BatchSummary | DryRun = _run(config)
+    result: BatchSummary = _run(config)
     return result
 
 

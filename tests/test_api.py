@@ -44,6 +44,8 @@ def test_a_verb_takes_the_keywords_of_its_config_and_checks_them() -> None:
         cifake_ray.score(sorce="x", out="y")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="--target-fpr is"):
         cifake_ray.score(src="x", out="y", target_fpr=0.5)
+    with pytest.raises(UsageError, match="--dry-run"):
+        cifake_ray.train(shards="x", run="y", dry_run=True)
 
 
 def test_a_detector_takes_bytes_pillow_images_and_arrays_alike(sample_folder: Path) -> None:

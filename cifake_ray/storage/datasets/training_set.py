@@ -32,10 +32,10 @@ from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
 from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
 from cifake_ray.storage.sources.parquet import (
     find_tables,
-    open_table,
     read_columns,
     read_label_names,
     read_row_group,
+    use_table,
 )
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
@@ -73,11 +73,11 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     groups: list[tuple[AnyPath, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
     for path in find_tables(root):
-        table = open_table(path)
-        for number in range(table.num_row_groups):
-            facts = _read_group_rows(table, path, number, config)
-            parts.append((np.full(len(facts[0]), len(groups), np.int32), *facts))
-            groups.append((path, number))
+        with use_table(path) as table:
+            for number in range(table.num_row_groups):
+                columns = _read_group_rows(table, path, number, config)
+                parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
+                groups.append((path, number))
     group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows = TrainingRows(groups, group, row, label, is_val)
     check_both_classes(rows, np.ones(len(label), bool), config)

@@ -60,20 +60,16 @@ def open_parquet(path: AnyPath) -> pq.ParquetFile:
             ) from error
 
 
-def open_table(path: AnyPath) -> pq.ParquetFile:
-    """Open a Parquet file with an `image` column. StorageError otherwise."""
-    table = open_parquet(path)
-    if "image" not in table.schema_arrow.names:
-        table.close(force=True)
-        raise StorageError(f"{path}: no column `image`; give the output of convert")
-    return table
-
-
 @contextmanager
 def use_table(path: AnyPath) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file with an `image` column, and close it at the end of the block."""
-    table = open_table(path)
+    """Open a Parquet file with an `image` column, and close it at the end of the block.
+
+    StorageError for any other file.
+    """
+    table = open_parquet(path)
     try:
+        if "image" not in table.schema_arrow.names:
+            raise StorageError(f"{path}: no column `image`; give the output of convert")
         yield table
     finally:
         table.close(force=True)
