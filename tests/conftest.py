@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from ray_head import JobsCluster, run_head, wait_for_idle
 from s3_server import S3Server, find_binary, run_server
 
 from cifake_ray.config import SampleConfig
@@ -20,7 +21,7 @@ CIFAKE_QUOTA = {"train/REAL": 1500, "train/FAKE": 1500, "test/REAL": 500, "test/
 
 # What makes a test one of those that need a Ray cluster.
 CLUSTER_FOLDERS = {"faults", "hosts"}
-CLUSTER_FIXTURES = {"ray_cluster", "cluster"}
+CLUSTER_FIXTURES = {"ray_cluster", "cluster", "head"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,15 +83,31 @@ def s3_server() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def running_head(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[JobsCluster]:
+    """A head of two CPUs, started once, whose workers may do everything on the S3 server."""
+    variables = {}
+    if find_binary():
+        variables = request.getfixturevalue("s3_server").make_env()
+    with run_head(tmp_path_factory.mktemp("head"), variables=variables) as head:
+        yield head
+
+
+@pytest.fixture
+def head(running_head: JobsCluster) -> JobsCluster:
+    """The same, once what the test before has started there is gone."""
+    wait_for_idle(running_head)
+    return running_head
+
+
 @pytest.fixture
 def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The same server, and the environment of one who may do everything there."""
+    """The same server, with the environment of its administrator."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
-    monkeypatch.setenv("AWS_REGION", s3_server.region)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in s3_server.make_env().items():
+        monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()  # it keeps the credentials it was made with
     return s3_server

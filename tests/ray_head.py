@@ -19,6 +19,7 @@ import requests
 from s3_server import find_ports
 
 START_S = 90.0
+IDLE_S = 60.0
 TOKEN = "a-token-of-the-tests-0123456789abcdef"
 
 
@@ -30,6 +31,7 @@ class JobsCluster:
     ray_address: str
     env: dict[str, str]
     temp_dir: Path | None = None  # of the head, on this machine
+    pid: int | None = None  # likewise
 
 
 def make_env(folder: Path, **variables: str) -> dict[str, str]:
@@ -103,7 +105,7 @@ def run_head(
         words += ["--temp-dir", temp_dir]
         with run_node(words, env, folder / "head.log") as head:
             wait_for_jobs(address, head, folder / "head.log")
-            yield JobsCluster(address, ray_address, env, Path(temp_dir))
+            yield JobsCluster(address, ray_address, env, Path(temp_dir), head.pid)
 
 
 def make_scaling(address: str, num_cpus: int, worker_types: dict[str, Any]) -> dict[str, Any]:
@@ -146,3 +148,24 @@ def wait_for_jobs(address: str, head: subprocess.Popen[bytes], log: Path) -> Non
             pass
         time.sleep(0.5)
     raise AssertionError(log.read_text())
+
+
+def wait_for_idle(cluster: JobsCluster) -> None:
+    """Return once nothing holds a CPU there: what a killed driver started is gone."""
+    until_s = time.monotonic() + IDLE_S
+    while held := [*list_states(cluster, "actors"), *list_states(cluster, "placement_groups")]:
+        assert time.monotonic() < until_s, held
+        time.sleep(0.2)
+
+
+def list_states(cluster: JobsCluster, kind: str) -> list[dict[str, Any]]:
+    """The actors that hold resources, or the placement groups, that are not gone."""
+    url = f"{cluster.address}/api/v0/{kind}?detail=true"
+    answer = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
+    states: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+    # Ray Data's own actors stay, and hold nothing.
+    return [
+        state
+        for state in states
+        if state["state"] not in ("DEAD", "REMOVED") and state.get("required_resources", True)
+    ]

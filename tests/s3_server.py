@@ -60,6 +60,16 @@ class S3Server:
     region: str = REGION
     public_bucket: str = PUBLIC_BUCKET  # exists, and needs no credentials to be read
 
+    def make_env(self) -> dict[str, str]:
+        """The environment of its administrator."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": self.region,
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
     def identities(self) -> dict[str, Any]:
         """What SeaweedFS reads as `-s3.config`."""
         users = [

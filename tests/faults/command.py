@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from ray_head import JobsCluster
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.datasets.sample_folder import write_sample
@@ -52,6 +55,18 @@ def run_command(arguments: list[str], env: dict[str, str]) -> tuple[int, dict[st
     return end_command(start_command(arguments, env))
 
 
+def finish_command(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
+    """The JSON object of a command that succeeds."""
+    code, result, errors = run_command(arguments, env)
+    assert code == 0, errors
+    return result
+
+
+def join(head: JobsCluster) -> dict[str, str]:
+    """The environment of a command that works on a cluster that is running."""
+    return {**head.env, "RAY_ADDRESS": head.ray_address}
+
+
 def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -59,10 +74,19 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:
         time.sleep(0.02)
 
 
-def find_workers(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
-    """The processes of Ray below a command whose names hold a word."""
+def read_parts(out: Path) -> dict[str, pa.Table]:
+    """The shards of a run by their names."""
+    return {path.name: pq.read_table(path) for path in sorted(out.glob("*/part-*"))}
+
+
+def count_parts(out: Path) -> int:
+    return len(list(out.glob("*/part-*")))
+
+
+def find_workers(pid: int | None, name: str) -> list[psutil.Process]:
+    """The processes of Ray below a command or a head whose names hold a word."""
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    for child in psutil.Process(pid).children(recursive=True):
         try:
             if any(name in word for word in child.cmdline()):
                 found.append(child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,36 +10,37 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import make_env, make_images, run_command
+from faults.command import make_env, run_command
+from faults.conftest import NUM_IMAGES
+from ray_head import JobsCluster
 from s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(600)
 
-NUM_IMAGES = 240
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
-
 
 @pytest.fixture
-def env(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A process of its own, whose Ray writes its logs where the test can read them."""
+def own_ray(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """For a command whose Ray writes its logs where the test can read them."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # names of sockets must be short
         yield make_env(RAY_TMPDIR=folder, XDG_CACHE_HOME=str(tmp_path / "cache"))
 
 
 def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
-    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path
+    s3_env: S3Server,
+    env: dict[str, str],
+    own_ray: dict[str, str],
+    head: JobsCluster,
+    images: Path,
+    tmp_path: Path,
 ) -> None:
+    """The pipeline with a Ray of its own, what follows on a cluster."""
     bucket = s3_env.make_bucket()
     s3_env.upload(bucket, images, "in put/")
     root = f"s3://{bucket}/all of it"
     said = []
 
     code, result, errors = run_command(
-        ["pipeline", f"s3://{bucket}/in put", root, "--epochs", "1", "--num-workers", "1"], env
+        ["pipeline", f"s3://{bucket}/in put", root, "--epochs", "1", "--num-workers", "1"], own_ray
     )
     said.append(errors)
     assert code == 0, errors
@@ -101,26 +103,32 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     secret = s3_env.secret_key.encode()
     for key in s3_env.list_keys(bucket):
         assert secret not in s3_env.get(bucket, key), key
-    folders = (tmp_path, Path(env["RAY_TMPDIR"]))
-    files = [p for f in folders for p in f.rglob("*") if p.is_file() and not p.is_symlink()]
-    assert [path for path in files if "session_" in str(path)], "Ray left no log to search"
-    for path in files:
+    assert head.temp_dir
+    logs = [find_files(Path(own_ray["RAY_TMPDIR"])), find_files(head.temp_dir)]
+    for files in logs:
+        assert [path for path in files if "session_" in str(path)], "Ray left no log to search"
+    for path in [*find_files(tmp_path), *itertools.chain(*logs)]:
         assert secret not in path.read_bytes(), path
     assert s3_env.secret_key not in "".join(said)
 
 
+def find_files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+
+
 def test_a_search_in_a_bucket_goes_on_there_and_leaves_a_bundle_that_scores(
-    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path
+    s3_env: S3Server, env: dict[str, str], images: Path, clean: dict[str, Path], tmp_path: Path
 ) -> None:
     bucket = s3_env.make_bucket()
+    s3_env.upload(bucket, clean["convert"], "shards/")
     shards, run = f"s3://{bucket}/shards", f"s3://{bucket}/search"
     (tmp_path / "space.yaml").write_text("lr: [0.001, 0.002]\n")
     (tmp_path / "recipe.yaml").write_text("epochs: 1\nbatch_size: 16\n")
     files = [f"--search={tmp_path / 'space.yaml'}", f"--recipe={tmp_path / 'recipe.yaml'}"]
-    search = ["tune", shards, run, *files, "--searcher", "grid"]
-    for words in (["convert", str(images), shards], search):
-        code, result, errors = run_command(words, env)
-        assert code == 0, errors
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    search = ["tune", shards, run, *files, *cache, "--searcher", "grid"]
+    code, result, errors = run_command(search, env)
+    assert code == 0, errors
     assert result["ends"] == {"all 1 epochs done": 2}
     keys = set(s3_env.list_keys(bucket, "search/"))
     left = ("trials.csv", "trials.parquet", "report.html", "recipe.yaml", "bundle/config.json")
@@ -137,22 +145,22 @@ def test_a_search_in_a_bucket_goes_on_there_and_leaves_a_bundle_that_scores(
 
 
 def test_a_source_that_cannot_be_read_is_refused_before_ray_starts(
-    s3_env: S3Server, env: dict[str, str], tmp_path: Path
+    s3_env: S3Server, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
     bucket = s3_env.make_bucket()
     outsider = {
-        **env,
+        **own_ray,
         "AWS_ACCESS_KEY_ID": s3_env.outsider_key,
         "AWS_SECRET_ACCESS_KEY": s3_env.outsider_secret,
     }
     for source, environment, code, words in (
-        (f"s3://{bucket}/x", env, 5, "no"),
-        ("s3://no-such-bucket-here/x", env, 4, "no-such-bucket-here"),
+        (f"s3://{bucket}/x", own_ray, 5, "no"),
+        ("s3://no-such-bucket-here/x", own_ray, 4, "no-such-bucket-here"),
         (f"s3://{bucket}/x", outsider, 4, bucket),
-        (f"s3://{bucket}/x", {**env, "AWS_SECRET_ACCESS_KEY": "CANARY-wrong"}, 4, bucket),
+        (f"s3://{bucket}/x", {**own_ray, "AWS_SECRET_ACCESS_KEY": "CANARY-wrong"}, 4, bucket),
     ):
         found, result, errors = run_command(["score", source, str(tmp_path / "out")], environment)
         assert found == code, errors
         assert words in result["error"]
         assert "CANARY" not in errors + result["error"]
-        assert not list(Path(env["RAY_TMPDIR"]).iterdir()), "Ray was started"
+        assert not list(Path(own_ray["RAY_TMPDIR"]).iterdir()), "Ray was started"

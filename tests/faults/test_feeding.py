@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.command import make_env, make_images, run_command
+from faults.command import run_command
+from faults.conftest import NUM_IMAGES
 from faults.test_workers import SITECUSTOMIZE, check_rows, find_shards, plant
 from ray_head import JobsCluster, run_head
 
@@ -23,7 +24,6 @@ from cifake_ray.storage.runs.run import require_run
 
 pytestmark = pytest.mark.timeout(600)
 
-NUM_IMAGES = 300
 # Seven batches a shard, of which four are under way at once.
 OPTIONS = ["--shard-size", "100", "--batch-size", "16"]
 
@@ -51,20 +51,6 @@ sys.meta_path.insert(0, After("cifake_ray.stages.score", pretend))
 sys.meta_path.insert(0, After("cifake_ray.core.imaging.decode", note_who_decodes))
 """
 )
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
-
-
-@pytest.fixture(scope="module")
-def clean(images: Path) -> Path:
-    """Scored by CPUs alone."""
-    out = images.parent / "clean"
-    code, account, errors = run_command(["score", str(images), str(out), *OPTIONS], make_env())
-    assert (code, account["done"]) == (0, NUM_IMAGES), errors
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -96,31 +82,25 @@ def test_each_gpu_is_fed_by_its_share_of_the_cpus_that_are_left() -> None:
 
 @pytest.mark.parametrize("kind", ["files", "shards"])
 def test_fed_by_others_the_rows_are_those_of_cpus_alone(
-    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path, kind: str
+    cluster: JobsCluster, images: Path, clean: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     """Files are fetched by the tasks; of shards the worker reads one after the other."""
-    source = images
-    if kind == "shards":
-        source = tmp_path / "shards"
-        code, _, errors = run_command(["convert", str(images), str(source)], make_env())
-        assert code == 0, errors
+    source = {"files": images, "shards": clean["convert"]}[kind]
     notes = Path(cluster.env["TEST_NOTES"])
     notes.unlink(missing_ok=True)
     account = score(cluster, source, tmp_path / "out", "--device", "cuda")
     assert account["done"] == account["listed"] == NUM_IMAGES
-    check_rows(tmp_path / "out", clean, {})
+    check_rows(tmp_path / "out", clean["score"], {})
     # Nobody else has decoded an image.
     task = {"files": "ray::prepare_rows", "shards": "ray::prepare_images"}[kind]
     assert set(notes.read_text().split()) == {task}
 
 
 def test_a_run_over_parquet_goes_on_after_the_death_of_its_worker(
-    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path
+    cluster: JobsCluster, clean: dict[str, Path], tmp_path: Path
 ) -> None:
     """A shard with a note is done by the worker alone, the others are fed again."""
-    shards, out = tmp_path / "shards", tmp_path / "out"
-    code, _, errors = run_command(["convert", str(images), str(shards), *OPTIONS[:2]], make_env())
-    assert code == 0, errors
+    shards, out = clean["convert"], tmp_path / "out"
     score(cluster, shards, out)
     (out / "_SUCCESS").unlink()
     run = require_run(out)
@@ -129,19 +109,19 @@ def test_a_run_over_parquet_goes_on_after_the_death_of_its_worker(
     write_attempt(run, follow_attempt(None, 0, "killed"))
     account = score(cluster, shards, out)
     assert (account["done"], account["shards_retried"]) == (NUM_IMAGES, 1)
-    check_rows(out, clean, {})
+    check_rows(out, clean["score"], {})
 
 
 def test_an_image_that_kills_whoever_decodes_it_becomes_a_row(
-    cluster: JobsCluster, images: Path, clean: Path, tmp_path: Path
+    cluster: JobsCluster, images: Path, clean: dict[str, Path], tmp_path: Path
 ) -> None:
-    (first, *_), (*_, last), *_ = find_shards(clean)
+    (first, *_), *_, (*_, last) = find_shards(clean["score"])
     poisons = {first: "KILL", last: "SEGV"}
     source = plant(images, tmp_path / "poisoned", poisons)
     account = score(cluster, source, tmp_path / "out")
     assert account["errors"] == {"worker_crash": 2}
     assert account["shards_retried"] == 0, "the worker itself has died of it"
-    check_rows(tmp_path / "out", clean, poisons)
+    check_rows(tmp_path / "out", clean["score"], poisons)
 
 
 def test_a_gpu_that_torch_does_not_see_is_told(

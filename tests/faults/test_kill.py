@@ -2,84 +2,84 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from faults.command import make_images, run_command, start_command
+from faults.command import (
+    count_parts,
+    finish_command,
+    read_parts,
+    start_command,
+)
+from faults.conftest import NUM_MANY, SHARD_SIZE
 
 pytestmark = pytest.mark.timeout(900)
 
-NUM_IMAGES = 3_000
-NUM_KILLS = 3
+NUM_SHARDS = NUM_MANY // int(SHARD_SIZE)
+START_S = 3.0  # an early kill comes within so many seconds, before the first shard
 
 
-def finish(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
-    code, result, errors = run_command(arguments, env)
-    assert code == 0, errors
-    return result
-
-
-def kill_in(process: subprocess.Popen[str], seconds: float) -> None:
-    """SIGKILL after some time, or let it end if it is faster."""
-    time.sleep(seconds)
+def kill_once(
+    process: subprocess.Popen[str], is_time: Callable[[], object], wait_s: float = 0.0
+) -> None:
+    """SIGKILL so long after it is time, or let the command end if it is faster."""
+    until_s = time.monotonic() + 240
+    while time.monotonic() < until_s and process.poll() is None and not is_time():
+        time.sleep(0.02)
+    time.sleep(wait_s)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
-
-
-@pytest.fixture(scope="module")
-def shards(images: Path, env: dict[str, str]) -> tuple[Path, float]:
-    """Undisturbed shards, and how long they took."""
-    out = images.parent / "shards"
-    finish(["convert", str(images), str(out), "--shard-size", "100"], env)
-    return out, json.loads((out / "_SUCCESS").read_text())["elapsed_s"]
-
-
-def read_parts(folder: Path) -> dict[str, Any]:
-    return {path.name: pq.read_table(path) for path in sorted(folder.glob("part-*"))}
-
-
-def disturb(
-    arguments: list[str], out: Path, elapsed_s: float, env: dict[str, str]
-) -> dict[str, Any]:
-    """Kill the command at random moments, then let it finish."""
+def disturb(arguments: list[str], out: Path, env: dict[str, str]) -> dict[str, Any]:
+    """Kill the command early, in the middle and late, then let it finish."""
     rng = random.Random(0)
     finished = 0
-    for number in range(NUM_KILLS):
-        share = (number + rng.random()) / NUM_KILLS  # early, in the middle, late
-        kill_in(start_command(arguments, env), share * elapsed_s)
+    stamps: dict[Path, int] = {}
+    for wanted in (0, NUM_SHARDS // 4, NUM_SHARDS // 2):
+        process = start_command(arguments, env)
+        wait_s = rng.random() * (0.1 if wanted else START_S)
+        kill_once(process, lambda wanted=wanted: count_parts(out) >= wanted, wait_s)
         parts = list(out.glob("*/part-*"))
         assert all(path.stat().st_size for path in parts), "half a shard is visible"
         assert len(parts) >= finished, "a finished shard is gone"
         finished = len(parts)
         stamps = {path: path.stat().st_mtime_ns for path in parts}
-    summary = finish(arguments, env)
+    assert stamps, "it was never killed with a shard done"
+    summary = finish_command(arguments, env)
     again = {path: path.stat().st_mtime_ns for path in stamps}
     assert again == stamps, "a finished shard was made again"
     return summary
 
 
 def test_a_killed_convert_equals_an_undisturbed_one(
-    images: Path, shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+    many_images: Path, shards: Path, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
+    """Its Ray dies with it."""
     out = tmp_path / "out"
-    arguments = ["convert", str(images), str(out), "--shard-size", "100"]
-    summary = disturb(arguments, out, shards[1], env)
-    assert summary["listed"] == summary["done"] == NUM_IMAGES
-    assert read_parts(out / "shards") == read_parts(shards[0] / "shards")
+    arguments = ["convert", str(many_images), str(out), "--shard-size", SHARD_SIZE]
+    summary = disturb(arguments, out, own_ray)
+    assert summary["listed"] == summary["done"] == NUM_MANY
+    assert read_parts(out) == read_parts(shards)
     assert not list(out.glob("*/.writing-*")), "a killed writer left its file behind"
+
+
+def test_a_killed_score_equals_an_undisturbed_one(
+    many_images: Path, scores: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Its cluster lives on, and with it, for a moment, its workers."""
+    out = tmp_path / "out"
+    arguments = ["score", str(many_images), str(out), "--shard-size", SHARD_SIZE]
+    summary = disturb(arguments, out, env)
+    assert summary["listed"] == summary["done"] == NUM_MANY
+    assert read_parts(out) == read_parts(scores)
 
 
 def train_arguments(shards: Path, run: Path, num_workers: str) -> list[str]:
@@ -89,10 +89,10 @@ def train_arguments(shards: Path, run: Path, num_workers: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(shards: tuple[Path, float], env: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+def trained(shards: Path, own_ray: dict[str, str]) -> tuple[dict[str, Any], bytes]:
     """The summary and the weights of an undisturbed training."""
-    run = shards[0].parent / "trained"
-    summary = finish(train_arguments(shards[0], run, "0"), env)
+    run = shards.parent / "trained"
+    summary = finish_command(train_arguments(shards, run, "0"), own_ray)
     return summary, read_weights(run)
 
 
@@ -100,61 +100,58 @@ def read_weights(run: Path) -> bytes:
     return (run / "bundle" / "model.safetensors").read_bytes()
 
 
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 @pytest.mark.parametrize(("workers", "kills"), [("0", (1, 2, 3)), ("1", (2,))])
 def test_a_killed_training_takes_the_same_steps(
-    shards: tuple[Path, float],
+    shards: Path,
     trained: tuple[dict[str, Any], bytes],
-    env: dict[str, str],
+    own_ray: dict[str, str],
     tmp_path: Path,
     workers: str,
     kills: tuple[int, ...],
 ) -> None:
-    run = tmp_path / "run"
+    run, history = tmp_path / "run", tmp_path / "run" / "history.jsonl"
     for epochs in kills:  # once so many are committed, somewhere in the next
-        process = start_command(train_arguments(shards[0], run, workers), env)
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and process.poll() is None:
-            history = run / "history.jsonl"
-            if history.exists() and len(history.read_text().splitlines()) >= epochs:
-                break
-            time.sleep(0.05)
-        kill_in(process, 0.1)
+        process = start_command(train_arguments(shards, run, workers), own_ray)
+        kill_once(process, lambda epochs=epochs: len(read_lines(history)) >= epochs, 0.1)
         assert not (run / "_SUCCESS").exists(), "it was over before it could be killed"
-    summary = finish(train_arguments(shards[0], run, workers), env)
+    summary = finish_command(train_arguments(shards, run, workers), own_ray)
     whole, weights = trained
     assert summary["steps"] == whole["steps"]
     assert read_weights(run) == weights
 
 
 def test_a_killed_search_tries_the_same_trials_and_trains_no_epoch_twice(
-    shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
+    shards: Path, own_ray: dict[str, str], env: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "space.yaml").write_text("lr: {loguniform: [0.0005, 0.02]}\n")
     (tmp_path / "recipe.yaml").write_text("epochs: 3\nbatch_size: 100\n")
 
     def arguments(run: Path) -> list[str]:
         files = [f"--search={tmp_path / 'space.yaml'}", f"--recipe={tmp_path / 'recipe.yaml'}"]
-        cache = ["--cache-dir", str(shards[0].parent / "cache")]
+        cache = ["--cache-dir", str(shards.parent / "cache")]
         trials = ["--trials", "4", "--scheduler", "none"]
-        return ["tune", str(shards[0]), str(run), *files, *cache, *trials]
+        return ["tune", str(shards), str(run), *files, *cache, *trials]
 
     def read_epochs(run: Path) -> dict[str, list[str]]:
         found = sorted(run.glob("trials/*/run-0/history.jsonl"))
-        return {path.parts[-3]: path.read_text().splitlines() for path in found}
+        return {path.parts[-3]: read_lines(path) for path in found}
 
-    whole = finish(arguments(tmp_path / "whole"), env)
+    whole = finish_command(arguments(tmp_path / "whole"), env)
     run = tmp_path / "run"
     for num_epochs in (2, 7):  # over all trials, when it is killed
-        process = start_command(arguments(run), env)
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and process.poll() is None:
-            if sum(map(len, read_epochs(run).values())) >= num_epochs:
-                break
-            time.sleep(0.05)
-        kill_in(process, 0.1)
+        process = start_command(arguments(run), own_ray)
+        kill_once(
+            process,
+            lambda wanted=num_epochs: sum(map(len, read_epochs(run).values())) >= wanted,
+            0.1,
+        )
         assert not (run / "_SUCCESS").exists(), "it was over before it could be killed"
     before = read_epochs(run)
-    summary = finish(arguments(run), env)
+    summary = finish_command(arguments(run), env)
     after = read_epochs(run)
     for trial, rows in before.items():
         assert after[trial][: len(rows)] == rows, "an epoch was trained twice"
@@ -162,16 +159,3 @@ def test_a_killed_search_tries_the_same_trials_and_trains_no_epoch_twice(
     for name in ("trials", "best_trial", "best", "chosen", "epochs", "steps"):
         assert summary[name] == whole[name]
     assert read_weights(run) == read_weights(tmp_path / "whole")
-
-
-def test_a_killed_score_equals_an_undisturbed_one(
-    images: Path, shards: tuple[Path, float], env: dict[str, str], tmp_path: Path
-) -> None:
-    def arguments(out: Path) -> list[str]:
-        return ["score", str(images), str(out), "--shard-size", "100"]
-
-    whole = finish(arguments(tmp_path / "whole"), env)
-    out = tmp_path / "out"
-    summary = disturb(arguments(out), out, whole["elapsed_s"], env)
-    assert summary["listed"] == summary["done"] == NUM_IMAGES
-    assert read_parts(out / "scores") == read_parts(tmp_path / "whole" / "scores")

@@ -8,26 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from faults.command import end_command, make_images, start_command, wait_until
+from faults.command import (
+    count_parts,
+    end_command,
+    read_parts,
+    start_command,
+    wait_until,
+)
+from faults.conftest import NUM_MANY, SHARD_SIZE
 from ray.cluster_utils import Cluster
 
 pytestmark = pytest.mark.timeout(600)
 
-NUM_IMAGES = 3_000
-SHARD_SIZE = 25
 # A node is dead after five looks that nobody answers: 2.5 s, not Ray's 15.
 QUICK_LOOKS = {"health_check_period_ms": 500}
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
-
-
 def start(verb: str, source: Path, out: Path, env: dict[str, str], *options: str) -> Any:
-    words = [verb, str(source), str(out), "--shard-size", str(SHARD_SIZE), *options]
+    words = [verb, str(source), str(out), "--shard-size", SHARD_SIZE, *options]
     return start_command(words, env)
 
 
@@ -37,20 +36,10 @@ def finish(process: Any, code: int = 0, timeout_s: float = 300) -> dict[str, Any
     return result
 
 
-def count_parts(out: Path) -> int:
-    return len(list(out.glob("*/part-*")))
-
-
-def read_parts(out: Path) -> dict[str, Any]:
-    return {path.name: pq.read_table(path) for path in sorted(out.glob("*/part-*"))}
-
-
 @pytest.fixture(scope="module")
-def whole(images: Path, env: dict[str, str]) -> dict[str, Any]:
+def whole(scores: Path) -> dict[str, Any]:
     """The shards of an undisturbed run."""
-    out = images.parent / "whole"
-    assert finish(start("score", images, out, env))["done"] == NUM_IMAGES
-    return read_parts(out)
+    return read_parts(scores)
 
 
 def start_head(num_cpus: int) -> Cluster:
@@ -59,7 +48,7 @@ def start_head(num_cpus: int) -> Cluster:
 
 
 @pytest.fixture
-def two_nodes(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head with one CPU; a test adds the second node, and may kill it."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = start_head(num_cpus=1)
@@ -68,26 +57,35 @@ def two_nodes(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_a_node_that_dies_takes_no_row_with_it(
-    images: Path, whole: dict[str, Any], two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+    many_images: Path,
+    whole: dict[str, Any],
+    two_nodes: Cluster,
+    own_ray: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     node = two_nodes.add_node(num_cpus=1)
     two_nodes.wait_for_nodes()
     out = tmp_path / "out"
-    process = start("score", images, out, env, "--address", two_nodes.address)
+    process = start("score", many_images, out, own_ray, "--address", two_nodes.address)
     wait_until(lambda: count_parts(out) >= 10)
     two_nodes.remove_node(node, allow_graceful=False)
     summary = finish(process)
-    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert summary["listed"] == summary["done"] == NUM_MANY
     assert read_parts(out) == whole
 
 
 def test_a_run_whose_cluster_is_lost_goes_on_in_another(
-    images: Path, whole: dict[str, Any], two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+    many_images: Path,
+    whole: dict[str, Any],
+    two_nodes: Cluster,
+    own_ray: dict[str, str],
+    env: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     two_nodes.add_node(num_cpus=1)
     two_nodes.wait_for_nodes()
     out = tmp_path / "out"
-    process = start("score", images, out, env, "--address", two_nodes.address)
+    process = start("score", many_images, out, own_ray, "--address", two_nodes.address)
     wait_until(lambda: count_parts(out) >= 10)
     for node in [*two_nodes.worker_nodes, two_nodes.head_node]:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
@@ -95,14 +93,18 @@ def test_a_run_whose_cluster_is_lost_goes_on_in_another(
     process.communicate()
     done = count_parts(out)
     assert not (out / "_SUCCESS").exists()
-    summary = finish(start("score", images, out, env, "--num-workers", "1"))
+    summary = finish(start("score", many_images, out, env, "--num-workers", "1"))
     assert summary["shards_resumed"] >= min(done, 10)
-    assert summary["listed"] == summary["done"] == NUM_IMAGES
+    assert summary["listed"] == summary["done"] == NUM_MANY
     assert read_parts(out) == whole
 
 
 def test_a_run_that_cannot_be_placed_any_more_ends_and_says_so(
-    images: Path, whole: dict[str, Any], env: dict[str, str], tmp_path: Path
+    many_images: Path,
+    whole: dict[str, Any],
+    own_ray: dict[str, str],
+    env: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """All CPUs are on the node that dies."""
     cluster = start_head(num_cpus=0)
@@ -111,7 +113,7 @@ def test_a_run_that_cannot_be_placed_any_more_ends_and_says_so(
         cluster.wait_for_nodes()
         out = tmp_path / "out"
         options = ("--address", cluster.address, "--stall-timeout-s", "15")
-        process = start("score", images, out, env, *options)
+        process = start("score", many_images, out, own_ray, *options)
         wait_until(lambda: count_parts(out) >= 10)
         cluster.remove_node(node, allow_graceful=False)
         summary = finish(process, code=6, timeout_s=120)
@@ -120,12 +122,12 @@ def test_a_run_that_cannot_be_placed_any_more_ends_and_says_so(
     assert "no progress for 15 s" in summary["error"]
     assert "1 nodes alive with 0 CPUs" in summary["error"]
     assert "Run the same command again" in summary["error"]
-    assert finish(start("score", images, out, env))["done"] == NUM_IMAGES
+    assert finish(start("score", many_images, out, env))["done"] == NUM_MANY
     assert read_parts(out) == whole
 
 
 def test_a_cluster_whose_cpus_are_taken_is_waited_for_only_so_long(
-    images: Path, env: dict[str, str], tmp_path: Path, two_nodes: Cluster
+    many_images: Path, own_ray: dict[str, str], tmp_path: Path, two_nodes: Cluster
 ) -> None:
     hog = """
 import ray, sys, time
@@ -141,11 +143,11 @@ ray.get(hold.remote())
 """
     held = tmp_path / "held"
     script = hog.replace("sys.argv[2]", repr(str(held)))
-    other = subprocess.Popen([sys.executable, "-c", script, two_nodes.address], env=env)
+    other = subprocess.Popen([sys.executable, "-c", script, two_nodes.address], env=own_ray)
     try:
         wait_until(held.exists)
         options = ("--address", two_nodes.address, "--stall-timeout-s", "5")
-        summary = finish(start("convert", images, tmp_path / "out", env, *options), code=6)
+        summary = finish(start("convert", many_images, tmp_path / "out", own_ray, *options), code=6)
     finally:
         other.kill()
         other.wait()

@@ -11,20 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.command import make_images, run_command, wait_until
+from faults.command import wait_until
 
-pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, 3000)
+pytestmark = pytest.mark.timeout(600)
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "cifake_ray", *command, "--json"],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -35,11 +30,15 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def interrupt(
-    command: list[str], is_time: Callable[[], object], number: signal.Signals, code: int
+    command: list[str],
+    env: dict[str, str],
+    is_time: Callable[[], object],
+    number: signal.Signals,
+    code: int,
 ) -> str:
     """What a command says that is sent a signal when it is time."""
-    process = start(command)
-    wait_until(is_time, 120)
+    process = start(command, env)
+    wait_until(is_time)
     os.kill(process.pid, number)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == code, errors
@@ -48,25 +47,32 @@ def interrupt(
     return errors
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "ray"), [(signal.SIGINT, 130, "own_ray"), (signal.SIGTERM, 143, "env")]
+)
 def test_a_signal_during_the_work_ends_it_with_a_word(
-    images: Path, tmp_path: Path, number: signal.Signals, code: int
+    request: pytest.FixtureRequest,
+    many_images: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    ray: str,
 ) -> None:
-    out = tmp_path / "out"
-    command = ["score", str(images), str(out), "--shard-size", "20"]
-    errors = interrupt(command, lambda: list(out.glob("scores/part-*")), number, code)
+    """With a Ray that ends too, and on a cluster that stays."""
+    env, out = request.getfixturevalue(ray), tmp_path / "out"
+    command = ["score", str(many_images), str(out), "--shard-size", "20"]
+    errors = interrupt(command, env, lambda: list(out.glob("scores/part-*")), number, code)
     assert "Traceback" not in errors, "a thread of ours was told of Ray's end"
     assert not (out / "_SUCCESS").exists()
 
 
 def test_training_ends_even_when_nobody_is_left_to_read(
-    images: Path, env: dict[str, str], tmp_path: Path
+    shards: Path, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
-    shards, run = tmp_path / "shards", tmp_path / "run"
-    assert run_command(["convert", str(images), str(shards)], env)[0] == 0
+    run = tmp_path / "run"
     command = ["train", str(shards), str(run), "--epochs", "500", "--cache-dir", str(tmp_path)]
-    process = start(command)
-    wait_until((run / "history.jsonl").exists, 120)
+    process = start(command, own_ray)
+    wait_until((run / "history.jsonl").exists)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
@@ -76,13 +82,16 @@ def test_training_ends_even_when_nobody_is_left_to_read(
 
 
 def test_a_search_ends_with_a_word_and_its_threads_start_no_other_ray(
-    images: Path, env: dict[str, str], tmp_path: Path
+    shards: Path, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
-    shards, run, cache = tmp_path / "shards", tmp_path / "run", tmp_path / "cache"
-    assert run_command(["convert", str(images), str(shards)], env)[0] == 0
+    run, cache = tmp_path / "run", tmp_path / "cache"
     command = ["tune", str(shards), str(run), "--cache-dir", str(cache), "--epochs", "500"]
     errors = interrupt(
-        command, lambda: list(run.glob("trials/*/run-0/history.jsonl")), signal.SIGINT, 130
+        command,
+        own_ray,
+        lambda: list(run.glob("trials/*/run-0/history.jsonl")),
+        signal.SIGINT,
+        130,
     )
     assert "SIGTERM handler" not in errors, "Ray was started by a thread"
     assert not (run / "_SUCCESS").exists()

@@ -11,18 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import end_command, make_images, run_command, start_command
+from faults.command import end_command, run_command, start_command
+from faults.conftest import NUM_IMAGES
 from faults.proxy import run_proxy
 from s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(600)
-
-NUM_IMAGES = 120
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
 
 
 def read_rows(tables: list[pa.Table]) -> dict[str, dict[str, object]]:
@@ -49,15 +43,13 @@ def same_scores(first: dict[str, dict[str, object]], second: dict[str, dict[str,
 
 
 def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
-    s3_env: S3Server, store_env: dict[str, str], images: Path, tmp_path: Path
+    s3_env: S3Server, env: dict[str, str], images: Path, clean: dict[str, Path], tmp_path: Path
 ) -> None:
     bucket = s3_env.make_bucket()
     keys = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
     for key in keys:
         s3_env.put(bucket, f"in/{key}", (images / key).read_bytes())
-    code, _, errors = run_command(["score", str(images), str(tmp_path / "whole")], store_env)
-    assert code == 0, errors
-    whole = read_folder(tmp_path / "whole" / "scores")
+    whole = read_folder(clean["score"] / "scores")
 
     gone, changed, throttled, denied = keys[:4]
     with run_proxy(s3_env.endpoint) as proxy:
@@ -71,8 +63,8 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
         proxy.fail("status", status=500, times=8, path=".jpg")
         out = str(tmp_path / "out")
         arguments = ["score", f"s3://{bucket}/in", out, "--s3-endpoint-url", proxy.endpoint]
-        code, summary, errors = run_command(arguments, store_env)
-        assert code == 3, errors  # 4 of 120 are more than the default budget
+        code, summary, errors = run_command(arguments, env)
+        assert code == 3, errors  # 4 of 200 are more than the default budget
         expected = {"not_found": 1, "changed": 1, "io_throttled": 1, "denied": 1}
         assert summary["errors"] == expected
         assert summary["done"] == NUM_IMAGES - 4
@@ -89,7 +81,7 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
         # The store is well again: what may have passed is tried again, and only that.
         proxy.faults.clear()
         proxy.seen.clear()
-        code, summary, errors = run_command([*arguments, "--retry-errors"], store_env)
+        code, summary, errors = run_command([*arguments, "--retry-errors"], env)
         assert code == 3, errors
         assert summary["errors"] == {"not_found": 1, "changed": 1}
         fetched = {seen.target.partition("/in/")[2] for seen in proxy.requests(".jpg")}
@@ -102,12 +94,12 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
 
 @pytest.mark.parametrize("where", ["bucket", "folder"])
 def test_two_runs_on_one_output_leave_one_set_of_rows(
-    s3_env: S3Server, store_env: dict[str, str], images: Path, tmp_path: Path, where: str
+    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path, where: str
 ) -> None:
     bucket = s3_env.make_bucket()
     out = f"s3://{bucket}/out" if where == "bucket" else str(tmp_path / "out")
     arguments = ["score", str(images), out, "--shard-size", "20", "--num-workers", "1"]
-    processes = [start_command(arguments, store_env) for _ in range(2)]
+    processes = [start_command(arguments, env) for _ in range(2)]
     for process in processes:
         code, summary, errors = end_command(process)
         assert code == 0, errors
@@ -118,7 +110,7 @@ def test_two_runs_on_one_output_leave_one_set_of_rows(
         else read_folder(tmp_path / "out" / "scores")
     )
     assert len(rows) == NUM_IMAGES
-    code, verdict, _ = run_command(["verify", out], store_env)
+    code, verdict, _ = run_command(["verify", out], env)
     assert (code, verdict["damaged"]) == (0, {})
 
 

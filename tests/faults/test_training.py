@@ -14,27 +14,17 @@ import pytest
 from faults.command import (
     end_command,
     find_workers,
-    make_images,
-    run_command,
+    finish_command,
     start_command,
     wait_until,
 )
 from ray.cluster_utils import Cluster
+from ray_head import JobsCluster
 
 pytestmark = pytest.mark.timeout(600)
 
-NUM_IMAGES = 1_000
-CHECKPOINT_STEPS = "7"  # of 45 in an epoch
+CHECKPOINT_STEPS = "7"  # of some 90 in an epoch
 START_TIMEOUT_S = "10"  # Ray Train waits so long for workers of a node not yet known to be dead
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
-    images = make_images(tmp_path_factory, NUM_IMAGES)
-    out = images.parent / "shards"
-    code, _, errors = run_command(["convert", str(images), str(out)], env)
-    assert code == 0, errors
-    return out
 
 
 def make_arguments(shards: Path, run: Path, num_workers: str, *options: str) -> list[str]:
@@ -59,20 +49,20 @@ def drop_timings(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_worker_killed_within_an_epoch_goes_on_from_there(
-    shards: Path, env: dict[str, str], tmp_path: Path
+    shards: Path, head: JobsCluster, env: dict[str, str], tmp_path: Path
 ) -> None:
     """Equal weights are equal steps on equal images; the checkpoint says they were not redone."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     options = ("--epochs", "3")
-    finish(start_command(make_arguments(shards, whole, "2", *options), env))
+    finish_command(make_arguments(shards, whole, "2", *options), env)
     process = start_command(make_arguments(shards, run, "2", *options), env)
     checkpoint = run / "checkpoints" / "last.pt"
     wait_until(checkpoint.exists)
-    first = find_workers(process, "RayTrainWorker")
+    first = find_workers(head.pid, "RayTrainWorker")
     assert len(first) == 2
     first[1].kill()
     wait_until(
-        lambda: {p.pid for p in find_workers(process, "RayTrainWorker")} - {p.pid for p in first}
+        lambda: {p.pid for p in find_workers(head.pid, "RayTrainWorker")} - {p.pid for p in first}
     )
     summary = finish(process)
     assert summary["steps"] == json.loads((whole / "_SUCCESS").read_text())["steps"]
@@ -95,11 +85,11 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 
 def test_elastic_training_goes_on_with_the_node_that_is_left(
-    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+    shards: Path, two_nodes: Cluster, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
     run, epochs = tmp_path / "run", 4
     options = ("--epochs", str(epochs), "--address", two_nodes.address)
-    waits = {**env, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
+    waits = {**own_ray, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
     process = start_command(make_arguments(shards, run, "1:2", *options), waits)
     wait_until(lambda: read_history(run))
     (node,) = two_nodes.worker_nodes
@@ -113,19 +103,19 @@ def test_elastic_training_goes_on_with_the_node_that_is_left(
 
 
 def test_a_spot_node_that_is_taken_away_in_time_is_no_failure(
-    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+    shards: Path, two_nodes: Cluster, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
     """Ray is told before the node goes, as by `ray start --block` or its autoscaler."""
     run, epochs = tmp_path / "run", 4
     options = ("--epochs", str(epochs), "--address", two_nodes.address, "--max-failures", "0")
-    waits = {**env, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
+    waits = {**own_ray, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": START_TIMEOUT_S}
     process = start_command(make_arguments(shards, run, "1:2", *options), waits)
     wait_until(lambda: read_history(run))
     (node,) = two_nodes.worker_nodes
     drain = ["ray.scripts.scripts", "drain-node", "--address", two_nodes.address]
     drain += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     drain += ["--reason-message", "spot", "--deadline-remaining-seconds", "2"]
-    subprocess.run([sys.executable, "-m", *drain], env=env, check=True)
+    subprocess.run([sys.executable, "-m", *drain], env=own_ray, check=True)
     time.sleep(2)
     two_nodes.remove_node(node, allow_graceful=False)
     summary = finish(process)
@@ -134,7 +124,7 @@ def test_a_spot_node_that_is_taken_away_in_time_is_no_failure(
 
 
 def test_a_search_loses_no_trial_and_no_epoch_with_a_node(
-    shards: Path, two_nodes: Cluster, env: dict[str, str], tmp_path: Path
+    shards: Path, two_nodes: Cluster, own_ray: dict[str, str], tmp_path: Path
 ) -> None:
     run, epochs = tmp_path / "run", 6
     (tmp_path / "space.yaml").write_text("lr: {loguniform: [0.0005, 0.02]}\n")
@@ -147,7 +137,7 @@ def test_a_search_loses_no_trial_and_no_epoch_with_a_node(
         folders = sorted(run.glob("trials/*/run-0"))
         return [read_history(folder) for folder in folders]
 
-    process = start_command(words, env)
+    process = start_command(words, own_ray)
     wait_until(lambda: sum(len(history) > 1 for history in read_trials()) == 2)
     before = read_trials()
     (node,) = two_nodes.worker_nodes

@@ -12,18 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
-from faults.command import find_workers, make_env, make_images, wait_until
+from faults.command import count_parts, find_workers, join, make_env, wait_until
+from faults.conftest import NUM_IMAGES, NUM_MANY, SHARD_SIZE
+from ray_head import JobsCluster, run_head, wait_for_idle
 
 pytestmark = pytest.mark.timeout(600)
 
-NUM_IMAGES = 200
-SHARD_SIZE = 40
-RESULTS = {"convert": "shards", "score": "scores"}
 
 SITECUSTOMIZE = '''
 import importlib.util, os, signal, sys
@@ -67,21 +68,38 @@ sys.meta_path.insert(0, After("cifake_ray.core.imaging.decode", poison_decoder))
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def poisoned_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with which decoders die of marked images."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return make_env(PYTHONPATH=os.pathsep.join(paths))
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory, NUM_IMAGES)
+def poisoned_ray(poisoned_path: str) -> dict[str, str]:
+    """For a command that starts a Ray of its own, whose decoders die so."""
+    return make_env(PYTHONPATH=poisoned_path)
+
+
+@pytest.fixture(scope="module")
+def poisoned_head(
+    poisoned_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[JobsCluster]:
+    folder = tmp_path_factory.mktemp("poisoned")
+    with run_head(folder, variables={"PYTHONPATH": poisoned_path}) as head:
+        yield head
+
+
+@pytest.fixture
+def poisoned_env(poisoned_head: JobsCluster) -> dict[str, str]:
+    """For a command that works on a cluster whose decoders die so."""
+    wait_for_idle(poisoned_head)
+    return join(poisoned_head)
 
 
 def make_command(verb: str, source: Path, out: Path, *options: str) -> list[str]:
     words = [sys.executable, "-m", "cifake_ray", verb, str(source), str(out), *options, "--json"]
-    return [*words, "--shard-size", str(SHARD_SIZE)]
+    return [*words, "--shard-size", SHARD_SIZE]
 
 
 def run_verb(command: list[str], env: dict[str, str]) -> dict[str, Any]:
@@ -103,17 +121,6 @@ def read_rows(out: Path) -> dict[str, dict[str, Any]]:
 
 def find_shards(out: Path) -> list[list[str]]:
     return [pq.read_table(path)["key"].to_pylist() for path in sorted(out.glob("*/part-*"))]
-
-
-@pytest.fixture(scope="module")
-def clean(images: Path, env: dict[str, str]) -> dict[str, Path]:
-    """Undisturbed runs, by verb."""
-    outs = {}
-    for verb in RESULTS:
-        outs[verb] = images.parent / f"clean-{verb}"
-        summary = run_verb(make_command(verb, images, outs[verb]), env)
-        assert summary["done"] == summary["listed"] == NUM_IMAGES
-    return outs
 
 
 def plant(images: Path, target: Path, poisons: dict[str, str]) -> Path:
@@ -142,18 +149,34 @@ def check_rows(out: Path, clean: Path, poisons: dict[str, str]) -> None:
     assert not (out / "attempts").exists()
 
 
-@pytest.mark.parametrize("cpus", ["0", "0,1"])
-@pytest.mark.parametrize("verb", ["convert", "score"])
+@pytest.mark.parametrize(
+    ("verb", "where"),
+    [
+        ("convert", "one of two workers"),
+        ("convert", "the only worker"),
+        ("score", "one of two workers"),
+        ("score", "a machine of one CPU"),
+    ],
+)
 def test_images_that_kill_their_worker_become_rows(
-    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path, verb: str, cpus: str
+    request: pytest.FixtureRequest,
+    images: Path,
+    clean: dict[str, Path],
+    poisoned_env: dict[str, str],
+    tmp_path: Path,
+    verb: str,
+    where: str,
 ) -> None:
-    if len(os.sched_getaffinity(0)) < 2 and cpus != "0":
-        pytest.skip("this machine has one CPU")
+    env, before, options = poisoned_env, list[str](), list[str]()
+    if where == "the only worker":
+        options = ["--num-workers", "1"]
+    elif where == "a machine of one CPU":
+        env, before = request.getfixturevalue("poisoned_ray"), ["taskset", "-c", "0"]
     shards = find_shards(clean[verb])
     poisons = {shards[1][0]: "KILL", shards[1][20]: "SEGV", shards[3][39]: "EXIT"}
     source = plant(images, tmp_path / "images", poisons)
-    command = make_command(verb, source, tmp_path / "out", "--max-error-rate", "0.015")
-    summary = run_verb(["taskset", "-c", cpus, *command], env)
+    options += ["--max-error-rate", "0.015"]
+    summary = run_verb([*before, *make_command(verb, source, tmp_path / "out", *options)], env)
     assert summary["exit_code"] == 0, summary
     assert summary["errors"] == {"worker_crash": 3}
     assert (summary["listed"], summary["done"]) == (NUM_IMAGES, NUM_IMAGES - 3)
@@ -167,63 +190,72 @@ def test_images_that_kill_their_worker_become_rows(
     ]
     # Over the budget the rows are the same and the exit code tells; trying again is no crash loop.
     command = make_command(verb, source, tmp_path / "out", "--max-error-rate", "0")
-    summary = run_verb([*command, "--retry-errors"], env)
+    summary = run_verb([*command, "--retry-errors"], poisoned_env)
     assert (summary["exit_code"], summary["shards_resumed"]) == (3, 3)
     check_rows(tmp_path / "out", clean[verb], poisons)
 
 
 def test_images_that_killed_their_worker_are_tried_again_with_a_mended_decoder(
-    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path
+    images: Path,
+    clean: dict[str, Path],
+    poisoned_env: dict[str, str],
+    env: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     shards = find_shards(clean["score"])
     poisons = {shards[0][0]: "KILL", shards[4][1]: "SEGV"}
     source = plant(images, tmp_path / "images", poisons)
     command = make_command("score", source, tmp_path / "out")
-    assert run_verb(command, env)["failed"] == 2
-    mended = {name: value for name, value in env.items() if name != "PYTHONPATH"}
-    if "PYTHONPATH" in os.environ:
-        mended["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    summary = run_verb([*command, "--retry-errors"], mended)
+    assert run_verb(command, poisoned_env)["failed"] == 2
+    summary = run_verb([*command, "--retry-errors"], env)
     assert (summary["failed"], summary["shards_resumed"]) == (0, 3)
     check_rows(tmp_path / "out", clean["score"], {})
 
 
 @pytest.mark.parametrize("verb", ["convert", "score"])
 def test_an_image_that_hangs_becomes_a_row_and_the_run_goes_on(
-    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path, verb: str
+    images: Path,
+    clean: dict[str, Path],
+    poisoned_env: dict[str, str],
+    tmp_path: Path,
+    verb: str,
 ) -> None:
     shards = find_shards(clean[verb])
     poisons = {shards[2][7]: "HANG", shards[2][8]: "KILL"}
     source = plant(images, tmp_path / "images", poisons)
-    command = make_command(verb, source, tmp_path / "out", "--stall-timeout-s", "40")
-    summary = run_verb([*command, "--num-workers", "1"], env)
+    command = make_command(verb, source, tmp_path / "out", "--stall-timeout-s", "32")
+    summary = run_verb([*command, "--num-workers", "1"], poisoned_env)
     assert (summary["exit_code"], summary["errors"]) == (0, {"worker_crash": 2}), summary
     check_rows(tmp_path / "out", clean[verb], poisons)
     row = read_rows(tmp_path / "out")[shards[2][7]]
-    assert row["error_detail"] == "the decoder gave no answer within 5 s"
+    assert row["error_detail"] == "the decoder gave no answer within 4 s"
 
 
 def test_a_run_with_poison_can_be_killed_and_resumed(
-    images: Path, clean: dict[str, Path], env: dict[str, str], tmp_path: Path
+    images: Path,
+    clean: dict[str, Path],
+    poisoned_ray: dict[str, str],
+    poisoned_env: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     shards = find_shards(clean["convert"])
     poisons = {shard[number]: "SEGV" for number, shard in enumerate(shards)}
     source = plant(images, tmp_path / "images", poisons)
     command = make_command("convert", source, tmp_path / "out", "--max-error-rate", "0.1")
     for num_parts in (0, 2, 4):
-        process = start_group(command, env)
+        process = start_group(command, poisoned_ray)
         wait_until(
             lambda process=process, wanted=num_parts: (
                 process.poll() is not None
                 or (
                     (tmp_path / "out" / "attempts").exists()
-                    and len(list((tmp_path / "out").glob("*/part-*"))) >= wanted
+                    and count_parts(tmp_path / "out") >= wanted
                 )
             )
         )
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    summary = run_verb(command, env)
+    summary = run_verb(command, poisoned_env)
     assert summary["errors"] == {"worker_crash": len(shards)}
     check_rows(tmp_path / "out", clean["convert"], poisons)
 
@@ -240,36 +272,33 @@ def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str
     )
 
 
-@pytest.fixture(scope="module")
-def many_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So many that a worker can be found and killed before the run is over."""
-    return make_images(tmp_path_factory, 3000)
-
-
-@pytest.mark.parametrize("verb", ["convert", "score"])
+@pytest.mark.parametrize(("verb", "undisturbed"), [("convert", "shards"), ("score", "scores")])
 def test_each_worker_may_be_killed_once(
-    many_images: Path, env: dict[str, str], tmp_path: Path, verb: str
+    request: pytest.FixtureRequest,
+    many_images: Path,
+    head: JobsCluster,
+    tmp_path: Path,
+    verb: str,
+    undisturbed: str,
 ) -> None:
-    whole = run_verb(make_command(verb, many_images, tmp_path / "whole"), env)
-    assert whole["shards_retried"] == 0
-    process = start_group(make_command(verb, many_images, tmp_path / "out"), env)
+    whole = request.getfixturevalue(undisturbed)
+    process = start_group(make_command(verb, many_images, tmp_path / "out"), join(head))
     killed: set[int] = set()
-    parts = RESULTS[verb]
-    for number in range(whole["shards_total"] and min(2, len(os.sched_getaffinity(0)))):
-        wanted = 5 + 20 * number
-        wait_until(
-            lambda wanted=wanted: len(list((tmp_path / "out" / parts).glob("part-*"))) >= wanted
-        )
-        wait_until(lambda: [w for w in find_workers(process, "ShardWorker") if w.pid not in killed])
-        victim = next(w for w in find_workers(process, "ShardWorker") if w.pid not in killed)
+
+    def find_alive() -> list[psutil.Process]:
+        return [w for w in find_workers(head.pid, "ShardWorker") if w.pid not in killed]
+
+    for wanted in (5, 25):
+        wait_until(lambda wanted=wanted: count_parts(tmp_path / "out") >= wanted)
+        wait_until(find_alive)
+        victim = find_alive()[0]
         victim.kill()
         killed.add(victim.pid)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert killed
     summary = json.loads(output)
-    assert summary["listed"] == summary["done"] == whole["done"] == 3000
-    assert read_rows(tmp_path / "out") == read_rows(tmp_path / "whole")
+    assert summary["listed"] == summary["done"] == NUM_MANY
+    assert read_rows(tmp_path / "out") == read_rows(whole)
 
 
 DEADLY_DETECTOR = """
@@ -283,14 +312,15 @@ sys.meta_path.insert(0, After("cifake_ray.core.processing.score", kill))
 
 
 def test_a_worker_that_always_dies_ends_the_run_with_a_remedy(
-    images: Path, env: dict[str, str], tmp_path: Path
+    images: Path, poisoned_ray: dict[str, str], env: dict[str, str], tmp_path: Path
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE + DEADLY_DETECTOR)
-    process_env = {**env, "PYTHONPATH": os.pathsep.join([str(site), env["PYTHONPATH"]])}
+    path = os.pathsep.join([str(site), poisoned_ray["PYTHONPATH"]])
     summary = run_verb(
-        make_command("score", images, tmp_path / "out", "--num-workers", "1"), process_env
+        make_command("score", images, tmp_path / "out", "--num-workers", "1"),
+        {**poisoned_ray, "PYTHONPATH": path},
     )
     assert summary["exit_code"] == 6
     assert "has ended its worker 5 times" in summary["error"]

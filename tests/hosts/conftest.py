@@ -73,14 +73,7 @@ def hosts(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         on = network.add_host("store")
         store = stack.enter_context(run_server(binary, on.address, on.enter))
         head = network.add_host("head")
-        env = ray_head.make_env(
-            folder,
-            AWS_ACCESS_KEY_ID=store.access_key,
-            AWS_SECRET_ACCESS_KEY=store.secret_key,
-            AWS_REGION=store.region,
-            AWS_ENDPOINT_URL=store.endpoint,
-            AWS_EC2_METADATA_DISABLED="true",
-        )
+        env = ray_head.make_env(folder, **store.make_env())
         words = ["--head", "--node-ip-address", head.address, "--port", str(GCS_PORT)]
         words += ["--dashboard-host", head.address, "--dashboard-port", str(JOBS_PORT)]
         words += ["--num-cpus", "0", "--object-store-memory", "100000000"]

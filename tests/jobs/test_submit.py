@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ import typer
 from faults.command import wait_until
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobType
-from ray_head import JobsCluster, run_head
+from ray_head import JobsCluster
 from typer.testing import CliRunner
 
 import cifake_ray
@@ -44,10 +44,10 @@ from cifake_ray.stages import submit as stages_submit
 CHECKOUT = Path(cifake_ray.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsCluster]:
-    with run_head(tmp_path_factory.mktemp("head")) as head:
-        yield head
+@pytest.fixture
+def cluster(head: JobsCluster) -> JobsCluster:
+    """The cluster that the tests share, of two CPUs."""
+    return head
 
 
 def start(cluster: JobsCluster, *words: object, **variables: str) -> subprocess.Popen[str]:

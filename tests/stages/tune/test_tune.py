@@ -94,7 +94,9 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     )
     assert f"{command} --trials 3 --scheduler none" in (run / "report.html").read_text()
     table = [line for line in said if line.startswith("| ")]
-    assert len(table) == 5  # head, rule, three trials
+    size = 5  # head, rule, three trials
+    assert len(table) % size == 0, "a slow search shows it more than once"
+    assert table[-size].startswith("| trial | ")
     before = read_stamps(run)
     with monkeypatch.context() as patched:  # it needs neither
         for name in ("connect_cluster", "read_training_rows"):
@@ -233,7 +235,8 @@ def test_options_that_do_not_go_together_are_left_out_with_the_reason(
 ) -> None:
     Path(files["search"]).write_text("patience: [null, 2]\nmin_delta: [0.0, 0.001]\n")
     said: list[str] = []
-    run_tune(shards, tmp_path / "run", files, searcher="grid", epochs=1, log=said.append)
+    options: dict[str, Any] = {"searcher": "grid", "epochs": 1, "trials": 4}
+    run_tune(shards, tmp_path / "run", files, log=said.append, **options)
     assert said[0].startswith("tune: 1 choices left out (1: --min-delta needs --patience")
     assert len(read_rows(tmp_path / "run")) == 3
 
@@ -349,7 +352,7 @@ def test_the_time_budget_ends_the_search_and_is_the_reason(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
     summary = run_tune(
-        shards, tmp_path / "run", files, trials=3, epochs=4000, time_budget=12, scheduler="none"
+        shards, tmp_path / "run", files, trials=3, epochs=4000, time_budget=20, scheduler="none"
     )
     assert summary["ends"] == {"the time budget was over": 3}
     assert summary["epochs"] == summary["epochs_planned"], "nothing was saved by stopping early"
