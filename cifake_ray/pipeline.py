@@ -165,11 +165,9 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
         ) from error
     aside = set_damaged_aside(path)
     try:
-        result = run_verb(again, started_s)
-        aside.discard()
+        return run_verb(again, started_s)
     finally:
         aside.restore()  # after a failure everything is as it was before
-    return result
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:

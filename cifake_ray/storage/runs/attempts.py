@@ -16,7 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.files import discard, list_folder, read_if_exists, write_volatile
+from cifake_ray.storage.io.files import (
+    discard,
+    list_folder,
+    read_if_exists,
+    remove_leftovers,
+    write_volatile,
+)
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run
 
@@ -97,6 +103,7 @@ def clear_attempts(run: Run) -> None:
     for path in list_folder(folder):
         if HEARTBEAT_NAME.fullmatch(path.name):
             discard(path)
+    remove_leftovers(folder)  # of workers that were killed while they wrote a heartbeat
     if isinstance(folder, Path):
         with suppress(OSError):
             folder.rmdir()

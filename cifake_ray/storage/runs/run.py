@@ -39,6 +39,8 @@ from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
 MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
+ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
+ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
 FILES_FIELDS = [
     pa.field("name", pa.string()),
     pa.field("size_bytes", pa.int64()),
@@ -251,6 +253,9 @@ class RunPlan:
         claim_folder(self.out, self._settings, self.config, plan)
         run = read_run(self.out)
         assert run is not None
+        if run.manifest != manifest:  # another process was first
+            for file in manifest.files:
+                discard(folder / file.name)
         return run
 
     def open(self) -> Run:
@@ -304,8 +309,11 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     schema = pa.schema(FILES_FIELDS, metadata={b"schema_version": str(SCHEMA_VERSION).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
-    remove_leftovers(run.results_folder)
-    remove_leftovers(run.manifest_folder)
+    for folder in (run.out, run.results_folder, run.manifest_folder):
+        remove_leftovers(folder)
+        for path in list_folder(folder):
+            if ASIDE_NAME.fullmatch(path.name):
+                discard(path)
     named = {file.name for file in run.manifest.files}
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
         if path.name not in named and MANIFEST_NAME.fullmatch(path.name):

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from cifake_ray.core.schema import shard_name
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
-    discard,
     exists,
     hash_file,
     list_folder,
@@ -25,7 +24,7 @@ from cifake_ray.storage.io.files import (
     stamp_file,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import FILES_FIELDS, Run, require_run
+from cifake_ray.storage.runs.run import ASIDE_PREFIX, FILES_FIELDS, Run, require_run
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -97,10 +96,6 @@ class SetAside:
             if exists(aside) and not exists(path):
                 move(aside, path)
 
-    def discard(self) -> None:
-        for aside in self.files.values():
-            discard(aside)
-
 
 def set_damaged_aside(out: AnyPath) -> SetAside:
     """Rename damaged result files and `_SUCCESS`, so that the run's command makes them again.
@@ -116,7 +111,7 @@ def set_damaged_aside(out: AnyPath) -> SetAside:
             f"{out}/{lost[0]}: the manifest is damaged or missing; start again in a new folder"
         )
     paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
-    files = {path: path.parent / f".aside-{path.name}" for path in paths if exists(path)}
+    files = {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
     for path, aside in files.items():
         move(path, aside)
     return SetAside(files)

@@ -1,0 +1,216 @@
+"""A simulated computer: a process can be killed at any change that it makes to its output.
+
+Nothing that a killed process would still do reaches the disk or the bucket: every later change
+raises `Killed` again, so that no `finally` cleans up.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import ray.data
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cifake_ray.storage.io import files
+from cifake_ray.storage.runs.run import RESULTS
+
+FOLDERS = {
+    "attempts": "attempts",
+    "manifest": "manifest",
+    **dict.fromkeys(RESULTS.values(), "results"),
+}
+FIRST_PID = 2**30  # above the largest number that Linux gives a process
+
+
+class Killed(BaseException):
+    """SIGKILL: nothing in the package may catch it."""
+
+
+@dataclass(eq=False)
+class Process:
+    pid: int
+    parent: Process | None
+    is_alive: bool = True
+
+
+@dataclass
+class Trigger:
+    """An event at the `count`-th change below a folder of the output."""
+
+    folder: str  # attempts, manifest, results, or "" for the files of the output itself
+    count: int
+    event: Callable[[], None]
+    only_writes: bool = False
+
+    def count_change(self, path: str, is_write: bool) -> bool:
+        """Whether the event is due now."""
+        below = path.partition("/out/")[2].split("/")
+        folder = FOLDERS.get(below[0], "")
+        self.count -= folder == self.folder and (is_write or not self.only_writes)
+        return self.count == 0
+
+
+class Computer:
+    """Runs one process at a time; `trigger` interrupts it once."""
+
+    def __init__(self) -> None:
+        self.process: Process | None = None
+        self.trigger: Trigger | None = None
+        self.alive_pids: set[int] = set()
+        self.pids = itertools.count(FIRST_PID)
+
+    @contextmanager
+    def start_process(self, parent: Process | None = None) -> Iterator[Process]:
+        before, process = self.process, Process(next(self.pids), parent)
+        self.process = process
+        self.alive_pids.add(process.pid)
+        try:
+            yield process
+        finally:
+            self.alive_pids.discard(process.pid)
+            self.process = before
+
+    def kill_process(self) -> None:
+        """Kill the process that runs now."""
+        assert self.process is not None
+        self.process.is_alive = False
+        raise Killed
+
+    def kill_command(self) -> None:
+        """Kill the process that runs now and those that started it."""
+        assert self.process is not None
+        if self.process.parent is not None:
+            self.process.parent.is_alive = False
+        self.kill_process()
+
+    def fill_disk(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def change(self, path: object, *, is_write: bool = False) -> None:
+        """Called before each change of a file or folder."""
+        if self.process is None:
+            return
+        if not self.process.is_alive:
+            raise Killed
+        if self.trigger is not None and self.trigger.count_change(str(path), is_write):
+            event, self.trigger = self.trigger.event, None
+            event()
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Put the computer below `cifake_ray.storage.io.files`, and an empty memory://."""
+        patch.setattr(files, "os", SimulatedOs(self))
+        patch.setattr(files, "open", self._open, raising=False)
+        for name in ("unlink", "mkdir", "rmdir"):
+            patch.setattr(Path, name, self._watch(getattr(Path, name), is_write=name == "mkdir"))
+        patch.setattr(MemoryFileSystem, "store", {})
+        patch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
+        for name in ("pipe_file", "rm_file", "cp_file"):
+            watched = self._watch(getattr(MemoryFileSystem, name), is_write=name != "rm_file")
+            patch.setattr(MemoryFileSystem, name, watched)
+        patch.setattr(ray.data, "from_items", lambda rows, **options: SimulatedData(self, rows))
+
+    def _watch(self, function: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            path = next(a for a in arguments if isinstance(a, (str, Path)))
+            self.change(path, is_write=is_write)
+            return function(*arguments, **options)
+
+        return call
+
+    def _open(self, path: Path, mode: str) -> Any:
+        return open(path, mode) if mode == "rb" else HalfFile(self, path, mode)
+
+
+class SimulatedOs:
+    """`os` with the processes of a computer. Nothing is forced to disk, which takes time."""
+
+    def __init__(self, computer: Computer) -> None:
+        self.computer = computer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def getpid(self) -> int:
+        process = self.computer.process
+        return process.pid if process else os.getpid()
+
+    def kill(self, pid: int, signal: int) -> None:
+        if pid not in self.computer.alive_pids:
+            raise ProcessLookupError
+
+    def fsync(self, descriptor: int) -> None:
+        pass
+
+    def replace(self, old: Path, new: Path) -> None:
+        self.computer.change(new)
+        os.replace(old, new)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self.computer.change(new)
+        os.rename(old, new)
+
+    def link(self, old: Path, new: Path) -> None:
+        self.computer.change(new, is_write=True)
+        os.link(old, new)
+
+
+class HalfFile:
+    """A file that is written in two halves."""
+
+    def __init__(self, computer: Computer, path: Path, mode: str) -> None:
+        computer.change(path, is_write=True)
+        self.computer, self.path = computer, path
+        self.file: IO[bytes] = open(path, mode)  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> HalfFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def writelines(self, chunks: Iterable[bytes]) -> None:
+        self.write(b"".join(chunks))
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.computer.change(self.path, is_write=True)
+        self.file.write(data[len(data) // 2 :])
+
+
+class SimulatedData:
+    """What the driver uses of Ray Data: an actor that is started anew when it was killed."""
+
+    def __init__(self, computer: Computer, rows: list[dict[str, Any]]) -> None:
+        self.computer, self.rows = computer, rows
+
+    def map_batches(
+        self, actor: type, *, fn_constructor_args: tuple[Any, ...], **options: Any
+    ) -> SimulatedData:
+        self.make_actor = lambda: actor(*fn_constructor_args)
+        return self
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        actor = self.make_actor()
+        for row in self.rows:
+            while True:
+                driver = self.computer.process
+                try:
+                    with self.computer.start_process(driver):
+                        results = actor({name: [value] for name, value in row.items()})
+                    break
+                except Killed:
+                    if driver is not None and not driver.is_alive:
+                        raise
+                    actor = self.make_actor()
+            yield {name: values[0] for name, values in results.items()}
