@@ -34,7 +34,7 @@ test: check
 # All tests: what .ci/run runs.
 test-all: check
 	$(BIN)/pytest -n $(PROCESSES) --dist loadfile -m "not cluster"
-	$(BIN)/pytest -m cluster
+	$(BIN)/pytest -m cluster --durations=20
 
 hosts: env
 	CIFAKE_TEST_HOSTS=1 $(BIN)/pytest -s tests/hosts
