@@ -155,49 +155,6 @@ def test_only_rows_whose_error_may_pass_are_tried_again(
     assert (row["key"], row["error"], row["image"]["bytes"]) == (gone, "not_found", None)
 
 
-def test_a_finished_run_with_nothing_to_try_again_is_not_touched(
-    bench: Bench, expected: dict[str, pa.Table]
-) -> None:
-    summary = bench.run({choose_keys(expected)[0]: "truncated"})
-    files = {path: path.stat().st_mtime_ns for path in bench.out.rglob("*")}
-    assert bench.run({}, retry_errors=True) == summary
-    assert bench.read_keys() == []
-    assert {path: path.stat().st_mtime_ns for path in bench.out.rglob("*")} == files
-
-
-@pytest.mark.parametrize("retry_errors", [True, False])
-def test_a_retry_that_is_interrupted_can_be_resumed(
-    bench: Bench, expected: dict[str, pa.Table], retry_errors: bool
-) -> None:
-    first, second, third, gone = choose_keys(expected)
-    bench.run(dict.fromkeys([first, second, third, gone], "io_network"))
-
-    def interrupt(progress: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bench.run({third: "io_network", gone: "denied"}, retry_errors=True, on_progress=interrupt)
-    assert not (bench.out / "_SUCCESS").exists()
-    assert not (bench.out / "_files.parquet").exists()
-    summary = bench.run({}, retry_errors=retry_errors)
-    assert summary.listed == summary.done + summary.failed == 100
-    if retry_errors:
-        assert summary.failed == 0
-        assert bench.read_parts() == expected
-    assert verify_files(bench.out) == []
-
-
-def test_a_finished_run_leaves_no_notes(bench: Bench) -> None:
-    bench.run({})
-    assert sorted(path.name for path in bench.out.iterdir()) == [
-        "_SUCCESS",
-        "_files.parquet",
-        "_run.json",
-        "manifest",
-        "shards",
-    ]
-
-
 def make_run(out: Path) -> Run:
     return Run(out, "convert", {}, {}, Manifest((), 0, 0), {})
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,36 +149,6 @@ def test_a_listing_that_breaks_off_freezes_nothing(tmp_path: Path) -> None:
     assert open_here(tmp_path).manifest.num_rows == 10
 
 
-def test_two_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) -> None:
-    """Both list, each something else; both get what the winner listed."""
-    barrier = threading.Barrier(2)
-    runs: dict[str, Run] = {}
-
-    def freeze(name: str, num_keys: int) -> None:
-        def list_slowly() -> Listing:
-            barrier.wait(timeout=30)  # both are past the look for _run.json
-            return list_keys(num_keys, prefix=name)
-
-        runs[name] = open_here(tmp_path, list_slowly)
-
-    threads = [threading.Thread(target=freeze, args=pair) for pair in (("a", 10), ("b", 21))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert runs["a"] == runs["b"]
-    run = runs["a"]
-    keys = [
-        key
-        for shard in range(run.manifest.num_shards)
-        for key in read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)[
-            "key"
-        ].to_pylist()
-    ]
-    assert {key[0] for key in keys} in ({"a"}, {"b"})
-    assert len(keys) == run.manifest.num_rows == {"a": 10, "b": 21}[keys[0][0]]
-
-
 FREEZE = """
 import sys, time
 from pathlib import Path
@@ -249,27 +217,9 @@ def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> N
     assert inspect_shard(run, 0) is None
 
 
-def test_errors_are_counted_by_class(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    errors = ["empty", None, "truncated", "empty"]
-    table = pa.table({"key": list("abcd"), "error": pa.array(errors, pa.string())})
-    assert commit_shard(run, 0, table, {}, {}).errors == {"empty": 2, "truncated": 1}
-    found = inspect_shard(run, 0)
-    assert found is not None
-    assert found.errors == {"empty": 2, "truncated": 1}
-
-
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     one, two = open_here(tmp_path / "one"), open_here(tmp_path / "two")
     assert commit_all(one) == commit_all(two)
-
-
-def test_a_part_of_another_run_is_not_accepted(tmp_path: Path) -> None:
-    run, other = open_here(tmp_path / "one", a=1), open_here(tmp_path / "two", a=2)
-    commit_shard(other, 0, make_result(other, 0), {}, {})
-    run.results_folder.mkdir()
-    run.shard_path(0).write_bytes(other.shard_path(0).read_bytes())
-    assert inspect_shard(run, 0) is None
 
 
 @pytest.mark.parametrize("foreign", [None, {b"cifake_ray": b"{}"}, {b"cifake_ray": b"no json"}])
@@ -283,39 +233,7 @@ def test_a_file_that_we_did_not_write_is_not_accepted(
     assert inspect_shard(run, 0) is None
 
 
-def test_a_truncated_or_empty_part_is_not_accepted(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    commit_shard(run, 0, make_result(run, 0), {}, {})
-    data = run.shard_path(0).read_bytes()
-    for end in (0, 4, len(data) // 2, len(data) - 1):
-        run.shard_path(0).write_bytes(data[:end])
-        assert inspect_shard(run, 0) is None, end
-
-
-def test_a_part_with_a_flipped_byte_is_not_accepted(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    keys = [f"{n:05}" for n in range(5000)]
-    table = pa.table({"key": keys, "error": pa.nulls(5000, pa.string())})
-    commit_shard(run, 0, table, {}, {})
-    flip_byte(run.shard_path(0), 0.3)
-    assert inspect_shard(run, 0) is None
-
-
 # --- finishing -----------------------------------------------------------------------------------
-
-
-def test_success_is_written_when_the_account_adds_up(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    finish_run(run, commit_all(run), {"listed": 10})
-    assert json.loads((tmp_path / "_SUCCESS").read_bytes()) == {
-        "schema_version": SCHEMA_VERSION,
-        "listed": 10,
-    }
-    files = pq.read_table(tmp_path / "_files.parquet").to_pylist()
-    assert [row["name"] for row in files] == [f"scores/part-0000{n}.parquet" for n in range(3)]
-    assert sum(row["rows"] for row in files) == 10
-    assert sum(row["errors"] for row in files) == 1
-    assert verify_files(tmp_path) == []
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
@@ -334,51 +252,6 @@ def test_a_lost_or_doubled_row_is_refused(tmp_path: Path) -> None:
         with pytest.raises(CifakeError, match=f"10 images listed, {6 + rows} rows written"):
             finish_run(run, [wrong, *parts[1:]], {})
     assert not (tmp_path / "_SUCCESS").exists()
-
-
-def test_leftovers_of_killed_writers_and_lost_races_are_removed(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    parts = commit_all(run)
-    leftovers = [
-        run.manifest_folder / "0badcafe-00000.parquet",
-        run.manifest_folder / ".writing-999999999-aa",
-        run.results_folder / ".writing-999999999-bb",
-    ]
-    for path in leftovers:
-        path.write_bytes(b"half a fi")
-    finish_run(run, parts, {})
-    assert [path.name for path in leftovers if path.exists()] == []
-    assert len(list(run.results_folder.iterdir())) == 3
-    assert len(list(run.manifest_folder.iterdir())) == len(run.manifest.files)
-    assert open_here(tmp_path, fail_to_list) == run
-
-
-def test_damage_is_found_whatever_it_is(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    finish_run(run, commit_all(run), {})
-    size_bytes = run.shard_path(1).stat().st_size
-    flip_byte(run.shard_path(0), 0.5)
-    os.truncate(run.shard_path(1), size_bytes - 1)
-    run.shard_path(2).unlink()
-    assert verify_files(tmp_path) == [
-        DamagedFile("scores/part-00000.parquet", "sha256 differs"),
-        DamagedFile("scores/part-00001.parquet", f"{size_bytes - 1} bytes, not {size_bytes}"),
-        DamagedFile("scores/part-00002.parquet", "missing"),
-    ]
-
-
-def test_a_run_that_has_not_finished_cannot_be_verified(tmp_path: Path) -> None:
-    open_here(tmp_path)
-    with pytest.raises(StorageError, match="has not finished"):
-        verify_files(tmp_path)
-
-
-def test_a_damaged_list_of_files_is_named(tmp_path: Path) -> None:
-    run = open_here(tmp_path)
-    finish_run(run, commit_all(run), {})
-    os.truncate(tmp_path / "_files.parquet", 50)
-    with pytest.raises(StorageError, match=r"_files\.parquet: damaged"):
-        verify_files(tmp_path)
 
 
 # --- files ---------------------------------------------------------------------------------------
