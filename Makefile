@@ -1,11 +1,10 @@
-# Every target makes the environment it needs. PYTHON chooses the interpreter.
+# Every target creates the environment it needs. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What looks at the locks is in no lock itself, and in an environment of its own.
+# The audit tools are not locked; they have an environment of their own.
 AUDIT := $(VENV)-audit
-# How many processes run the tests that need no Ray cluster. Those that need one run one by one: each
-# wants all cores.
+# Processes for the tests without a Ray cluster. Tests with one run one by one: each uses all cores.
 PROCESSES ?= 2
 
 .PHONY: env demo test test-all check hosts bench audit sbom clean
@@ -47,12 +46,12 @@ $(AUDIT)/.installed: Makefile
 	$(AUDIT)/bin/pip install --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0
 	touch $@
 
-# Known holes in what the image installs. Asks PyPI; what it cannot tell about is an error (--strict),
-# since a mirror has no list of holes and would pass everything.
+# Known vulnerabilities of what the image installs. Asks PyPI; --strict makes it an error if there is no
+# answer, since a mirror without the list would pass everything.
 audit: $(AUDIT)/.installed
 	$(AUDIT)/bin/pip-audit --strict --require-hashes --disable-pip -r deploy/requirements.lock
 
-# What the image installs, as CycloneDX.
+# What the image installs, in CycloneDX format.
 sbom: $(AUDIT)/.installed
 	$(AUDIT)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-format JSON -o sbom.json deploy/requirements.lock

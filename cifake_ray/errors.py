@@ -2,7 +2,7 @@
 
 CifakeError                 exit 1
 ├── UsageError              a wrong request, exit 2; also a ValueError
-├── StorageError            cannot read or write where told to, exit 4
+├── StorageError            cannot read or write a path, exit 4
 ├── RunMismatch             the output belongs to another run, exit 2
 ├── BundleError             a bundle that is missing, incomplete or altered, exit 4
 ├── NothingToDo             the source holds no file, exit 5
