@@ -23,18 +23,20 @@ class Augmentation:
     rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
     shift: Annotated[float, Doc("Furthest shift on each axis, share of the side")] = 0.0
     crop: Annotated[float, Doc("Largest share of the area that is cut away")] = 0.0
-    move_share: Annotated[float, Doc("Share of the images that these three move")] = 1.0
-    brightness: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
-    contrast: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
-    saturation: Annotated[float, Doc("Largest change of the factor 1, either way")] = 0.0
+    move_share: Annotated[float, Doc("Share of the images that rotation, shift and crop move")] = (
+        1.0
+    )
+    brightness: Annotated[float, Doc("Factor is drawn from 1 - x to 1 + x")] = 0.0
+    contrast: Annotated[float, Doc("Factor is drawn from 1 - x to 1 + x")] = 0.0
+    saturation: Annotated[float, Doc("Factor is drawn from 1 - x to 1 + x")] = 0.0
     rescale: Annotated[float, Doc("Largest share of the side lost by shrinking and back")] = 0.0
     rescale_share: Annotated[float, Doc("Share of the images that are rescaled")] = 0.0
     blur: Annotated[float, Doc("Largest deviation of the Gaussian, pixels")] = 0.0
     blur_share: Annotated[float, Doc("Share of the images that are blurred")] = 0.0
     noise: Annotated[float, Doc("Largest deviation of Gaussian noise, grey levels of 255")] = 0.0
     noise_share: Annotated[float, Doc("Share of the images that get noise")] = 0.0
-    jpeg_quality: Annotated[int, Doc("Lowest quality of a JPEG in between, 1 to 100")] = 100
-    jpeg_share: Annotated[float, Doc("Share of the images that go through a JPEG")] = 0.0
+    jpeg_quality: Annotated[int, Doc("Lowest quality of the re-encoded JPEG, 1 to 100")] = 100
+    jpeg_share: Annotated[float, Doc("Share of the images that are re-encoded as JPEG")] = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -46,7 +46,7 @@ class SourceConfig(BatchConfig):
     """Options for finding and labelling images."""
 
     src: Annotated[
-        str, Doc("Folder, list (.csv .txt .parquet), S3 Inventory or shards", positional=True)
+        str, Doc("Folder, bucket prefix, list, S3 Inventory or Parquet of images", positional=True)
     ]
     out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"

@@ -15,7 +15,7 @@ class EvaluateConfig(BundleConfig):
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     out: Annotated[str, RuntimeDoc("Folder for the report")]
-    split: Annotated[str | None, Doc("Split to use (default: test if there is one)")] = None
+    split: Annotated[str | None, Doc("Split to use (default: test, else all labelled)")] = None
     num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Doc:
 
 
 class RuntimeDoc(Doc):
-    """Help line of a field that changes how or how fast a run runs, but no row of its result."""
+    """Help line of a field outside the fingerprint: how, where and how fast a run goes; retries."""
 
     in_fingerprint = False
 

@@ -39,7 +39,9 @@ class TrainConfig(ClusterConfig):
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimizer step, all workers together")] = 128
-    optimizer: Annotated[Optimizer, Doc("Optimizer; muon is for hidden layers")] = "adamw"
+    optimizer: Annotated[
+        Optimizer, Doc("Optimizer; muon leaves head, biases and norms to AdamW")
+    ] = "adamw"
     lr: Annotated[float, Doc("Peak learning rate")] = 0.003
     momentum: Annotated[float, Doc("Momentum for sgd and muon, beta1 for adamw (0 to 1)")] = 0.9
     weight_decay: Annotated[float, Doc("Weight decay, on weights with 2 axes or more")] = 0.01
@@ -86,7 +88,7 @@ class TrainConfig(ClusterConfig):
     test_time_flip: Annotated[
         bool, Doc("Average the outputs of an image and its mirror image, here and in the bundle")
     ] = False
-    val_fraction: Annotated[float, Doc("Share of the train split kept for validation")] = 0.1
+    val_fraction: Annotated[float, Doc("Share of the training images kept for validation")] = 0.1
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
     num_workers: Annotated[
         str | None,

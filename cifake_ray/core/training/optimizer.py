@@ -1,6 +1,6 @@
-"""Build what training needs before the first step: network, optimiser, schedule.
+"""Build what training needs before the first step: network, optimizer, schedule.
 
-timm's optimiser and layer groups are imported only when they are asked for.
+timm's optimizer and layer groups are imported only when they are asked for.
 """
 
 from __future__ import annotations
