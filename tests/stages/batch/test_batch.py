@@ -243,7 +243,7 @@ def test_slices_are_bounded_by_rows_and_by_bytes() -> None:
     assert [s.num_rows for s in slice_rows(rows, 2)] == [2, 1, 1, 2, 1]
 
 
-class PairWork(ConvertProcessor):
+class PairProcessor(ConvertProcessor):
     batch_size = 2
 
 
@@ -262,9 +262,10 @@ class CountedReads:
 def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(ray_cluster: None) -> None:
     source: Any = CountedReads([])
     run: Any = SimpleNamespace(command="convert")
-    worker = ShardWorker(run, source, make_processor, ONE_WORKER, WorkerOptions("", False, 60.0))
-    pulse: Any = SimpleNamespace(beat=lambda: None)
+    options = WorkerOptions("", False, 60.0)
+    worker = ShardWorker(run, source, lambda placement: PairProcessor(), ONE_WORKER, options)
+    heartbeat: Any = SimpleNamespace(beat=lambda: None)
     rows = pa.table({"size_bytes": [1] * 5})
-    batches = worker._prepare(PairWork(), rows, pulse, is_suspect=False)
+    batches = worker._prepare(rows, heartbeat, is_suspect=False)
     assert [batch.prepared for batch in batches] == [[b"x"] * 2, [b"x"] * 2, [b"x"]]
     assert source.taken == [5] * 5
