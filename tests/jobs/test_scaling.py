@@ -87,12 +87,11 @@ def test_ten_times_the_object_store_passes_without_spilling(tmp_path: Path) -> N
         assert (code, spilled) == (0, 0), errors
         shutil.rmtree(tmp_path / "out")
         command = [sys.executable, "-c", SPILL, head.ray_address]
-        holder = subprocess.Popen(command, env=head.env, stdin=subprocess.PIPE)
-        try:
-            wait_until(lambda: count_spilled(cast(Path, head.temp_dir)), timeout_s=120)
-        finally:
-            holder.kill()
-            holder.wait()
+        with subprocess.Popen(command, env=head.env, stdin=subprocess.PIPE) as holder:
+            try:
+                wait_until(lambda: count_spilled(cast(Path, head.temp_dir)), timeout_s=120)
+            finally:
+                holder.kill()
 
 
 SPILL = """

@@ -201,15 +201,15 @@ def test_an_uploaded_checkout_runs_and_holds_neither_data_nor_git(
         (checkout / name / "left-out").write_text("x")
     (checkout / "cifake_ray" / "mark-of-this-checkout").write_text("x")
     version = '__version__ = "0.0.1+checkout"\n'
-    with open(checkout / "cifake_ray" / "__init__.py", "a") as file:
+    with open(checkout / "cifake_ray" / "version.py", "a") as file:
         file.write(version)
     code, _, errors = submit(
         cluster, "score", sample_folder, tmp_path / "out", "--working-dir", checkout
     )
     assert code == 0, errors
     # The uploaded code ran, in the driver and in the workers.
-    papers = json.loads((tmp_path / "out" / "_run.json").read_text())
-    assert papers["tool_version"] == "0.0.1+checkout"
+    record = json.loads((tmp_path / "out" / "_run.json").read_text())
+    assert record["tool_version"] == "0.0.1+checkout"
     (part,) = (tmp_path / "out" / "scores").glob("part-*")
     footer = json.loads(pq.read_schema(part).metadata[b"cifake_ray"])
     assert footer["tool_version"] == "0.0.1+checkout"
