@@ -266,7 +266,7 @@ def hash_file(path: AnyPath) -> str:
 
 def check_writable(folder: AnyPath) -> None:
     """Write and remove a small file, to fail before the work. StorageError when that fails."""
-    probe = folder / f"{TEMPORARY_PREFIX}{os.getpid()}-probe"
+    probe = folder / f"{TEMPORARY_PREFIX}probe"  # always this name: the next check removes it too
     write_bytes(probe, b"probe")
     discard(probe)
 
