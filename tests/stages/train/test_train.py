@@ -174,7 +174,7 @@ def test_a_machine_without_a_compiler_is_told_so(
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     missing = config.patch({"cpp.cxx": (None, "/nonexistent")})
-    with missing, pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave it out"):
+    with missing, pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave --compile out"):
         run_train(shards, tmp_path / "run", compile=True)
 
 
