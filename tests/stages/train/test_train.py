@@ -174,7 +174,8 @@ def test_a_machine_without_a_compiler_is_told_so(
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     missing = config.patch({"cpp.cxx": (None, "/nonexistent")})
-    with missing, pytest.raises(CifakeError, match=r"--compile: .*C\+\+ compiler.*or leave --compile out"):
+    said = r"--compile: .*C\+\+ compiler.*or leave --compile out"
+    with missing, pytest.raises(CifakeError, match=said):
         run_train(shards, tmp_path / "run", compile=True)
 
 
