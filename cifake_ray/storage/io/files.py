@@ -117,15 +117,17 @@ def stamp_file(path: AnyPath) -> tuple[int, str]:
 
 
 def remove(path: AnyPath) -> None:
-    """Remove a file if it exists. StorageError when that fails."""
+    """Remove a file if it exists, so that no power cut brings it back. StorageError on failure."""
     with explain_errors(path), suppress(FileNotFoundError):
         path.unlink()
+        if isinstance(path, Path):
+            _sync_folder(path.parent)
 
 
 def discard(path: AnyPath) -> None:
     """Remove a file that does no harm if it stays, such as where deleting is not allowed."""
-    with suppress(StorageError):
-        remove(path)
+    with suppress(StorageError), explain_errors(path), suppress(FileNotFoundError):
+        path.unlink()
 
 
 def move(path: AnyPath, target: AnyPath) -> None:
@@ -154,11 +156,16 @@ def _write_atomically(
         finally:
             temporary.unlink(missing_ok=True)
         if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the names of a folder's files to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put(path: UPath, data: bytes, mode: str) -> None:
