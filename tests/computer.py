@@ -1,9 +1,9 @@
 """A simulated computer: a process can be killed at any change that it makes to its output.
 
 Nothing that a killed process would still do reaches the disk or the bucket: every later change
-raises `Killed` again, so that no `finally` cleans up. A loss of power also undoes what POSIX does not
-promise to keep: a name until its folder is synchronised, bytes until their file is. (New folders are
-kept, as journals do.)
+raises `Killed` again, so that no `finally` cleans up. A loss of power also undoes what POSIX does
+not promise to keep: a name until its folder is synchronised, bytes until their file is. (New
+folders are kept, as journals do.)
 """
 
 from __future__ import annotations

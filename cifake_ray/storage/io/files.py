@@ -279,10 +279,10 @@ def check_writable(folder: AnyPath) -> None:
 
 
 def remove_leftovers(folder: AnyPath) -> None:
-    """Remove the temporary files of killed processes in a local folder; stores have none."""
+    """Remove the temporary files of killed processes below a local folder; stores have none."""
     if not isinstance(folder, Path):
         return
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
         pid = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0]
         if not (pid.isdigit() and _is_alive(int(pid))):
             path.unlink(missing_ok=True)

@@ -309,8 +309,8 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     schema = pa.schema(FILES_FIELDS, metadata={b"schema_version": str(SCHEMA_VERSION).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
+    remove_leftovers(run.out)
     for folder in (run.out, run.results_folder, run.manifest_folder):
-        remove_leftovers(folder)
         for path in list_folder(folder):
             if ASIDE_NAME.fullmatch(path.name):
                 discard(path)

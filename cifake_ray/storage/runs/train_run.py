@@ -18,6 +18,7 @@ from cifake_ray.storage.io.files import (
     read_bytes,
     read_if_exists,
     read_json,
+    remove_leftovers,
     write_bytes,
     write_json,
 )
@@ -70,7 +71,8 @@ class RunFolder:
         return read_json(path) if exists(path) else None
 
     def write_success(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished, and remove what killed processes left."""
+        remove_leftovers(self.path)
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
 
 

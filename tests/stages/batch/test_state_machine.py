@@ -457,7 +457,9 @@ class BatchRunMachine(RuleBasedStateMachine):
         else:
             last = read_summary(after) if second else summary  # the other command may end later
             assert (last.done, last.errors) == (summary.done, summary.errors)
-            self.check_finished(last, after, may_leave_files=bool(is_disturbed and trigger and trigger.may_fail))
+            self.check_finished(
+                last, after, may_leave_files=bool(is_disturbed and trigger and trigger.may_fail)
+            )
             if not is_disturbed:
                 self.check_work(summary, stale, retries, before)
         return is_disturbed
