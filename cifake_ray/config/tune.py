@@ -36,7 +36,13 @@ class TuneConfig(ClusterConfig):
         float | None,
         Doc("Leave out networks that need longer for an image, here, on one CPU thread or the GPU"),
     ] = None
-    trials: Annotated[int, Doc("Trials; with the grid searcher, at most this many")] = 16
+    trials: Annotated[
+        int,
+        RuntimeDoc(
+            "Trials, of which the first is the recipe as it is; with the grid searcher at most this"
+            " many combinations. More of them extend a finished search"
+        ),
+    ] = 16
     time_budget: Annotated[
         float | None, RuntimeDoc("Stop the search after this many seconds (default: never)")
     ] = None

@@ -19,7 +19,7 @@ from cifake_ray.report.figures import (
 )
 from cifake_ray.report.html import render_page
 from cifake_ray.report.text import format_share
-from cifake_ray.report.tune_text import describe_end
+from cifake_ray.report.tune_text import describe_end, sort_trials
 
 BEST = COLOURS["FAKE"]
 ROW_HEIGHT = 0.32  # inches per bar
@@ -63,9 +63,9 @@ def render_tune_page(
         "tuning.html.j2",
         title="Search",
         sentence=f"The best of {len(rows)} trials is trial {summary['best_trial']}:"
-        f" {objective} {best}.",
+        f" {objective} {best}{_describe_baseline(summary)}.",
         cards={
-            objective: (best, f"trial {summary['best_trial']}"),
+            objective: (best, f"trial {summary['best_trial']}{_format_interval(summary)}"),
             "Trials": (f"{len(rows)}", f"{len(names)} options searched"),
             "Epochs trained": (
                 f"{summary['epochs']:,}",
@@ -80,12 +80,26 @@ def render_tune_page(
         names=names,
         rows=[
             {**row, "state": describe_end(row), "values": [format_value(row[n]) for n in names]}
-            for row in sorted(rows, key=lambda row: row["trial"])
+            for row in sort_trials(rows, objective)
         ],
         best_trial=summary["best_trial"],
         recipe=recipe,
         facts={"Command": command, "Bundle": summary["bundle"], "Recipe": summary["recipe"]},
     )
+
+
+def _format_interval(summary: Mapping[str, Any]) -> str:
+    interval = summary["best_interval"]
+    return f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+
+
+def _describe_baseline(summary: Mapping[str, Any]) -> str:
+    """Compare the best trial with the recipe as it is, if that was a trial."""
+    if summary["baseline"] is None:
+        return ""
+    if summary["baseline"] == summary["best"]:
+        return ", no better than the recipe as it is"
+    return f"; the recipe as it is has {summary['baseline']:.4f}"
 
 
 def draw_objective(

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from cifake_ray.config import Monitor
+from cifake_ray.core.search.trial_table import format_value
 from cifake_ray.core.training.early_stopping import to_score
 from cifake_ray.report.text import format_rows
 
@@ -20,25 +21,36 @@ def describe_end(row: Mapping[str, Any]) -> str:
     return "running" if row["epochs"] else "waiting"
 
 
-def format_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> str:
-    """Return a table with a line for each trial, best first."""
-    best_first = sorted(
+def sort_trials(rows: Sequence[Mapping[str, Any]], objective: Monitor) -> list[Mapping[str, Any]]:
+    """Return the rows of the trials, best first."""
+    return sorted(
         rows,
         key=lambda row: math.inf if row[objective] is None else -to_score(dict(row), objective),
     )
-    return format_rows(
-        ("trial", "parameters", "epoch", objective, "state"),
+
+
+def format_trials(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], objective: Monitor, width: int
+) -> str:
+    """Return a table with a line for each trial, best first, and what was chosen for it.
+
+    `names` are those of the searched options. What does not fit into `width` characters is cut.
+    """
+    table = format_rows(
+        ("trial", objective, "epoch", "state", "options"),
         [
             (
                 str(row["trial"]),
-                "-" if row["num_parameters"] is None else f"{row['num_parameters']:,}",
-                str(row["epochs"]),
                 "-" if row[objective] is None else f"{row[objective]:.4f}",
+                str(row["epochs"]),
                 describe_end(row),
+                ", ".join(f"{name} {format_value(row[name])}" for name in names),
             )
-            for row in best_first
+            for row in sort_trials(rows, objective)
         ],
     )
+    lines = table.splitlines()
+    return "\n".join(x if len(x) <= width else f"{x[: width - 3]}..." for x in lines)
 
 
 def format_recipe(

@@ -50,6 +50,8 @@ SUMMARY: dict[str, Any] = {
     "objective": "val_accuracy",
     "best_trial": 3,
     "best": 0.7,
+    "best_interval": [0.65, 0.75],
+    "baseline": 0.6,
     "chosen": {"lr": 0.1, "model": "cnn"},
     "epochs": 24,
     "epochs_planned": 44,
@@ -63,6 +65,8 @@ def test_the_page_shows_every_trial_and_what_was_saved() -> None:
     assert page.count('<th scope="row">') == 11
     assert "of 44, 45.5% saved by stopping early" in page
     assert "3 (best)" in page
+    assert "val_accuracy 0.7000; the recipe as it is has 0.6000." in page
+    assert "95% interval 0.6500 to 0.7500" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert page.count("<figure>") == 4
@@ -93,8 +97,10 @@ def test_figures_are_pictures_that_change_with_the_numbers() -> None:
 
 def test_the_table_is_best_first_and_says_who_waits() -> None:
     rows, _ = make_search()
-    lines = format_trials(rows, "val_accuracy").splitlines()[2:]
-    values = [float(line.split("|")[4]) for line in lines[:-1]]
+    table = format_trials(rows, ["lr", "model"], "val_accuracy", width=60)
+    assert max(map(len, table.splitlines())) == 60
+    lines = table.splitlines()[2:]
+    values = [float(line.split("|")[2]) for line in lines[:-1]]
     assert values == sorted(values, reverse=True)
     assert "waiting" in lines[-1]
 
@@ -106,7 +112,7 @@ def test_the_table_of_losses_begins_with_the_lowest() -> None:
         )
         for n, loss in enumerate((0.5, 0.2, 0.9))
     ]
-    lines = format_trials(rows, "val_loss").splitlines()[2:]
+    lines = format_trials(rows, [], "val_loss", width=80).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["1", "0", "2"]
     assert all("running" in line for line in lines)
 

@@ -199,7 +199,7 @@ def _interval(value: float | None, draws: Floats | None) -> dict[str, float | No
     return {"value": value, "low": min(float(low), value), "high": max(float(high), value)}
 
 
-def _wilson_interval(num_right: int, num_all: int) -> dict[str, float | None]:
+def wilson_interval(num_right: int, num_all: int) -> dict[str, float | None]:
     """Return Wilson's 95% score interval of a proportion (Wilson 1927)."""
     value = num_right / num_all
     centre = (value + Z_95**2 / (2 * num_all)) / (1 + Z_95**2 / num_all)
@@ -236,7 +236,7 @@ def _measure_decisions(
             draws = (hits / counts.sum(1)).mean(1)
     return {
         "threshold": threshold,
-        "accuracy": _wilson_interval(int(counts.trace()), len(label)),
+        "accuracy": wilson_interval(int(counts.trace()), len(label)),
         "balanced_accuracy": _interval(balanced, draws),
         "per_class": per_class,
         "confusion": counts.tolist(),

@@ -48,6 +48,10 @@ class ParameterRange:
             value = low + share * (high - low)
         return int(value) if self.kind.endswith("randint") else value
 
+    def contains(self, value: Any) -> bool:
+        """Return whether the value can be picked."""
+        return value in self.values if self.kind == "choice" else self.clip(value) == value
+
     def clip(self, value: Any) -> Any:
         """Return the nearest value that can be picked; one of a choice is left as it is."""
         if self.kind == "choice":

@@ -7,6 +7,7 @@ end when it ends, so a killed search resumes by replaying the stored trials to R
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -23,7 +24,8 @@ from typing import Any
 import ray
 import torch
 
-from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
+from cifake_ray.config import Monitor, TrainConfig, TuneConfig, fingerprint_settings, list_options
+from cifake_ray.core.evaluation.metrics import wilson_interval
 from cifake_ray.core.search.space import Space, list_grid, sample_space
 from cifake_ray.core.search.trial_table import find_best
 from cifake_ray.errors import CifakeError, ResourceError, UsageError
@@ -48,7 +50,7 @@ from cifake_ray.stages.tune.schedulers import (
 )
 from cifake_ray.stages.tune.trial_callback import TrialCallback
 from cifake_ray.stages.tune.trial_worker import FAILED, finish_trial, run_trial
-from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
+from cifake_ray.storage.datasets.training_set import TrainingRows, locate_cache, read_training_rows
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
@@ -72,6 +74,8 @@ class TuneSummary:
     objective: str
     best_trial: int
     best: float
+    best_interval: list[float] | None  # 95%, of an accuracy
+    baseline: float | None  # the objective of the recipe as it is, if it was tried
     chosen: dict[str, Any]
     epochs: int  # trained, over all trials
     epochs_planned: int  # if no trial had been stopped for falling behind
@@ -84,7 +88,10 @@ def tune_detector(
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Search to `config.run`/bundle. The same call resumes; a finished search is left untouched."""
+    """Search to `config.run`/bundle. The same call resumes; a finished search is left untouched.
+
+    With more `config.trials`, a finished search is extended, except in population based training.
+    """
     config = replace(
         config,
         shards=str(open_path(config.shards, config.store)),
@@ -102,10 +109,18 @@ def tune_detector(
         "search": {n: [domain.kind, *domain.values] for n, domain in space.items()},
         "recipe": describe_options(shared),
     }
-    if not config.dry_run and (success := search.read_success()) is not None:
+    # Versions before compared it for every search; pbt's trials depend on their number.
+    if config.scheduler == "pbt" or "trials" in search.read_settings():
+        settings["trials"] = config.trials
+        if config.scheduler != "pbt":
+            settings["trials"] = search.read_settings()["trials"]
+    success = None if config.dry_run else search.read_success()
+    if success is not None:
         search.check_options(settings, unread=["rows"])
-        return success
-    settings["rows"] = read_training_rows(shared).hash_rows()
+        if config.trials <= success["trials"] or success["trials"] == count_grid(config, space):
+            return success
+    rows = read_training_rows(shared)
+    settings["rows"] = rows.hash_rows()
     with _connect(config, log) as resources:
         use_gpu = choose_gpu(config.device, resources)
         num_at_once = _count_at_once(config, resources, use_gpu)
@@ -119,10 +134,13 @@ def tune_detector(
                 "searched": {name: list(domain.values) for name, domain in space.items()},
             }
         search.open(settings, asdict(config))
+        if success is not None:
+            log(f"tune: extending the search from {success['trials']} to {config.trials} trials")
+            search.withdraw_success()
         trials = _prepare_trials(plan, space, log)
-        watch = TrialCallback(plan, log)
+        watch = TrialCallback(plan, list(space), log)
         _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
-        return _finish(plan, watch, use_gpu, started_s)
+        return _finish(plan, plan.find_baseline(space), watch, use_gpu, rows, started_s)
 
 
 @contextmanager
@@ -183,14 +201,14 @@ def _choose_trials(
 ) -> list[Trial]:
     """Return the trials within the budget whose options fit; log why others are left out."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
-    if config.searcher == "grid":
+    if (num_choices := count_grid(config, space)) is not None:
         choices = list_grid(space)
-        num_choices = math.prod(len(domain.values) for domain in space.values())
         if num_choices > config.trials:
             log(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
     else:
         tries = range(config.trials * MOST_LEFT_OUT)
-        choices = (sample_space(space, config.seed, number) for number in tries)
+        samples = (sample_space(space, config.seed, number) for number in tries)
+        choices = itertools.chain([plan.find_baseline(space)], samples)
     for chosen in choices:
         number = len(trials)
         if number == config.trials:
@@ -208,6 +226,13 @@ def _choose_trials(
     if left_out:
         log(f"tune: {left_out.total():,} choices left out ({reasons})")
     return trials
+
+
+def count_grid(config: TuneConfig, space: Space) -> int | None:
+    """Return the number of combinations; None for a searcher that has no end."""
+    if config.searcher != "grid":
+        return None
+    return math.prod(len(domain.values) for domain in space.values())
 
 
 def _run_trials(
@@ -264,8 +289,21 @@ def _run_trials(
         threads.shutdown(wait=False)
 
 
+def _find_interval(row: dict[str, Any], objective: Monitor, num_val: int) -> list[float] | None:
+    """Return the 95% interval of an accuracy, None for another objective."""
+    if objective != "val_accuracy":
+        return None
+    interval = wilson_interval(round(row[objective] * num_val), num_val)
+    return [round(interval[end] or 0.0, 6) for end in ("low", "high")]
+
+
 def _finish(
-    plan: TrialPlan, watch: TrialCallback, use_gpu: bool, started_s: float
+    plan: TrialPlan,
+    baseline: dict[str, Any],
+    watch: TrialCallback,
+    use_gpu: bool,
+    train_rows: TrainingRows,
+    started_s: float,
 ) -> dict[str, Any]:
     """Write the tables, the best trial's bundle and recipe, the report, and `_SUCCESS`."""
     config, search = plan.config, plan.search
@@ -303,6 +341,8 @@ def _finish(
         objective=config.objective,
         best_trial=trial.number,
         best=best[config.objective],
+        best_interval=_find_interval(best, config.objective, int(train_rows.is_val.sum())),
+        baseline=next((r[config.objective] for r in rows if baseline.items() <= r.items()), None),
         chosen=trial.chosen,
         epochs=sum(row["epochs"] for row in rows),
         epochs_planned=sum(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cifake_ray.config import POLICIES, TrainConfig, TuneConfig
-from cifake_ray.core.search.space import Space, parse_space, to_train_options
+from cifake_ray.core.search.space import AUGMENT, Space, parse_space, to_train_options
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import resolve_path
@@ -36,6 +36,13 @@ class TrialPlan:
             **{**self.options, **to_train_options(trial.chosen, self.options["augment"])},
             run=str(self.search.run_of(trial).path),
         )
+
+    def find_baseline(self, space: Space) -> dict[str, Any]:
+        """Return what the recipe gives each searched option: the trial that others must beat."""
+        train = self.to_train_config(Trial(0, {}))
+        steps = {AUGMENT + name: value for name, value in asdict(train.policy).items()}
+        options = {**vars(train), "augment": str(train.policy), **steps}
+        return {name: options[name] for name in space}
 
     def measure(self, trial: Trial) -> Trial:
         """Return the trial with the size of its network.

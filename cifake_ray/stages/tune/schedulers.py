@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
@@ -144,7 +145,7 @@ class RecordedSearcher(Searcher):
                 for name, d in space.items()
             }
         )
-        self.plan = plan
+        self.plan, self.space = plan, space
         self.known = {trial.number: trial for trial in plan.search.read_trials()}
         # Optuna starts again: with the same seed it would repeat the choices that are stored.
         seed = plan.config.seed + len(self.known)
@@ -157,6 +158,10 @@ class RecordedSearcher(Searcher):
         """Return the settings of `run_trial`."""
         if self.number == self.plan.config.trials:
             return Searcher.FINISHED
+        if self.number == 0 and not self.known:
+            with suppress(ValueError):  # a recipe beyond the budget is left out
+                self.known[0] = self.plan.measure(Trial(0, self.plan.find_baseline(self.space)))
+                self.plan.search.write_trial(self.known[0])
         if (trial := self.known.get(self.number)) is not None:
             self.recalled[trial_id] = trial
         elif (trial := self._ask(trial_id)) is not None:
@@ -189,5 +194,9 @@ class RecordedSearcher(Searcher):
         trial = self.recalled.get(trial_id)
         if trial is None:
             self.inner.on_trial_complete(self.asked[trial_id], result, error)
-        elif result and OBJECTIVE in result:
+        elif (
+            result
+            and OBJECTIVE in result
+            and all(self.space[name].contains(value) for name, value in trial.chosen.items())
+        ):
             self.inner.add_evaluated_point(trial.chosen, result[OBJECTIVE])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +24,10 @@ TABLE_INTERVAL_S = 30.0
 class TrialCallback(Callback):
     """Callbacks that Ray Tune calls in the driver."""
 
-    def __init__(self, plan: TrialPlan, log: Callable[[str], None]) -> None:
-        self.plan, self.log = plan, log
-        self.shown_s = time.monotonic()
+    def __init__(self, plan: TrialPlan, names: Sequence[str], log: Callable[[str], None]) -> None:
+        self.plan, self.names, self.log = plan, names, log  # names of the searched options
+        self.started_s = self.shown_s = time.monotonic()
+        self.known_epochs = sum(row["epochs"] for row in self.read_rows())
         self.failed: list[Any] = []
 
     def read_rows(self) -> list[dict[str, Any]]:
@@ -73,7 +76,18 @@ class TrialCallback(Callback):
         self.log(f"tune: trial {record.number}, {row['epochs']} epochs{best}: {record.end}")
 
     def show(self) -> None:
-        """Log the table of all trials."""
+        """Log the table of all trials, and how long the rest takes if no trial is stopped."""
         self.shown_s = time.monotonic()
-        for line in format_trials(self.read_rows(), self.plan.config.objective).splitlines():
+        rows, num_epochs = self.read_rows(), self.plan.options["epochs"]
+        trained = sum(row["epochs"] for row in rows) - self.known_epochs
+        open_rows = [row for row in rows if row["end"] is None]
+        left = sum(num_epochs - row["epochs"] for row in open_rows)
+        line = f"tune: {len(rows) - len(open_rows)} of {self.plan.config.trials} trials over"
+        if left and trained:
+            left_s = left * (self.shown_s - self.started_s) / trained
+            line += f", at most {math.ceil(left_s / 60)} minutes left"
+        self.log(line)
+        width = shutil.get_terminal_size((120, 0)).columns
+        objective = self.plan.config.objective
+        for line in format_trials(rows, self.names, objective, width).splitlines():
             self.log(line)

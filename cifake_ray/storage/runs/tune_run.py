@@ -20,10 +20,12 @@ from cifake_ray.storage.io.files import (
     list_folder,
     read_bytes,
     read_json,
+    remove,
     write_bytes,
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.run import read_record
 from cifake_ray.storage.runs.train_run import RunFolder, TrainRun
 
 
@@ -46,6 +48,14 @@ class TuneRun(RunFolder):
 
     def has_begun(self) -> bool:
         return bool(self.read_trials())
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings of `_run.json`; none when there is no search yet."""
+        return dict(read_record(self.path).get("settings", {})) if self.has_begun() else {}
+
+    def withdraw_success(self) -> None:
+        """Take back that the search has finished, to extend it."""
+        remove(self.path / "_SUCCESS")
 
     def folder_of(self, number: int) -> AnyPath:
         return self.path / "trials" / f"{number:05d}"

@@ -202,8 +202,8 @@ def test_intervals_hold_the_value_and_shrink_with_more_images():
         width = [result[name]["high"] - result[name]["low"] for result in (small, large)]
         assert width[1] < width[0] / 2, name
     # Wilson's interval by hand for 1 of 1 and the centre of 50%.
-    assert module._wilson_interval(1, 1)["low"] == pytest.approx(1 / (1 + module.Z_95**2))
-    half = module._wilson_interval(50, 100)
+    assert module.wilson_interval(1, 1)["low"] == pytest.approx(1 / (1 + module.Z_95**2))
+    half = module.wilson_interval(50, 100)
     assert (half["low"] + half["high"]) / 2 == pytest.approx(0.5)
 
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -87,6 +87,10 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     assert summary["ends"] == {"all 2 epochs done": 3}
     assert summary["epochs"] == summary["epochs_planned"] == 6
     assert summary["best"] == max(row["val_accuracy"] for row in rows)
+    assert (rows[0]["lr"], rows[0]["augment.flip"]) == (0.003, 0.5), "not the recipe as it is"
+    assert summary["baseline"] == rows[0]["val_accuracy"]
+    low, high = summary["best_interval"]
+    assert low <= summary["best"] <= high
     with open(run / "trials.csv", newline="") as file:
         assert [row["lr"] for row in csv.DictReader(file)] == [str(row["lr"]) for row in rows]
     command = (
@@ -189,6 +193,37 @@ def test_other_settings_on_the_same_folder_are_refused(
     run_tune(shards, tmp_path / "run", files, trials=1)
     with pytest.raises(RunMismatch, match="seed: 0 there, 1 here"):
         run_tune(shards, tmp_path / "run", files, trials=1, seed=1)
+
+
+@pytest.mark.parametrize("searcher", ["random", "grid", "tpe"])
+def test_a_finished_search_is_extended_by_more_trials(
+    shards: Path, files: dict[str, str], tmp_path: Path, searcher: Literal["random", "grid", "tpe"]
+) -> None:
+    if searcher == "grid":
+        Path(files["search"]).write_text("lr: [0.001, 0.002, 0.003]\n")
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"searcher": searcher, "epochs": 1, "scheduler": "asha"}
+    first = run_tune(shards, run, files, trials=1, **options)
+    stamps = read_stamps(TuneRun(run).folder_of(0))
+    assert run_tune(shards, run, files, trials=3, **options)["trials"] == 3
+    assert first["trials"] == 1
+    after = read_stamps(TuneRun(run).folder_of(0))
+    assert {name: after[name] for name in stamps if "trial.json" not in name}.items() <= (
+        stamps.items()
+    ), "a trial was trained twice"
+    assert len({row["lr"] for row in read_rows(run)}) == 3
+    before = read_stamps(run)
+    trials = 9 if searcher == "grid" else 2  # there are no more combinations
+    assert run_tune(shards, run, files, trials=trials, **options)["trials"] == 3
+    assert read_stamps(run) == before, "a finished search was touched"
+
+
+def test_population_based_training_is_not_extended(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    run_tune(shards, tmp_path / "run", files, trials=2, scheduler="pbt")
+    with pytest.raises(RunMismatch, match="trials: 2 there, 3 here"):
+        run_tune(shards, tmp_path / "run", files, trials=3, scheduler="pbt")
 
 
 def test_a_trial_that_fails_is_a_row_and_is_tried_again(
