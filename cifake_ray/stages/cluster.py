@@ -8,16 +8,19 @@ import os
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.job_config import JobConfig
 
 from cifake_ray.config import ClusterConfig, Device
 from cifake_ray.errors import ResourceError
@@ -69,6 +72,18 @@ class Placement:
 
 
 ONE_WORKER = Placement(1, 1, 0)
+_interrupted = threading.Event()  # and still connected
+
+
+class _WorkerPath(list[str]):
+    """What workers search for modules first: our package, unless it is installed."""
+
+    def __init__(self) -> None:
+        folder = str(Path(__file__).parents[2])
+        super().__init__([] if folder in sysconfig.get_paths().values() else [folder])
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Do nothing. Ray adds the working folder here, and a `numpy.py` among images would run."""
 
 
 @contextmanager
@@ -91,6 +106,9 @@ def connect_cluster(
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address}
+    if not address.startswith("ray://"):  # there the driver is a process of the cluster
+        options["job_config"] = JobConfig()
+        options["job_config"]._py_driver_sys_path = _WorkerPath()
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers compute in threads. With an arena per thread, glibc maps their buffers again for
@@ -118,8 +136,22 @@ def connect_cluster(
     with redirect_stdout(sys.stderr):
         try:
             yield _make_room(least, config.scale_timeout_s, log)
-        finally:
+        except KeyboardInterrupt:
+            # Threads still wait inside Ray, whose native code could end this process before the
+            # callers have cleaned up. A command ends now, and Ray with it.
+            _interrupted.set()
+            raise
+        except BaseException:
             ray.shutdown()
+            raise
+        ray.shutdown()
+
+
+def leave_cluster() -> None:
+    """Disconnect after an interrupt, in a process that does not end with it."""
+    if _interrupted.is_set():
+        _interrupted.clear()
+        ray.shutdown()
 
 
 def _check_address(address: str) -> None:
@@ -150,7 +182,8 @@ def _hold_stderr() -> Iterator[None]:
             output = held.read()
             if b"InvalidAuthToken" in output:
                 raise ResourceError(f"the cluster refuses the token; {TOKEN_REMEDY}") from error
-            os.write(terminal, output)
+            if not isinstance(error, KeyboardInterrupt):
+                os.write(terminal, output)
             raise
         finally:
             os.dup2(terminal, 2)
