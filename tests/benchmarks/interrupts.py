@@ -22,14 +22,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+VERBS = ["convert", "score", "evaluate", "train", "tune"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 END_S = 30.0  # an interrupted command may take that long to end
 START_S = 0.3  # before that it is Python that starts
 
 
-def start_group(
-    command: list[str], env: dict[str, str], errors: Path
-) -> subprocess.Popen[str]:
+def start_group(command: list[str], env: dict[str, str], errors: Path) -> subprocess.Popen[str]:
     """Start a command in a process group of its own; what it says goes to a file.
 
     Not to a pipe, which Ray's processes would hold open for a second longer.
@@ -89,7 +88,6 @@ def run_verb(words: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--verbs", nargs="+", default=["convert", "score", "evaluate", "train", "tune"])
     parser.add_argument("--interrupts", type=int, default=100, help="for each verb")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--within-s", type=float, default=15.0, help="of the start")

@@ -16,9 +16,10 @@ import pytest
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
+from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run
-from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard
+from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.runs.verify import DamagedFile, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
@@ -50,8 +51,8 @@ def make_result(run: Run, shard: int) -> pa.Table:
 
 
 def commit_all(run: Run) -> list[ShardStats]:
-    shards = range(run.manifest.num_shards)
-    return [commit_shard(run, shard, make_result(run, shard), {}, {}) for shard in shards]
+    numbers = range(run.manifest.num_shards)
+    return [commit_shard(run, shard, make_result(run, shard), {}, {}) for shard in numbers]
 
 
 def flip_byte(path: Path, place: float) -> None:
@@ -203,6 +204,24 @@ def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> Non
     facts = json.loads(pq.read_schema(run.shard_path(1)).metadata[FOOTER_KEY])
     assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
     assert part.unlike_training == facts["unlike_training"] == {"size": 2}
+
+
+def test_images_of_many_bytes_are_split_into_row_groups_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_GROUP_BYTES", 25)
+    run = open_here(tmp_path)
+    rows = make_result(run, 1)
+    image = pa.StructArray.from_arrays(
+        [[b"x" * 10, None, b"y" * 60, b"z"], rows["key"].combine_chunks()], ["bytes", "path"]
+    )
+    rows = rows.add_column(1, "image", image)
+    part = commit_shard(run, 1, rows, {}, {})
+    written = pq.ParquetFile(run.shard_path(1))
+    groups = [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)]
+    assert groups == [2, 2]
+    assert read_shard(run.shard_path(1)).replace_schema_metadata(None) == rows
+    assert inspect_shard(run, 1) == part
 
 
 def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> None:
