@@ -23,6 +23,9 @@ PR_SET_PDEATHSIG = 1
 
 def main(verb: str | None = None) -> None:
     """Run `cifake-ray`; a job file passes its verb."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # in the C locale the names of files would be no text
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     on_end = _fork_worker() if sys.platform == "linux" else lambda: None
     try:
         from cifake_ray import cli

@@ -230,11 +230,14 @@ class ShardWorker:
     def _feed(
         self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Fetch and prepare images in tasks on other CPUs; put what ends a task in quarantine."""
+        """Fetch and prepare images in tasks on other CPUs, or here when none is free.
+
+        What ends a task goes into quarantine.
+        """
         for batch in self.feeder.prepare_slices(slice_rows(rows, self.processor.batch_size)):
             heartbeat.beat()
             if batch.prepared is None:
-                yield from self._prepare(batch.rows, heartbeat, is_suspect=True)
+                yield from self._prepare(batch.rows, heartbeat, batch.is_suspect)
             else:
                 yield batch
 
