@@ -98,7 +98,7 @@ def _write_sample(config: SampleConfig, started_s: float) -> tuple[Any, int]:
     return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
 
 
-def _judge_errors(result: Any, config: BatchConfig) -> ExitCode:
+def judge_errors(result: Any, config: BatchConfig) -> ExitCode:
     """Return the exit code of a batch; say why if it is that of too many errors."""
     code: ExitCode = result.exit_code(config.max_error_rate)
     if code != ExitCode.OK:
@@ -116,7 +116,7 @@ def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
 
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     result = convert_images(config, src, out, ProgressLine("convert"), started_s, log)
-    return result, _judge_errors(result, config)
+    return result, judge_errors(result, config)
 
 
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
@@ -138,7 +138,7 @@ def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
     shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("evaluate")
     result = evaluate_detector(config, shards, out, bundle, line, started_s, log)
-    return result, _judge_errors(result, config)
+    return result, judge_errors(result, config)
 
 
 def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
@@ -148,7 +148,7 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
     result = score_images(config, src, out, bundle, line, started_s, log)
-    return result, _judge_errors(result, config)
+    return result, judge_errors(result, config)
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:

@@ -25,7 +25,7 @@ from pathlib import Path
 VERBS = ["convert", "score", "evaluate", "train", "tune"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 END_S = 30.0  # an interrupted command may take that long to end
-START_S = 0.3  # before that it is Python that starts
+START_S = 1.0  # before that it is Python that starts
 
 
 def start_group(command: list[str], env: dict[str, str], errors: Path) -> subprocess.Popen[str]:
@@ -88,6 +88,7 @@ def run_verb(words: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=VERBS)
     parser.add_argument("--interrupts", type=int, default=100, help="for each verb")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--within-s", type=float, default=15.0, help="of the start")
