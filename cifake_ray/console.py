@@ -93,6 +93,7 @@ def run_command(
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
         error = str(failure) or INTERRUPTED
     except SystemExit:  # while Ray starts, SIGTERM is its own
+        signalled_s = time.monotonic()
         code, error = ExitCode.TERMINATED, INTERRUPTED
     if json_output:
         record = {"error": error} if error else _to_record(result)

@@ -228,6 +228,14 @@ def test_a_signal_ends_the_command_cleanly_with_its_code(number: str, code: int)
     assert b"Traceback" not in process.stderr
 
 
+def test_a_library_that_exits_on_a_signal_is_interrupted() -> None:
+    """Ray does while it starts."""
+    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)); os.kill(os.getpid(), 15)"
+    process = run_body(body, json_output=True)
+    assert process.returncode == json.loads(process.stdout)["exit_code"] == ExitCode.TERMINATED
+    assert process.stderr.count(b"\n") == 1
+
+
 def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:
     mark = tmp_path / "cleaned"
     body = (

@@ -129,11 +129,12 @@ def connect_cluster(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); check"
             " --address and RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray replaces them
+                signal.signal(number, handler)
     if context.dashboard_url:
         log(f"Ray's dashboard: http://{context.dashboard_url}")
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray replaces them
-            signal.signal(number, handler)
     # Ray reports dead workers on stdout, which is for results; at the latest in its shutdown.
     with redirect_stdout(sys.stderr):
         try:
