@@ -71,7 +71,7 @@ def make_commands(folder: Path, num_images: int) -> dict[str, list[str]]:
     return {
         "convert": ["convert", images, "OUT", "--shard-size", "20"],
         "score": ["score", images, "OUT", "--shard-size", "20"],
-        "evaluate": ["evaluate", shards, "OUT", "--shard-size", "20"],
+        "evaluate": ["evaluate", shards, "--out", "OUT", "--shard-size", "20"],
         "train": ["train", shards, "OUT", *training],
         "tune": ["tune", shards, "OUT", *training, "--trials", "4"],
     }

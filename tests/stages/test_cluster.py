@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 
+import cifake_ray
+from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.stages import cluster
 from cifake_ray.stages.cluster import (
@@ -16,7 +21,9 @@ from cifake_ray.stages.cluster import (
     Resources,
     _check_address,
     choose_ray_folder,
+    connect_cluster,
     count_local_cpus,
+    leave_cluster,
     place_workers,
     read_cpu_quota,
 )
@@ -115,3 +122,30 @@ def test_sockets_are_in_a_folder_with_a_short_path(
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ResourceError, match="set RAY_TMPDIR to a folder of at most 36 bytes"):
         choose_ray_folder()
+
+
+def test_after_an_interrupt_ray_ends_with_the_process_or_when_it_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its native code could end the process in the middle of the callers' clean-up."""
+    started: list[dict[str, Any]] = []
+    stopped: list[None] = []
+
+    def start(**options: Any) -> Any:
+        started.append(options)
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "nodes", lambda: [])
+    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(None))
+    for failure, num_stopped in ((KeyboardInterrupt, 0), (ValueError, 1)):
+        with pytest.raises(failure), connect_cluster(ClusterConfig(address="head")):
+            raise failure
+        assert len(stopped) == num_stopped
+    leave_cluster()
+    leave_cluster()
+    assert len(stopped) == 2
+    searched = started[0]["job_config"]._py_driver_sys_path
+    searched.extend(["/images"])
+    assert set(searched) <= {str(Path(cifake_ray.__file__).parents[1])}
