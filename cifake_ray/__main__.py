@@ -40,6 +40,7 @@ def _fork_worker() -> Callable[[], object]:
 
     The child calls what is returned once it has printed its last line.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, no end can be waited for
     ends, said = os.pipe()
     parent = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

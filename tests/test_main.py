@@ -29,6 +29,12 @@ HANG = "open('ready', 'w').close(); time.sleep(60)"
 IGNORE = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {HANG}"
 
 
+def inherit_signals() -> None:
+    """As from a program that ignores the ends of its children, and not in the background."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(folder: Path, body: str, *flags: str) -> subprocess.Popen[str]:
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITE.format(body=body))
@@ -41,7 +47,7 @@ def start(folder: Path, body: str, *flags: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=inherit_signals,
     )
 
 

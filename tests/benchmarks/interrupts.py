@@ -115,8 +115,8 @@ def main() -> None:
                     total[f"{verb}: {'faults' if fault else 'right'}"] += 1
                     if fault:
                         print(f"{verb} {number.name} after {delay_s:.2f} s: {fault}", flush=True)
-                else:
-                    process.communicate()
+                elif process.wait():
+                    sys.exit(f"{verb} failed by itself: {(folder / 'errors').read_text()}")
                 shutil.rmtree(folder / "out", ignore_errors=True)
             print(dict(total), flush=True)
     if any("faults" in name for name in total):
