@@ -49,7 +49,13 @@ def _run(config: Any) -> Any:
     if config.dry_run:
         raise UsageError("dry_run is for the command line, which prints the plan: --dry-run")
 
-    return run_verb(config, time.time())[0]
+    try:
+        return run_verb(config, time.time())[0]
+    except KeyboardInterrupt:
+        from cifake_ray.stages.cluster import leave_cluster
+
+        leave_cluster()
+        raise
 
 
 def _take_options(

@@ -58,7 +58,8 @@ class Manifest:
 def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     """Return the images per shard: N/1000 between bounds, and at most 256 MiB."""
     rows = min(max(num_rows // 1000, MIN_SHARD_ROWS), MAX_SHARD_ROWS)
-    mean_bytes = max(size_bytes // max(num_rows, 1), 1)
+    # Lists need not say sizes; then more rows could be more than memory holds.
+    mean_bytes = size_bytes // max(num_rows, 1) or MAX_SHARD_BYTES // MIN_SHARD_ROWS
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 

@@ -24,8 +24,15 @@ from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, 
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
-from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
+from cifake_ray.storage.sources.source import (
+    KEEP_ALL,
+    MAX_SHARD_BYTES,
+    MIN_SHARD_ROWS,
+    KeyFilter,
+    Listing,
+)
 
+PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
 OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
 
 
@@ -82,6 +89,9 @@ def read_columns(
     with explain_errors(path):
         try:
             return table.read_row_groups(groups, columns=columns)
+        except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
+            pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=columns)
+            return pa.Table.from_batches(pieces)
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowInvalid) as error:
@@ -181,15 +191,16 @@ class ParquetSource:
                         yield kept
 
     def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
-        """Yield neighbouring row groups, together at least a shard."""
+        """Yield neighbouring row groups, together at least a shard by their rows or their bytes."""
         groups: list[int] = []
-        num_rows = 0
+        num_rows = size_bytes = 0
         for group in range(table.num_row_groups):
             groups.append(group)
             num_rows += table.metadata.row_group(group).num_rows
-            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS):
+            size_bytes += table.metadata.row_group(group).total_byte_size
+            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS) or size_bytes >= MAX_SHARD_BYTES:
                 yield groups
-                groups, num_rows = [], 0
+                groups, num_rows, size_bytes = [], 0, 0
         if groups:
             yield groups
 

@@ -24,6 +24,7 @@ from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
+from cifake_ray.storage.sources import parquet
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.parquet import read_row_group
 from cifake_ray.storage.sources.source import Listing, Source
@@ -581,6 +582,33 @@ def test_a_damaged_parquet_list_is_named(tmp_path: Path) -> None:
 
 
 # --- tables --------------------------------------------------------------------------------------
+
+
+def test_row_groups_are_joined_to_shards_by_rows_and_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_hub_table(tmp_path / "hub.parquet", [0] * 8, None)
+    group_bytes = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
+    for max_bytes, sizes in ((2**30, [8]), (group_bytes * 3 // 2, [4, 4]), (1, [2, 2, 2, 2])):
+        monkeypatch.setattr(parquet, "MAX_SHARD_BYTES", max_bytes)
+        batches = open_images(path).list_images().batches
+        assert [batch.num_rows for batch in batches] == sizes
+
+
+def test_a_row_group_that_arrow_cannot_read_at_once_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than 2 GiB of images."""
+    path = write_hub_table(tmp_path / "hub.parquet", [0] * 4, None)
+    source = open_images(path)
+    rows = pa.Table.from_batches(source.list_images().batches)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    monkeypatch.setattr(parquet, "PIECE_ROWS", 1)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", refuse)
+    assert list(source.read_images(rows)) == [make_png(n) for n in range(4)]
 
 
 def write_hub_table(
