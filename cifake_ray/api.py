@@ -84,7 +84,8 @@ def train(config: TrainConfig) -> TrainSummary:
     from cifake_ray.stages.train.driver import TrainSummary
 
     summary = _run(config)
-    return TrainSummary(**{name: summary[name] for name in TrainSummary.__dataclass_fields__})
+    known = TrainSummary.__dataclass_fields__.keys() & summary.keys()  # a run of before has fewer
+    return TrainSummary(**{name: summary[name] for name in known})
 
 
 @_take_options(EvaluateConfig)

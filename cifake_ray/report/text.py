@@ -145,8 +145,13 @@ def model_card(
     num_real = metrics["num_real"]
     points = [
         ("highest balanced accuracy", f"{calibration.threshold:.6f}", "default"),
-        ("1% of REAL called FAKE", f"{calibration.threshold_fpr_1:.6f}", _rest(num_real, 100)),
-        ("0.1% of REAL called FAKE", f"{calibration.threshold_fpr_01:.6f}", _rest(num_real, 1000)),
+        *(
+            (f"{share} of REAL called FAKE", format_threshold(cut), _rest(num_real, one_in))
+            for share, cut, one_in in (
+                ("1%", calibration.threshold_fpr_1, 100),
+                ("0.1%", calibration.threshold_fpr_01, 1000),
+            )
+        ),
     ]
     return CARD.format(
         name=_flatten(name),
@@ -160,6 +165,11 @@ def model_card(
         temperature=f"{calibration.temperature:.4f}",
         points=format_rows(("Operating point", "p_fake at least", "based on"), points),
     )
+
+
+def format_threshold(threshold: float | None) -> str:
+    """Format a threshold of a bundle, which may have none for a false positive rate."""
+    return "cannot be reached on validation" if threshold is None else f"{threshold:.6f}"
 
 
 def _rest(num_real: int, one_in: int) -> str:

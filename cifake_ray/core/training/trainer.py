@@ -275,6 +275,8 @@ class Trainer:
         mean = average_weights([epoch.weights for epoch in self.state.kept])
         self.eval_model.network.load_state_dict(mean)
         logit = self.predict(self.val_images)
+        if not logit.isfinite().all():  # the mean of good weights may be useless
+            return best, [best.epoch]
         score = self._agree(to_score(self._measure(logit, 0.0), self.config.monitor))
         if score > best.score:
             epochs = sorted(epoch.epoch for epoch in self.state.kept)

@@ -73,6 +73,10 @@ class TrainSummary:
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
     weights: str | None = None  # the starting weights, unless initialised at random
+    # Of the bundle, on p_fake; None in runs of before, and if no threshold keeps the rate.
+    threshold: float | None = None
+    threshold_fpr_1: float | None = None
+    threshold_fpr_01: float | None = None
     untracked: dict[str, int] = field(
         default_factory=dict
     )  # rows that could not be logged, per tracker
@@ -136,6 +140,12 @@ def train_detector(
             with watch:
                 _train_on_ray(prepared, run, log)
         finished = _summarise(prepared, run, tracking.resumed, started_s)
+        if finished.threshold_fpr_01 is None:
+            rate = "1%" if finished.threshold_fpr_1 is None else "0.1%"
+            log(
+                f"train: no threshold keeps {rate} false positives, since more of the REAL"
+                " validation images have p_fake = 1.0; check their labels"
+            )
         finished = replace(finished, untracked=tracking.finish(asdict(finished)))
     run.write_success(asdict(finished))
     return asdict(finished)
@@ -278,6 +288,9 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
+        threshold=bundle.calibration.threshold,
+        threshold_fpr_1=bundle.calibration.threshold_fpr_1,
+        threshold_fpr_01=bundle.calibration.threshold_fpr_01,
     )
 
 

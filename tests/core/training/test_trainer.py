@@ -268,6 +268,15 @@ def test_the_mean_of_the_best_epochs_is_kept_if_it_is_better() -> None:
         assert torch.allclose(best.weights[name], tensor, atol=1e-5)
 
 
+def test_a_mean_of_weights_that_is_no_detector_is_not_kept() -> None:
+    trainer = make_trainer(keep_epochs=2, epochs=2)
+    fit(trainer, lambda: None)
+    best = trainer.state.kept[0]
+    wild = {n: torch.full_like(t, 1e38) for n, t in best.weights.items()}
+    trainer.state.kept[1] = trainer.state.kept[1]._replace(weights=wild)
+    assert trainer.choose_best() == (best, [best.epoch])
+
+
 def test_a_mean_of_weights_leaves_counters_alone() -> None:
     weights = [
         {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(7)},

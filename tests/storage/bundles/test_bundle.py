@@ -21,7 +21,7 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
-from cifake_ray.errors import BundleError, CifakeError
+from cifake_ray.errors import BundleError, CifakeError, UsageError
 from cifake_ray.storage.bundles.bundle import (
     load_bundle,
     locate_bundle,
@@ -46,13 +46,14 @@ def make_detector(architecture: str = "cnn", image_size: int | None = None) -> D
 
 def write(path: Path, detector: Detector, **changes: Any) -> Path:
     values: dict[str, Any] = {
+        "calibration": CALIBRATION,
         "domain": DOMAIN,
         "training": {"epochs": 2},
         "metrics": {"accuracy": 0.9},
         "history": HISTORY,
         "model_card": "# Card\n",
     }
-    write_bundle(path, detector, CALIBRATION, **{**values, **changes})
+    write_bundle(path, detector, **{**values, **changes})
     return path
 
 
@@ -82,6 +83,14 @@ def test_a_bundle_scores_as_the_detector_that_was_written(
     assert facts.domain == DOMAIN
     assert facts.training == {"epochs": 2}
     assert read_history(tmp_path / "b") == HISTORY
+
+
+def test_a_rate_without_a_threshold_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "b", make_detector(), calibration=replace(CALIBRATION, threshold_fpr_01=None))
+    facts = read_bundle_info(tmp_path / "b")
+    assert (facts.threshold(None), facts.threshold(0.01)) == (0.4, 0.9)
+    with pytest.raises(UsageError, match=r"--target-fpr 0\.001: .* p_fake = 1\.0; leave it out"):
+        facts.threshold(0.001)
 
 
 def test_a_mean_and_deviation_of_its_own_come_back(tmp_path: Path) -> None:
