@@ -94,7 +94,7 @@ class TrainConfig(ClusterConfig):
         str | None,
         RuntimeDoc(
             "Data-parallel workers, or MIN:MAX for as many as fit; 0 trains in this"
-            " process (default: the GPUs, else 1)"
+            " process (default: the GPUs, but 8 images of a batch for each; else 1)"
         ),
     ] = None
     cpus_per_worker: Annotated[
@@ -104,7 +104,7 @@ class TrainConfig(ClusterConfig):
     device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     precision: Annotated[
         Precision,
-        Doc("auto: bf16 where the device supports it, else float32 on CPU and fp16 on GPU"),
+        Doc("auto: bf16 where the device is fast at it, else float32 on CPU and fp16 on GPU"),
     ] = "auto"
     compile: Annotated[
         bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")

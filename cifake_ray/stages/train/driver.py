@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from cifake_ray.config import Device, TrainConfig
+from cifake_ray.core.training.device_limits import check_batch_share
 from cifake_ray.core.training.early_stopping import explain_end
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import (
@@ -39,7 +40,7 @@ from cifake_ray.stages.train.prepare import (
 from cifake_ray.stages.train.worker import RankTask, start_rank, train_rank
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
-from cifake_ray.storage.datasets.training_set import locate_cache
+from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path, to_arrow
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.runs.run import read_record
@@ -47,6 +48,7 @@ from cifake_ray.storage.runs.trackers import Tracking, check_trackers
 from cifake_ray.storage.runs.train_run import TrainRun
 from cifake_ray.storage.s3.location import open_path
 
+MIN_SHARE = 8  # images of a batch for each GPU, unless --num-workers asks for more workers
 POLL_S = 0.5  # between two reads of the history
 
 
@@ -73,6 +75,7 @@ class TrainSummary:
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
     weights: str | None = None  # the starting weights, unless initialised at random
+    precision: str | None = None  # what `auto` became; None in runs of before
     # Of the bundle, on p_fake; None in runs of before, and if no threshold keeps the rate.
     threshold: float | None = None
     threshold_fpr_1: float | None = None
@@ -109,13 +112,21 @@ def train_detector(
     prepared = prepare_training(
         config
     )  # fails here, not in every worker, if options do not fit together
+    num_train = int((~prepared.rows.is_val).sum())
+    check_batch_share(
+        prepared.detector,
+        config,
+        device="cpu" if config.device == "cpu" else "cuda",  # workers check it where they run
+        num_images=num_train,
+        num_ranks=max(1, (config.worker_range or (1, 1))[0]),
+    )
     if config.dry_run:
         return {
             "command": "train",
             "out": str(run.path),
             "model": config.model,
             "num_parameters": prepared.detector.num_parameters,
-            "train_images": int((~prepared.rows.is_val).sum()),
+            "train_images": num_train,
             "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
         }
@@ -128,13 +139,18 @@ def train_detector(
             tracking.log_epoch(row)
             on_epoch(row, epochs)
 
-        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch)
+        def show_progress() -> None:
+            if line := run.take_progress():
+                log(line)
+
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, show_progress)
         if config.worker_range == (0, 0):
             train_rank(
                 prepared,
                 use_gpu=_choose_gpu_here(config.device),
                 num_threads=config.cpus_per_worker or count_local_cpus(),
                 on_save=watch.look,
+                log=log,
             )
         else:
             with watch:
@@ -182,7 +198,9 @@ def place_training(config: TrainConfig, resources: Resources) -> Placement:
     use_gpu = choose_gpu(config.device, resources)
     return place_workers(
         resources,
-        num_workers=least or (resources.num_gpus if use_gpu else 1),
+        # Small shares of a batch are slow, and too few for batch norms.
+        num_workers=least
+        or (min(resources.num_gpus, max(1, config.batch_size // MIN_SHARE)) if use_gpu else 1),
         use_gpu=use_gpu,
         # Workers that join later must get as many as the first ones.
         cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
@@ -212,6 +230,8 @@ def _choose_gpu_here(device: Device) -> bool:
 def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
+
+    from cifake_ray.stages.train.failures import EndAtOnce, find_failure
 
     config = prepared.config
     filesystem, storage_path = to_arrow(run.path)
@@ -248,11 +268,14 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
                 storage_filesystem=filesystem,
                 # Announced node removals are not counted: Ray Train allows any number.
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                callbacks=[EndAtOnce()],
             ),
         )
         try:
             threads.submit(trainer.fit).result()
         except ray.train.TrainingFailedError as error:
+            if (failure := find_failure(error)) is not None:
+                raise failure from error
             raise CifakeError(
                 f"training failed: {find_cause(error)}; run the same command again to resume from"
                 " the last epoch, with --debug for the whole traceback"
@@ -288,6 +311,7 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
+        precision=training["precision"],
         threshold=bundle.calibration.threshold,
         threshold_fpr_1=bundle.calibration.threshold_fpr_1,
         threshold_fpr_01=bundle.calibration.threshold_fpr_01,
@@ -303,7 +327,9 @@ class _HistoryWatch:
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],
+        on_poll: Callable[[], None] = lambda: None,
     ) -> None:
+        self.on_poll = on_poll
         self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
@@ -316,6 +342,7 @@ class _HistoryWatch:
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
+                self.on_poll()
                 self.look()
 
     def __enter__(self) -> None:

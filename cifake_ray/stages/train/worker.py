@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cifake_ray.config import TrainConfig
@@ -19,7 +20,11 @@ from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
-from cifake_ray.core.training.device_limits import choose_precision
+from cifake_ray.core.training.device_limits import (
+    DevicePrecision,
+    check_batch_share,
+    choose_precision,
+)
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
 from cifake_ray.core.training.trainer import Trainer
@@ -54,7 +59,14 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
             f"{task.config.shards}: the shards changed while the training started; run the same"
             " command again once they are complete"
         )
-    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads)
+    run = TrainRun(resolve_path(task.config.run, task.config.store))
+    is_first = dist.is_initialized() and dist.get_rank() == 0
+    train_rank(
+        prepared,
+        use_gpu=task.use_gpu,
+        num_threads=task.num_threads,
+        log=run.write_progress if is_first else lambda message: None,
+    )
 
 
 def train_rank(
@@ -64,6 +76,7 @@ def train_rank(
     num_threads: int,
     is_over: bool = False,
     on_save: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
 
@@ -76,19 +89,20 @@ def train_rank(
     device = "cuda" if use_gpu else "cpu"
     if config.compile:
         detector.network.compile()
-    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads)
+    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads, log)
     wrapped, report = _join_group(config, detector, device)
-    trainer = Trainer(
+    checkpoint = run.read_checkpoint()
+    precision = _agree_on_precision(config, device, checkpoint)
+    trainer = Trainer(detector, wrapped, config, data.train, data.val, precision, config.policy)
+    check_batch_share(
         detector,
-        wrapped,
         config,
-        data.train,
-        data.val,
-        choose_precision(device, config.precision),
-        config.policy,
+        device=device,
+        num_images=len(data.train.labels),
+        num_ranks=trainer.num_ranks,
     )
     domain = read_domain(data.train) if trainer.rank == 0 else None
-    if (checkpoint := run.read_checkpoint()) is not None:
+    if checkpoint is not None:
         trainer.resume(checkpoint)
         if trainer.rank == 0:  # an earlier attempt may have died before it wrote the history
             _show_history(run, trainer, on_save)
@@ -107,6 +121,23 @@ def train_rank(
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         _write_best(config, run, trainer, data, domain, best, averaged)
+
+
+def _agree_on_precision(
+    config: TrainConfig, device: str, checkpoint: dict[str, Any] | None
+) -> DevicePrecision:
+    """Return the precision of the whole run: that of its checkpoint, else rank 0's choice.
+
+    Nodes differ, and a run may resume on another machine.
+    """
+    chosen = [
+        (checkpoint or {}).get("precision") or choose_precision(device, config.precision).name
+    ]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    if chosen == ["fp16"] and device == "cpu":  # the run began on a GPU
+        chosen = ["float32"]
+    return choose_precision(device, chosen[0])
 
 
 @contextmanager
@@ -168,6 +199,7 @@ def _write_best(
     ]  # without the folders above, which are private
     training = {
         **settings,
+        "precision": trainer.precision.name,
         "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io.files import (
+    discard,
     encode_csv,
     encode_json_lines,
     exists,
@@ -20,6 +21,7 @@ from cifake_ray.storage.io.files import (
     read_json,
     write_bytes,
     write_json,
+    write_volatile,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record
@@ -111,6 +113,17 @@ class TrainRun(RunFolder):
     def write_checkpoint(self, data: bytes) -> None:
         """Commit a checkpoint."""
         write_bytes(self.checkpoint_path, data)
+
+    def write_progress(self, text: str) -> None:
+        """Leave a line for the driver to log; it is not kept."""
+        write_volatile(self.path / "progress.txt", text.encode())
+
+    def take_progress(self) -> str | None:
+        """Return the line that a worker left last, and remove it."""
+        text = read_if_exists(self.path / "progress.txt")
+        if text is not None:
+            discard(self.path / "progress.txt")
+        return text and text.decode()
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""

@@ -612,6 +612,17 @@ def test_auto_is_bf16_on_a_cpu_that_computes_it_fast(
     assert choose_precision("cpu", "auto").dtype is dtype
 
 
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_is_fp16_on_a_gpu_that_only_emulates_bf16(
+    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or is_native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert choose_precision("cuda", "auto").dtype is dtype
+
+
 # --- detectors -----------------------------------------------------------------------------------
 
 
