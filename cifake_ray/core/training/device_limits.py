@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,14 @@ def choose_precision(device: str, precision: str) -> DevicePrecision:
     if device == "cpu" and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; use float32 or bf16")
     return DevicePrecision(device, precision)
+
+
+def agree_on_precision(device: str, precision: str) -> DevicePrecision:
+    """Return rank 0's choice on every rank: the processors of nodes may differ."""
+    chosen = [choose_precision(device, precision).name]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return choose_precision(device, chosen[0])
 
 
 def count_macs(network: nn.Module, image_size: int) -> int:

@@ -268,7 +268,7 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
                 storage_filesystem=filesystem,
                 # Announced node removals are not counted: Ray Train allows any number.
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                callbacks=[EndAtOnce()],
+                callbacks=[EndAtOnce()],  # type: ignore[list-item]
             ),
         )
         try:

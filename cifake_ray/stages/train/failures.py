@@ -22,7 +22,7 @@ class EndAtOnce(ray.train.UserCallback):
 def find_failure(error: ray.train.TrainingFailedError) -> CifakeError | None:
     """Return the first error for the user among those that ended a training."""
     if isinstance(error, ray.train.WorkerGroupError):
-        failures = [_unwrap(failure) for failure in error.worker_failures.values()]
+        failures: list[object] = [_unwrap(failure) for failure in error.worker_failures.values()]
     else:
         failures = [getattr(error, "controller_failure", None)]
     return next((failure for failure in failures if isinstance(failure, CifakeError)), None)

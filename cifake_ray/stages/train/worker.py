@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from cifake_ray.config import TrainConfig
@@ -20,11 +19,7 @@ from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
-from cifake_ray.core.training.device_limits import (
-    DevicePrecision,
-    check_batch_share,
-    choose_precision,
-)
+from cifake_ray.core.training.device_limits import agree_on_precision, check_batch_share
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
 from cifake_ray.core.training.trainer import Trainer
@@ -51,6 +46,8 @@ class RankTask:
 
 def start_rank(loop_config: dict[str, RankTask]) -> None:
     """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
+    import ray.train
+
     task = loop_config["task"]
     torch.set_num_threads(task.num_threads)
     prepared = prepare_training(task.config)
@@ -60,7 +57,7 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
             " command again once they are complete"
         )
     run = TrainRun(resolve_path(task.config.run, task.config.store))
-    is_first = dist.is_initialized() and dist.get_rank() == 0
+    is_first = ray.train.get_context().get_world_rank() == 0
     train_rank(
         prepared,
         use_gpu=task.use_gpu,
@@ -92,7 +89,11 @@ def train_rank(
     data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads, log)
     wrapped, report = _join_group(config, detector, device)
     checkpoint = run.read_checkpoint()
-    precision = _agree_on_precision(config, device, checkpoint)
+    wanted: str = config.precision
+    if wanted == "auto" and checkpoint is not None:  # what it became when the run began
+        wanted = checkpoint.get("precision", wanted)
+        wanted = "float32" if (wanted, device) == ("fp16", "cpu") else wanted
+    precision = agree_on_precision(device, wanted)
     trainer = Trainer(detector, wrapped, config, data.train, data.val, precision, config.policy)
     check_batch_share(
         detector,
@@ -121,23 +122,6 @@ def train_rank(
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         _write_best(config, run, trainer, data, domain, best, averaged)
-
-
-def _agree_on_precision(
-    config: TrainConfig, device: str, checkpoint: dict[str, Any] | None
-) -> DevicePrecision:
-    """Return the precision of the whole run: that of its checkpoint, else rank 0's choice.
-
-    Nodes differ, and a run may resume on another machine.
-    """
-    chosen = [
-        (checkpoint or {}).get("precision") or choose_precision(device, config.precision).name
-    ]
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    if chosen == ["fp16"] and device == "cpu":  # the run began on a GPU
-        chosen = ["float32"]
-    return choose_precision(device, chosen[0])
 
 
 @contextmanager

@@ -57,7 +57,9 @@ class TrainingRows:
     @property
     def slots(self) -> np.ndarray:
         """Return the position of each row among all rows of the files, int64[N]."""
-        return (np.cumsum(self.group_rows) - self.group_rows)[self.group] + self.row
+        starts: np.ndarray = np.cumsum(self.group_rows) - self.group_rows
+        slots: np.ndarray = starts[self.group] + self.row
+        return slots
 
     def hash_rows(self) -> str:
         """Return the sha256 of which rows train and validate, and their labels."""

@@ -123,7 +123,7 @@ class TrainRun(RunFolder):
         text = read_if_exists(self.path / "progress.txt")
         if text is not None:
             discard(self.path / "progress.txt")
-        return text and text.decode()
+        return None if text is None else text.decode()
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""
