@@ -34,8 +34,11 @@ class TrainConfig(ClusterConfig):
     run: Annotated[str, RuntimeDoc("Folder of this run; the same folder resumes", positional=True)]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
-        str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
+        str | None, Doc("Start from a file of weights, a folder in timm's layout or a bundle")
     ] = None
+    allow_pickle: Annotated[
+        bool, RuntimeDoc("Take --weights from .bin .pt .pth .ckpt .pkl too: tensors only, no code")
+    ] = False
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimizer step, all workers together")] = 128
