@@ -163,6 +163,11 @@ def model_card(
         training=_format_facts(training),
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
+        divisor=repr(calibration.temperature),
+        # Names that say a width and a depth are too many to be known in advance.
+        register=f'\ncifake_ray.timm.register("{architecture}")'
+        if architecture.startswith("small_cnn_")
+        else "",
         points=format_rows(("Operating point", "p_fake at least", "based on"), points),
     )
 
@@ -223,7 +228,20 @@ parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmo
     cifake-ray score DIR OUT --bundle BUNDLE
 
 DIR holds images, BUNDLE is this folder. OUT receives one row per image, with `p_fake` and `is_fake`
-or an error. `--target-fpr` selects another operating point.
+or an error. `--target-fpr` selects another operating point. timm opens BUNDLE too:
+
+```python
+import timm, torch
+from PIL import Image
+import cifake_ray.timm  # tells timm of cnn, small_cnn and the like{register}
+
+network = timm.create_model("local-dir:BUNDLE", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=network))
+image = transform(Image.open("IMAGE").convert("RGB"))
+with torch.inference_mode():
+    z_real, z_fake = network(image[None])[0]
+p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
+```
 
 {preprocessing}
 

@@ -75,6 +75,7 @@ class TrainSummary:
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
     weights: str | None = None  # the starting weights, unless initialised at random
+    images_in_both_classes: int = 0  # whose bytes also occur with the other label
     precision: str | None = None  # what `auto` became; None in runs of before
     # Of the bundle, on p_fake; None in runs of before, and if no threshold keeps the rate.
     threshold: float | None = None
@@ -120,6 +121,12 @@ def train_detector(
         num_images=num_train,
         num_ranks=max(1, (config.worker_range or (1, 1))[0]),
     )
+    log(f"train: {prepared.rows}")
+    if prepared.rows.num_in_both:
+        log(
+            f"train: {prepared.rows.num_in_both:,} images have the same bytes as one with the other"
+            " label; check the labels"
+        )
     if config.dry_run:
         return {
             "command": "train",
@@ -311,6 +318,7 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
+        images_in_both_classes=prepared.rows.num_in_both,
         precision=training["precision"],
         threshold=bundle.calibration.threshold,
         threshold_fpr_1=bundle.calibration.threshold_fpr_1,

@@ -197,8 +197,11 @@ def write_bundle(
 ) -> None:
     """Write a bundle, `config.json` last, so that a bundle that has one is complete."""
     preprocessing = detector.preprocessing
+    timm_cfg: Mapping[str, Any] = getattr(detector.network, "pretrained_cfg", {})
+    is_sized = timm_cfg.get("fixed_input_size")  # timm must be told the size, as for its ViTs
     config = {
         "architecture": detector.architecture,
+        "model_args": {"img_size": preprocessing.image_size} if is_sized else {},
         "num_classes": len(LABEL_NAMES),
         "label_names": list(LABEL_NAMES),
         "pretrained_cfg": {

@@ -14,7 +14,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ from cifake_ray.storage.sources.parquet import (
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
 LOG_INTERVAL_S = 5.0
+USES = ("to train on", "to validate on", "left out")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,15 @@ class TrainingRows:
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
     is_val: np.ndarray  # bool[N]
+    num_in_both: int = 0  # rows whose bytes are also those of a row with the other label
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # rows by use and split
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{sum(splits.values()):,} {use} ({', '.join(f'{n:,} {s}' for s, n in splits.items())})"
+            for use in USES
+            if (splits := {split: n for (u, split), n in self.counts.items() if u == use})
+        )
 
     @property
     def slots(self) -> np.ndarray:
@@ -82,15 +92,21 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     groups: list[tuple[AnyPath, int]] = []
     group_rows: list[int] = []
     parts: list[tuple[np.ndarray, ...]] = []
+    counts: Counter[tuple[str, str]] = Counter()
     for path in find_tables(root):
         with use_table(path) as table:
             for number in range(table.num_row_groups):
-                columns = _read_group_rows(table, path, number, config)
+                columns = _read_group_rows(table, path, number, config, counts)
                 parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
                 groups.append((path, number))
                 group_rows.append(table.metadata.row_group(number).num_rows)
-    group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
-    rows = TrainingRows(groups, np.array(group_rows), group, row, label, is_val)
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    group, row, label, is_val, digest = columns
+    in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
+    num_in_both = int(np.isin(digest, in_both).sum())
+    rows = TrainingRows(
+        groups, np.array(group_rows), group, row, label, is_val, num_in_both, counts
+    )
     check_both_classes(rows, np.ones(len(label), bool), config)
     return rows
 
@@ -102,15 +118,15 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
             if not (rows.label[side & usable] == value).any():
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
-                    " decodes; training takes the rows with split `train` or none (--val-fraction,"
-                    " --val-split choose among them)"
+                    f" decodes among its rows ({rows}); training takes those with split `train` or"
+                    " none (--val-fraction, --val-split choose among them)"
                 )
 
 
 def _read_group_rows(
-    table: Any, path: AnyPath, number: int, config: TrainConfig
+    table: Any, path: AnyPath, number: int, config: TrainConfig, counts: Counter[tuple[str, str]]
 ) -> tuple[np.ndarray, ...]:
-    """Return row, label and is_val of the usable rows of one row group."""
+    """Return row, label, is_val and digest of the usable rows of one row group; count all rows."""
     names = table.schema_arrow.names
     hashed = "sha256" if "sha256" in names else "image"
     wanted = [n for n in ("label", "split", "error", hashed) if n in names]
@@ -123,7 +139,7 @@ def _read_group_rows(
         return columns.column(name).to_pylist() if present else [default] * num_rows
 
     file_split = SPLIT_NAMES.get(path.stem.split("-")[0].lower())
-    chosen: list[tuple[int, int, bool]] = []
+    chosen: list[tuple[int, int, bool, int]] = []
     cells = values("label"), values("split", file_split), values("error"), values(hashed)
     for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
         try:
@@ -131,22 +147,30 @@ def _read_group_rows(
         except ValueError as problem:
             raise UsageError(f"{path}: {problem}") from problem
         is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
+        name = f"of split {split}" if split else "without a split"
         if label is None or error is not None or is_empty:
+            name = "with an error" if label is not None or error is not None else "without a label"
+            counts[USES[2], name] += 1
             continue
-        if config.val_split is not None and split == parse_split(config.val_split):
-            chosen.append((row, label, True))
-        elif split in (None, "train"):
-            is_val = config.val_split is None and _is_val(content, config.val_fraction)
-            chosen.append((row, label, is_val))
-    row_, label_, is_val_ = zip(*chosen, strict=True) if chosen else ((), (), ())
-    return np.array(row_, np.int32), np.array(label_, np.int64), np.array(is_val_, bool)
+        is_val = config.val_split is not None and split == parse_split(config.val_split)
+        if not is_val and split not in (None, "train"):
+            counts[USES[2], name] += 1
+            continue
+        digest = _read_digest(content)
+        # By the image's bytes, so that duplicates are never on both sides.
+        is_val |= config.val_split is None and digest < config.val_fraction * 2**64
+        counts[USES[is_val], name] += 1
+        chosen.append((row, label, is_val, digest))
+    types = (np.int32, np.int64, bool, np.uint64)
+    values = zip(*chosen, strict=True) if chosen else ((),) * len(types)
+    return tuple(np.array(column, kind) for column, kind in zip(values, types, strict=True))
 
 
-def _is_val(content: Any, fraction: float) -> bool:
-    """Decide by the image's bytes, so that duplicates are never on both sides."""
+def _read_digest(content: Any) -> int:
+    """Return the first 8 bytes of the sha256 of an image, or of what already is a sha256."""
     content = _get_bytes(content)
     digest = content if len(content) == 32 else hashlib.sha256(content).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 def _get_bytes(image: Any) -> Any:

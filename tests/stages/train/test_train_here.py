@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def encode_image(value: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(path: Path, images: list[tuple[bytes, int, str | None]]) -> Path:
+def write_shards(path: Path, images: Sequence[tuple[bytes, int | None, str | None]]) -> Path:
     """Parquet in the Hugging Face layout: image, label, split; row groups of 16."""
     path.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -169,3 +170,26 @@ def test_scoring_takes_as_many_images_at_once_as_the_network_allows(
         assert MakeScoreProcessor(info, 0.5, 77)(ONE_WORKER).batch_size == 77
     assert batch_sizes[0] == 256
     assert batch_sizes[1] < 128
+
+
+def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path: Path) -> None:
+    images: list[tuple[bytes, int | None, str | None]] = [
+        (encode_image(180 if n % 2 else 20, n), n % 2, "train") for n in range(40)
+    ]
+    images += [(encode_image(99, 99), n, "train") for n in (0, 1, 1)]
+    images += [(encode_image(60, n), n % 2, "test") for n in range(7)]
+    images += [(encode_image(61, n), n % 2, "val") for n in range(6)]
+    images += [(encode_image(62, n), None, "train") for n in range(2)]
+    shards = write_shards(tmp_path / "shards", images)
+    said: list[str] = []
+    plan = run_train(shards, tmp_path / "run", dry_run=True, log=said.append)
+    assert (plan["train_images"], plan["val_images"]) == (43, 6)
+    assert said == [
+        "train: 43 to train on (43 of split train); 6 to validate on (6 of split val);"
+        " 9 left out (7 of split test, 2 without a label)",
+        "train: 3 images have the same bytes as one with the other label; check the labels",
+    ]
+    summary = run_train(shards, tmp_path / "run", epochs=1)
+    assert summary["images_in_both_classes"] == 3
+    with pytest.raises(UsageError, match=r"no labelled REAL image for validation.*7 of split test"):
+        run_train(shards, tmp_path / "other", val_split="dev")

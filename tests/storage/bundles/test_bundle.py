@@ -12,16 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
-from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
+from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, CifakeError, UsageError
+from cifake_ray.report.text import model_card
 from cifake_ray.storage.bundles.bundle import (
     load_bundle,
     locate_bundle,
@@ -117,6 +121,53 @@ def test_timm_loads_a_bundle_of_its_own_architecture(tmp_path: Path) -> None:
     assert torch.allclose(outputs, compute(detector, images), atol=1e-5)
     assert list(network.pretrained_cfg["input_size"]) == [3, size, size]
     assert list(network.pretrained_cfg["label_names"]) == ["REAL", "FAKE"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("cnn", None),
+        ("small_cnn", 48),
+        ("small_cnn_w64_d3", None),
+        ("small_vit_tiny", 32),
+        ("fusion", 48),
+        ("test_vit", 96),
+        ("test_resnet", 64),
+    ],
+)
+def test_the_python_of_the_card_gives_what_score_gives(
+    tmp_path: Path, architecture: str, size: int | None
+) -> None:
+    torch.manual_seed(0)
+    detector = build_detector(architecture, image_size=size).eval()
+    card = model_card(
+        name="x",
+        architecture=architecture,
+        num_parameters=1,
+        trained_on="x",
+        domain=None,
+        preprocessing={},
+        training={},
+        calibration=CALIBRATION,
+        metrics=compute_metrics(
+            np.array([1.0, -1.0]), np.array([1, 0]), temperature=1, threshold=0.5, num_bootstrap=0
+        ),
+    )
+    bundle = write(tmp_path / "b", detector, model_card=card)
+    photo = tmp_path / "photo.png"
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photo)
+    text = (bundle / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    if architecture == "fusion":  # as in bundles of before, which do not name the size for timm
+        edit_config(bundle, lambda config: config.pop("model_args"))
+    snippet = snippet.replace("BUNDLE", str(bundle)).replace("IMAGE", str(photo))
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    pixels = torch.from_numpy(detector.preprocessing.load_image(photo.read_bytes())[None])
+    with torch.inference_mode():
+        logit = detector.find_logit(pixels).numpy()
+    assert names["p_fake"] == pytest.approx(float(compute_p_fake(logit, 1.5)[0]), abs=1e-5)
 
 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -203,7 +203,9 @@ def test_a_pickle_is_taken_with_permission(tmp_path: Path, name: str, around: st
     assert all(torch.equal(t, weights[n]) for n, t in detector.network.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "module.model.", "_orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "backbone.", "module.model.", "_orig_mod."]
+)
 @pytest.mark.parametrize("head", ["", "head."])
 def test_what_a_program_puts_before_every_name_is_dropped_and_said(
     tmp_path: Path, prefix: str, head: str
