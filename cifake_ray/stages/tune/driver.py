@@ -119,11 +119,12 @@ def tune_detector(
                 "epochs": plan.options["epochs"],
                 "searched": {name: list(domain.values) for name, domain in space.items()},
             }
-        search.open(settings, asdict(config))
-        trials = _prepare_trials(plan, space, log)
-        watch = TrialCallback(plan, log)
-        _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
-        return _finish(plan, watch, use_gpu, started_s)
+        with search.lock():
+            search.open(settings, asdict(config))
+            trials = _prepare_trials(plan, space, log)
+            watch = TrialCallback(plan, log)
+            _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
+            return _finish(plan, watch, use_gpu, started_s)
 
 
 @contextmanager

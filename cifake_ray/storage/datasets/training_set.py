@@ -100,8 +100,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
                 parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
                 groups.append((path, number))
                 group_rows.append(table.metadata.row_group(number).num_rows)
-    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    group, row, label, is_val, digest = columns
+    group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
     in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
     num_in_both = int(np.isin(digest, in_both).sum())
     rows = TrainingRows(
@@ -162,8 +161,8 @@ def _read_group_rows(
         counts[USES[is_val], name] += 1
         chosen.append((row, label, is_val, digest))
     types = (np.int32, np.int64, bool, np.uint64)
-    values = zip(*chosen, strict=True) if chosen else ((),) * len(types)
-    return tuple(np.array(column, kind) for column, kind in zip(values, types, strict=True))
+    lists = [list(column) for column in zip(*chosen, strict=True)] or [[]] * len(types)
+    return tuple(np.array(column, kind) for column, kind in zip(lists, types, strict=True))
 
 
 def _read_digest(content: Any) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cifake_ray.core.schema import SCHEMA_VERSION
@@ -16,6 +20,7 @@ from cifake_ray.storage.io.files import (
     encode_csv,
     encode_json_lines,
     exists,
+    make_folder,
     read_bytes,
     read_if_exists,
     read_json,
@@ -50,6 +55,30 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Return whether work is stored that belongs to the settings of `_run.json`."""
         raise NotImplementedError
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands out of a local folder meanwhile. StorageError when one is at work.
+
+        The folder itself is locked, and the end of the process releases it. Stores have no locks.
+        """
+        if not isinstance(self.path, Path):
+            yield
+            return
+        make_folder(self.path)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # not every file system locks folders
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StorageError(
+                        f"{self.path}: another `{self.command}` is at work in it; wait for its end,"
+                        " or choose another folder"
+                    ) from error
+            yield
+        finally:
+            os.close(folder)
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for these settings. RunMismatch when it belongs to others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from PIL import Image
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.errors import CifakeError, UsageError
+from cifake_ray.errors import CacheError, CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.stages.cluster import Node, Resources
-from cifake_ray.stages.train.driver import place_training, train_detector
-from cifake_ray.stages.train.failures import EndAtOnce
+from cifake_ray.stages.train.driver import train_detector
+from cifake_ray.stages.train.ray_train import _EndAtOnce, place_training
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 
 RESNET: dict[str, Any] = {"model": "resnet18", "image_size": 32}
@@ -144,9 +145,7 @@ def test_by_default_each_gpu_has_images_of_every_batch() -> None:
 def test_what_every_attempt_would_meet_ends_a_training_at_once() -> None:
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-    from cifake_ray.errors import CacheError, StorageError
-
-    ends = EndAtOnce()
+    ends = _EndAtOnce()
     for failure in (UsageError("no"), CacheError("no"), CifakeError("no")):
         with pytest.raises(type(failure)):
             ends.after_exception(None, {1: UserExceptionWithTraceback(failure, "")})
@@ -193,3 +192,42 @@ def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path:
     assert summary["images_in_both_classes"] == 3
     with pytest.raises(UsageError, match=r"no labelled REAL image for validation.*7 of split test"):
         run_train(shards, tmp_path / "other", val_split="dev")
+
+
+def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    refused: list[str] = []
+
+    def start_another(row: dict[str, Any], epochs: int) -> None:
+        for lr in (0.003, 0.1):
+            before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+            with pytest.raises(StorageError, match="another `train` is at work in it") as failure:
+                train_detector(replace(config, lr=lr), lambda row, epochs: None, time.time())
+            assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+            refused.append(str(failure.value))
+
+    config = TrainConfig(
+        shards=str(shards),
+        run=str(run),
+        epochs=1,
+        batch_size=16,
+        num_workers="0",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    train_detector(config, start_another, time.time())
+    assert len(refused) == 2
+    assert train_detector(config, start_another, time.time())["epochs"] == 1
+
+
+def test_more_epochs_on_a_run_are_refused_with_the_way_to_train_on(
+    shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_train(shards, run, epochs=1)
+    said = rf"\(epochs: 1 there, 3 here\).*new folder and give --weights {run}/bundle"
+    with pytest.raises(RunMismatch, match=said):
+        run_train(shards, run, epochs=3)
+    longer = run_train(shards, tmp_path / "longer", epochs=3, weights=str(run / "bundle"))
+    assert longer["epochs"] == 3
