@@ -164,6 +164,12 @@ def model_card(
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
         divisor=repr(calibration.temperature),
+        views="torch.stack([image, image.flip(2)])"
+        if preprocessing.get("test_time_flip")
+        else "image[None]",
+        note="  # of the bundle's size: it crops others, timm resizes them"
+        if preprocessing.get("fit") == "crop"
+        else "",
         # Names that say a width and a depth are too many to be known in advance.
         register=f'\ncifake_ray.timm.register("{architecture}")'
         if architecture.startswith("small_cnn_")
@@ -237,9 +243,9 @@ import cifake_ray.timm  # tells timm of cnn, small_cnn and the like{register}
 
 network = timm.create_model("local-dir:BUNDLE", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=network))
-image = transform(Image.open("IMAGE").convert("RGB"))
+image = transform(Image.open("IMAGE").convert("RGB")){note}
 with torch.inference_mode():
-    z_real, z_fake = network(image[None])[0]
+    z_real, z_fake = network({views}).mean(0)
 p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
 ```
 

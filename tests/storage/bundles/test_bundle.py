@@ -140,13 +140,15 @@ def test_the_python_of_the_card_gives_what_score_gives(
 ) -> None:
     torch.manual_seed(0)
     detector = build_detector(architecture, image_size=size).eval()
+    is_flipped = architecture in ("cnn", "test_vit")
+    detector.set_preprocessing(replace(detector.preprocessing, test_time_flip=is_flipped))
     card = model_card(
         name="x",
         architecture=architecture,
         num_parameters=1,
         trained_on="x",
         domain=None,
-        preprocessing={},
+        preprocessing=detector.preprocessing.to_dict(),
         training={},
         calibration=CALIBRATION,
         metrics=compute_metrics(
@@ -154,20 +156,33 @@ def test_the_python_of_the_card_gives_what_score_gives(
         ),
     )
     bundle = write(tmp_path / "b", detector, model_card=card)
+    if architecture == "fusion":  # as in bundles of before, which do not name the size for timm
+        edit_config(bundle, lambda config: config.pop("model_args"))
+    check_card(bundle, tmp_path)
+
+
+def test_the_python_of_the_built_in_card_gives_what_score_gives(tmp_path: Path) -> None:
+    bundle = locate_bundle(None)
+    assert isinstance(bundle, Path)
+    check_card(bundle, tmp_path)
+
+
+def check_card(bundle: Path, tmp_path: Path) -> None:
+    """Run the Python of a card on a photo, and compare with what `score` gives."""
     photo = tmp_path / "photo.png"
     noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(photo)
     text = (bundle / "README.md").read_text()
     snippet = text.split("```python\n")[1].split("```")[0]
-    if architecture == "fusion":  # as in bundles of before, which do not name the size for timm
-        edit_config(bundle, lambda config: config.pop("model_args"))
     snippet = snippet.replace("BUNDLE", str(bundle)).replace("IMAGE", str(photo))
     names: dict[str, Any] = {}
     exec(snippet, names)
+    detector, info = load_bundle(bundle)
     pixels = torch.from_numpy(detector.preprocessing.load_image(photo.read_bytes())[None])
     with torch.inference_mode():
         logit = detector.find_logit(pixels).numpy()
-    assert names["p_fake"] == pytest.approx(float(compute_p_fake(logit, 1.5)[0]), abs=1e-5)
+    expected = float(compute_p_fake(logit, info.calibration.temperature)[0])
+    assert names["p_fake"] == pytest.approx(expected, abs=1e-5)
 
 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
