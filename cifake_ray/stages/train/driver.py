@@ -279,4 +279,5 @@ class _HistoryWatch:
         self.ended.set()
         self.thread.join()
         with suppress(CifakeError) if kind else nullcontext():
+            self.on_poll()
             self.look()

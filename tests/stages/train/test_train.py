@@ -20,7 +20,6 @@ from cifake_ray.errors import (
     ResourceError,
     RunMismatch,
     StorageError,
-    UsageError,
 )
 from cifake_ray.pipeline import run_pipeline, run_verb
 from cifake_ray.stages.train import driver as stages_train
@@ -221,27 +220,13 @@ def test_training_starts_from_weights_and_says_so(shards: Path, tmp_path: Path) 
         run_train(shards, run, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"num_workers": "1", "cache_dir": "{file}/cache"}, CacheError, "--cache-dir or XDG_CACHE"),
-        (
-            {"num_workers": "2", "batch_size": 2, "model": "resnet18", "image_size": 32},
-            UsageError,
-            "--batch-size 2, --num-workers 2",
-        ),
-    ],
-)
 def test_what_no_attempt_can_mend_ends_a_training_on_ray_with_its_own_words(
-    shards: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+    shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    if "cache_dir" in options:
-        options = {**options, "cache_dir": options["cache_dir"].format(file=tmp_path / "file")}
-    started_s = time.monotonic()
-    with pytest.raises(error, match=message):
-        run_train(shards, tmp_path / "run", **options)
-    assert time.monotonic() - started_s < 60
+    cache = str(tmp_path / "file" / "cache")
+    with pytest.raises(CacheError, match="--cache-dir or XDG_CACHE_HOME"):
+        run_train(shards, tmp_path / "run", num_workers="1", cache_dir=cache, max_failures=999)
 
 
 def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path: Path) -> None:
