@@ -64,7 +64,8 @@ def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWe
     if config.weights is None:
         return None
     path = locate_bundle(config.weights, config.store)
-    if path.suffix.lower() in (".safetensors", *PICKLE_SUFFIXES) and is_file(path):
+    is_pickle = path.suffix.lower() in PICKLE_SUFFIXES and is_file(path)
+    if is_pickle or path.suffix == ".safetensors":
         check_pickle(path, config.allow_pickle)
         state = _read_state(path, config.model)
     else:

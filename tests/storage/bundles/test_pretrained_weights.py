@@ -15,7 +15,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.training.optimizer import build_for_training
-from cifake_ray.errors import BundleError
+from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
 
@@ -179,6 +179,11 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.safetensors").write_bytes(b"weights, honestly")
     with pytest.raises(BundleError, match="damaged"):
         start(tmp_path / "odd.safetensors")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"none\.safetensors: No such file"):
+        start(tmp_path / "none.safetensors")
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
