@@ -37,8 +37,8 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.driver import place_training
     from cifake_ray.stages.train.prepare import build_checked
+    from cifake_ray.stages.train.ray_train import place_training
     from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)

@@ -83,7 +83,12 @@ class BundleConfig(BatchConfig):
     allow_pickle: Annotated[
         bool, RuntimeDoc("Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code")
     ] = False
-    batch_size: Annotated[int, RuntimeDoc("Images per forward pass")] = 256
+    batch_size: Annotated[
+        int | None,
+        RuntimeDoc(
+            "Images per forward pass (default: 256, fewer of networks that need more memory)"
+        ),
+    ] = None
     device: Annotated[Device, RuntimeDoc("auto: GPUs if there are any")] = "auto"
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
+from cifake_ray.report.text import format_threshold
 from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
@@ -106,7 +107,9 @@ def write_report(
         "Bundle": bundle.fingerprint,
         "Split": split or "all rows",
         "Temperature": f"{bundle.calibration.temperature:.4f}",
-        "Threshold": f"{bundle.calibration.threshold:.6f}",
+        "Threshold": format_threshold(bundle.calibration.threshold),
+        "Threshold for 1% FPR": format_threshold(bundle.calibration.threshold_fpr_1),
+        "Threshold for 0.1% FPR": format_threshold(bundle.calibration.threshold_fpr_01),
     }
     page = render_report(
         title=f"{bundle.architecture} on {source.root.name}"
