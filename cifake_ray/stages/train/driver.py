@@ -105,6 +105,8 @@ def train_detector(
     prepared = prepare_training(
         config
     )  # fails here, not in every worker, if options do not fit together
+    for note in prepared.rows.notes:
+        log(f"train: {note}")
     if config.dry_run:
         return {
             "command": "train",

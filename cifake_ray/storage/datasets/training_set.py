@@ -25,18 +25,14 @@ import pyarrow as pa
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.decode import map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
 from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
-from cifake_ray.storage.sources.parquet import (
-    find_tables,
-    read_columns,
-    read_label_names,
-    read_row_group,
-    use_table,
-)
+from cifake_ray.storage.sources.columns import ColumnChoice
+from cifake_ray.storage.sources.image_table import ImageTable, get_bytes
+from cifake_ray.storage.sources.parquet import choose_columns, open_tables
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
@@ -51,6 +47,14 @@ class TrainingRows:
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
     is_val: np.ndarray  # bool[N]
+    choice: ColumnChoice = ColumnChoice()  # noqa: RUF009 - frozen
+    notes: tuple[str, ...] = ()  # how labels of others were read, for the user
+
+    def read_images(self, group: int) -> pa.ChunkedArray:
+        """Read the column of images of a row group."""
+        path, number = self.groups[group]
+        with ImageTable(path, path.name, self.choice) as table:
+            return table.read([number], [table.image]).column(table.image)
 
     def hash_rows(self) -> str:
         """Return the sha256 of which rows train and validate, and their labels."""
@@ -70,16 +74,19 @@ class TrainingRows:
 def read_training_rows(config: TrainConfig) -> TrainingRows:
     """Find the training and validation rows. UsageError when either has none of a class."""
     root = resolve_path(config.shards, config.store)
+    choice, left_out = choose_columns(root), Counter[str]()
+    labels, is_foreign = LabelReader(choice.label, choice.class_names), False
     groups: list[tuple[AnyPath, int]] = []
     parts: list[tuple[np.ndarray, ...]] = []
-    for path in find_tables(root):
-        with use_table(path) as table:
-            for number in range(table.num_row_groups):
-                columns = _read_group_rows(table, path, number, config)
-                parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
-                groups.append((path, number))
+    for table in open_tables(root, choice, left_out):
+        is_foreign |= not table.is_ours
+        for number in range(table.file.num_row_groups):
+            columns = _read_group_rows(table, number, labels, config)
+            parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
+            groups.append((table.path, number))
     group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
-    rows = TrainingRows(groups, group, row, label, is_val)
+    notes = (labels.describe(),) if is_foreign and labels.counts else ()
+    rows = TrainingRows(groups, group, row, label, is_val, choice, notes)
     check_both_classes(rows, np.ones(len(label), bool), config)
     return rows
 
@@ -97,50 +104,43 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
 
 
 def _read_group_rows(
-    table: Any, path: AnyPath, number: int, config: TrainConfig
+    table: ImageTable, number: int, labels: LabelReader, config: TrainConfig
 ) -> tuple[np.ndarray, ...]:
     """Return row, label and is_val of the usable rows of one row group."""
-    names = table.schema_arrow.names
-    hashed = "sha256" if "sha256" in names else "image"
-    wanted = [n for n in ("label", "split", "error", hashed) if n in names]
-    columns = read_columns(table, path, [number], wanted)
-    num_rows = columns.num_rows
-    class_names = read_label_names(table.schema_arrow)
-
-    def values(name: str, default: Any = None) -> list[Any]:
-        present = name in columns.column_names
-        return columns.column(name).to_pylist() if present else [default] * num_rows
-
-    file_split = SPLIT_NAMES.get(path.stem.split("-")[0].lower())
+    has_hashes = table.is_ours and "sha256" in table.columns
+    hashed = "sha256" if has_hashes else table.image
+    contents = table.read([number], [hashed]).column(hashed).to_pylist()
+    facts, class_names = table.read_facts([number]), table.label_names
+    val_split = parse_split(config.val_split)
     chosen: list[tuple[int, int, bool]] = []
-    cells = values("label"), values("split", file_split), values("error"), values(hashed)
-    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
-        try:
-            label, split = read_class_label(label, class_names), parse_split(split)
-        except ValueError as problem:
-            raise UsageError(f"{path}: {problem}") from problem
-        is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
-        if label is None or error is not None or is_empty:
+    cells = facts.labels, facts.splits, facts.errors, contents
+    for row, (value, split, error, content) in enumerate(zip(*cells, strict=True)):
+        label = labels.read(value, class_names)
+        if label is None or error is not None:
             continue
-        if config.val_split is not None and split == parse_split(config.val_split):
+        digest = content if has_hashes else _hash_image(content)
+        if digest is None:
+            continue
+        if val_split is not None and split == val_split:
             chosen.append((row, label, True))
         elif split in (None, "train"):
-            is_val = config.val_split is None and _is_val(content, config.val_fraction)
-            chosen.append((row, label, is_val))
+            chosen.append((row, label, val_split is None and _is_val(digest, config.val_fraction)))
     row_, label_, is_val_ = zip(*chosen, strict=True) if chosen else ((), (), ())
     return np.array(row_, np.int32), np.array(label_, np.int64), np.array(is_val_, bool)
 
 
-def _is_val(content: Any, fraction: float) -> bool:
-    """Decide by the image's bytes, so that duplicates are never on both sides."""
-    content = _get_bytes(content)
-    digest = content if len(content) == 32 else hashlib.sha256(content).digest()
+def _hash_image(value: Any) -> bytes | None:
+    """Return the sha256 of the bytes of an image, None when there are none."""
+    try:
+        data = get_bytes(value)
+    except ImageError:
+        return None
+    return hashlib.sha256(data).digest() if data else None
+
+
+def _is_val(digest: bytes, fraction: float) -> bool:
+    """Decide by the image's sha256, so that duplicates are never on both sides."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _get_bytes(image: Any) -> Any:
-    """Return the bytes of a value of the column `image`, a struct or plain bytes."""
-    return image["bytes"] if isinstance(image, dict) else image
 
 
 class Pixels(Protocol):
@@ -176,7 +176,7 @@ class StreamedPixels:
         for group in dict.fromkeys(groups.tolist()):  # in the order of the batch: see order_epoch
             indices = np.flatnonzero(groups == group)
             images = self._load_group(group)
-            data = [_get_bytes(images[int(r)].as_py()) for r in self.rows.row[positions[indices]]]
+            data = [get_bytes(images[int(r)].as_py()) for r in self.rows.row[positions[indices]]]
             decoded = self.threads.map(self.preprocessing.load_image, data)
             for index, image in zip(indices, decoded, strict=True):
                 pixels[index] = image
@@ -184,9 +184,7 @@ class StreamedPixels:
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
         if group not in self.loaded:
-            path, number = self.rows.groups[group]
-            table = read_row_group(path, number, ["image"])
-            self.loaded[group] = table.column("image")
+            self.loaded[group] = self.rows.read_images(group)
             while len(self.loaded) > GROUP_SIZE + 1:
                 self.loaded.popitem(last=False)
         self.loaded.move_to_end(group)
@@ -303,15 +301,15 @@ def _decode_rows(
     rows: TrainingRows, preprocessing: Preprocessing, num_threads: int
 ) -> Iterator[tuple[int, np.ndarray | ImageError]]:
     def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
-        return map_images(preprocessing.load_image, map(_get_bytes, images))
+        return map_images(preprocessing.load_image, [get_bytes(image) or b"" for image in images])
 
     starts = np.searchsorted(rows.group, np.arange(len(rows.groups) + 1))
     with ThreadPoolExecutor(num_threads) as threads:
-        for group, (path, number) in enumerate(rows.groups):
+        for group in range(len(rows.groups)):
             start, stop = int(starts[group]), int(starts[group + 1])
             if start == stop:
                 continue
-            table = read_row_group(path, number, ["image"])
-            images = table.column("image").take(pa.array(rows.row[start:stop])).to_pylist()
+            column = rows.read_images(group)
+            images = column.take(pa.array(rows.row[start:stop])).to_pylist()
             chunks = [images[i : i + DECODE_CHUNK] for i in range(0, len(images), DECODE_CHUNK)]
             yield from enumerate(chain.from_iterable(threads.map(decode, chunks)), start)

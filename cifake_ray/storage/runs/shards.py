@@ -10,14 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
-FOOTER_KEY = b"cifake_ray"
 DICTIONARY_COLUMNS = ("label", "split", "source", "format", "mode", "error")
 
 
