@@ -128,7 +128,10 @@ def holds_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> bool:
         has_images |= name.lower().endswith(IMAGE_SUFFIXES)
     if first is None or not has_images:
         return first is not None
-    column = find_image_column(place / first, choice)
+    try:
+        column = find_image_column(place / first, choice)
+    except StorageError:  # among images, a file that is called Parquet and is none
+        return False
     return column is not None and column.content != "paths"
 
 
