@@ -67,7 +67,7 @@ def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
         try:
             # pyarrow opens local files itself; from a store it merges ranges into few reads.
             file = path if isinstance(path, Path) else open_ranges(path)
-            return pq.ParquetFile(file, page_checksum_verification=True, **reading)
+            table = pq.ParquetFile(file, page_checksum_verification=True, **reading)
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
@@ -80,6 +80,9 @@ def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
                 f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a"
                 " damaged shard"
             ) from error
+    if len(set(table.schema_arrow.names)) != len(table.schema_arrow.names):
+        raise UsageError(f"{path}: two columns have the same name; rename one")
+    return table
 
 
 def read_columns(
@@ -225,8 +228,6 @@ class ImageTable:
     def has_images(self) -> bool:
         """Whether the column of images is there. StorageError if another one may hold them."""
         if self.image in self.schema.names:
-            if len(set(self.schema.names)) != len(self.schema.names):
-                raise StorageError(f"{self.path}: two columns have the same name; rename one")
             if find_content(self.schema.field(self.image).type) in ("bytes", "pixels"):
                 return True
         elif not any(find_content(f.type) in ("bytes", "pixels") for f in self.schema):
