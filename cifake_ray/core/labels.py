@@ -102,11 +102,10 @@ class LabelReader:
         self.counts[key] += 1
         return label
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether there were values and none was understood."""
-        labels = {label for text, label in self.counts if text}
-        return labels == {None}
+    def check(self, place: object, remedy: str) -> None:
+        """Raise UsageError when there were values and none was understood."""
+        if {label for text, label in self.counts if text} == {None}:
+            raise UsageError(f"{place}: no label is understood: {self.describe()}; {remedy}")
 
     def describe(self) -> str:
         """Return a line with the count of each label and the values that it was read from."""

@@ -6,6 +6,7 @@ import pytest
 
 from cifake_ray.core.labels import LabelReader, make_class_names, parse_split, read_path
 from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.errors import UsageError
 
 NAMES = make_class_names()
 
@@ -64,15 +65,15 @@ def test_a_name_cannot_mean_both(real: list[str], fake: list[str]) -> None:
 def test_labels_are_read_in_any_case_and_type(values: list[object], label: int | None) -> None:
     reader = LabelReader("label")
     assert [reader.read(value) for value in values] == [label] * len(values)
-    assert not reader.is_lost
+    reader.check("here", "remedy")
 
 
 @pytest.mark.parametrize("value", [2, -2, 0.5, "maybe", "01", "fake!", "yes", b"cat", "1" * 5000])
 def test_anything_else_is_unknown_and_counted(value: object) -> None:
     reader = LabelReader("label")
     assert reader.read(value) is None
-    assert reader.is_lost
-    assert "1 unknown" in reader.describe()
+    with pytest.raises(UsageError, match=r"here: no label is understood: .*1 unknown.*; remedy"):
+        reader.check("here", "remedy")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
 from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.image_table import ImageTable, get_bytes
-from cifake_ray.storage.sources.parquet import choose_columns, open_tables
+from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
@@ -85,6 +85,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
             groups.append((table.path, number))
     group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
+    labels.check(root, HINT_CONVERT)
     notes = (labels.describe(),) if is_foreign and labels.counts else ()
     rows = TrainingRows(groups, group, row, label, is_val, choice, notes)
     check_both_classes(rows, np.ones(len(label), bool), config)
@@ -99,7 +100,7 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
                     " decodes; training takes the rows with split `train` or none (--val-fraction,"
-                    " --val-split choose among them)"
+                    " --val-split choose among them)" + "".join(f"; {note}" for note in rows.notes)
                 )
 
 
@@ -118,29 +119,30 @@ def _read_group_rows(
         label = labels.read(value, class_names)
         if label is None or error is not None:
             continue
-        digest = content if has_hashes else _hash_image(content)
-        if digest is None:
+        if not has_hashes:
+            data = _get_bytes(content)
+            content = hashlib.sha256(data).digest() if data else None
+        if content is None:
             continue
         if val_split is not None and split == val_split:
             chosen.append((row, label, True))
         elif split in (None, "train"):
-            chosen.append((row, label, val_split is None and _is_val(digest, config.val_fraction)))
+            chosen.append((row, label, val_split is None and _is_val(content, config.val_fraction)))
     row_, label_, is_val_ = zip(*chosen, strict=True) if chosen else ((), (), ())
     return np.array(row_, np.int32), np.array(label_, np.int64), np.array(is_val_, bool)
-
-
-def _hash_image(value: Any) -> bytes | None:
-    """Return the sha256 of the bytes of an image, None when there are none."""
-    try:
-        data = get_bytes(value)
-    except ImageError:
-        return None
-    return hashlib.sha256(data).digest() if data else None
 
 
 def _is_val(digest: bytes, fraction: float) -> bool:
     """Decide by the image's sha256, so that duplicates are never on both sides."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _get_bytes(value: Any) -> bytes | None:
+    """Return the encoded image in a value of a column of images, None when there is none."""
+    try:
+        return get_bytes(value)
+    except ImageError:
+        return None
 
 
 class Pixels(Protocol):
@@ -176,7 +178,7 @@ class StreamedPixels:
         for group in dict.fromkeys(groups.tolist()):  # in the order of the batch: see order_epoch
             indices = np.flatnonzero(groups == group)
             images = self._load_group(group)
-            data = [get_bytes(images[int(r)].as_py()) for r in self.rows.row[positions[indices]]]
+            data = [_get_bytes(images[int(r)].as_py()) for r in self.rows.row[positions[indices]]]
             decoded = self.threads.map(self.preprocessing.load_image, data)
             for index, image in zip(indices, decoded, strict=True):
                 pixels[index] = image
@@ -301,7 +303,7 @@ def _decode_rows(
     rows: TrainingRows, preprocessing: Preprocessing, num_threads: int
 ) -> Iterator[tuple[int, np.ndarray | ImageError]]:
     def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
-        return map_images(preprocessing.load_image, [get_bytes(image) or b"" for image in images])
+        return map_images(preprocessing.load_image, [_get_bytes(image) or b"" for image in images])
 
     starts = np.searchsorted(rows.group, np.arange(len(rows.groups) + 1))
     with ThreadPoolExecutor(num_threads) as threads:

@@ -34,6 +34,7 @@ from cifake_ray.storage.sources.columns import (
 )
 
 LFS_POINTER = b"version https://git-lfs"
+PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
 GLANCE_ROWS = 16  # from which is seen what a column holds
 GLANCE_BUFFER_BYTES = 2**20
 
@@ -92,6 +93,9 @@ def read_columns(
     with explain_errors(path):
         try:
             return table.read_row_groups(groups, columns=list(columns))
+        except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
+            pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=list(columns))
+            return pa.Table.from_batches(pieces)
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:

@@ -132,11 +132,8 @@ class ListFileSource:
             carried = [columns[f.name] for f in extra]
             rows = self._make_rows(opened, positions, carried, labels, listing.left_out)
             yield from batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra]))
-        if self.needs_labels and labels.is_lost:
-            raise UsageError(
-                f"{self.path}: no label is understood: {labels.describe()}; --drop-columns"
-                f" {self.choice.label} converts without labels"
-            )
+        if self.needs_labels:
+            labels.check(self.path, f"--drop-columns {self.choice.label} converts without labels")
         if labels.counts:
             listing.notes.append(labels.describe())
 

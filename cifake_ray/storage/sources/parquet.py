@@ -30,9 +30,16 @@ from cifake_ray.storage.sources.image_table import (
     find_image_column,
     open_parquet,
 )
-from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
+from cifake_ray.storage.sources.source import (
+    KEEP_ALL,
+    MAX_SHARD_BYTES,
+    MIN_SHARD_ROWS,
+    KeyFilter,
+    Listing,
+)
 
 NUM_FOOTER_THREADS = 16
+HINT_CONVERT = "`cifake-ray convert` has these options"
 REPLACED_COLUMNS = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
 
 
@@ -159,11 +166,10 @@ class ParquetSource:
                 listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
                 if batch.num_rows:
                     yield batch
-        if self.needs_labels and labels.is_lost:
-            raise UsageError(
-                f"{self.root}: no label is understood: {labels.describe()}; --drop-columns"
-                f" {self.choice.label} converts without labels"
-            )
+        if self.needs_labels:
+            labels.check(self.root, f"--drop-columns {self.choice.label} converts without labels")
+        elif self.labelled:
+            labels.check(self.root, HINT_CONVERT)
         if is_foreign and labels.counts:
             listing.notes.append(labels.describe())
         elif is_foreign and self.needs_labels and self.choice.label not in self.choice.drop:
@@ -203,15 +209,16 @@ class ParquetSource:
         return pa.schema([*MANIFEST_FIELDS, *unified])
 
     def _group_rows(self, table: ImageTable) -> Iterator[list[int]]:
-        """Yield neighbouring row groups, together at least a shard."""
+        """Yield neighbouring row groups, together at least a shard by their rows or their bytes."""
         groups: list[int] = []
-        num_rows = 0
+        num_rows = size_bytes = 0
         for group in range(table.file.num_row_groups):
             groups.append(group)
             num_rows += table.file.metadata.row_group(group).num_rows
-            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS):
+            size_bytes += table.file.metadata.row_group(group).total_byte_size
+            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS) or size_bytes >= MAX_SHARD_BYTES:
                 yield groups
-                groups, num_rows = [], 0
+                groups, num_rows, size_bytes = [], 0, 0
         if groups:
             yield groups
 
