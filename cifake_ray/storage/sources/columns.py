@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from cifake_ray.storage.io.paths import AnyPath
 RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
 # What convert and score measure themselves; the others of one of these names are left out.
 MEASURED_COLUMNS = {field.name for field in HEADER_FIELDS} | {"sha256"}
+REPLACED = "(the output has its own)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class ColumnChoice:
             if column.name in self.drop:
                 continue
             if column.name in replaced | {"label", "source"}:  # these: options name others
-                left_out.append(f"{column.name} (the output has its own)")
+                left_out.append(f"{column.name} {REPLACED}")
             elif column.name in RESERVED_COLUMNS:
                 raise UsageError(
                     f"{place}: the column {column.name!r} has a name that the output uses; rename"
@@ -82,9 +83,11 @@ class ColumnChoice:
         return kept, left_out
 
 
-def describe_left_out(left_out: Iterable[str]) -> str:
+def describe_left_out(left_out: Collection[str]) -> str:
     """Return a line that names columns which do not travel."""
-    return f"left out columns: {', '.join(left_out)}; --keep-column NAME keeps one of another type"
+    line = f"left out columns: {', '.join(left_out)}"
+    is_all_replaced = all(reason.endswith(REPLACED) for reason in left_out)
+    return line if is_all_replaced else f"{line}; --keep-column NAME keeps one of another type"
 
 
 def find_value_type(column_type: pa.DataType) -> pa.DataType:
