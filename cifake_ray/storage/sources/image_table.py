@@ -8,7 +8,8 @@ what they mean here.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ from cifake_ray.storage.sources.columns import (
 
 LFS_POINTER = b"version https://git-lfs"
 PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
+MAX_HELD_BYTES = 2**30  # of a row group; what follows is read again from its start
 GLANCE_ROWS = 16  # from which is seen what a column holds
 GLANCE_BUFFER_BYTES = 2**20
 
@@ -96,6 +98,27 @@ def read_columns(
         except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
             pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=list(columns))
             return pa.Table.from_batches(pieces)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+
+
+def read_pieces(
+    table: pq.ParquetFile, path: AnyPath, group: int, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield a row group a few rows at a time: its pages may be a thousand times smaller.
+
+    StorageError when the file is damaged.
+    """
+    with explain_errors(path):
+        try:
+            yield from table.iter_batches(
+                PIECE_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+            )
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
@@ -289,36 +312,48 @@ class ImageTable:
     def label_names(self) -> list[str] | None:
         return read_label_names(self.schema, self.choice.label)
 
-    def hold_group(self, row: int) -> HeldGroup:
-        """Read the images of the row group that holds a row of the file."""
+    def hold_images(self, row: int) -> HeldImages:
+        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES."""
         counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
         ends = np.cumsum(counts)
         number = int(np.searchsorted(ends, row, side="right"))
         columns = [self.image]
         if self.is_ours:
             columns += [f.name for f in ERROR_FIELDS if f.name in self.schema.names]
-        rows = self.read([number], columns)
-        return HeldGroup(self.name, int(ends[number]) - rows.num_rows, rows, self.image)
+        pieces, starts, size_bytes = [], [], 0
+        stop = int(ends[number]) - counts[number]
+        for piece in read_pieces(self.file, self.path, number, columns):
+            start, stop = stop, stop + piece.num_rows
+            if stop <= row:
+                continue
+            pieces.append(piece)
+            starts.append(start)
+            size_bytes += piece.nbytes
+            if size_bytes > MAX_HELD_BYTES:
+                break
+        return HeldImages(self.name, starts, stop, pieces, self.image)
 
 
-class HeldGroup(NamedTuple):
-    """The images of a row group in memory."""
+class HeldImages(NamedTuple):
+    """Neighbouring rows of a file in memory."""
 
     location: str
-    first_row: int
-    rows: pa.Table
+    starts: list[int]  # rows of the file at which the pieces start
+    stop: int
+    pieces: list[pa.RecordBatch]
     image: str
 
     def covers(self, location: str, row: int) -> bool:
-        return location == self.location and 0 <= row - self.first_row < self.rows.num_rows
+        return location == self.location and bool(self.starts) and self.starts[0] <= row < self.stop
 
     def get_image(self, row: int) -> bytes | ImageError:
         """Return the image in a row of the file, or what is wrong with it."""
-        values = {n: self.rows.column(n)[row - self.first_row] for n in self.rows.column_names}
-        value = values[self.image].as_py()
-        error = values["error"].as_py() if "error" in values else None
+        number = bisect_right(self.starts, row) - 1
+        piece, index = self.pieces[number], row - self.starts[number]
+        values = {name: piece.column(name)[index].as_py() for name in piece.schema.names}
+        value, error = values[self.image], values.get("error")
         if error in IMAGE_ERRORS:
-            return ImageError(error, values["error_detail"].as_py() or "")
+            return ImageError(error, values["error_detail"] or "")
         try:
             data = get_bytes(value)
         except ImageError as problem:

@@ -24,7 +24,7 @@ from cifake_ray.storage.io.files import exists, find_files, is_file
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.columns import ColumnChoice, describe_left_out
 from cifake_ray.storage.sources.image_table import (
-    HeldGroup,
+    HeldImages,
     ImageColumn,
     ImageTable,
     find_image_column,
@@ -141,7 +141,7 @@ class ParquetSource:
     needs_labels: bool = False  # a label column of which nothing is understood is an error
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
-    _held: HeldGroup | None = field(default=None, init=False, repr=False)
+    _held: HeldImages | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the row group in memory: the process that unpickles this reads its own."""
@@ -292,7 +292,7 @@ class ParquetSource:
                         path = self.root if is_root else self.root / location
                         table = stack.enter_context(ImageTable(path, location, self.choice))
                         opened = location
-                    self._held = table.hold_group(row)
+                    self._held = table.hold_images(row)
                 yield self._held.get_image(row)
 
 

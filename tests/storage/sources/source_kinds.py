@@ -220,7 +220,7 @@ class ParquetKind(SourceKind):
 
     def __init__(self, store: Store, work: Path) -> None:
         super().__init__(store, work)
-        self.byte_reader = (image_table, "read_columns")
+        self.byte_reader = (image_table, "read_pieces")
 
     def write_index(self) -> str:
         folder = self.work / "hub"

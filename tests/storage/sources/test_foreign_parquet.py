@@ -20,6 +20,7 @@ from cifake_ray.core.labels import find_split
 from cifake_ray.core.schema import FAKE, FOOTER_KEY, REAL
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import write_manifest
+from cifake_ray.storage.sources import image_table
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
@@ -599,3 +600,24 @@ def test_odd_tables_are_rows_or_a_clear_error(tmp_path: Path, table: pa.Table) -
             else:
                 assert str(src) in told
                 assert "\n" not in told
+
+
+def test_a_small_file_of_endless_images_takes_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a dictionary holds an image once, and every row may name it."""
+    monkeypatch.setattr(image_table, "MAX_HELD_BYTES", 2**20)
+    data = bytes(2**17)
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array([data]))
+    table = pa.table({"image": values})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, dictionary_pagesize_limit=2**30, store_schema=False)
+    assert path.stat().st_size < 2**20
+    source = open_images(path)
+    rows = gather(source.list_images())
+    before = pa.total_allocated_bytes()
+    most = 0
+    for image in source.read_images(rows):
+        assert image == data
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 2**24
