@@ -32,7 +32,7 @@ from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
-from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
+from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
 from cifake_ray.version import __version__
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
@@ -64,7 +64,13 @@ def evaluate_detector(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
+    source = ParquetSource(
+        shards,
+        choose_columns(shards),
+        split=split,
+        labelled=True,
+        min_shard_rows=config.shard_size,
+    )
     plan = BatchPlan(
         command="evaluate",
         config=config,

@@ -132,6 +132,7 @@ class BatchPlan:
             config={**settings, **kept},
             list_source=self.source.list_images,
             shard_rows=self.config.shard_size,
+            log=self.log,
         )
 
 
@@ -146,6 +147,8 @@ def plan_batch(plan: BatchPlan) -> DryRun:
         num_batches += 1
     if not listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
+    for note in listing.notes:
+        plan.log(f"{plan.command}: {note}")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
         command=plan.command,

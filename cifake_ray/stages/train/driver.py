@@ -118,6 +118,8 @@ def train_detector(
             f"train: {prepared.rows.num_in_both:,} images have the same bytes as one with the other"
             " label; check the labels"
         )
+    for note in prepared.rows.notes:
+        log(f"train: {note}")
     if config.dry_run:
         return {
             "command": "train",

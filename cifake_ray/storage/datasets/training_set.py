@@ -24,19 +24,15 @@ import pyarrow as pa
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.decode import map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.datasets.pixel_cache import PixelCache, locate_cache
 from cifake_ray.storage.io.files import stamp_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
-from cifake_ray.storage.sources.parquet import (
-    find_tables,
-    read_columns,
-    read_label_names,
-    read_row_group,
-    use_table,
-)
+from cifake_ray.storage.sources.columns import ColumnChoice
+from cifake_ray.storage.sources.image_table import ImageTable, get_bytes
+from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
@@ -56,6 +52,8 @@ class TrainingRows:
     is_val: np.ndarray  # bool[N]
     num_in_both: int = 0  # rows whose bytes are also those of a row with the other label
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # rows by use and split
+    choice: ColumnChoice = ColumnChoice()  # noqa: RUF009 - frozen
+    notes: tuple[str, ...] = ()  # how labels of others were read, for the user
 
     def __str__(self) -> str:
         return "; ".join(
@@ -70,6 +68,13 @@ class TrainingRows:
         starts: np.ndarray = np.cumsum(self.group_rows) - self.group_rows
         slots: np.ndarray = starts[self.group] + self.row
         return slots
+
+    def read_group(self, number: int) -> tuple[pa.ChunkedArray, list[str | None]]:
+        """Read the images of a row group, and their errors."""
+        path, group = self.groups[number]
+        with ImageTable(path, path.name, self.choice) as table:
+            images = table.read([group], [table.image]).column(table.image)
+            return images, table.read_facts([group]).errors
 
     def hash_rows(self) -> str:
         """Return the sha256 of which rows train and validate, and their labels."""
@@ -89,22 +94,34 @@ class TrainingRows:
 def read_training_rows(config: TrainConfig) -> TrainingRows:
     """Find the training and validation rows. UsageError when either has none of a class."""
     root = resolve_path(config.shards, config.store)
+    choice, left_out = choose_columns(root), Counter[str]()
+    labels, is_foreign = LabelReader(choice.label, choice.class_names), False
     groups: list[tuple[AnyPath, int]] = []
     group_rows: list[int] = []
     parts: list[tuple[np.ndarray, ...]] = []
     counts: Counter[tuple[str, str]] = Counter()
-    for path in find_tables(root):
-        with use_table(path) as table:
-            for number in range(table.num_row_groups):
-                columns = _read_group_rows(table, path, number, config, counts)
-                parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
-                groups.append((path, number))
-                group_rows.append(table.metadata.row_group(number).num_rows)
+    for table in open_tables(root, choice, left_out):
+        is_foreign |= not table.is_ours
+        for number in range(table.file.num_row_groups):
+            columns = _read_group_rows(table, number, labels, config, counts)
+            parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
+            groups.append((table.path, number))
+            group_rows.append(table.file.metadata.row_group(number).num_rows)
     group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
     in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
     num_in_both = int(np.isin(digest, in_both).sum())
+    labels.check(root, HINT_CONVERT)
     rows = TrainingRows(
-        groups, np.array(group_rows), group, row, label, is_val, num_in_both, counts
+        groups,
+        np.array(group_rows),
+        group,
+        row,
+        label,
+        is_val,
+        num_in_both,
+        counts,
+        choice,
+        notes=(labels.describe(),) if is_foreign and labels.counts else (),
     )
     check_both_classes(rows, np.ones(len(label), bool), config)
     return rows
@@ -119,45 +136,40 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
                     f" decodes among its rows ({rows}); training takes those with split `train` or"
                     " none (--val-fraction, --val-split choose among them)"
+                    + "".join(f"; {note}" for note in rows.notes)
                 )
 
 
 def _read_group_rows(
-    table: Any, path: AnyPath, number: int, config: TrainConfig, counts: Counter[tuple[str, str]]
+    table: ImageTable,
+    number: int,
+    labels: LabelReader,
+    config: TrainConfig,
+    counts: Counter[tuple[str, str]],
 ) -> tuple[np.ndarray, ...]:
     """Return row, label, is_val and digest of the usable rows of one row group; count all rows."""
-    names = table.schema_arrow.names
-    hashed = "sha256" if "sha256" in names else "image"
-    wanted = [n for n in ("label", "split", "error", hashed) if n in names]
-    columns = read_columns(table, path, [number], wanted)
-    num_rows = columns.num_rows
-    class_names = read_label_names(table.schema_arrow)
-
-    def values(name: str, default: Any = None) -> list[Any]:
-        present = name in columns.column_names
-        return columns.column(name).to_pylist() if present else [default] * num_rows
-
-    file_split = SPLIT_NAMES.get(path.stem.split("-")[0].lower())
+    has_hashes = table.is_ours and "sha256" in table.columns
+    hashed = "sha256" if has_hashes else table.image
+    contents = table.read([number], [hashed]).column(hashed).to_pylist()
+    facts, class_names = table.read_facts([number]), table.label_names
+    val_split = parse_split(config.val_split)
     chosen: list[tuple[int, int, bool, int]] = []
-    cells = values("label"), values("split", file_split), values("error"), values(hashed)
-    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
-        try:
-            label, split = read_class_label(label, class_names), parse_split(split)
-        except ValueError as problem:
-            raise UsageError(f"{path}: {problem}") from problem
-        is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
+    cells = facts.labels, facts.splits, facts.errors, contents
+    for row, (value, split, error, content) in enumerate(zip(*cells, strict=True)):
+        label = labels.read(value, class_names)
+        data = content if has_hashes else _get_bytes(content)
         name = f"of split {split}" if split else "without a split"
-        if label is None or error is not None or is_empty:
+        if label is None or error is not None or not data:
             name = "with an error" if label is not None or error is not None else "without a label"
             counts[USES[2], name] += 1
             continue
-        is_val = config.val_split is not None and split == parse_split(config.val_split)
+        is_val = val_split is not None and split == val_split
         if not is_val and split not in (None, "train"):
             counts[USES[2], name] += 1
             continue
-        digest = _read_digest(content)
+        digest = int.from_bytes((data if has_hashes else hashlib.sha256(data).digest())[:8], "big")
         # By the image's bytes, so that duplicates are never on both sides.
-        is_val |= config.val_split is None and digest < config.val_fraction * 2**64
+        is_val |= val_split is None and digest < config.val_fraction * 2**64
         counts[USES[is_val], name] += 1
         chosen.append((row, label, is_val, digest))
     types = (np.int32, np.int64, bool, np.uint64)
@@ -165,16 +177,12 @@ def _read_group_rows(
     return tuple(np.array(column, kind) for column, kind in zip(lists, types, strict=True))
 
 
-def _read_digest(content: Any) -> int:
-    """Return the first 8 bytes of the sha256 of an image, or of what already is a sha256."""
-    content = _get_bytes(content)
-    digest = content if len(content) == 32 else hashlib.sha256(content).digest()
-    return int.from_bytes(digest[:8], "big")
-
-
-def _get_bytes(image: Any) -> Any:
-    """Return the bytes of a value of the column `image`, a struct or plain bytes."""
-    return image["bytes"] if isinstance(image, dict) else image
+def _get_bytes(value: Any) -> bytes | None:
+    """Return the encoded image in a value of a column of images, None when there is none."""
+    try:
+        return get_bytes(value)
+    except ImageError:
+        return None
 
 
 class Pixels(Protocol):
@@ -218,9 +226,7 @@ class StreamedPixels:
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
         if group not in self.loaded:
-            path, number = self.rows.groups[group]
-            table = read_row_group(path, number, ["image"])
-            self.loaded[group] = table.column("image")
+            self.loaded[group], _ = self.rows.read_group(group)
             while len(self.loaded) > GROUP_SIZE + 1:
                 self.loaded.popitem(last=False)
         self.loaded.move_to_end(group)
@@ -306,23 +312,16 @@ def _decode_rows(
     """Yield slot and pixels of every row of the files that holds an image."""
 
     def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
-        return map_images(preprocessing.load_image, map(_get_bytes, images))
+        return map_images(preprocessing.load_image, images)
 
     num_rows, logged_s = int(rows.group_rows.sum()), time.monotonic()
     starts = np.cumsum(rows.group_rows) - rows.group_rows
     with ThreadPoolExecutor(num_threads) as threads:
-        for start, (path, number) in zip(starts.tolist(), rows.groups, strict=True):
-            with use_table(path) as table:
-                names = [n for n in ("image", "error") if n in table.schema_arrow.names]
-                columns = read_columns(table, path, [number], names)
-            cells = columns.column("image").to_pylist()
-            errors = (
-                columns.column("error").to_pylist() if "error" in names else [None] * len(cells)
-            )
-            places = [
-                n
-                for n, (cell, error) in enumerate(zip(cells, errors, strict=True))
-                if error is None and _get_bytes(cell) is not None  # an error may kill its decoder
+        for number, start in enumerate(starts.tolist()):
+            column, errors = rows.read_group(number)
+            cells = [_get_bytes(cell) for cell in column.to_pylist()]
+            places = [  # an image with an error may kill its decoder
+                n for n, error in enumerate(errors) if error is None and cells[n] is not None
             ]
             chunks = [places[i : i + DECODE_CHUNK] for i in range(0, len(places), DECODE_CHUNK)]
             images = threads.map(decode, ([cells[n] for n in chunk] for chunk in chunks))

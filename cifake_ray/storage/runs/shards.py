@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
-FOOTER_KEY = b"cifake_ray"
 MAX_GROUP_BYTES = 512 * 2**20  # of images in a row group
 DICTIONARY_COLUMNS = ("label", "split", "source", "format", "mode", "error")
 
