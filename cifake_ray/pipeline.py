@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
     ConvertConfig,
@@ -21,8 +22,11 @@ from cifake_ray.config import (
 )
 from cifake_ray.console import ProgressLine, log, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.s3.location import open_path
+
+if TYPE_CHECKING:
+    from cifake_ray.storage.runs.verify import DamagedFile
 
 # Enough to fit the sample with the cnn, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
@@ -140,16 +144,31 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
 
-    damage = verify_files(open_path(config.out, config.store))
-    damaged = {item.name: item.reason for item in damage}
-    result = {"command": "verify", "out": config.out, "damaged": damaged}
-    return result, ExitCode.STORAGE if damage else ExitCode.OK
+    path = open_path(config.out, config.store)
+    result = _describe_damage("verify", config.out, path, verify_files(path))
+    return result, ExitCode.STORAGE if result["damaged"] else ExitCode.OK
+
+
+def _describe_damage(
+    command: str, out: str, path: AnyPath, damage: list[DamagedFile]
+) -> dict[str, Any]:
+    from cifake_ray.storage.runs.run import require_run
+
+    manifest = require_run(path).manifest
+    return {
+        "command": command,
+        "out": out,
+        "files": manifest.num_shards + len(manifest.files),
+        "rows": manifest.num_rows,
+        "damaged": {item.name: item.reason for item in damage},
+    }
 
 
 def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that differ from what was committed, and only those."""
+    from cifake_ray.stages.batch.driver import read_summary
     from cifake_ray.storage.runs.run import require_run
-    from cifake_ray.storage.runs.verify import set_damaged_aside
+    from cifake_ray.storage.runs.verify import find_damage, set_damaged_aside
 
     path = open_path(config.out, config.store)
     run = require_run(path)
@@ -163,7 +182,13 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
             f"{path}/_run.json: not the metadata of a run that can be repaired ({error}); it may"
             " have been edited"
         ) from error
-    aside = set_damaged_aside(path)
+    damage = find_damage(path)
+    with suppress(StorageError):  # of a damaged summary
+        if damage == [] and read_summary(path):
+            return _describe_damage("repair", config.out, path, []), ExitCode.OK
+    for item in damage or []:
+        log(f"repair: {item.name} is made again: {item.reason}")
+    aside = set_damaged_aside(path, damage or [])
     try:
         return run_verb(again, started_s)
     finally:

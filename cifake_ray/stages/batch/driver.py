@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
@@ -139,11 +140,14 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
     listing = plan.source.list_images()
-    listed = size_bytes = num_batches = 0
+    by_split: Counter[str | None] = Counter()
+    size_bytes = num_batches = 0
     for batch in listing.batches:
-        listed += batch.num_rows
+        counts = pc.value_counts(batch.column("split")).to_pylist()
+        by_split.update({row["values"]: row["counts"] for row in counts})
         size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
         num_batches += 1
+    listed = by_split.total()
     if not listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
@@ -153,7 +157,9 @@ def plan_batch(plan: BatchPlan) -> DryRun:
         listed=listed,
         size_bytes=size_bytes,
         left_out=dict(listing.left_out),
-        shards_total=num_batches if listing.keeps_order else -(-listed // rows),
+        shards_total=num_batches
+        if listing.keeps_order
+        else sum(-(-count // rows) for count in by_split.values()),
     )
 
 
@@ -217,6 +223,11 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     if found is None:
         plan.run.check_new()
     elif (summary := find_result(plan)) is not None:
+        at = read_json(plan.out / "_SUCCESS").get("finished_at", "some time ago")
+        plan.log(
+            f"{plan.command}: finished {at}; the source was not looked at again: give a new output"
+            " folder to include new images"
+        )
         return summary
     with ExitStack() as stack:
         lister = ThreadPoolExecutor(1)
@@ -317,16 +328,27 @@ def _stream_shards(
 
 def find_result(plan: BatchPlan) -> BatchSummary | None:
     """Return the summary of a run that has finished, unless `--retry-errors` has work left."""
-    path = plan.out / "_SUCCESS"
-    if not exists(path):
+    if not exists(plan.out / "_SUCCESS"):
         return None
+    summary = read_summary(plan.out)
+    has_work = plan.config.retry_errors and count_retryable(summary.errors)
+    return None if has_work else summary
+
+
+def read_summary(out: AnyPath) -> BatchSummary:
+    """Return the summary of a run that has finished. StorageError when it lacks something."""
+    path = out / "_SUCCESS"
     record = read_json(path)
     try:
-        summary = BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+        return BatchSummary(
+            **{
+                f.name: record[f.name]
+                for f in fields(BatchSummary)
+                if f.name in record or f.default_factory is MISSING  # else it is newer than the run
+            }
+        )
     except KeyError as error:
         raise StorageError(
             f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
             " repair` restores it"
         ) from error
-    has_work = plan.config.retry_errors and count_retryable(summary.errors)
-    return None if has_work else summary

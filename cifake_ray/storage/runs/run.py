@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -33,11 +34,13 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
 from cifake_ray.storage.runs.manifest import Manifest, ManifestFile, write_manifest
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
 MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
@@ -60,6 +63,7 @@ class Run:
     config: dict[str, Any]
     manifest: Manifest
     left_out: dict[str, int]
+    prefix: str = PRIVATE_PREFIX  # "" in outputs of earlier versions, which stay as they are
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +85,11 @@ class Run:
 
     @property
     def manifest_folder(self) -> AnyPath:
-        return self.out / "manifest"
+        return self.out / f"{self.prefix}manifest"
+
+    @property
+    def attempts_folder(self) -> AnyPath:
+        return self.out / f"{self.prefix}attempts"
 
     def shard_path(self, shard: int) -> AnyPath:
         return self.results_folder / shard_name(shard)
@@ -92,6 +100,14 @@ class Run:
             if file.first_shard <= shard < file.first_shard + file.num_shards:
                 return file
         raise AssertionError(f"shard {shard} is beyond the manifest")
+
+
+class OtherVerb(RunMismatch):
+    """The folder belongs to a run of train or tune, which has no manifest."""
+
+    def __init__(self, out: AnyPath, command: str) -> None:
+        super().__init__(f"{out} belongs to a {command} run; choose a new output folder")
+        self.command = command
 
 
 def read_run(out: AnyPath) -> Run | None:
@@ -106,9 +122,7 @@ def read_run(out: AnyPath) -> Run | None:
             f" {SCHEMA_VERSION}; choose a new output folder"
         )
     if "manifest" not in record:
-        raise RunMismatch(
-            f"{out} belongs to a {record.get('command')} run; choose a new output folder"
-        )
+        raise OtherVerb(out, str(record.get("command")))
     try:
         manifest = record["manifest"]
         command = str(record["command"])
@@ -125,6 +139,7 @@ def read_run(out: AnyPath) -> Run | None:
                 size_bytes=manifest["size_bytes"],
             ),
             left_out=record["left_out"],
+            prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
@@ -134,8 +149,14 @@ def read_run(out: AnyPath) -> Run | None:
 
 
 def require_run(out: AnyPath) -> Run:
-    """Return the run of an output folder. StorageError when there is none."""
-    run = read_run(out)
+    """Return the run of an output folder. StorageError when there is none, or of another verb."""
+    try:
+        run = read_run(out)
+    except OtherVerb as error:
+        raise StorageError(
+            f"{out} is the output of {error.command}; verify, repair and export take that of"
+            " convert, score or evaluate"
+        ) from error
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
     return run
@@ -222,7 +243,8 @@ class RunPlan:
         """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
         if str(self.out).startswith("memory://"):
             raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
-        folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
+        names = (f"{PRIVATE_PREFIX}manifest", f"{PRIVATE_PREFIX}attempts", RESULTS[self.command])
+        folders = [self.out / name for name in names]
         foreign = [
             path
             for folder in folders
@@ -240,7 +262,7 @@ class RunPlan:
     def freeze(self) -> Run:
         """List the source and freeze the run, or return one that was frozen meanwhile."""
         listing = self.list_source()
-        folder = self.out / "manifest"
+        folder = self.out / f"{PRIVATE_PREFIX}manifest"
         manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
         plan = {
             "manifest": {
@@ -249,6 +271,7 @@ class RunPlan:
                 "files": [asdict(file) for file in manifest.files],
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+            "has_private_folders": True,
         }
         claim_folder(self.out, self._settings, self.config, plan)
         run = read_run(self.out)
@@ -318,5 +341,10 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
         if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
             discard(path)
+    create_bytes(
+        run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
+    )
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
-    write_json(run.out / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
+    finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, **summary}
+    write_json(run.out / "_SUCCESS", record)
