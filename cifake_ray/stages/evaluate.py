@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cifake_ray.config import EvaluateConfig
-from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.evaluation.metrics import RANKING_METRICS, compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
+from cifake_ray.core.labels import parse_split
 from cifake_ray.core.schema import FAKE, REAL
-from cifake_ray.errors import ImageError, UsageError
+from cifake_ray.errors import ImageError, NothingToDo, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
@@ -54,16 +55,21 @@ def evaluate_detector(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
     splits = find_splits(shards)
-    split = config.split or ("test" if "test" in splits else None)
+    split = parse_split(config.split) or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
-        raise UsageError(f"--split {split}: {shards} has no such split, it has {names}")
+        raise UsageError(f"--split {config.split}: {shards} has no such split, it has {names}")
+    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
+    if next(iter(source.list_images().batches), None) is None:
+        raise NothingToDo(
+            f"{shards}: no labelled image{f' in the split {split}' if split else ''}; give the"
+            " output of convert for folders named REAL and FAKE, or for a list with labels"
+        )
     if split is None:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
     plan = BatchPlan(
         command="evaluate",
         config=config,
@@ -142,21 +148,35 @@ def measure_slices(scored: pa.Table, bundle: BundleInfo) -> dict[str, dict[str, 
     if len(counts) < 2:
         return {}
     return {
-        row["values"]: measure(
-            scored.filter(pc.equal(scored.column("source"), row["values"])), bundle, 0
-        )
+        row["values"]: measure_slice(scored, row["values"], bundle)
         for row in counts
         if row["counts"] >= MIN_SLICE_IMAGES
     }
+
+
+def measure_slice(scored: pa.Table, source: str, bundle: BundleInfo) -> dict[str, Any]:
+    """Return the metrics of one source.
+
+    A source of one class, such as a generator, is ranked against all images of the other class.
+    """
+    rows = scored.filter(pc.equal(scored.column("source"), source))
+    metrics = measure(rows, bundle, 0)
+    labels = rows.column("label").unique()
+    if len(labels) == 1:
+        others = scored.filter(pc.not_equal(scored.column("label"), labels[0]))
+        against = measure(pa.concat_tables([rows, others]), bundle, 0)
+        metrics |= {name: against[name] for name in RANKING_METRICS}
+    return metrics
 
 
 def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mistake]:
     """Return the mistakes with the most extreme logits of each kind, with thumbnails."""
     label = scored.column("label").to_numpy()
     logit = scored.column("logit").to_numpy()
+    is_wrong = label != (scored.column("p_fake").to_numpy() >= 0.5)  # as the report counts them
     chosen: list[int] = []
     for kind, sign in ((REAL, 1), (FAKE, -1)):
-        wrong = np.flatnonzero((label == kind) & (sign * logit >= 0))
+        wrong = np.flatnonzero((label == kind) & is_wrong)
         chosen += wrong[np.argsort(-sign * logit[wrong], kind="stable")][
             : MAX_MISTAKES // 2
         ].tolist()

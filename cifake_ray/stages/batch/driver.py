@@ -25,6 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
+from cifake_ray.core.schema import SPLITS
 from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
@@ -143,8 +144,8 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     by_split: Counter[str | None] = Counter()
     size_bytes = num_batches = 0
     for batch in listing.batches:
-        counts = pc.value_counts(batch.column("split")).to_pylist()
-        by_split.update({row["values"]: row["counts"] for row in counts})
+        for row in pc.value_counts(batch.column("split")).to_pylist():
+            by_split[row["values"] if row["values"] in SPLITS else None] += row["counts"]
         size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
         num_batches += 1
     listed = by_split.total()

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION
+from cifake_ray.core.schema import SCHEMA_VERSION, SPLITS
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
@@ -130,18 +130,22 @@ def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table
     """Regroup tables of any size into tables of `shard_rows` of one split; the last are smaller.
 
     So a reader that knows files but not rows, such as `load_dataset`, can tell the splits apart.
+    Splits of other names are dealt together: a column of that name may hold anything.
     """
     waiting: dict[str | None, pa.Table] = {}
     for table in tables:
-        column = table.column("split")
-        for split in sorted(column.unique().to_pylist(), key=str):
-            rows = table.filter(pc.is_null(column) if split is None else pc.equal(column, split))
+        split_of = table.column("split")
+        known = pc.if_else(
+            pc.is_in(split_of, pa.array(SPLITS)), split_of, pa.scalar(None, "string")
+        )
+        for split in known.unique().to_pylist():
+            rows = table.filter(pc.is_null(known) if split is None else pc.equal(known, split))
             rows = pa.concat_tables([waiting[split], rows]) if split in waiting else rows
             whole = rows.num_rows - rows.num_rows % shard_rows
             for start in range(0, whole, shard_rows):
                 yield rows.slice(start, shard_rows)
             waiting[split] = rows.slice(whole)
-    yield from (waiting[split] for split in sorted(waiting, key=str) if waiting[split].num_rows)
+    yield from (rows for rows in waiting.values() if rows.num_rows)
 
 
 def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
@@ -201,7 +205,7 @@ def write_manifest(
 def find_shards_by_split(
     folder: AnyPath, files: Iterable[ManifestFile]
 ) -> dict[str | None, list[int]] | None:
-    """Return the shards of each split, None if one shard holds several; reads only the footers.
+    """Return the shards of each of SPLITS and of none, by the footers; None if a shard is neither.
 
     StorageError when the manifest is damaged.
     """
@@ -213,9 +217,10 @@ def find_shards_by_split(
                 counts = table.metadata.row_group(group)
                 values = counts.column(column).statistics
                 is_null = values.null_count == counts.num_rows
-                if not is_null and (values.null_count or values.min != values.max):
-                    return None  # an earlier version, or a source that keeps its order
+                is_mixed = not is_null and (values.null_count or values.min != values.max)
                 split = None if is_null else values.min
+                if is_mixed or split not in (*SPLITS, None):
+                    return None
                 shards.setdefault(split, []).append(file.first_shard + group)
     return shards
 

@@ -82,6 +82,7 @@ def test_they_do_while_the_run_is_not_finished(tmp_path: Path) -> None:
         ([None] * 9, {"train": range(9)}),
         (["test"] * 5, {"test": range(5)}),
         ([None, "test", None], {"unsplit": (0, 2), "test": (1,)}),
+        (["fold1", "test", "fold2", "test"], {"mixed": range(4)}),
     ],
 )
 def test_load_dataset_tells_the_splits_apart(
