@@ -55,6 +55,7 @@ class MakeScoreProcessor:
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
+                "thresholds": json.dumps(bundle.list_thresholds()),
             },
         )
 
@@ -90,6 +91,7 @@ def score_images(
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
+    threshold = bundle.threshold(config.target_fpr)
     plan = BatchPlan(
         command="score",
         config=config,
@@ -99,10 +101,10 @@ def score_images(
         inputs={"bundle": bundle.fingerprint},
         device=config.device,
         make_processor=MakeScoreProcessor(
-            bundle=bundle,
-            threshold=bundle.threshold(config.target_fpr),
-            batch_size=config.batch_size,
+            bundle=bundle, threshold=threshold, batch_size=config.batch_size
         ),
+        threshold=threshold,
+        thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,
         log=log,

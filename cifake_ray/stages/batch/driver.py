@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,17 +42,26 @@ from cifake_ray.stages.cluster import (
     connect_cluster,
     place_workers,
 )
-from cifake_ray.storage.io.files import exists, read_json
+from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
-from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, reopen_run
+from cifake_ray.storage.runs.run import (
+    Run,
+    RunPlan,
+    ShardStats,
+    finish_run,
+    is_finished,
+    reopen_run,
+)
+from cifake_ray.storage.runs.shards import decide_shard
 from cifake_ray.storage.sources.source import Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
 BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers end together
 MAX_BLOCKS = 4_096
+DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
 KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
 
 
@@ -84,6 +94,10 @@ class BatchSummary:
     elapsed_s: float
     images_per_s: float
     steady_images_per_s: float
+    # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
+    threshold: float | None = None
+    called_fake: dict[str, int] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         too_many = self.failed > max_error_rate * self.listed
@@ -121,6 +135,8 @@ class BatchPlan:
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
+    threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
+    thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
 
     @property
     def run(self) -> RunPlan:
@@ -172,6 +188,7 @@ class _Totals:
     shards: list[ShardStats] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     unlike_training: Counter[str] = field(default_factory=Counter)
+    called_fake: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     resumed: int = 0
     retried: int = 0
@@ -183,6 +200,7 @@ class _Totals:
         self.shards.append(report.stats)
         self.errors.update(report.stats.errors)
         self.unlike_training.update(report.stats.unlike_training)
+        self.called_fake.update(report.stats.called_fake)
         self.rows += report.stats.rows
         self.resumed += not report.worked
         self.retried += report.retried
@@ -223,13 +241,19 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     found = plan.run.find()
     if found is None:
         plan.run.check_new()
-    elif (summary := find_result(plan)) is not None:
+    elif (summary := find_result(plan, found)) is not None:
         at = read_json(plan.out / "_SUCCESS").get("finished_at", "some time ago")
         plan.log(
             f"{plan.command}: finished {at}; the source was not looked at again: give a new output"
             " folder to include new images"
         )
         return summary
+    else:
+        found = plan.run.change_verdicts(found)
+        if found.earlier_identities and not is_finished(found):
+            plan.log(f"{plan.command}: deciding again at {plan.threshold}, without scoring again")
+            if (summary := decide_again(plan, found)) is not None:
+                return summary
     with ExitStack() as stack:
         lister = ThreadPoolExecutor(1)
         stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
@@ -243,7 +267,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
-        if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
+        if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
@@ -255,27 +279,53 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             for report in reports:
                 totals.add(report)
                 plan.on_progress(totals.progress())
-        elapsed_s = time.time() - plan.started_s
-        summary = BatchSummary(
-            command=run.command,
-            out=str(run.out),
-            listed=run.manifest.num_rows,
-            done=totals.rows - totals.failed,
-            failed=totals.failed,
-            errors=dict(totals.errors.most_common()),
-            unlike_training=dict(totals.unlike_training),
-            left_out=run.left_out,
-            shards_total=run.manifest.num_shards,
-            shards_resumed=totals.resumed,
-            shards_retried=totals.retried,
-            elapsed_s=round(elapsed_s, 3),
-            images_per_s=round(totals.worked_rows / elapsed_s, 1),
-            steady_images_per_s=round(totals.rate(totals.last_s), 1),
-        )
-        plan.before_success(run)
-        clear_attempts(run)
-        finish_run(run, totals.shards, asdict(summary))
+        return finish_batch(plan, run, totals)
+
+
+def finish_batch(plan: BatchPlan, run: Run, totals: _Totals) -> BatchSummary:
+    """Write what marks a run as finished, once all of its shards are committed."""
+    elapsed_s = time.time() - plan.started_s
+    is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
+    summary = BatchSummary(
+        command=run.command,
+        out=str(run.out),
+        listed=run.manifest.num_rows,
+        done=totals.rows - totals.failed,
+        failed=totals.failed,
+        errors=dict(totals.errors.most_common()),
+        unlike_training=dict(totals.unlike_training),
+        left_out=run.left_out,
+        shards_total=run.manifest.num_shards,
+        shards_resumed=totals.resumed,
+        shards_retried=totals.retried,
+        elapsed_s=round(elapsed_s, 3),
+        images_per_s=round(totals.worked_rows / elapsed_s, 1),
+        steady_images_per_s=round(totals.rate(totals.last_s), 1),
+        threshold=plan.threshold,
+        called_fake=dict(totals.called_fake) if is_counted else {},
+        thresholds=plan.thresholds,
+    )
+    plan.before_success(run)
+    clear_attempts(run)
+    finish_run(run, totals.shards, asdict(summary))
     return summary
+
+
+def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
+    """Finish a run whose verdicts were changed, without Ray and without scoring.
+
+    None if a shard is missing or damaged, or has errors to retry.
+    """
+    assert plan.threshold is not None
+    totals = _Totals(listed=run.manifest.num_rows)
+    with ThreadPoolExecutor(DECIDING_THREADS) as pool:
+        decide = partial(decide_shard, run, threshold=plan.threshold)
+        for stats in pool.map(decide, range(run.manifest.num_shards)):
+            if stats is not None:
+                totals.add(ShardReport(stats=stats, worked=0, retried=False))
+    is_whole = len(totals.shards) == run.manifest.num_shards
+    has_work = plan.config.retry_errors and count_retryable(totals.errors)
+    return finish_batch(plan, run, totals) if is_whole and not has_work else None
 
 
 def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
@@ -327,9 +377,12 @@ def _stream_shards(
         yield row["report"]
 
 
-def find_result(plan: BatchPlan) -> BatchSummary | None:
-    """Return the summary of a run that has finished, unless `--retry-errors` has work left."""
-    if not exists(plan.out / "_SUCCESS"):
+def find_result(plan: BatchPlan, run: Run) -> BatchSummary | None:
+    """Return the summary of a run that has finished, unless there is work left.
+
+    That is with `--retry-errors`, and for a run with other verdicts.
+    """
+    if not is_finished(run) or plan.run.changes_verdicts(run):
         return None
     summary = read_summary(plan.out)
     has_work = plan.config.retry_errors and count_retryable(summary.errors)
@@ -345,7 +398,8 @@ def read_summary(out: AnyPath) -> BatchSummary:
             **{
                 f.name: record[f.name]
                 for f in fields(BatchSummary)
-                if f.name in record or f.default_factory is MISSING  # else it is newer than the run
+                # One with a default may be newer than the run.
+                if f.name in record or f.default is f.default_factory is MISSING
             }
         )
     except KeyError as error:

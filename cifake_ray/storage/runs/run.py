@@ -40,6 +40,7 @@ from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+VERDICT_SETTINGS = {"target_fpr"}  # they decide `is_fake` of a stored p_fake, and nothing else
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
 MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
@@ -63,6 +64,7 @@ class Run:
     config: dict[str, Any]
     manifest: Manifest
     left_out: dict[str, int]
+    earlier_identities: tuple[str, ...] = ()  # of the same scores with other VERDICT_SETTINGS
     prefix: str = PRIVATE_PREFIX  # "" in outputs of earlier versions, which stay as they are
 
     @property
@@ -139,6 +141,7 @@ def read_run(out: AnyPath) -> Run | None:
                 size_bytes=manifest["size_bytes"],
             ),
             left_out=record["left_out"],
+            earlier_identities=tuple(record.get("earlier_identities", ())),
             prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -233,11 +236,49 @@ class RunPlan:
     shard_rows: int | None
 
     def find(self) -> Run | None:
-        """Return the run of `out`, if any. RunMismatch when it has other settings."""
+        """Return the run of `out`, if any. RunMismatch when it has other settings.
+
+        It may have other VERDICT_SETTINGS if it has finished: see `change_verdicts`.
+        """
         run = read_run(self.out)
-        if run is not None:
+        if run is None:
+            return None
+        if not self.changes_verdicts(run):
             check_settings(self.out, run.settings, self._settings)
+        elif not is_finished(run):
+            raise RunMismatch(
+                f"{self.out}: this run has not finished"
+                f" ({describe_difference(run.settings, self._settings)}); finish it with its own"
+                " settings first, then the verdicts can be changed without scoring again"
+            )
         return run
+
+    def changes_verdicts(self, run: Run) -> bool:
+        """Return whether this plan differs from a run in VERDICT_SETTINGS, and in nothing else."""
+        names = run.settings.keys() | self._settings.keys()
+        changed = {n for n in names if run.settings.get(n) != self._settings.get(n)}
+        return bool(changed) and changed <= VERDICT_SETTINGS
+
+    def change_verdicts(self, run: Run) -> Run:
+        """Give a run the VERDICT_SETTINGS of this plan, if it has others; its shards follow.
+
+        `_run.json` is replaced first. It names the run before, so that nothing of it is taken for
+        this one, wherever a kill comes.
+        """
+        if not self.changes_verdicts(run):
+            return run
+        record = read_record(self.out) | {
+            "tool_version": __version__,
+            "fingerprint": hash_json(self._settings),
+            "settings": self._settings,
+            "config": self.config,
+            "earlier_identities": [*run.earlier_identities, run.identity],
+        }
+        write_json(self.out / "_run.json", record)
+        reopen_run(run)
+        changed = read_run(self.out)
+        assert changed is not None
+        return changed
 
     def check_new(self) -> None:
         """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
@@ -302,8 +343,18 @@ class ShardStats:
     rows: int
     errors: dict[str, int]
     unlike_training: dict[str, int]
+    called_fake: dict[str, int]  # by name of the threshold; empty from earlier versions
     size_bytes: int
     sha256: str
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether `_SUCCESS` is that of this run. StorageError when it is damaged."""
+    path = run.out / "_SUCCESS"
+    if not exists(path):
+        return False
+    first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
+    return bool(read_json(path).get("run", first) == run.identity)
 
 
 def reopen_run(run: Run) -> None:
@@ -346,5 +397,6 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     )
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, **summary}
+    record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
+    record |= summary
     write_json(run.out / "_SUCCESS", record)

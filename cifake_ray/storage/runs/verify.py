@@ -20,11 +20,16 @@ from cifake_ray.storage.io.files import (
     list_folder,
     move,
     read_bytes,
-    read_json,
     stamp_file,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import ASIDE_PREFIX, FILES_FIELDS, Run, require_run
+from cifake_ray.storage.runs.run import (
+    ASIDE_PREFIX,
+    FILES_FIELDS,
+    Run,
+    is_finished,
+    require_run,
+)
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -40,7 +45,7 @@ class DamagedFile:
 def open_finished(out: AnyPath) -> Run:
     """Return the finished run of a folder. StorageError when there is none."""
     run = require_run(out)
-    if not exists(out / "_SUCCESS"):
+    if not is_finished(run):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     return run
 
@@ -64,7 +69,6 @@ def read_files(run: Run) -> list[dict[str, Any]]:
 def verify_files(out: AnyPath) -> list[DamagedFile]:
     """Return the damage of a finished run. StorageError when the run has not finished."""
     run = open_finished(out)
-    read_json(out / "_SUCCESS")
     committed = read_files(run)
     damage = []
     folder = run.manifest_folder.name

@@ -540,6 +540,7 @@ class BatchRunMachine(RuleBasedStateMachine):
             assert b"huggingface" in table.schema.metadata
         record = json.loads(files["_SUCCESS"])
         assert record.pop("finished_at").endswith(" UTC")
+        assert len(record.pop("run")) == 64
         assert record == {"schema_version": SCHEMA_VERSION, **asdict(summary)}
         self.committed = [files[self.shard_name(shard)] for shard in self.shards]
         assert read_table(files["_files.parquet"]).to_pylist() == [
