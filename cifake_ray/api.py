@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cifake_ray.core.models.detector import Detector
-    from cifake_ray.stages.batch.driver import BatchSummary
+    from cifake_ray.stages.batch.summary import BatchSummary
     from cifake_ray.stages.train.driver import TrainSummary
     from cifake_ray.storage.bundles.bundle import BundleInfo
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from cifake_ray.errors import CifakeError, ExitCode
 
 if TYPE_CHECKING:
-    from cifake_ray.stages.batch.driver import Progress
+    from cifake_ray.stages.batch.summary import Progress
 
 LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"

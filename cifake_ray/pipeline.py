@@ -166,7 +166,7 @@ def _describe_damage(
 
 def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that differ from what was committed, and only those."""
-    from cifake_ray.stages.batch.driver import read_summary
+    from cifake_ray.stages.batch.summary import read_summary
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import find_damage, set_damaged_aside
 

@@ -35,7 +35,7 @@ from cifake_ray.errors import (
     StorageError,
     UsageError,
 )
-from cifake_ray.stages.batch.driver import Progress
+from cifake_ray.stages.batch.summary import Progress
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo
 from cifake_ray.stages import evaluate
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
-from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
 REAL, FAKE = 0, 1

@@ -20,7 +20,7 @@ from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.score import score_images
 from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,12 +27,19 @@ from ray.data import ActorPoolStrategy, DataContext
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.core.schema import SPLITS
-from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
+from cifake_ray.errors import CifakeError, NothingToDo
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
     ShardWorker,
     WorkerOptions,
     count_retryable,
+)
+from cifake_ray.stages.batch.summary import (
+    BatchSummary,
+    DryRun,
+    Progress,
+    Totals,
+    read_summary,
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
@@ -48,12 +55,11 @@ from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import (
     Run,
-    RunPlan,
-    ShardStats,
     finish_run,
     is_finished,
     reopen_run,
 )
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import decide_shard
 from cifake_ray.storage.sources.source import Source
 
@@ -63,60 +69,6 @@ BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers 
 MAX_BLOCKS = 4_096
 DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
 KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a batch run."""
-
-    done: int  # images, including those of resumed shards
-    failed: int
-    listed: int
-    images_per_s: float  # in this process, since the first shard was started
-    eta_s: float | None
-
-
-@dataclass(frozen=True)
-class BatchSummary:
-    """Counts of a finished batch run: listed = done + failed."""
-
-    command: str
-    out: str
-    listed: int
-    done: int
-    failed: int
-    errors: dict[str, int]
-    unlike_training: dict[str, int]  # images by reason; empty if no domain is known
-    left_out: dict[str, int]
-    shards_total: int
-    shards_resumed: int
-    shards_retried: int  # an earlier attempt was lost with its worker
-    elapsed_s: float
-    images_per_s: float
-    steady_images_per_s: float
-    # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
-    threshold: float | None = None
-    called_fake: dict[str, int] = field(default_factory=dict)
-    thresholds: dict[str, float] = field(default_factory=dict)
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        too_many = self.failed > max_error_rate * self.listed
-        return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """Plan of a run that was not started."""
-
-    command: str
-    out: str
-    listed: int
-    size_bytes: int
-    left_out: dict[str, int]
-    shards_total: int
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        return ExitCode.OK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,57 +132,6 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     )
 
 
-@dataclass
-class _Totals:
-    """Adds up the reports of the workers."""
-
-    listed: int
-    shards: list[ShardStats] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-    unlike_training: Counter[str] = field(default_factory=Counter)
-    called_fake: Counter[str] = field(default_factory=Counter)
-    rows: int = 0
-    resumed: int = 0
-    retried: int = 0
-    worked_rows: int = 0
-    first_s: float | None = None
-    last_s: float = 0.0
-
-    def add(self, report: ShardReport) -> None:
-        self.shards.append(report.stats)
-        self.errors.update(report.stats.errors)
-        self.unlike_training.update(report.stats.unlike_training)
-        self.called_fake.update(report.stats.called_fake)
-        self.rows += report.stats.rows
-        self.resumed += not report.worked
-        self.retried += report.retried
-        if report.worked:
-            self.worked_rows += report.worked
-            self.first_s = min(self.first_s or report.started_s, report.started_s)
-            self.last_s = max(self.last_s, report.finished_s)
-
-    @property
-    def failed(self) -> int:
-        return sum(self.errors.values())
-
-    def rate(self, until_s: float) -> float:
-        """Return images per second since the first shard was started; 0 before that."""
-        if self.first_s is None or until_s <= self.first_s:
-            return 0.0
-        return self.worked_rows / (until_s - self.first_s)
-
-    def progress(self) -> Progress:
-        rate = self.rate(time.time())
-        left = self.listed - self.rows
-        return Progress(
-            done=self.rows - self.failed,
-            failed=self.failed,
-            listed=self.listed,
-            images_per_s=rate,
-            eta_s=left / rate if rate else None,
-        )
-
-
 def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     """Finish the run, or return at once the summary of one that is finished.
 
@@ -274,7 +175,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         session, stall_timeout_s = secrets.token_hex(4), plan.config.stall_timeout_s
         options = WorkerOptions(session, plan.config.retry_errors, stall_timeout_s)
         stream = _stream_shards(run, plan, placement, options)
-        totals = _Totals(listed=run.manifest.num_rows)
+        totals = Totals(listed=run.manifest.num_rows)
         with closing(watch_progress(stream, run, session, stall_timeout_s)) as reports:
             for report in reports:
                 totals.add(report)
@@ -282,7 +183,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         return finish_batch(plan, run, totals)
 
 
-def finish_batch(plan: BatchPlan, run: Run, totals: _Totals) -> BatchSummary:
+def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
     """Write what marks a run as finished, once all of its shards are committed."""
     elapsed_s = time.time() - plan.started_s
     is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
@@ -317,7 +218,7 @@ def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
     None if a shard is missing or damaged, or has errors to retry.
     """
     assert plan.threshold is not None
-    totals = _Totals(listed=run.manifest.num_rows)
+    totals = Totals(listed=run.manifest.num_rows)
     with ThreadPoolExecutor(DECIDING_THREADS) as pool:
         decide = partial(decide_shard, run, threshold=plan.threshold)
         for stats in pool.map(decide, range(run.manifest.num_shards)):
@@ -387,23 +288,3 @@ def find_result(plan: BatchPlan, run: Run) -> BatchSummary | None:
     summary = read_summary(plan.out)
     has_work = plan.config.retry_errors and count_retryable(summary.errors)
     return None if has_work else summary
-
-
-def read_summary(out: AnyPath) -> BatchSummary:
-    """Return the summary of a run that has finished. StorageError when it lacks something."""
-    path = out / "_SUCCESS"
-    record = read_json(path)
-    try:
-        return BatchSummary(
-            **{
-                f.name: record[f.name]
-                for f in fields(BatchSummary)
-                # One with a default may be newer than the run.
-                if f.name in record or f.default is f.default_factory is MISSING
-            }
-        )
-    except KeyError as error:
-        raise StorageError(
-            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
-            " repair` restores it"
-        ) from error

@@ -51,12 +51,12 @@ from cifake_ray.core.schema import RETRYABLE_ERRORS, SCHEMA_VERSION, SCORE_FIELD
 from cifake_ray.errors import ImageError, RunMismatch, StorageError
 from cifake_ray.stages import convert, score
 from cifake_ray.stages.batch import driver, shard_worker
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import check_writable
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.verify import DamagedFile, verify_files
 
 NUM_KEYS, SHARD_SIZE = 8, 3  # 3 shards

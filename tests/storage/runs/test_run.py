@@ -17,7 +17,8 @@ from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run
+from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard
 from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
