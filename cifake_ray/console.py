@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +48,8 @@ def run_command(
 ) -> None:
     """Run a command's body, print its result, and exit with its code.
 
-    `show` formats the result as text; the default is `name  value` lines.
+    `show` formats the result as text; the default is `name  value` lines. A body that has printed
+    its result itself returns None.
     """
 
     def on_sigterm(number: int, frame: FrameType | None) -> None:
@@ -81,12 +82,12 @@ def run_command(
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
         error = str(failure) or "interrupted; run the same command again to resume"
-    if json_output:
+    if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
         log(f"cifake-ray: {error}")
-    elif not json_output:
+    elif not json_output and result is not None:
         text = show(result) if show else format_record(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
@@ -158,6 +159,16 @@ def get_log_format() -> LogFormat:
 def show_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line of a result, by default to stdout."""
     _put(clean_text(line), stream or sys.stdout)
+
+
+def show_bytes(chunks: Iterable[bytes]) -> None:
+    """Write a result to stdout as it is; after a broken pipe (`| head`) no more is made."""
+    try:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass

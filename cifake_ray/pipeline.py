@@ -20,7 +20,8 @@ from cifake_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import ProgressLine, log, show_epoch
+from cifake_ray.config.export import STDOUT
+from cifake_ray.console import ProgressLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.s3.location import open_path
@@ -196,10 +197,15 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
-    from cifake_ray.storage.runs.export import export_scores
+    from cifake_ray.storage.runs.export import encode_scores, export_scores
 
-    scores, file = open_path(config.scores, config.store), resolve_path(config.file, config.store)
-    rows = export_scores(scores, file)
+    scores = open_path(config.scores, config.store)
+    if config.file == STDOUT:
+        counts: list[int] = []
+        show_bytes(encode_scores(scores, config, counts))
+        log(f"export: {sum(counts):,} rows")
+        return None, ExitCode.OK
+    rows = export_scores(scores, resolve_path(config.file, config.store), config)
     return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
 
 
