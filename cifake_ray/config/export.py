@@ -14,7 +14,7 @@ STDOUT = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(StoreConfig):
-    """export: write scores as one file: CSV that a spreadsheet opens safely, Parquet, JSON, keys."""
+    """export: write scores as one file: CSV that a spreadsheet opens safely, Parquet, JSON."""
 
     scores: Annotated[str, RuntimeDoc("Output of score or evaluate", positional=True)]
     file: Annotated[
@@ -36,25 +36,18 @@ class ExportConfig(StoreConfig):
     ] = ()
     overwrite: Annotated[bool, RuntimeDoc("Replace FILE if it exists")] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    @property
+    def chosen_format(self) -> str:
+        """Return the format to write, of FORMATS. UsageError when FILE does not say it."""
         extension = self.file.rpartition(".")[2].lower()
+        if self.format != "auto":
+            return self.format
         check(
-            self.format != "auto" or self.file == STDOUT or extension in FORMATS,
+            self.file == STDOUT or extension in FORMATS,
             f"{self.file}: its extension is none of .csv, .parquet, .jsonl and .txt; give one of"
             " them, or --format",
         )
-        check(
-            self.chosen_format != "txt" or not self.columns,
-            "--columns: a .txt file holds keys only; choose another format",
-        )
-
-    @property
-    def chosen_format(self) -> str:
-        """Return the format to write, of FORMATS."""
-        if self.format != "auto":
-            return self.format
-        return "csv" if self.file == STDOUT else self.file.rpartition(".")[2].lower()
+        return "csv" if self.file == STDOUT else extension
 
     @property
     def column_names(self) -> list[str]:

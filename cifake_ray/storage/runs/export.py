@@ -65,6 +65,14 @@ def export_scores(scores: AnyPath, file: AnyPath, config: ExportConfig) -> int:
 
 def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> Iterator[bytes]:
     """Yield the bytes of the export shard by shard, and append the number of rows of each."""
+    encode = {
+        "csv": _encode_csv,
+        "parquet": _encode_parquet,
+        "jsonl": _encode_json_lines,
+        "txt": _encode_keys,
+    }[config.chosen_format]
+    if encode is _encode_keys and config.columns:
+        raise UsageError("--columns: a .txt file holds keys only; choose another format")
     if exists(scores / "_run.json"):
         run = open_finished(scores)
         paths = [scores / row["name"] for row in read_files(run)]
@@ -72,12 +80,6 @@ def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> I
         paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]
     if not paths:
         raise StorageError(f"{scores}: no part-*.parquet; give the output of score or evaluate")
-    encode = {
-        "csv": _encode_csv,
-        "parquet": _encode_parquet,
-        "jsonl": _encode_json_lines,
-        "txt": _encode_keys,
-    }[config.chosen_format]
     yield from encode(_read_tables(paths, config, counts))
 
 

@@ -253,7 +253,7 @@ def test_a_wrong_choice_is_named(folder: Path, options: dict[str, Any], expected
 @pytest.mark.parametrize("name", ["scores", "scores.xlsx", "scores.csv.gz", "a.csv/b"])
 def test_an_unknown_extension_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"none of \.csv, \.parquet, \.jsonl and \.txt"):
-        ExportConfig(scores="s", file=name)
+        export_scores(Path("s"), Path(name), ExportConfig(scores="s", file=name))
     assert ExportConfig(scores="s", file=name, format="jsonl").chosen_format == "jsonl"
 
 
