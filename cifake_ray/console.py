@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import TextWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -48,7 +50,7 @@ def run_command(
 ) -> None:
     """Run a command's body, print its result, and exit with its code.
 
-    `show` formats the result as text; the default is `name  value` lines. A body that has printed
+    `show` formats the result as text; the default is `format_result`. A body that has printed
     its result itself returns None.
     """
 
@@ -88,7 +90,7 @@ def run_command(
     if error:
         log(f"cifake-ray: {error}")
     elif not json_output and result is not None:
-        text = show(result) if show else format_record(_to_record(result))
+        text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
 
@@ -115,6 +117,27 @@ def _to_record(result: Any) -> dict[str, Any]:
     if is_dataclass(result) and not isinstance(result, type):
         return asdict(result)
     return dict(result)
+
+
+def format_result(record: dict[str, Any]) -> str:
+    """Format a result as sentences, and what they do not say as `name  value` lines.
+
+    On a terminal lines end where a word does.
+    """
+    from cifake_ray.report.summary_text import split_summary  # scipy is behind it
+
+    sentences, rest = split_summary(record)
+    lines = [clean_text(sentence) for sentence in sentences]
+    lines += format_record(rest).splitlines() if rest else []
+    if sys.stdout.isatty():
+        fit = TextWrapper(
+            width=shutil.get_terminal_size().columns,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines = [piece for line in lines for piece in fit.wrap(line)]
+    return "\n".join(lines)
 
 
 def format_record(record: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from cifake_ray.config import (
 from cifake_ray.config.export import STDOUT
 from cifake_ray.console import ProgressLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, link_path, resolve_path
 from cifake_ray.storage.s3.location import open_path
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         "accuracy": metrics["accuracy"]["value"],
         "auroc": metrics["auroc"]["value"],
         "bundle": str(root / "run" / "bundle"),
-        "report": str(root / "report" / "report.html"),
+        "report": link_path(root / "report" / "report.html"),
         "scores": str(root / "scores" / "scores"),
     }
     return result, max(codes)

@@ -6,7 +6,9 @@ The shards are scored exactly as `score` would do it; the report is computed fro
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,13 @@ from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError, NothingToDo, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
+from cifake_ray.report.text import KEY_METRICS
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
-from cifake_ray.storage.io.files import write_bytes, write_json
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.files import read_if_exists, write_bytes, write_json
+from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
@@ -40,6 +43,15 @@ MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
 MIN_SLICE_IMAGES = 30  # with fewer, the interval of a slice is too wide to be useful
 MAX_SLICES = 50
+SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in KEY_METRICS))
+
+
+@dataclass(frozen=True)
+class EvaluateSummary(BatchSummary):
+    """Summary of an evaluation, with what is on top of its report."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)  # of `compute_metrics`: SUMMARY_METRICS
+    report: str = ""  # a link
 
 
 def evaluate_detector(
@@ -71,6 +83,7 @@ def evaluate_detector(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
+    threshold = bundle.threshold(None)
     plan = BatchPlan(
         command="evaluate",
         config=config,
@@ -79,13 +92,27 @@ def evaluate_detector(
         paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
         inputs={"split": split, "bundle": bundle.fingerprint},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
+        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size),
+        threshold=threshold,
+        thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,
         log=log,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
-    return run_batch(plan)
+    result = run_batch(plan)
+    return summarise(out, result) if isinstance(result, BatchSummary) else result
+
+
+def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
+    """Add the main metrics, and a link to the report, of a run that has finished."""
+    found = read_if_exists(out / "metrics.json")  # a person may have removed it
+    metrics = json.loads(found) if found else {}
+    return EvaluateSummary(
+        **vars(summary),
+        metrics={name: metrics[name] for name in SUMMARY_METRICS if name in metrics},
+        report=link_path(out / "report.html"),
+    )
 
 
 def write_report(
