@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cifake_ray.core.models.detector import Detector
-    from cifake_ray.stages.batch.driver import BatchSummary
+    from cifake_ray.stages.batch.summary import BatchSummary
+    from cifake_ray.stages.evaluate import EvaluateSummary
     from cifake_ray.stages.train.driver import TrainSummary
     from cifake_ray.storage.bundles.bundle import BundleInfo
 
@@ -95,12 +96,12 @@ def train(config: TrainConfig) -> TrainSummary:
 
 
 @_take_options(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> BatchSummary:
+def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """Measure a detector on labelled `shards`, as `cifake-ray evaluate` does.
 
-    `out` gets metrics.json, report.html and the predictions.
+    `out` gets metrics.json, report.html and the predictions; the summary has the main `metrics`.
     """
-    result: BatchSummary = _run(config)
+    result: EvaluateSummary = _run(config)
     return result
 
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import TextWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
 
 if TYPE_CHECKING:
-    from cifake_ray.stages.batch.driver import Progress
+    from cifake_ray.stages.batch.summary import Progress
 
 LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"
@@ -51,7 +53,8 @@ def run_command(
 ) -> None:
     """Run a command's body, print its result, and exit with its code.
 
-    `show` formats the result as text; the default is `name  value` lines.
+    `show` formats the result as text; the default is `format_result`. A body that has printed
+    its result itself returns None.
     """
 
     signalled_s = math.inf
@@ -95,13 +98,13 @@ def run_command(
     except SystemExit:  # while Ray starts, SIGTERM is its own
         signalled_s = time.monotonic()
         code, error = ExitCode.TERMINATED, INTERRUPTED
-    if json_output:
+    if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
         log(f"cifake-ray: {error}")
-    elif not json_output:
-        text = show(result) if show else format_record(_to_record(result))
+    elif not json_output and result is not None:
+        text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
 
@@ -128,6 +131,27 @@ def _to_record(result: Any) -> dict[str, Any]:
     if is_dataclass(result) and not isinstance(result, type):
         return asdict(result)
     return dict(result)
+
+
+def format_result(record: dict[str, Any]) -> str:
+    """Format a result as sentences, and what they do not say as `name  value` lines.
+
+    On a terminal lines end where a word does.
+    """
+    from cifake_ray.report.summary_text import split_summary  # scipy is behind it
+
+    sentences, rest = split_summary(record)
+    lines = [clean_text(sentence) for sentence in sentences]
+    lines += format_record(rest).splitlines() if rest else []
+    if sys.stdout.isatty():
+        fit = TextWrapper(
+            width=shutil.get_terminal_size().columns,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines = [piece for line in lines for piece in fit.wrap(line)]
+    return "\n".join(lines)
 
 
 def format_record(record: dict[str, Any]) -> str:
@@ -172,6 +196,16 @@ def get_log_format() -> LogFormat:
 def show_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line of a result, by default to stdout."""
     _put(clean_text(line), stream or sys.stdout)
+
+
+def show_bytes(chunks: Iterable[bytes]) -> None:
+    """Write a result to stdout as it is; after a broken pipe (`| head`) no more is made."""
+    try:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass

@@ -37,7 +37,7 @@ from cifake_ray.errors import (
     UsageError,
 )
 from cifake_ray.pipeline import judge_errors
-from cifake_ray.stages.batch.driver import BatchSummary, Progress
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -
 def test_a_result_goes_to_stdout_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     ending = end(capsys, {"listed": 1234, "errors": {}, "rate": 0.5}, code=3)
     assert ending.code == 3
-    assert ending.out == "listed  1,234\nerrors  none\nrate    0.5\n"
+    assert ending.out == "listed  1,234\nrate    0.5\n"
     assert ending.err == ""
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from cifake_ray.config import ScoreConfig
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
@@ -57,6 +58,7 @@ class MakeScoreProcessor:
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
+                "thresholds": json.dumps(bundle.list_thresholds()),
             },
         )
 
@@ -92,6 +94,7 @@ def score_images(
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
+    threshold = bundle.threshold(config.target_fpr)
     plan = BatchPlan(
         command="score",
         config=config,
@@ -101,10 +104,10 @@ def score_images(
         inputs={"bundle": bundle.fingerprint},
         device=config.device,
         make_processor=MakeScoreProcessor(
-            bundle=bundle,
-            threshold=bundle.threshold(config.target_fpr),
-            batch_size=config.batch_size,
+            bundle=bundle, threshold=threshold, batch_size=config.batch_size
         ),
+        threshold=threshold,
+        thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,
         log=log,

@@ -21,7 +21,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import NothingToDo, ResourceError, RunMismatch, StorageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary, Progress
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.convert import convert_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

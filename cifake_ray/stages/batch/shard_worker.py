@@ -66,8 +66,8 @@ class ShardReport:
     stats: ShardStats
     worked: int  # images, in this session; 0 if the shard was committed before
     retried: bool  # an earlier attempt was lost with its worker
-    started_s: float  # time.time(), as finished_s
-    finished_s: float
+    started_s: float = 0.0  # time.time(), as finished_s
+    finished_s: float = 0.0
 
 
 class Heartbeat:

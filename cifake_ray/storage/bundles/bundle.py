@@ -77,6 +77,16 @@ class BundleInfo:
             )
         return threshold
 
+    def list_thresholds(self) -> dict[str, float]:
+        """Return every threshold of the bundle by its name, the default one first."""
+        calibration = self.calibration
+        thresholds: dict[str, float | None] = {
+            "default": calibration.threshold,
+            "fpr_0.01": calibration.threshold_fpr_1,
+            "fpr_0.001": calibration.threshold_fpr_01,
+        }
+        return {name: value for name, value in thresholds.items() if value is not None}
+
 
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
     """Return the path of a bundle from its URI or that of its RUN; None is the built-in one."""

@@ -183,16 +183,33 @@ def _put(path: UPath, data: bytes, mode: str) -> None:
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write or replace a file, whole or not at all."""
-    write_chunks(path, [data])
-
-
-def write_chunks(path: AnyPath, chunks: Iterable[bytes]) -> None:
-    """Write or replace a file with the chunks, one after another, whole or not at all."""
     if isinstance(path, Path):
-        _write_atomically(path, chunks, os.replace)
+        _write_atomically(path, [data], os.replace)
     else:
         with explain_errors(path):
-            _put(path, b"".join(chunks), "overwrite")
+            _put(path, data, "overwrite")
+
+
+def write_chunks(path: AnyPath, chunks: Iterable[bytes], *, overwrite: bool = True) -> None:
+    """Write a file with the chunks, one after another, whole or not at all.
+
+    FileExistsError when there is one and a local file is not to be overwritten.
+    """
+    if isinstance(path, Path):
+        _write_atomically(path, chunks, os.replace if overwrite else _link)
+        return
+    with explain_errors(path):
+        # In parts, of which the store makes an object at the end.
+        file = path.fs.open(path.path, "wb", autocommit=False)
+        try:
+            for chunk in chunks:
+                file.write(chunk)
+            file.close()
+        except BaseException:
+            file.discard()
+            file.closed = True  # else it is written when the garbage is collected
+            raise
+        file.commit()
 
 
 def write_volatile(path: AnyPath, data: bytes) -> None:

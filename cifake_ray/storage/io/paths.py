@@ -107,6 +107,11 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
+def link_path(path: AnyPath) -> str:
+    """Return a link that terminals and browsers open: file://..., or the URI in a bucket."""
+    return path.as_uri() if isinstance(path, Path) else str(path)
+
+
 def is_inside(path: AnyPath, folder: AnyPath) -> bool:
     """Return whether a path is a folder or is below it; links are followed."""
     if isinstance(path, Path) and isinstance(folder, Path):

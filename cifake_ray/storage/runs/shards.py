@@ -38,6 +38,7 @@ def commit_shard(
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         "unlike_training": unlike_training,
+        "called_fake": _count_fake(table, json.loads(extra.get("thresholds", "{}"))),
         **extra,
     }
     schema = table.schema.with_metadata(
@@ -61,6 +62,18 @@ def commit_shard(
     data = sink.getvalue().to_pybytes()
     write_bytes(run.shard_path(shard), data)
     return _describe_shard(shard, footer, data)
+
+
+def _count_fake(table: pa.Table, thresholds: dict[str, float]) -> dict[str, int]:
+    """Count the images that each threshold calls FAKE."""
+    return {
+        name: pc.sum(_decide(table.column("p_fake"), threshold)).as_py() or 0
+        for name, threshold in thresholds.items()
+    }
+
+
+def _decide(p_fake: pa.ChunkedArray, threshold: float) -> pa.ChunkedArray:
+    return pc.greater_equal(p_fake, pa.scalar(threshold, pa.float32()))
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -109,18 +122,46 @@ def inspect_shard(run: Run, shard: int) -> ShardStats | None:
 
     The whole shard is read, page checksums included, so a damaged one is made again.
     """
-    path = run.shard_path(shard)
-    if (data := read_if_exists(path)) is None:
+    if (data := read_if_exists(run.shard_path(shard))) is None:
         return None
     try:
         part = _open_shard(data)
-        footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"null"))
-        if not isinstance(footer, dict) or footer.get("run") != run.identity:
+        footer = _read_footer(part)
+        if footer.get("run") != run.identity:
             return None
         num_rows = sum(group.num_rows for group in _read_groups(part))
         return _describe_shard(shard, footer, data) if num_rows == footer["rows"] else None
     except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None
+
+
+def decide_shard(run: Run, shard: int, threshold: float) -> ShardStats | None:
+    """Return what `inspect_shard` does; a shard with other verdicts of the same scores is changed.
+
+    Only `is_fake` and the footer change.
+    """
+    stats = inspect_shard(run, shard)
+    if stats is not None or (data := read_if_exists(run.shard_path(shard))) is None:
+        return stats
+    try:
+        part = _open_shard(data)
+        footer, table = _read_footer(part), part.read()
+        if footer.get("run") not in run.earlier_identities or footer["rows"] != table.num_rows:
+            return None
+        unlike = footer["unlike_training"]
+        kept = ["bundle", "preprocessing", "thresholds"]
+        extra: dict[str, str] = {name: footer[name] for name in kept if name in footer}
+        verdicts = _decide(table.column("p_fake"), threshold)
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        return None
+    index = table.schema.get_field_index("is_fake")
+    table = table.set_column(index, table.schema.field(index), verdicts)
+    return commit_shard(run, shard, table, {**extra, "threshold": str(threshold)}, unlike)
+
+
+def _read_footer(part: pq.ParquetFile) -> dict[str, Any]:
+    footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
+    return footer if isinstance(footer, dict) else {}
 
 
 def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardStats:
@@ -129,6 +170,7 @@ def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardSta
         rows=footer["rows"],
         errors=footer["errors"],
         unlike_training=footer["unlike_training"],
+        called_fake=footer.get("called_fake", {}),
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )

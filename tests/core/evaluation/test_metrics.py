@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy.special import expit
+from sklearn.metrics import roc_curve
 
 from cifake_ray.core.evaluation import metrics as module
 from cifake_ray.core.evaluation.calibration import calibrate, compute_p_fake
@@ -257,6 +258,24 @@ def test_a_replicate_of_the_images_themselves_gives_the_numbers_of_scikit_learn(
     logit = np.round(logit, decimals)
     cells = module._Cells(logit, label, 1.3)
     assert cells.measure(cells.counts) == pytest.approx(module._measure(logit, label, 1.3))
+
+
+def find_eer(logit, label):
+    fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
+    return np.interp(0.0, fpr + tpr - 1, fpr)
+
+
+@pytest.mark.parametrize(("tied", "value"), [(True, 0.5), (False, 0.4375)])
+def test_the_interval_of_the_equal_error_rate_holds_with_ties(tied, value):
+    label = np.repeat([0, 1], 50)
+    logit = np.repeat([8.0, -8.0, 8.0, -8.0], [35, 15, 45, 5]).astype(np.float32)
+    logit = np.ones_like(logit) if tied else logit
+    rng = np.random.default_rng(0)
+    picks = [np.append(rng.choice(50, 50), rng.choice(50, 50) + 50) for _ in range(1000)]
+    low, high = np.percentile([find_eer(logit[pick], label[pick]) for pick in picks], (2.5, 97.5))
+    eer = measure(logit, label, num_bootstrap=1000)["eer"]
+    assert eer["value"] == pytest.approx(value)
+    assert (eer["low"], eer["high"]) == pytest.approx((low, high), abs=0.005)
 
 
 def test_cells_of_many_images_cost_little_accuracy():

@@ -23,13 +23,14 @@ from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError, StorageError
 from cifake_ray.stages.batch import shard_worker
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.shard_worker import (
     ShardWorker,
     WorkerOptions,
     replace_rows,
     slice_rows,
 )
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.convert import make_processor

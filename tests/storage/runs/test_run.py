@@ -23,16 +23,10 @@ from cifake_ray.storage.io import files
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
 from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import (
-    Run,
-    RunPlan,
-    ShardStats,
-    check_settings,
-    finish_run,
-    identify_run,
-)
+from cifake_ray.storage.runs.run import Run, ShardStats, check_settings, finish_run, identify_run
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
-from cifake_ray.storage.runs.verify import DamagedFile, set_damaged_aside, verify_files
+from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
 
@@ -84,7 +78,7 @@ def test_the_papers_name_the_run_and_its_manifest(tmp_path: Path) -> None:
     assert record["fingerprint"] == run.fingerprint
     assert record["manifest"]["num_rows"] == 10
     assert run.manifest.num_shards == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["_run.json", "manifest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_manifest", "_run.json"]
 
 
 def test_the_same_settings_resume_without_a_new_listing(tmp_path: Path) -> None:
@@ -218,7 +212,7 @@ def test_two_processes_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) 
     answers = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     assert len(answers) == 1
-    assert all((tmp_path / "manifest" / name).is_file() for name in answers.pop().split(","))
+    assert all((tmp_path / "_manifest" / name).is_file() for name in answers.pop().split(","))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path: Path) -> None:
@@ -435,7 +429,9 @@ def test_other_files_are_not_leftovers(tmp_path: Path) -> None:
 # --- what others wrote ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["manifest/photo.jpg", "attempts/a", "scores/part-00000.parquet"])
+@pytest.mark.parametrize(
+    "name", ["_manifest/photo.jpg", "_attempts/a", "scores/part-00000.parquet"]
+)
 def test_files_of_others_are_never_taken_for_ours(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(b"mine")
@@ -465,7 +461,8 @@ def test_a_list_of_files_that_names_others_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), files)
     with pytest.raises(StorageError, match="does not name the shards of the run"):
         verify_files(tmp_path / "out")
-    set_damaged_aside(tmp_path / "out")
+    assert find_damage(tmp_path / "out") is None
+    set_damaged_aside(tmp_path / "out", [])
     assert victim.read_bytes() == b"mine"
 
 
@@ -484,9 +481,9 @@ def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) ->
     finish_run(run, commit_all(run), {})
     file = run.manifest.files[0].name
     flip_byte(run.manifest_folder / file, 0.5)
-    assert verify_files(tmp_path) == [DamagedFile(f"manifest/{file}", "sha256 differs")]
+    assert verify_files(tmp_path) == [DamagedFile(f"_manifest/{file}", "sha256 differs")]
     with pytest.raises(StorageError, match="start again in a new folder"):
-        set_damaged_aside(tmp_path)
+        set_damaged_aside(tmp_path, verify_files(tmp_path))
     assert (tmp_path / "_SUCCESS").exists()
 
 
@@ -497,4 +494,11 @@ def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
     papers[name] = [7]
     (tmp_path / "_run.json").write_text(json.dumps(papers))
     with pytest.raises(CifakeError, match=r"_run\.json: .*it may have been edited"):
+        verify_files(tmp_path)
+
+
+def test_the_folder_of_a_training_is_named_to_those_who_check_files(tmp_path: Path) -> None:
+    record = {"schema_version": SCHEMA_VERSION, "command": "train", "settings": {}}
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(StorageError, match="output of train; verify, repair and export take"):
         verify_files(tmp_path)

@@ -22,7 +22,7 @@ from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
-from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.sources import parquet
 from cifake_ray.storage.sources.open_source import open_source
