@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 
-SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,10 @@ class SourceConfig(BatchConfig):
     """Options for finding and labelling images."""
 
     src: Annotated[
-        str, Doc("Folder, bucket prefix, list, S3 Inventory or Parquet of images", positional=True)
+        str,
+        Doc(
+            "Folder, bucket prefix, list, S3 Inventory, Parquet or tars of images", positional=True
+        ),
     ]
     out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
@@ -63,7 +66,9 @@ class SourceConfig(BatchConfig):
         tuple[str, ...], Doc("More folder names that mean FAKE, in any case (always: fake, 1_fake)")
     ] = ()
     path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
-    label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
+    label_column: Annotated[
+        str, Doc("Column of a list, or field of the .json in a tar, with REAL, FAKE, 0 or 1")
+    ] = "label"
     source_column: Annotated[str, Doc("Column of a list that holds the source")] = "source"
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[

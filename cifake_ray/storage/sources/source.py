@@ -66,10 +66,12 @@ class Source(Protocol):
         ...
 
 
-def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def batch_rows(
+    rows: Iterable[Sequence[Any]], schema: pa.Schema, max_rows: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yield rows of Python values as record batches of LISTING_BATCH_ROWS; none when empty."""
     rows = iter(rows)
-    while chunk := list(islice(rows, LISTING_BATCH_ROWS)):
+    while chunk := list(islice(rows, max_rows or LISTING_BATCH_ROWS)):
         columns = zip(*chunk, strict=True)
         arrays = [pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)]
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
