@@ -82,7 +82,7 @@ def make_label_reader(class_names: dict[str, int]) -> Callable[[str], PathLabels
 
     @lru_cache(maxsize=1024)  # neighbours lie in the same folder
     def read(folder: str) -> PathLabels:
-        return read_path([name for name in folder.split("/") if name], class_names)
+        return read_path([name for name in folder.split("/") if name not in ("", ".")], class_names)
 
     return read
 

@@ -104,15 +104,16 @@ class _Window:
         self.start, self.data = -NEAR_BYTES, b""
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:
-        size_bytes = max(min(size_bytes, self.size_bytes - offset), 0)
-        end = self.start + len(self.data)
-        if size_bytes and not self.start <= offset <= offset + size_bytes <= end:
-            is_near = self.start <= offset < end + NEAR_BYTES
-            ahead_bytes = self.large_bytes if is_near else SMALL_READ_BYTES
+        start = offset - self.start
+        if not 0 <= start <= start + size_bytes <= len(self.data):
             left_bytes = self.size_bytes - offset
+            if size_bytes <= 0 or left_bytes <= 0:
+                return b""
+            is_near = 0 <= start < len(self.data) + NEAR_BYTES
+            ahead_bytes = self.large_bytes if is_near else SMALL_READ_BYTES
             self.data = self.read(offset, min(max(size_bytes, ahead_bytes), left_bytes))
-            self.start = offset
-        return self.data[offset - self.start :][:size_bytes]
+            self.start, start = offset, 0
+        return self.data[start : start + size_bytes]
 
 
 def glance_files(folder: AnyPath) -> Iterator[str]:

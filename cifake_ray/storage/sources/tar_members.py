@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 BLOCK_BYTES = 512
 MAX_HEADER_BYTES = 2**20  # of a long name or of PAX records
+MAX_SIZE_BYTES = 2**62
 MAX_ZERO_BLOCKS = 2**11  # behind more of them no other tar follows
 CHECKSUM = slice(148, 156)
 WITHOUT_DATA = b"123456V"  # links, devices, folders, FIFOs, the label of a volume
@@ -79,8 +80,8 @@ def list_members(read_at: ReadAt, size_bytes: int) -> Iterator[Member]:
                 continue
             records, of_next = of_all | of_next, {}
             size = int(records.get(b"size", header.size_bytes))
-            if size < 0:
-                raise ValueError("a negative size")
+            if not 0 <= size < MAX_SIZE_BYTES:
+                raise ValueError("a size that is none")
         except ValueError:
             of_next = {}
             if is_well:
@@ -95,10 +96,10 @@ def list_members(read_at: ReadAt, size_bytes: int) -> Iterator[Member]:
             block = read_at(position, BLOCK_BYTES)
             position += BLOCK_BYTES
             more = len(block) == BLOCK_BYTES and block[504] != 0
-        kind = _find_kind(header, records)
         if header.type in WITHOUT_DATA:
             size = 0
         name = records.get(b"GNU.sparse.name") or records.get(b"path") or header.name
+        kind = _find_kind(header.type, name, size, records)
         target = (records.get(b"linkpath") or header.target) if kind.endswith("link") else b""
         if kind == "file" and position + size > size_bytes:
             kind = "cut"
@@ -108,15 +109,15 @@ def list_members(read_at: ReadAt, size_bytes: int) -> Iterator[Member]:
         yield Member("", "no end", size_bytes, 0)
 
 
-def _find_kind(header: _Header, records: dict[bytes, bytes]) -> Kind:
-    if header.type in NOT_WHOLE or any(name.startswith(b"GNU.sparse.") for name in records):
+def _find_kind(kind: bytes, name: bytes, size_bytes: int, records: dict[bytes, bytes]) -> Kind:
+    if kind in NOT_WHOLE or any(record.startswith(b"GNU.sparse.") for record in records):
         return "not whole"
-    if header.type == b"1":
+    if kind == b"1":
         return "hard link"
-    if header.type == b"2":
+    if kind == b"2":
         return "symbolic link"
-    # Before ustar a folder was a file with a slash at its end; D is a folder with its contents.
-    if header.type in WITHOUT_DATA or header.type == b"D" or header.name.endswith(b"/"):
+    # Before ustar a folder was a file with a slash at its end; D is a folder and its contents.
+    if kind in WITHOUT_DATA or kind == b"D" or (name.endswith(b"/") and not size_bytes):
         return "other"
     return "file"
 
