@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 
-SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,10 @@ class SourceConfig(BatchConfig):
     needs_labels: ClassVar[bool] = False  # labels of which none is understood are an error
 
     src: Annotated[
-        str, Doc("Folder, bucket prefix, list, S3 Inventory or Parquet of images", positional=True)
+        str,
+        Doc(
+            "Folder, bucket prefix, list, S3 Inventory, Parquet or tars of images", positional=True
+        ),
     ]
     out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
@@ -72,7 +75,11 @@ class SourceConfig(BatchConfig):
         Doc("Column of Parquet files that holds images or their paths (default: found by itself)"),
     ] = None
     label_column: Annotated[
-        str, Doc("Column of a list or of Parquet files that holds REAL, FAKE, 0, 1 or a class name")
+        str,
+        Doc(
+            "Column of a list or of Parquet files, or field of the .json in a tar, that holds REAL,"
+            " FAKE, 0, 1 or a class name"
+        ),
     ] = "label"
     source_column: Annotated[
         str, Doc("Column of a list or of Parquet files that holds the source")

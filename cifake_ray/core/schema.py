@@ -77,7 +77,8 @@ MANIFEST_FIELDS = [
     # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:
     # split at the first slash after the bucket and never parsed as a URI.
     pa.field("location", pa.string()),
-    pa.field("row", pa.int64()),  # row inside `location` when that is a Parquet file
+    # Inside `location`: the row of a Parquet file, the first byte of a member of a tar.
+    pa.field("row", pa.int64()),
     pa.field("size_bytes", pa.int64()),
     pa.field("mtime_ns", pa.int64()),
     pa.field("etag", pa.string()),  # of an object, as the store lists it, quotes included

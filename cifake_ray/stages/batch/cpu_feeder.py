@@ -128,7 +128,7 @@ class CpuFeeder:
         if rows.column("row").null_count:  # each image is a read of its own
             task = self.feed_rows.remote(self.source_ref, self.prepare_ref, rows)
             return _Task(rows, task, size_bytes)
-        # Neighbours in a Parquet file: each task would read the same row group.
+        # Neighbours in a file, which are read at once; of Parquet each would read the same rows.
         images = list(self.source.read_images(rows))
         task = self.feed_images.remote(self.prepare_ref, images)
         return _Task(rows, task, size_bytes + sum(map(measure_image, images)))

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +104,10 @@ class FolderSource:
             yield from entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        names = ("location", "size_bytes", "mtime_ns")
-        locations, sizes, mtimes_ns = (rows.column(name).to_pylist() for name in names)
+        names = ("location", "size_bytes", "mtime_ns", "row")
+        locations, sizes, mtimes_ns, offsets = (rows.column(name).to_pylist() for name in names)
         allowed = None if self.follow_symlinks else self.root
-        return read_local_files(locations, sizes, mtimes_ns, self.root, allowed)
+        return read_local_files(locations, sizes, mtimes_ns, self.root, allowed, offsets)
 
 
 def lies_below(path: str, root: str) -> bool:
@@ -127,21 +128,24 @@ def read_local_files(
     mtimes_ns: Sequence[int | None],
     root: str | Path = "",
     allowed: Path | None = None,
+    offsets: Sequence[int | None] | None = None,
 ) -> Iterator[bytes | ImageError]:
     """Yield one result for each path below `root`, in order; some are read ahead.
 
     A row without a location is one whose name is not valid UTF-8. Sizes in bytes and times are
-    those of the listing; a file that differs is `changed`. What is read must lie in `allowed`.
+    those of the listing; a file that differs is `changed`. What is read must lie in `allowed`. With
+    an offset it is that part of the file that has `size` bytes from there on.
     """
     folder = None if allowed is None else os.path.realpath(allowed)
 
-    def read(fact: tuple[str | None, int | None, int | None]) -> bytes | ImageError:
-        location, size_bytes, mtime_ns = fact
+    def read(fact: tuple[str | None, int | None, int | None, int | None]) -> bytes | ImageError:
+        location, size_bytes, mtime_ns, offset = fact
         if location is None:
             return ImageError("bad_key", "the file name is not valid UTF-8; rename the file")
-        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder)
+        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder, offset)
 
-    items = zip(zip(locations, sizes, mtimes_ns, strict=True), sizes, strict=True)
+    facts = zip(locations, sizes, mtimes_ns, offsets or repeat(None, len(sizes)), strict=True)
+    items = zip(facts, sizes, strict=True)
     with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
         max_ahead = 2 * NUM_READ_THREADS * READ_GROUP_SIZE
         yield from read_ahead(read, items, threads, max_ahead=max_ahead, group_size=READ_GROUP_SIZE)
@@ -152,10 +156,12 @@ def read_local_file(
     size_bytes: int | None = None,
     mtime_ns: int | None = None,
     allowed: str | None = None,
+    offset: int | None = None,
 ) -> bytes | ImageError:
     """Return a file's bytes if it is still as listed, else the error of its row.
 
-    The file must lie in `allowed`, a folder free of links.
+    The file must lie in `allowed`, a folder free of links. With an `offset` the result is its
+    `size_bytes` from there on.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -166,17 +172,15 @@ def read_local_file(
                 return ImageError("denied", "a link leads out of the folder; --follow-symlinks")
             if not stat.S_ISREG(status.st_mode):
                 return ImageError("not_an_image", "not a regular file")
-            if size_bytes is not None and (status.st_size, status.st_mtime_ns) != (
-                size_bytes,
-                mtime_ns,
-            ):
+            size = status.st_size if offset is None or size_bytes is None else size_bytes
+            if size_bytes is not None and (size, status.st_mtime_ns) != (size_bytes, mtime_ns):
                 return ImageError("changed", "the file changed after it was listed")
-            if status.st_size > MAX_IMAGE_BYTES:
-                return ImageError(
-                    "too_large", f"{status.st_size} bytes; the limit is {MAX_IMAGE_BYTES}"
-                )
-            data = os.read(descriptor, status.st_size + 1)
-            while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
+            if offset is not None:  # the caller limits the parts
+                os.lseek(descriptor, offset, os.SEEK_SET)
+            elif size > MAX_IMAGE_BYTES:
+                return ImageError("too_large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
+            data = os.read(descriptor, size + (offset is None))  # one more: it may be growing
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
                 data += more
         finally:
             os.close(descriptor)
@@ -187,6 +191,6 @@ def read_local_file(
     except OSError as error:
         is_path = error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
         return ImageError("not_found" if is_path else "io_network", f"{error.strerror}")
-    if len(data) != status.st_size:
+    if len(data) != size:
         return ImageError("changed", "the file changed while it was read")
     return data

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from cifake_ray.config import SourceConfig
@@ -24,7 +25,13 @@ from cifake_ray.storage.sources.parquet import (
 )
 from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, S3InventorySource
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
-from cifake_ray.storage.sources.source import KeyFilter, Source
+from cifake_ray.storage.sources.source import KEEP_ALL, KeyFilter, Source
+from cifake_ray.storage.sources.tar import (
+    TAR_SUFFIXES,
+    TarSource,
+    holds_tars,
+    stamp_tar,
+)
 
 LIST_SUFFIXES = (".csv", ".txt", ".parquet")
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
@@ -136,12 +143,16 @@ def holds_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> bool:
 
 
 def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
-    """Return folder, list, inventory or shards. UsageError when it is none of them."""
+    """Return folder, list, inventory, shards or tar. UsageError when it is none of them."""
     if not check_there(place, uri):
         if exists(place / "_run.json"):
             return "shards"
+        if holds_tars(islice(glance_files(place, uri), GLANCE_KEYS)):
+            return "tar"
         return "shards" if holds_tables(place, uri, choice) else "folder"
     suffix = place.suffix.lower()
+    if place.name.lower().endswith(TAR_SUFFIXES):
+        return "tar"
     if suffix == ".parquet":
         column = find_image_column(place, choice)
         return "list" if column is None or column.content == "paths" else "shards"
@@ -150,8 +161,9 @@ def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
     if place.name == INVENTORY_NAME:
         return "inventory"
     raise UsageError(
-        f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
-        " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
+        f"{place} is one file, neither a .tar, a .csv, .txt or .parquet list nor the"
+        f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
+        " and --include for an image"
     )
 
 
@@ -199,9 +211,16 @@ def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
     if kind == "inventory":
         return S3InventorySource(src, class_names, store, key_filter)
     check_outside(out, src)
+    is_tar, is_one = kind == "tar", kind == "tar" and check_there(src, config.src)
+    kept = KEEP_ALL if is_tar else key_filter
+    files: FolderSource | S3PrefixSource | FsspecPrefixSource
     if isinstance(src, Path):
-        return FolderSource(src, class_names, key_filter, config.follow_symlinks)
-    if config.src.startswith("s3://"):
-        bucket, prefix = split_prefix(config.src)
-        return S3PrefixSource(bucket, prefix, store, class_names, key_filter)
-    return FsspecPrefixSource(src, class_names, store, key_filter)
+        files = FolderSource(src, class_names, kept, config.follow_symlinks or is_one)
+    elif config.src.startswith("s3://"):
+        files = S3PrefixSource(*split_prefix(config.src), store, class_names, kept)
+    else:
+        files = FsspecPrefixSource(src, class_names, store, kept)
+    if not is_tar:
+        return files
+    only = stamp_tar(src, config.src) if is_one else None
+    return TarSource(files, class_names, key_filter, config.label_column, config.shard_size, only)

@@ -83,6 +83,6 @@ class S3PrefixSource:
             raise explain_s3_error(error, self.uri) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        names = ("location", "size_bytes", "etag")
-        locations, sizes, etags = (rows.column(name).to_pylist() for name in names)
-        return read_objects(self.store, locations, sizes, etags, self.limits)
+        names = ("location", "size_bytes", "etag", "row")
+        locations, sizes, etags, offsets = (rows.column(name).to_pylist() for name in names)
+        return read_objects(self.store, locations, sizes, etags, self.limits, offsets)

@@ -68,10 +68,12 @@ class Source(Protocol):
         ...
 
 
-def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def batch_rows(
+    rows: Iterable[Sequence[Any]], schema: pa.Schema, max_rows: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yield rows of Python values as record batches of LISTING_BATCH_ROWS; none when empty."""
     rows = iter(rows)
-    while chunk := list(islice(rows, LISTING_BATCH_ROWS)):
+    while chunk := list(islice(rows, max_rows or LISTING_BATCH_ROWS)):
         columns = zip(*chunk, strict=True)
         arrays = [pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)]
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -82,7 +84,7 @@ def make_label_reader(class_names: dict[str, int]) -> Callable[[str], PathLabels
 
     @lru_cache(maxsize=1024)  # neighbours lie in the same folder
     def read(folder: str) -> PathLabels:
-        return read_path([name for name in folder.split("/") if name], class_names)
+        return read_path([name for name in folder.split("/") if name not in ("", ".")], class_names)
 
     return read
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import secrets
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -241,6 +242,41 @@ class ParquetKind(SourceKind):
             }
             pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=2)
         return str(folder)
+
+
+class TarKind(SourceKind):
+    """A tar in a folder of some store."""
+
+    cannot: ClassVar[dict[str, str]] = {
+        "changes": "a tar that changed is changed as a whole: tests of its own",
+    }
+    unstorable = ("notes.txt",)  # a sidecar
+
+    def key_of(self, name: str) -> str:
+        return f"shards.tar/{name}"
+
+    def put(self, *images: Image) -> None:
+        self.images += images
+
+    def write_index(self) -> str:
+        self.store.write("shards.tar", make_tar(self.images))
+        return self.store.uri
+
+
+class FsspecTarKind(TarKind):
+    cannot: ClassVar[dict[str, str]] = TarKind.cannot | {
+        "another process": FsspecPrefixKind.cannot["another process"]
+    }
+
+
+def make_tar(images: Iterable[Image], **options: Any) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", **options) as tar:
+        for image in images:
+            member = tarfile.TarInfo(image.name)
+            member.size = len(image.data)
+            tar.addfile(member, io.BytesIO(image.data))
+    return data.getvalue()
 
 
 # --- inventories as AWS writes them --------------------------------------------------------------

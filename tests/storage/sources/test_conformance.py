@@ -21,6 +21,7 @@ import pytest
 from source_kinds import (
     FsspecListKind,
     FsspecPrefixKind,
+    FsspecTarKind,
     Image,
     InventoryKind,
     ListKind,
@@ -31,6 +32,7 @@ from source_kinds import (
     S3PrefixKind,
     S3Store,
     SourceKind,
+    TarKind,
 )
 
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
@@ -38,7 +40,7 @@ from cifake_ray.errors import ImageError, NothingToDo
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3 import prefetch
 from cifake_ray.storage.s3.listing import KeyLister
-from cifake_ray.storage.sources import folder, fsspec_prefix, image_table, s3_prefix
+from cifake_ray.storage.sources import folder, fsspec_prefix, image_table, s3_prefix, tar
 from cifake_ray.storage.sources import source as source_module
 from cifake_ray.storage.sources.source import Source
 
@@ -51,6 +53,9 @@ KINDS: dict[str, Callable[[Path, pytest.FixtureRequest], SourceKind]] = {
     "list of fsspec uris": lambda work, _: FsspecListKind(MemoryStore(), work),
     "s3 inventory": lambda work, use: InventoryKind(use_s3(use, ""), work),
     "parquet": lambda work, _: ParquetKind(LocalStore(work / "unused"), work),
+    "tar": lambda work, _: TarKind(LocalStore(work / "set"), work),
+    "tar on s3": lambda work, use: TarKind(use_s3(use, "set #1?/50%20of them/"), work),
+    "tar by fsspec": lambda work, _: FsspecTarKind(MemoryStore(), work),
 }
 
 ODD_NAMES = [
@@ -128,6 +133,7 @@ def read_all(source: Source, rows: pa.Table | None = None) -> dict[str, bytes | 
 
 def list_in_small_batches(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
     monkeypatch.setattr(source_module, "LISTING_BATCH_ROWS", num_rows)
+    monkeypatch.setattr(tar, "LARGE_READ_BYTES", tar.SMALL_READ_BYTES)
     monkeypatch.setattr(s3_prefix, "KeyLister", partial(KeyLister, page_keys=num_rows))
 
 
@@ -280,7 +286,7 @@ def test_what_changed_or_went_after_the_listing_is_the_error_of_its_row_alone(
 def test_an_image_above_the_limit_is_too_large_and_its_neighbours_are_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (folder, fsspec_prefix, image_table, prefetch):
+    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("exact", b"x" * 10), Image("large", b"x" * 11), Image("other", b""))
     source = kind.open()
@@ -295,7 +301,7 @@ def test_an_image_above_the_limit_is_not_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need(kind, "unread")
-    for module in (folder, fsspec_prefix, image_table, prefetch):
+    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("large", b"x" * 11))
     source = kind.open()
