@@ -1,4 +1,4 @@
-"""The images of a folder: every regular file below it, whatever its name or extension.
+"""The images of a folder: every regular file below it that is no clutter.
 
 Ray's own listings are not used: they skip names that start with `_` or `.`.
 """
@@ -20,7 +20,7 @@ import pyarrow as pa
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.io.paths import explain_errors
+from cifake_ray.storage.io.paths import explain_errors, explain_os_error
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -32,12 +32,14 @@ from cifake_ray.storage.sources.source import (
 )
 
 NUM_READ_THREADS = 8
+# Of a folder below the root: no permission, a path beyond PATH_MAX, or gone meanwhile.
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
 READ_GROUP_SIZE = 16  # a local disk needs no read-ahead; in groups it costs 10 us an image
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Every regular file below a folder, whatever its name or extension."""
+    """Every regular file below a folder, whatever its extension, that is no clutter."""
 
     root: Path
     class_names: dict[str, int]
@@ -45,10 +47,12 @@ class FolderSource:
     follow_symlinks: bool = False  # else only links to files below the root count as files
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+        left_out = listing.left_out
         read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
         # Folders, and the identities of those on the way to them where links are followed.
@@ -56,17 +60,26 @@ class FolderSource:
         while pending:
             prefix, above = pending.pop()
             labels = read_labels(prefix)
-            if self.follow_symlinks:
-                with explain_errors(self.root / prefix):
+            try:
+                if self.follow_symlinks:
                     status = os.stat(self.root / prefix)
-                above |= {(status.st_dev, status.st_ino)}
-            for entry in self._scan(self.root / prefix):
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append((f"{prefix}{entry.name}/", above))
-                    continue
+                    above |= {(status.st_dev, status.st_ino)}
+                entries = os.scandir(self.root / prefix)
+            except OSError as error:
+                if not prefix or error.errno not in UNREADABLE:
+                    raise explain_os_error(error, self.root / prefix) from error
+                listing.leave_out_folder(prefix, error)
+                continue
+            for entry in self._scan(self.root / prefix, entries):
                 key = prefix + entry.name
-                if not self.key_filter.keeps(key):
-                    left_out["excluded"] += 1
+                if entry.is_dir(follow_symlinks=False):
+                    if reason := self.key_filter.find_folder_reason(f"{key}/"):
+                        left_out[reason] += 1
+                    else:
+                        pending.append((f"{key}/", above))
+                    continue
+                if reason := self.key_filter.find_reason(key):
+                    left_out[reason] += 1
                     continue
                 size_bytes, mtime_ns = None, None
                 try:
@@ -80,8 +93,10 @@ class FolderSource:
                             left_out["link to a folder"] += 1
                         elif (status.st_dev, status.st_ino) in above:
                             left_out["link to a folder above it"] += 1
+                        elif reason := self.key_filter.find_folder_reason(f"{key}/"):
+                            left_out[reason] += 1
                         else:
-                            pending.append((f"{prefix}{entry.name}/", above))
+                            pending.append((f"{key}/", above))
                         continue
                     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         left_out["not a regular file"] += 1
@@ -98,8 +113,8 @@ class FolderSource:
                     known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
                     yield escaped, *known, "bad_key"
 
-    def _scan(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        with explain_errors(folder), os.scandir(folder) as entries:
+    def _scan(self, folder: Path, entries: Any) -> Iterator[os.DirEntry[str]]:
+        with explain_errors(folder), entries:
             yield from entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:

@@ -6,7 +6,6 @@ listing for each folder, two requests for each image.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from upath import UPath
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.paths import explain_errors, resolve_path
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
@@ -31,6 +30,7 @@ from cifake_ray.storage.sources.source import (
 )
 
 NUM_FETCH_THREADS = 16
+FOLDER_ERRORS = (PermissionError, FileNotFoundError)  # of a folder below the root
 # Names that stores give to what changes with the content, best first.
 _STAMPS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "last_modified", "created")
 
@@ -47,7 +47,7 @@ def stamp_entry(info: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class FsspecPrefixSource:
-    """Every file below a folder of a store, whatever its name."""
+    """Every file below a folder of a store that is no clutter."""
 
     root: UPath
     class_names: dict[str, int]
@@ -55,10 +55,11 @@ class FsspecPrefixSource:
     key_filter: KeyFilter = KEEP_ALL
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         read_labels = make_label_reader(self.class_names)
         root = self.root.path.rstrip("/")
         scheme = str(self.root).partition("://")[0]
@@ -66,16 +67,26 @@ class FsspecPrefixSource:
         while pending:
             folder = pending.pop()
             labels = read_labels(folder[len(root) :])
-            for info in self._list_folder(folder):
+            try:
+                entries = self._list_folder(folder)
+            except StorageError as error:
+                if folder == root or not isinstance(error.__cause__, FOLDER_ERRORS):
+                    raise
+                listing.leave_out_folder(folder[len(root) + 1 :], error.__cause__)
+                continue
+            for info in entries:
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
                     continue
-                if info["type"] == "directory":
-                    pending.append(name)
-                    continue
                 key = name[len(root) :].removeprefix("/")
-                if not self.key_filter.keeps(key):
-                    left_out["excluded"] += 1
+                if info["type"] == "directory":
+                    if reason := self.key_filter.find_folder_reason(f"{key}/"):
+                        listing.left_out[reason] += 1
+                    else:
+                        pending.append(name)
+                    continue
+                if reason := self.key_filter.find_reason(key):
+                    listing.left_out[reason] += 1
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 stamp = (info.get("size"), None, stamp_entry(info))

@@ -125,8 +125,8 @@ class S3InventorySource:
                     reason = "old version"
                 elif key.endswith("/") and not size:
                     reason = "folder marker"
-                elif not self.key_filter.keeps(key):
-                    reason = "excluded"
+                else:
+                    reason = self.key_filter.find_reason(key)
                 if reason:
                     left_out[reason] += 1
                     continue

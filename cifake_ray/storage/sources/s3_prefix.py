@@ -1,4 +1,4 @@
-"""The images of a bucket on S3: every object below a prefix, whatever its name."""
+"""The images of a bucket on S3: every object below a prefix that is no clutter."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class S3PrefixSource:
                     if not key or (key[-1] == "/" and not size_bytes):
                         left_out["folder marker"] += 1
                         continue
-                    if not self.key_filter.keeps(key):
-                        left_out["excluded"] += 1
+                    if reason := self.key_filter.find_reason(key):
+                        left_out[reason] += 1
                         continue
                     labels = read_labels(key.rpartition("/")[0])
                     escaped = escape_key(key)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import islice
@@ -15,10 +16,14 @@ import pyarrow as pa
 
 from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.errors import ImageError
+from cifake_ray.storage.sources.clutter import find_clutter, is_system_folder
+from cifake_ray.storage.sources.listing_counts import ListingCounts
 
 LISTING_BATCH_ROWS = 16_384
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384  # images in a shard, unless --shard-size says
 MAX_SHARD_BYTES = 256 * 2**20
+MAX_NOTES = 5
+_WILDCARD = re.compile(r"[*?[]")
 
 
 @dataclass
@@ -33,6 +38,31 @@ class Listing:
     batches: Iterator[pa.RecordBatch]
     left_out: Counter[str] = field(default_factory=Counter)
     keeps_order: bool = False
+    notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
+    counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
+
+    def leave_out_folder(self, folder: str, error: OSError) -> None:
+        """Count a folder that cannot be listed, and name the first few."""
+        self.left_out["unreadable folder"] += 1
+        if self.left_out["unreadable folder"] <= MAX_NOTES:
+            name = escape_key(folder) or folder
+            name = name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
+            reason = error.strerror or type(error).__name__
+            self.notes.append(f"left out the folder {name}: {reason}")
+
+    def replace(self, batches: Iterator[pa.RecordBatch]) -> Listing:
+        """Return this listing with other batches; the rest is shared with it."""
+        return replace(self, batches=batches)
+
+    def count_rows(self) -> Listing:
+        """Return this listing with `counts`, which are complete when it is exhausted."""
+
+        def count() -> Iterator[pa.RecordBatch]:
+            for batch in self.batches:
+                self.counts.add(batch)
+                yield batch
+
+        return self.replace(count())
 
 
 class Source(Protocol):
@@ -96,6 +126,39 @@ class KeyFilter:
         if self.include and not any(fnmatchcase(key, glob) for glob in self.include):
             return False
         return not any(fnmatchcase(key, glob) for glob in self.exclude)
+
+    def find_reason(self, key: str) -> str | None:
+        """Return why a file of a folder or bucket is no row, or None: a filter, or clutter.
+
+        Clutter is kept if a glob of `include` asks for it, which is when the glob itself would be
+        clutter: `*.txt` and `*/.git/*` are, `*` and `*.jpg` are not.
+        """
+        if not self.keeps(key):
+            return "excluded"
+        reason = find_clutter(key)
+        if reason and any(
+            find_clutter(glob) == reason and fnmatchcase(key, glob) for glob in self.include
+        ):
+            return None
+        return reason
+
+    def find_folder_reason(self, folder: str) -> str | None:
+        """Return why nothing below `folder`, which ends with `/`, can be a row; None if it can."""
+        if any(glob.endswith("*") and fnmatchcase(folder, glob) for glob in self.exclude):
+            return "excluded folder"
+        asked = [glob for glob in self.include if _may_match_below(glob, folder)]
+        if self.include and not asked:
+            return "excluded folder"
+        if is_system_folder(folder) and not any(is_system_folder(glob) for glob in asked):
+            return "system folder"
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _may_match_below(glob: str, folder: str) -> bool:
+    """Return False if no path below a folder can match: the two differ before any wildcard."""
+    literal = _WILDCARD.split(glob, maxsplit=1)[0]
+    return literal.startswith(folder) or folder.startswith(literal)
 
 
 KEEP_ALL = KeyFilter()
