@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, reopen_run
-from cifake_ray.storage.sources.source import Source
+from cifake_ray.storage.sources.choose_rows import choose_rows
+from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
@@ -82,6 +83,9 @@ class BatchSummary:
     elapsed_s: float
     images_per_s: float
     steady_images_per_s: float
+    labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
+    splits: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         too_many = self.failed > max_error_rate * self.listed
@@ -98,6 +102,9 @@ class DryRun:
     size_bytes: int
     left_out: dict[str, int]
     shards_total: int
+    labels: dict[str, int]
+    splits: dict[str, int]
+    sources: dict[str, int]
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         return ExitCode.OK
@@ -114,6 +121,7 @@ class BatchPlan:
     paths: dict[str, str | None]  # the other path options, resolved, for `repair` to use again
     inputs: dict[str, Any] = field(default_factory=dict)  # replaces them in the fingerprint
     device: Device = "cpu"
+    needs_labels: bool = False  # say which images have none
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
@@ -130,15 +138,20 @@ class BatchPlan:
             command=self.command,
             settings={**settings, **self.inputs},
             config={**settings, **kept},
-            list_source=self.source.list_images,
+            list_source=self.list_images,
             shard_rows=self.config.shard_size,
         )
+
+    def list_images(self) -> Listing:
+        """List the source, or what `--limit` and `--sample` choose of it, and count."""
+        listing = choose_rows(self.source.list_images(), self.config)
+        return listing.count_rows(describe=self.needs_labels)
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
-    listing = plan.source.list_images()
+    listing = plan.list_images()
     listed = size_bytes = num_batches = 0
     for batch in listing.batches:
         listed += batch.num_rows
@@ -147,12 +160,15 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     if not listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
+    for note in listing.notes:
+        plan.log(note)
     return DryRun(
         command=plan.command,
         out=str(plan.out),
         listed=listed,
         size_bytes=size_bytes,
-        left_out=dict(listing.left_out),
+        left_out=dict(+listing.left_out),
+        **listing.counts.to_dict(),
         shards_total=num_batches if listing.keeps_order else -(-listed // rows),
     )
 
@@ -231,6 +247,8 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
+        for note in run.notes:
+            plan.log(note)
         if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
             return summary
         if plan.config.retry_errors:
@@ -259,6 +277,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             elapsed_s=round(elapsed_s, 3),
             images_per_s=round(totals.worked_rows / elapsed_s, 1),
             steady_images_per_s=round(totals.rate(totals.last_s), 1),
+            **run.counts,
         )
         plan.before_success(run)
         clear_attempts(run)
@@ -322,7 +341,13 @@ def find_result(plan: BatchPlan) -> BatchSummary | None:
         return None
     record = read_json(path)
     try:
-        summary = BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
+        summary = BatchSummary(
+            **{
+                f.name: record[f.name]
+                for f in fields(BatchSummary)
+                if f.name in record or f.default_factory is MISSING  # else it is newer than the run
+            }
+        )
     except KeyError as error:
         raise StorageError(
             f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -60,6 +60,8 @@ class Run:
     config: dict[str, Any]
     manifest: Manifest
     left_out: dict[str, int]
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # labels, splits, sources
+    notes: list[str] = field(default_factory=list)  # on the listing, for a person to read
 
     @property
     def fingerprint(self) -> str:
@@ -125,6 +127,8 @@ def read_run(out: AnyPath) -> Run | None:
                 size_bytes=manifest["size_bytes"],
             ),
             left_out=record["left_out"],
+            counts=record.get("counts", {}),
+            notes=record.get("notes", []),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
@@ -249,6 +253,8 @@ class RunPlan:
                 "files": [asdict(file) for file in manifest.files],
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+            "counts": listing.counts.to_dict(),
+            "notes": listing.notes,
         }
         claim_folder(self.out, self._settings, self.config, plan)
         run = read_run(self.out)

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from cifake_ray.config import BatchConfig
 from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS, MIN_SHARD_ROWS, Listing
+
+
+def choose_rows(listing: Listing, config: BatchConfig) -> Listing:
+    """Return what `--limit` and `--sample` leave of a listing."""
+    if config.limit is not None:
+        listing = limit_rows(listing, config.limit)
+    if config.sample is not None:
+        listing = sample_rows(listing, config.sample, config.seed, config.shard_size)
+    return listing
 
 
 def limit_rows(listing: Listing, num_rows: int) -> Listing:

@@ -54,13 +54,15 @@ class Listing:
         """Return this listing with other batches; the rest is shared with it."""
         return replace(self, batches=batches)
 
-    def count_rows(self) -> Listing:
-        """Return this listing with `counts`, which are complete when it is exhausted."""
+    def count_rows(self, *, describe: bool) -> Listing:
+        """Return this listing with `counts`; `describe` adds notes on what they lack."""
 
         def count() -> Iterator[pa.RecordBatch]:
             for batch in self.batches:
                 self.counts.add(batch)
                 yield batch
+            if describe:
+                self.notes.extend(self.counts.describe_unused())
 
         return self.replace(count())
 
