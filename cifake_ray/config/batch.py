@@ -21,9 +21,9 @@ class BatchConfig(ClusterConfig):
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
     ] = None
-    limit: Annotated[
-        int | None, Doc("Only the first N images that are listed (default: all)")
-    ] = None
+    limit: Annotated[int | None, Doc("Only the first N images that are listed (default: all)")] = (
+        None
+    )
     sample: Annotated[
         int | None, Doc("Only N images at random, of each label its share (default: all)")
     ] = None

@@ -20,19 +20,20 @@ SAFEST_FIRST = ("test", "val", "train")  # of several split folders: never train
 # FAKE where no other folder of the path means a class: `AI/Real` may be a collection's own name.
 WEAK_FAKE_WORDS = frozenset({"ai", "aigc", "generated", "synthetic", "deepfake"})
 # Words that change nothing: `training_set`, `RealArt`, `fake images 2`.
-FILLERS = frozenset(
-    "set sets data dataset split image images img imgs photo photos picture pictures pic pics face"
-    " faces art sample samples".split()
-)
+_FILLERS = """
+set sets data dataset split image images img imgs photo photos picture pictures pic pics face faces
+art sample samples
+"""
+FILLERS = frozenset(_FILLERS.split())
 # Without dev and eval, which are common in names of models (FLUX.1-dev).
 SPLIT_LIKE_WORDS = SPLIT_NAMES.keys() - {"dev", "eval"} | {"holdout", "hold", "held", "fold"}
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
 
 
 class PathLabels(NamedTuple):
-    label: int | None
-    split: str | None
-    source: str | None
+    label: int | None = None
+    split: str | None = None
+    source: str | None = None
 
 
 def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:

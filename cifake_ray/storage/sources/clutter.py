@@ -8,27 +8,30 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-SYSTEM_FOLDERS = frozenset(
-    # macOS; Synology, QNAP and other NAS; Windows; Linux
-    "__macosx .appledouble .fseventsd .spotlight-v100 .temporaryitems .trashes"
-    " .documentrevisions-v100 @eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb"
-    " .snapshot .zfs $recycle.bin recycler lost+found .thumbnails .cache"
-    # tools
-    " .ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv".split()
-) | {"system volume information"}
-SYSTEM_FILES = frozenset(
-    ".ds_store .localized .apdisk .volumeicon.icns icon\r thumbs.db ehthumbs.db ehthumbs_vista.db"
-    " desktop.ini .directory .picasa.ini picasa.ini .gitignore .gitattributes .gitkeep .gitmodules"
-    " .keep .dockerignore .dvcignore".split(" ")
-)
+# Of macOS; Synology, QNAP and other NAS; Windows; Linux; tools.
+_FOLDERS = """
+__macosx .appledouble .fseventsd .spotlight-v100 .temporaryitems .trashes .documentrevisions-v100
+@eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb .snapshot .zfs
+$recycle.bin recycler lost+found .thumbnails .cache
+.ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv
+"""
+_FILES = """
+.ds_store .localized .apdisk .volumeicon.icns thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini
+.directory .picasa.ini picasa.ini .gitignore .gitattributes .gitkeep .gitmodules .keep .dockerignore
+"""
+# Captions, metadata and labels; checksums, code and notes; what cameras and editors write.
+_SIDECARS = """
+txt json jsonl ndjson xml csv tsv md rst yaml yml toml ini cfg log npy npz mat pkl pickle html htm
+css js py ipynb sh caption tags sha1 sha256 sha512 md5 sfv url lnk lock db sqlite xls xlsx ods doc
+docx odt xmp aae pp3 dop gpx srt
+"""
+_SIDECAR_FILES = "readme license licence copying notice sha256sums md5sums"
+
+SYSTEM_FOLDERS = frozenset({*_FOLDERS.split(), "system volume information"})
+SYSTEM_FILES = frozenset({*_FILES.split(), "icon\r"})
 SYSTEM_PREFIXES = ("._", "~$", ".nfs0", ".fuse_hidden")  # of files
-SIDECAR_SUFFIXES = frozenset(
-    # captions, metadata, labels, checksums, code, notes; what cameras and editors put beside
-    "txt json jsonl ndjson xml csv tsv md rst yaml yml toml ini cfg log npy npz mat pkl pickle html"
-    " htm css js py ipynb sh caption tags sha1 sha256 sha512 md5 sfv url lnk lock db sqlite xls"
-    " xlsx ods doc docx odt xmp aae pp3 dop cube gpx srt pts".split()
-)
-SIDECAR_FILES = frozenset("readme license licence copying notice sha256sums md5sums".split())
+SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
+SIDECAR_FILES = frozenset(_SIDECAR_FILES.split())
 
 
 def find_clutter(key: str) -> str | None:

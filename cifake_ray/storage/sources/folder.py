@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -196,7 +195,8 @@ def read_local_file(
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        return ImageError("not_found", "the file is gone")
+        hint = "; a path of Windows? write it relative to the list" if "\\" in path else ""
+        return ImageError("not_found", f"the file is gone{hint}")
     except PermissionError:
         return ImageError("denied", "no permission to read the file")
     except OSError as error:

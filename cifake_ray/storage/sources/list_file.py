@@ -1,18 +1,17 @@
-"""The images that a .csv, .txt or .parquet list names.
+"""The images that a list names: a Parquet file, or text (`text_table`).
 
-A list has `path` (relative to the list, an absolute path or a URI; the key is
-`path` as written) and may have `label`, `split`, `source` and columns of its own, which are carried
-along. Of files in a store it may have `size_bytes` and `etag`: reading checks them.
+A list has `path` (relative to the list, an absolute path or a URI; the key is `path` as written)
+and may have `label`, `split`, `source` and columns of its own, which are carried along. What it has
+no column for is read from the folders of a path below the list. Of files in a store it may have
+`size_bytes` and `etag`: reading checks them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,10 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import parse_label, parse_split
+from cifake_ray.core.labels import PathLabels, make_class_names, parse_label, parse_split
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, UsageError
-from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
@@ -36,7 +34,9 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    make_label_reader,
 )
+from cifake_ray.storage.sources.text_table import open_text_table
 
 RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
@@ -80,17 +80,22 @@ class ListFileSource:
     key_filter: KeyFilter = KEEP_ALL
     allow_prefix: tuple[str, ...] = ()
     store: StoreConfig = StoreConfig()  # noqa: RUF009 - frozen
+    class_names: dict[str, int] = field(default_factory=make_class_names)  # of folders
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(self._list_batches(left_out), left_out)
+        listing = Listing(iter(()))
+        listing.batches = self._list_batches(listing)
+        return listing
 
-    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
+    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
         names, types, lines = self._open()
         known = [self.path_column, self.label_column, "split", self.source_column]
         known += ["size_bytes", "etag"]
         positions = [names.index(name) if name in names else None for name in known]
-        extra = [i for i, name in enumerate(names) if name not in known]
+        unused = {"label", "source"}.intersection(names).difference(known)  # options name others
+        if unused:
+            listing.notes.append(f"left out columns: {', '.join(sorted(unused))}")
+        extra = [i for i, name in enumerate(names) if name not in {*known, *unused}]
         for i in extra:
             if names[i] in RESERVED_COLUMNS:
                 raise UsageError(
@@ -98,7 +103,7 @@ class ListFileSource:
                     " rename it"
                 )
         fields = [*MANIFEST_FIELDS, *(pa.field(names[i], types[i]) for i in extra)]
-        rows = self._make_rows(lines, positions, extra, left_out)
+        rows = self._make_rows(lines, positions, extra, listing.left_out)
         yield from batch_rows(rows, pa.schema(fields))
 
     def _make_rows(
@@ -109,6 +114,8 @@ class ListFileSource:
         left_out: Counter[str],
     ) -> Iterator[Sequence[Any]]:
         allowed = make_allowed_paths(self.path, self.allow_prefix)
+        read_labels = make_label_reader(self.class_names)
+        has_label, has_split, has_source = (p is not None for p in positions[1:4])
         for line_number, values in lines:
             path, label, split, source, size_bytes, etag = (
                 None if p is None else values[p] for p in positions
@@ -119,8 +126,14 @@ class ListFileSource:
                 left_out["excluded"] += 1
                 continue
             try:
-                facts = (parse_label(label), parse_split(split), source or None)
                 location = allowed.locate(path)
+                below = allowed.find_below(location)
+                known = read_labels(below.rpartition("/")[0]) if below else PathLabels()
+                facts = (
+                    parse_label(label) if has_label else known.label,
+                    parse_split(split) if has_split else known.split,
+                    source or None if has_source else known.source,
+                )
                 listed = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = listed if is_uri(location) else stamp_local(location)
             except ValueError as error:
@@ -130,21 +143,19 @@ class ListFileSource:
     def _open(self) -> tuple[list[str], list[pa.DataType], Iterator[tuple[int, Sequence[object]]]]:
         """Return column names, column types, and (line number, values) for each row."""
         suffix = self.path.suffix.lower()
+        lines: Iterator[tuple[int, Sequence[object]]]
         if suffix == ".parquet":
             table = open_parquet(self.path)
             names, types = table.schema_arrow.names, table.schema_arrow.types
+            if self.path_column not in names:
+                raise UsageError(
+                    f"{self.path}: no column {self.path_column!r}, only {', '.join(names)};"
+                    " name it with --path-column"
+                )
             lines = self._iterate_parquet(table)
-        elif suffix == ".txt":
-            names, types, lines = [self.path_column], [pa.string()], self._iterate_text()
         else:
-            rows = self._iterate_csv()
-            names = list(next(rows, (1, []))[1])
-            types, lines = [pa.string()] * len(names), rows
-        if self.path_column not in names:
-            raise UsageError(
-                f"{self.path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
-                " name it with --path-column"
-            )
+            names, lines = open_text_table(self.path, self.path_column, self.label_column)
+            types = [pa.string()] * len(names)
         if len(set(names)) != len(names):
             raise UsageError(f"{self.path}: two columns have the same name; rename one")
         return names, types, lines
@@ -157,40 +168,6 @@ class ListFileSource:
                     number += 1
                     yield number, values
         table.close(force=True)
-
-    def _iterate_text(self) -> Iterator[tuple[int, Sequence[str]]]:
-        for number, line in enumerate(self._read_lines("\n"), 1):
-            if path := line.rstrip("\n").removesuffix("\r"):
-                yield number, (path,)
-
-    def _iterate_csv(self) -> Iterator[tuple[int, Sequence[str]]]:
-        reader = csv.reader(self._read_lines(""), strict=True)
-        num_columns = None
-        try:
-            for values in reader:
-                if not values:
-                    continue
-                num_columns = num_columns or len(values)
-                if len(values) != num_columns:
-                    raise UsageError(
-                        f"{self.path}, line {reader.line_num}: {len(values)} values for"
-                        f" {num_columns} columns; quote values that hold a comma"
-                    )
-                yield reader.line_num, values
-        except csv.Error as error:
-            raise UsageError(f"{self.path}, line {reader.line_num}: {error}") from error
-
-    def _read_lines(self, newline: str) -> Iterator[str]:
-        """Yield lines with their ends; `newline` is that of `open`."""
-        try:
-            with (
-                explain_errors(self.path),
-                open_file(self.path) as file,
-                io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text,
-            ):
-                yield from text
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         readers: dict[str, Callable[..., Iterator[bytes | ImageError]]] = {

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.core.labels import find_split_like
-from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.core.schema import LABEL_NAMES
 
 MAX_NAMES = 1000  # that are counted one by one; a list may have a source for each image
 SHOWN_NAMES = 5
@@ -26,11 +26,11 @@ class ListingCounts:
         self.split_like: dict[str, None] = {}  # names of folders of images without a split
 
     def add(self, batch: pa.RecordBatch) -> None:
-        label_names = {REAL: LABEL_NAMES[REAL], FAKE: LABEL_NAMES[FAKE], None: UNLABELLED}
         for row in pc.value_counts(batch.column("label")).to_pylist():
-            self.labels[label_names[row["values"]]] += row["counts"]
-        for name, counter in (("split", self.splits), ("source", self.sources)):
-            _count(counter, batch.column(name))
+            label = row["values"]
+            self.labels[UNLABELLED if label is None else LABEL_NAMES[label]] += row["counts"]
+        _count(self.splits, batch.column("split"))
+        _count(self.sources, batch.column("source"))
         _count(self.unlabelled, _find_folders(batch, "label", r"(?:^|/)(?P<name>[^/]+)/[^/]*$"))
         for folder in _find_folders(batch, "split", r"(?s)^(?P<name>.*)/").unique().to_pylist():
             if len(self.split_like) < SHOWN_NAMES and (name := find_split_like(folder or "")):

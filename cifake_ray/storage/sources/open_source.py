@@ -17,8 +17,8 @@ from cifake_ray.storage.sources.parquet import ParquetSource, open_parquet
 from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, S3InventorySource
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import KeyFilter, Source
+from cifake_ray.storage.sources.text_table import find_text_suffix
 
-LIST_SUFFIXES = (".csv", ".txt", ".parquet")
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 
 
@@ -81,13 +81,14 @@ def detect_kind(place: AnyPath, uri: str) -> str:
     if suffix == ".parquet":
         with open_parquet(place) as table:
             return "shards" if "image" in table.schema_arrow.names else "list"
-    if suffix in LIST_SUFFIXES:
+    if find_text_suffix(place.name):
         return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
     raise UsageError(
-        f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
-        " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
+        f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet) nor the"
+        f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
+        " and --include for an image"
     )
 
 
@@ -112,12 +113,12 @@ def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
     elif check_there(src, config.src) and kind == "folder":
         raise UsageError(f"{src} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
+    class_names = make_class_names(config.real_name, config.fake_name)
     if kind == "shards":
         return ParquetSource(src, key_filter=key_filter, min_shard_rows=config.shard_size)
     if kind == "list":
         columns = (config.path_column, config.label_column, config.source_column)
-        return ListFileSource(src, *columns, key_filter, config.allow_prefix, store)
-    class_names = make_class_names(config.real_name, config.fake_name)
+        return ListFileSource(src, *columns, key_filter, config.allow_prefix, store, class_names)
     if kind == "inventory":
         return S3InventorySource(src, class_names, store, key_filter)
     check_outside(out, src)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -636,6 +637,162 @@ def test_a_damaged_parquet_list_is_named(tmp_path: Path) -> None:
     path = write_list(tmp_path, b"PAR1 no", "list.parquet")
     with pytest.raises(StorageError, match=r"list\.parquet"):
         open_images(path)
+
+
+# --- lists as other people write them ------------------------------------------------------------
+
+FACTS = [("set/a b.jpg", REAL), ("set/c.jpg", FAKE)]
+AS_WRITTEN = {
+    "commas.csv": "path,label\nset/a b.jpg,REAL\nset/c.jpg,FAKE\n",
+    "spaces.csv": "path, label\nset/a b.jpg, REAL\nset/c.jpg, FAKE\n",
+    "spaces_around.csv": "label , path\nREAL , set/a b.jpg\nFAKE , set/c.jpg\n",
+    "quotes_after_spaces.csv": 'label, "path"\n0, "set/a b.jpg"\n1, "set/c.jpg"\n',
+    "spaces_in_values.csv": "path,label\nset/a b.jpg, REAL\nset/c.jpg, FAKE\n",
+    "semicolons.csv": "path;label\nset/a b.jpg;0\nset/c.jpg;1\n",
+    "tabs.tsv": "path\tlabel\nset/a b.jpg\treal\nset/c.jpg\tfake\n",
+    "tabs.csv": "id\tpath\tlabel\n1\tset/a b.jpg\t0\n2\tset/c.jpg\t1\n",
+    "bars.csv": "path|label\nset/a b.jpg|0\nset/c.jpg|1\n",
+    "header.txt": "path,label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "capitals.csv": "Path,Label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "metadata.csv": "file_name,label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "timm.txt": "set/a b.jpg 0\nset/c.jpg 1\n",
+    "windows.txt": "set/a b.jpg 0\r\nset/c.jpg 1\r\n",
+    "caffe.txt": "set/a b.jpg\t0\nset/c.jpg\t1",
+    "commas.txt": "set/a b.jpg,0\nset/c.jpg,1\n",
+    "names.txt": "set/a b.jpg real\nset/c.jpg fake\n",
+    "no_header.csv": "set/a b.jpg,0\nset/c.jpg,1\n",
+    "lines.jsonl": '{"path": "set/a b.jpg", "label": 0}\n{"path": "set/c.jpg", "label": "FAKE"}\n',
+    "metadata.jsonl": '{"file_name": "set/a b.jpg", "label": 0, "text": "x"}\n\n'
+    '{"label": 1, "file_name": "set/c.jpg", "other": {"a": [1]}}\n',
+    "backslashes.csv": "path,label\nset\\a b.jpg,0\nset\\c.jpg,1\n",
+    "backslashes.txt": ".\\set\\a b.jpg 0\r\n.\\set\\c.jpg 1\r\n",
+}
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_lists_are_read_as_people_write_them(tmp_path: Path, name: str, is_zipped: bool) -> None:
+    for path, _ in FACTS:
+        put(tmp_path / path, path.encode())
+    text = AS_WRITTEN[name].encode()
+    src = write_list(tmp_path, gzip.compress(text) if is_zipped else text, name + ".gz" * is_zipped)
+    labels = {k.replace("\\", "/"): row["label"] for k, row in list_rows(src).items()}
+    assert {os.path.normpath(key): label for key, label in labels.items()} == dict(FACTS)
+    assert list(read_all(src).values()) == [path.encode() for path, _ in FACTS]
+
+
+def test_spaces_in_values_are_kept_where_the_header_has_none(tmp_path: Path) -> None:
+    put(tmp_path / " a.jpg", b"a")
+    assert read_all(write_list(tmp_path, "label,path\n0, a.jpg\n")) == {" a.jpg": b"a"}
+
+
+def test_numbers_of_other_classes_are_no_labels_but_travel(tmp_path: Path) -> None:
+    """ImageNet's lists are sorted by class, so the first ones look like REAL and FAKE."""
+    lines = [f"n{number // 3}/{number}.JPEG {number // 3}" for number in range(30)]
+    table = gather(open_images(write_list(tmp_path, "\n".join(lines), "val.txt")).list_images())
+    assert table.column("label").null_count == 30
+    assert table.column("class").to_pylist()[::3] == [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize("names", [["a 1", "b 0"], ["a.b 1", "c.d 0"], ["x.jpg 1", "y.jpg 0"]])
+def test_files_whose_names_look_like_a_path_and_a_label_are_files(
+    tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        put(tmp_path / name, name.encode())
+    src = write_list(tmp_path, "\n".join(names), "list.txt")
+    assert read_all(src) == {name: name.encode() for name in names}
+
+
+def test_one_line_without_a_label_makes_all_of_them_paths(tmp_path: Path) -> None:
+    src = write_list(tmp_path, "a.jpg 1\nb c.jpg\n", "list.txt")
+    assert set(list_rows(src)) == {"a.jpg 1", "b c.jpg"}
+
+
+def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "a.jpg", b"other")
+    put(tmp_path / "set\\a.jpg", b"this")
+    assert read_all(write_list(tmp_path, "path\nset\\a.jpg\n")) == {"set\\a.jpg": b"this"}
+
+
+def test_backslashes_do_not_lead_out_of_the_folder_of_the_list(tmp_path: Path) -> None:
+    put(tmp_path / "secret.jpg")
+    src = write_list(tmp_path / "lists", "path\n..\\secret.jpg\n")
+    with pytest.raises(ValueError, match=r"line 2.*outside"):
+        list_rows(src)
+
+
+def test_a_path_of_another_windows_machine_is_told(tmp_path: Path) -> None:
+    image = read_all(write_list(tmp_path, "path\nC:\\set\\a.jpg\n"))["C:\\set\\a.jpg"]
+    assert error_of(image) == "not_found"
+    assert isinstance(image, ImageError)
+    assert "Windows" in image.detail
+
+
+def test_a_chosen_column_beats_one_of_the_usual_name(tmp_path: Path) -> None:
+    text = "id,label,label_str,source,path,generator\na,1,real,x,a.jpg,sdxl\n"
+    listing = open_images(
+        write_list(tmp_path, text), label_column="label_str", source_column="generator"
+    ).list_images()
+    (row,) = gather(listing).to_pylist()
+    assert (row["label"], row["source"], row["id"]) == (REAL, "sdxl", "a")
+    assert any("label, source" in note for note in listing.notes)
+
+
+def test_folders_say_what_a_list_has_no_column_for(tmp_path: Path) -> None:
+    names = [str(tmp_path / "val/real/x.jpg"), "train/fake/sdxl/a.jpg", "./test/REAL/b.jpg"]
+    src = write_list(tmp_path, "path\n" + "\n".join(names))
+    facts = [(r["label"], r["split"], r["source"]) for r in list_rows(src).values()]
+    assert facts == [(REAL, "val", None), (FAKE, "train", "sdxl"), (REAL, "test", None)]
+    src = write_list(tmp_path, "path,label\ntrain/fake/a.jpg,REAL\ntrain/fake/b.jpg,\n")
+    facts = [(r["label"], r["split"], r["source"]) for r in list_rows(src).values()]
+    assert facts == [(REAL, "train", None), (None, "train", None)]
+
+
+def test_folders_above_the_list_say_nothing(tmp_path: Path) -> None:
+    src = write_list(tmp_path / "test" / "fake", "path\na.jpg\n")
+    (row,) = list_rows(src).values()
+    assert (row["label"], row["split"]) == (None, None)
+
+
+def test_long_fields_are_read_and_travel(tmp_path: Path) -> None:
+    src = write_list(tmp_path, f"path,workflow\na.jpg,{'x' * 2_000_000}\n")
+    assert [len(row["workflow"]) for row in list_rows(src).values()] == [2_000_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a b.jpg", "a%20b.jpg"), ("a%20b.jpg", "a%2520b.jpg"), ("100%.jpg", "100%.jpg")],
+)
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_a_file_uri_is_decoded(tmp_path: Path, name: str, written: str, host: str) -> None:
+    put(tmp_path / name, b"a")
+    uri = f"file://{host}{tmp_path}/{written}"
+    assert read_all(write_list(tmp_path, f"path\n{uri}\n")) == {uri: b"a"}
+
+
+def test_a_file_uri_that_is_not_encoded_is_that_file(tmp_path: Path) -> None:
+    put(tmp_path / "a%20b.jpg", b"a")
+    uri = f"file://{tmp_path}/a%20b.jpg"
+    assert read_all(write_list(tmp_path, f"path\n{uri}\n")) == {uri: b"a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("list.jsonl", b'{"path": "a.jpg"}\nno\n', r"line 2: no JSON"),
+        ("list.jsonl", b'["a.jpg"]\n', r"line 1: no JSON object"),
+        ("list.jsonl", b'{"file": "a.jpg"}\n', r"'path'.*file.*--path-column"),
+        ("list.csv.gz", gzip.compress(b"path\na.jpg\n" * 99)[:-9], r"gzip"),
+        ("list.csv.gz", b"path\na.jpg\n", r"gzip"),
+        ("list.tsv", b"path\tlabel\na.jpg\n", r"line 2: 1 values for 2 columns.*tab"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_told(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list_rows(write_list(tmp_path, data, name))
 
 
 # --- tables --------------------------------------------------------------------------------------
