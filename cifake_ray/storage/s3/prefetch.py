@@ -14,6 +14,7 @@ from typing import NamedTuple
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.read_ahead import read_ahead
@@ -66,7 +67,7 @@ def fetch_objects(
 
 def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> bytes | ImageError:
     if stored.size_bytes is not None and stored.size_bytes > MAX_IMAGE_BYTES:
-        return ImageError("too_large", f"{stored.size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}")
+        return explain_large(stored.key, stored.size_bytes, MAX_IMAGE_BYTES)
     try:
         return client.get_object(stored.bucket, stored.key, stored.etag, MAX_IMAGE_BYTES, stop)
     except TooLarge as error:

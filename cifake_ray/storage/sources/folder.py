@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
@@ -186,9 +187,7 @@ def read_local_file(
             ):
                 return ImageError("changed", "the file changed after it was listed")
             if status.st_size > MAX_IMAGE_BYTES:
-                return ImageError(
-                    "too_large", f"{status.st_size} bytes; the limit is {MAX_IMAGE_BYTES}"
-                )
+                return explain_large(path, status.st_size, MAX_IMAGE_BYTES)
             data = os.read(descriptor, status.st_size + 1)
             while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
                 data += more

@@ -16,6 +16,7 @@ import pyarrow as pa
 from upath import UPath
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError
@@ -143,7 +144,7 @@ def read_fsspec_file(
         if size_bytes not in (None, size) or not is_same:
             return ImageError("changed", "the file changed after it was listed")
         if size is not None and size > MAX_IMAGE_BYTES:
-            return ImageError("too_large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
+            return explain_large(location, size, MAX_IMAGE_BYTES)
         data: bytes = system.cat_file(path)
     except FileNotFoundError:
         return ImageError("not_found", "the file is gone")

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cifake_ray.config import SourceConfig
+from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.files import exists, is_file, open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
@@ -85,6 +86,10 @@ def detect_kind(place: AnyPath, uri: str) -> str:
         return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
+    with explain_errors(place), open_file(place) as file:
+        what = name_container(file.read(HEAD_BYTES))
+    if what is not None:
+        raise UsageError(f"{place} is {what}")
     raise UsageError(
         f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet) nor the"
         f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"

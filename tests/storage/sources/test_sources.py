@@ -444,9 +444,13 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
         open_images(tmp_path / "nowhere")
 
 
-def test_a_file_of_another_kind_is_no_source(tmp_path: Path) -> None:
-    path = put(tmp_path / "images.zip")
-    with pytest.raises(ValueError, match=r"images\.zip"):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"bytes", r"images\.zip is one file"), (b"PK\3\4", r"images\.zip is a ZIP archive.*unpack")],
+)
+def test_a_file_of_another_kind_is_no_source(tmp_path: Path, data: bytes, message: str) -> None:
+    path = put(tmp_path / "images.zip", data)
+    with pytest.raises(ValueError, match=message):
         open_images(path)
 
 
