@@ -140,6 +140,7 @@ class BatchPlan:
             config={**settings, **kept},
             list_source=self.list_images,
             shard_rows=self.config.shard_size,
+            log=self.log,
         )
 
     def list_images(self) -> Listing:
@@ -161,7 +162,7 @@ def plan_batch(plan: BatchPlan) -> DryRun:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     for note in listing.notes:
-        plan.log(note)
+        plan.log(f"{plan.command}: {note}")
     return DryRun(
         command=plan.command,
         out=str(plan.out),
@@ -247,8 +248,6 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
-        for note in run.notes:
-            plan.log(note)
         if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
             return summary
         if plan.config.retry_errors:

@@ -61,7 +61,6 @@ class Run:
     manifest: Manifest
     left_out: dict[str, int]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # labels, splits, sources
-    notes: list[str] = field(default_factory=list)  # on the listing, for a person to read
 
     @property
     def fingerprint(self) -> str:
@@ -128,7 +127,6 @@ def read_run(out: AnyPath) -> Run | None:
             ),
             left_out=record["left_out"],
             counts=record.get("counts", {}),
-            notes=record.get("notes", []),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
@@ -214,6 +212,7 @@ class RunPlan:
     config: dict[str, Any]
     list_source: Callable[[], Listing]
     shard_rows: int | None
+    log: Callable[[str], None] = lambda message: None
 
     def find(self) -> Run | None:
         """Return the run of `out`, if any. RunMismatch when it has other settings."""
@@ -246,6 +245,8 @@ class RunPlan:
         listing = self.list_source()
         folder = self.out / "manifest"
         manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
+        for note in listing.notes:
+            self.log(f"{self.command}: {note}")
         plan = {
             "manifest": {
                 "num_rows": manifest.num_rows,
@@ -254,7 +255,6 @@ class RunPlan:
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
             "counts": listing.counts.to_dict(),
-            "notes": listing.notes,
         }
         claim_folder(self.out, self._settings, self.config, plan)
         run = read_run(self.out)

@@ -31,6 +31,7 @@ SYSTEM_FOLDERS = frozenset({*_FOLDERS.split(), "system volume information"})
 SYSTEM_FILES = frozenset({*_FILES.split(), "icon\r"})
 SYSTEM_PREFIXES = ("._", "~$", ".nfs0", ".fuse_hidden")  # of files
 SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # sidecars with labels, by `imagefolder`
 SIDECAR_FILES = frozenset(_SIDECAR_FILES.split())
 
 

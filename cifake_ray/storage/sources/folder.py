@@ -22,6 +22,11 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.paths import explain_errors, explain_os_error
 from cifake_ray.storage.io.read_ahead import read_ahead
+from cifake_ray.storage.sources.folder_metadata import (
+    FolderMetadata,
+    MetadataColumns,
+    read_metadata,
+)
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
@@ -45,6 +50,8 @@ class FolderSource:
     class_names: dict[str, int]
     key_filter: KeyFilter = KEEP_ALL
     follow_symlinks: bool = False  # else only links to files below the root count as files
+    label_column: str = "label"  # of metadata beside the images
+    source_column: str = "source"
 
     def list_images(self) -> Listing:
         listing = Listing(iter(()))
@@ -55,11 +62,19 @@ class FolderSource:
         left_out = listing.left_out
         read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
-        # Folders, and the identities of those on the way to them where links are followed.
-        pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+        columns = MetadataColumns(self.label_column, self.source_column, self.class_names)
+        described: list[str] = []  # metadata files that were used
+        # Folders, the metadata above them, and where links are followed the identities of the
+        # folders above them.
+        start: tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]] = (
+            "",
+            None,
+            frozenset(),
+        )
+        pending = [start]
         while pending:
-            prefix, above = pending.pop()
-            labels = read_labels(prefix)
+            prefix, metadata, above = pending.pop()
+            folder_labels = read_labels(prefix)
             try:
                 if self.follow_symlinks:
                     status = os.stat(self.root / prefix)
@@ -70,13 +85,17 @@ class FolderSource:
                     raise explain_os_error(error, self.root / prefix) from error
                 listing.leave_out_folder(prefix, error)
                 continue
+            found = read_metadata(self.root, prefix, columns, listing.notes, self.follow_symlinks)
+            if found is not None:
+                metadata = found
+                described.append(found.name)
             for entry in self._scan(self.root / prefix, entries):
                 key = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False):
                     if reason := self.key_filter.find_folder_reason(f"{key}/"):
                         left_out[reason] += 1
                     else:
-                        pending.append((f"{key}/", above))
+                        pending.append((f"{key}/", metadata, above))
                     continue
                 if reason := self.key_filter.find_reason(key):
                     left_out[reason] += 1
@@ -96,7 +115,7 @@ class FolderSource:
                         elif reason := self.key_filter.find_folder_reason(f"{key}/"):
                             left_out[reason] += 1
                         else:
-                            pending.append((f"{key}/", above))
+                            pending.append((f"{key}/", metadata, above))
                         continue
                     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         left_out["not a regular file"] += 1
@@ -106,12 +125,19 @@ class FolderSource:
                     ):
                         left_out["link out of the folder"] += 1
                         continue
+                labels = metadata.describe(key, folder_labels) if metadata else folder_labels
                 escaped = escape_key(key)
                 if escaped is None:
                     yield key, key, None, size_bytes, mtime_ns, None, *labels, None
                 else:
                     known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
                     yield escaped, *known, "bad_key"
+        if described:
+            more = f" and {len(described) - 1:,} more" if len(described) > 1 else ""
+            listing.notes.append(
+                f"labels, splits and sources are those of {described[0]}{more}, where it has them;"
+                " its other columns travel only if it is given as the source itself"
+            )
 
     def _scan(self, folder: Path, entries: Any) -> Iterator[os.DirEntry[str]]:
         with explain_errors(folder), entries:

@@ -87,7 +87,7 @@ class FsspecPrefixSource:
                         pending.append(name)
                     continue
                 if reason := self.key_filter.find_reason(key):
-                    listing.left_out[reason] += 1
+                    listing.leave_out(key, reason)
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 stamp = (info.get("size"), None, stamp_entry(info))

@@ -128,7 +128,14 @@ def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
         return S3InventorySource(src, class_names, store, key_filter)
     check_outside(out, src)
     if isinstance(src, Path):
-        return FolderSource(src, class_names, key_filter, config.follow_symlinks)
+        return FolderSource(
+            src,
+            class_names,
+            key_filter,
+            config.follow_symlinks,
+            config.label_column,
+            config.source_column,
+        )
     if config.src.startswith("s3://"):
         bucket, prefix = split_prefix(config.src)
         return S3PrefixSource(bucket, prefix, store, class_names, key_filter)

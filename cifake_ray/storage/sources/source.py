@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.sources.clutter import find_clutter, is_system_folder
+from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
 from cifake_ray.storage.sources.listing_counts import ListingCounts
 
 LISTING_BATCH_ROWS = 16_384
@@ -40,6 +40,13 @@ class Listing:
     keeps_order: bool = False
     notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
     counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
+
+    def leave_out(self, key: str, reason: str) -> None:
+        """Count a file of a store that is no row, and say if it describes the others."""
+        self.left_out[reason] += 1
+        name = key.rpartition("/")[2]
+        if name in METADATA_NAMES and len(self.notes) < MAX_NOTES:
+            self.notes.append(f"{key} is not read beside images in a store: give it as the source")
 
     def leave_out_folder(self, folder: str, error: OSError) -> None:
         """Count a folder that cannot be listed, and name the first few."""

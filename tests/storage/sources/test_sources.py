@@ -417,6 +417,69 @@ def test_a_name_cannot_mean_both_classes(tmp_path: Path) -> None:
         open_images(tmp_path / "images", fake_name=("real",))
 
 
+# --- folders: metadata beside the images ---------------------------------------------------------
+
+
+def put_metadata(folder: Path, name: str, text: str) -> tuple[dict[str, Any], list[str]]:
+    """Label, split and source of each key of three images, and the notes."""
+    for key in ("train/x/a.jpg", "train/b.jpg", "REAL/c.jpg"):
+        put(folder / key)
+    put(folder / name, text.encode())
+    listing = open_images(folder).list_images()
+    rows = gather(listing).to_pylist()
+    return {r["key"]: (r["label"], r["split"], r["source"]) for r in rows}, listing.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "train/metadata.csv",
+            "file_name,text,label,source\nx/a.jpg,a cat,fake,sdxl\nb.jpg,a dog,0,\n",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "train/x/a.jpg", "label": 1, "source": "sdxl"}\n'
+            '{"file_name": "./train/b.jpg", "label": "REAL"}\n',
+        ),
+    ],
+)
+def test_metadata_beside_images_labels_them(tmp_path: Path, name: str, text: str) -> None:
+    facts, notes = put_metadata(tmp_path / "images", name, text)
+    assert facts == {
+        "train/x/a.jpg": (FAKE, "train", "sdxl"),
+        "train/b.jpg": (REAL, "train", None),
+        "REAL/c.jpg": (REAL, None, None),
+    }
+    assert any(name in note for note in notes)
+
+
+def test_names_of_classes_and_columns_hold_for_metadata(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    put(tmp_path / "images" / "metadata.csv", b"file_name,kind\na.jpg,Nature\n")
+    rows = list_rows(tmp_path / "images", label_column="kind", real_name=("nature",))
+    assert rows["a.jpg"]["label"] == REAL
+
+
+def test_metadata_about_something_else_changes_nothing(tmp_path: Path) -> None:
+    facts, _ = put_metadata(tmp_path / "a", "metadata.csv", "file_name,label\nREAL/c.jpg,cat\n")
+    assert facts["REAL/c.jpg"] == (REAL, None, None)
+    for text in ("file_name,text\nREAL/c.jpg,a cat\n", "id,label\n1,FAKE\n", 'file_name\n"x\n'):
+        facts, notes = put_metadata(tmp_path / "b", "metadata.csv", text)
+        assert facts["REAL/c.jpg"] == (REAL, None, None)
+        assert len(notes) == 1
+        assert notes[0].startswith("not used: ")
+        assert "metadata.csv" in notes[0]
+
+
+def test_metadata_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path / "secret.csv", b"file_name,label\na.jpg,FAKE\n")
+    put(tmp_path / "images" / "a.jpg")
+    (tmp_path / "images" / "metadata.csv").symlink_to("../secret.csv")
+    assert list_rows(tmp_path / "images")["a.jpg"]["label"] is None
+    assert list_rows(tmp_path / "images", follow_symlinks=True)["a.jpg"]["label"] == FAKE
+
+
 # --- folders: filters and refusals ---------------------------------------------------------------
 
 
