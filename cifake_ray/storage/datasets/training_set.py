@@ -92,7 +92,8 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
                     " decodes; training takes the rows with split `train` or none (--val-fraction,"
-                    " --val-split choose among them)"
+                    " --val-split choose among them); `convert` takes names of classes by"
+                    " --real-name and --fake-name"
                 )
 
 
