@@ -89,7 +89,8 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
 
     The label is that of the first folder that means a class. The split may be anywhere; of several
     the one furthest from training counts. The source is the first folder that is neither: below
-    the class, else below the split, else at the top. It is None where the label is.
+    the class, else below the split, else at the top (no `images` or `data`). It is None where the
+    label is.
     """
     names = [read_folder_name(folder, class_names) for folder in folders]
     classes = [i for i, name in enumerate(names) if name.label is not None]
@@ -99,7 +100,12 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
     if not classes:
         return PathLabels(None, split, None)
     at_class = (strong or classes)[0]
-    others = [i for i, name in enumerate(names) if name.split is None and i != at_class]
+    others = [
+        i
+        for i, folder in enumerate(folders)
+        if i > at_class or (i < at_class and not FILLERS.issuperset(_split_words(folder)))
+        if names[i].split is None
+    ]
     starts = (at_class, splits[split] if split else -1, -1)
     source = next((i for start in starts for i in others if i > start), None)
     return PathLabels(names[at_class].label, split, None if source is None else folders[source])

@@ -65,6 +65,8 @@ NAMES = make_class_names()
         ("CNN/test/crn/0_real", (REAL, "test", "crn")),
         ("imagenet_midjourney/train/ai", (FAKE, "train", "imagenet_midjourney")),
         ("Midjourney/imagenet_midjourney/val/ai", (FAKE, "val", "Midjourney")),
+        ("data/train/Images/fake", (FAKE, "train", None)),
+        ("dataset 2/glide/train/fake", (FAKE, "train", "glide")),
         ("A/train/fake/sdxl/deep", (FAKE, "train", "sdxl")),
         # Class and more in one name.
         ("training_real", (REAL, "train", None)),

@@ -13,17 +13,19 @@ _FOLDERS = """
 __macosx .appledouble .fseventsd .spotlight-v100 .temporaryitems .trashes .documentrevisions-v100
 @eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb .snapshot .zfs
 $recycle.bin recycler lost+found .thumbnails .cache
-.ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv
+.ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv node_modules
+.pytest_cache .mypy_cache .ruff_cache
 """
 _FILES = """
 .ds_store .localized .apdisk .volumeicon.icns thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini
 .directory .picasa.ini picasa.ini .gitignore .gitattributes .gitkeep .gitmodules .keep .dockerignore
 """
-# Captions, metadata and labels; checksums, code and notes; what cameras and editors write.
+# Captions, metadata and labels; checksums, code and notes; what cameras, editors and maps add;
+# weights of networks.
 _SIDECARS = """
 txt json jsonl ndjson xml csv tsv md rst yaml yml toml ini cfg log npy npz mat pkl pickle html htm
 css js py ipynb sh caption tags sha1 sha256 sha512 md5 sfv url lnk lock db sqlite xls xlsx ods doc
-docx odt xmp aae pp3 dop gpx srt
+docx odt xmp aae pp3 dop gpx srt jgw tfw pgw prj geojson pt pth ckpt onnx safetensors
 """
 _SIDECAR_FILES = "readme license licence copying notice sha256sums md5sums"
 

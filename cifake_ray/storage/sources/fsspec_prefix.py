@@ -19,7 +19,7 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.paths import explain_errors, resolve_path
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
@@ -31,7 +31,6 @@ from cifake_ray.storage.sources.source import (
 )
 
 NUM_FETCH_THREADS = 16
-FOLDER_ERRORS = (PermissionError, FileNotFoundError)  # of a folder below the root
 # Names that stores give to what changes with the content, best first.
 _STAMPS = ("ETag", "etag", "generation", "blob_id", "md5Hash", "mtime", "last_modified", "created")
 
@@ -68,14 +67,7 @@ class FsspecPrefixSource:
         while pending:
             folder = pending.pop()
             labels = read_labels(folder[len(root) :])
-            try:
-                entries = self._list_folder(folder)
-            except StorageError as error:
-                if folder == root or not isinstance(error.__cause__, FOLDER_ERRORS):
-                    raise
-                listing.leave_out_folder(folder[len(root) + 1 :], error.__cause__)
-                continue
-            for info in entries:
+            for info in self._list_folder(folder):
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
                     continue

@@ -126,15 +126,18 @@ def make_label_reader(class_names: dict[str, int]) -> Callable[[str], PathLabels
 
 @dataclass(frozen=True)
 class KeyFilter:
-    """Keep the keys that match a glob of `include` (if any) and none of `exclude`."""
+    """Keep the keys that match a glob of `include` (if any) and none of `exclude`.
+
+    A glob that matches a folder matches all that is below it.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def keeps(self, key: str) -> bool:
-        if self.include and not any(fnmatchcase(key, glob) for glob in self.include):
+        if self.include and not any(fnmatchcase(key, glob) for glob in _add_folders(self.include)):
             return False
-        return not any(fnmatchcase(key, glob) for glob in self.exclude)
+        return not any(fnmatchcase(key, glob) for glob in _add_folders(self.exclude))
 
     def find_reason(self, key: str) -> str | None:
         """Return why a file of a folder or bucket is no row, or None: a filter, or clutter.
@@ -146,21 +149,28 @@ class KeyFilter:
             return "excluded"
         reason = find_clutter(key)
         if reason and any(
-            find_clutter(glob) == reason and fnmatchcase(key, glob) for glob in self.include
+            find_clutter(glob) == reason and fnmatchcase(key, glob)
+            for glob in _add_folders(self.include)
         ):
             return None
         return reason
 
     def find_folder_reason(self, folder: str) -> str | None:
         """Return why nothing below `folder`, which ends with `/`, can be a row; None if it can."""
-        if any(glob.endswith("*") and fnmatchcase(folder, glob) for glob in self.exclude):
+        globs = _add_folders(self.exclude)
+        if any(glob.endswith("*") and fnmatchcase(folder, glob) for glob in globs):
             return "excluded folder"
-        asked = [glob for glob in self.include if _may_match_below(glob, folder)]
+        asked = [glob for glob in _add_folders(self.include) if _may_match_below(glob, folder)]
         if self.include and not asked:
             return "excluded folder"
         if is_system_folder(folder) and not any(is_system_folder(glob) for glob in asked):
             return "system folder"
         return None
+
+
+@lru_cache(maxsize=16)
+def _add_folders(globs: tuple[str, ...]) -> tuple[str, ...]:
+    return (*globs, *(f"{glob.rstrip('/')}/*" for glob in globs if not glob.endswith("*")))
 
 
 @lru_cache(maxsize=1024)

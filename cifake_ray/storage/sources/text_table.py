@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
@@ -38,6 +39,8 @@ _NAMED = re.compile(
     rf'"?(.+?\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic)){_SEPARATOR}([^\W\d]\w*)\s*'
 )
 
+_EXCEL_SEPARATOR = re.compile(r"sep=.\s*")  # a first line that Excel writes and does not show
+
 
 class TextTable(NamedTuple):
     """A list after its header."""
@@ -54,6 +57,10 @@ def find_text_suffix(name: str) -> str | None:
 
 def open_text_table(path: AnyPath, path_column: str, label_column: str) -> TextTable:
     """Read the header of a list. UsageError when it has no column of paths."""
+    with explain_errors(path), open_file(path) as file:
+        what = name_container(file.read(HEAD_BYTES))
+    if what is not None and not path.name.lower().endswith(".gz"):
+        raise UsageError(f"{path} is {what}")
     suffix = find_text_suffix(path.name)
     if suffix in (".jsonl", ".ndjson"):
         table = _open_json_lines(path)
@@ -206,7 +213,9 @@ def _read_lines(path: AnyPath, newline: str) -> Iterator[str]:
             if path.suffix.lower() == ".gz":
                 file = stack.enter_context(gzip.open(file))
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-            yield from stack.enter_context(text)
+            for number, line in enumerate(stack.enter_context(text)):
+                if number or not _EXCEL_SEPARATOR.fullmatch(line):
+                    yield line
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 ({error}); save the list as UTF-8") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -202,6 +202,13 @@ def test_filters_leave_keys_out_and_count_them(kind: SourceKind) -> None:
     assert set(+listing.left_out) <= {"excluded", "excluded folder"}
 
 
+def test_a_glob_that_matches_a_folder_holds_for_all_below_it(kind: SourceKind) -> None:
+    kind.put(*(Image(name, b"x") for name in ("a.jpg", "x/thumbs/deep/b.jpg", "y/c.jpg")))
+    listing = kind.open(exclude=("*/thumbs", "*y/")).list_images()
+    keys = [key for batch in listing.batches for key in batch.column("key").to_pylist()]
+    assert keys == [kind.key_of("a.jpg")]
+
+
 CLUTTER = {
     "REAL/._a.jpg": "system file",
     "REAL/.DS_Store": "system file",

@@ -264,7 +264,14 @@ def test_folders_of_the_system_are_not_entered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"exclude": ("a/*", "*closed*")}, {"include": ("b/*", "bb.jpg")}]
+    "options",
+    [
+        {"exclude": ("a/*", "*closed*")},
+        {"exclude": ("a",)},
+        {"exclude": ("a/",)},
+        {"include": ("b/*", "bb.jpg")},
+        {"include": ("b",)},
+    ],
 )
 def test_excluded_folders_are_not_entered(
     tmp_path: Path, options: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
@@ -728,6 +735,7 @@ AS_WRITTEN = {
     "commas.txt": "set/a b.jpg,0\nset/c.jpg,1\n",
     "names.txt": "set/a b.jpg real\nset/c.jpg fake\n",
     "no_header.csv": "set/a b.jpg,0\nset/c.jpg,1\n",
+    "excel.csv": "sep=;\r\npath;label\r\nset/a b.jpg;0\r\nset/c.jpg;1\r\n",
     "lines.jsonl": '{"path": "set/a b.jpg", "label": 0}\n{"path": "set/c.jpg", "label": "FAKE"}\n',
     "metadata.jsonl": '{"file_name": "set/a b.jpg", "label": 0, "text": "x"}\n\n'
     '{"label": 1, "file_name": "set/c.jpg", "other": {"a": [1]}}\n',
@@ -852,6 +860,7 @@ def test_a_file_uri_that_is_not_encoded_is_that_file(tmp_path: Path) -> None:
         ("list.jsonl", b'{"file": "a.jpg"}\n', r"'path'.*file.*--path-column"),
         ("list.csv.gz", gzip.compress(b"path\na.jpg\n" * 99)[:-9], r"gzip"),
         ("list.csv.gz", b"path\na.jpg\n", r"gzip"),
+        ("list.csv", b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
         ("list.tsv", b"path\tlabel\na.jpg\n", r"line 2: 1 values for 2 columns.*tab"),
     ],
 )
