@@ -85,10 +85,11 @@ class Source(Protocol):
     def list_images(self) -> Listing:
         """List every image once: columns of `MANIFEST_FIELDS`, then the source's own.
 
-        Nothing that is listed is read. `size_bytes` and `mtime_ns` or `etag` are what the store
-        says, null where it does not. A key that is not valid UTF-8 is a row with the error
-        `bad_key` and no location. StorageError, here or while iterating, when a folder or page
-        cannot be listed: nothing is left out in silence. UsageError for a list that is wrong.
+        No image is read. `size_bytes` and `mtime_ns` or `etag` are what the store says, null where
+        it does not. A key that is not valid UTF-8 is a row with the error `bad_key` and no
+        location. StorageError, here or while iterating, when the root, a folder of a store or a
+        page cannot be listed. Nothing is left out in silence: what is no row is in `left_out`.
+        UsageError for a list that is wrong.
         """
         ...
 

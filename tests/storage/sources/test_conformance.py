@@ -247,6 +247,17 @@ def test_clutter_is_an_image_when_it_is_asked_for(kind: SourceKind, glob: str, k
     assert list(read_all(kind.open(include=(glob,)))) == [key]
 
 
+def test_metadata_beside_images_is_used_or_said_to_be_there(kind: SourceKind) -> None:
+    need(kind, "clutter")
+    kind.put(Image("set/a.jpg", b"x"), Image("set/metadata.csv", b"file_name,label\na.jpg,1\n"))
+    listing = kind.open().list_images()
+    labels = [label for batch in listing.batches for label in batch.column("label").to_pylist()]
+    assert labels in ([FAKE], [None])
+    (note,) = listing.notes
+    assert "set/metadata.csv" in note
+    assert "source" in note
+
+
 def test_a_glob_of_images_does_not_ask_for_clutter(kind: SourceKind) -> None:
     need(kind, "clutter")
     kind.put(*(Image(name, b"x") for name in ("REAL/a.jpg", "REAL/._a.jpg", ".git/a.jpg")))
