@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -136,9 +136,9 @@ class KeyFilter:
     exclude: tuple[str, ...] = ()
 
     def keeps(self, key: str) -> bool:
-        if self.include and not any(fnmatchcase(key, glob) for glob in _add_folders(self.include)):
+        if self.include and not _compile(self.include).match(key):
             return False
-        return not any(fnmatchcase(key, glob) for glob in _add_folders(self.exclude))
+        return not (self.exclude and _compile(self.exclude).match(key))
 
     def find_reason(self, key: str) -> str | None:
         """Return why a file of a folder or bucket is no row, or None: a filter, or clutter.
@@ -148,8 +148,9 @@ class KeyFilter:
         """
         if not self.keeps(key):
             return "excluded"
-        reason = find_clutter(key)
-        if reason and any(
+        if (reason := find_clutter(key)) is None:
+            return None
+        if any(
             find_clutter(glob) == reason and fnmatchcase(key, glob)
             for glob in _add_folders(self.include)
         ):
@@ -172,6 +173,11 @@ class KeyFilter:
 @lru_cache(maxsize=16)
 def _add_folders(globs: tuple[str, ...]) -> tuple[str, ...]:
     return (*globs, *(f"{glob.rstrip('/')}/*" for glob in globs if not glob.endswith("*")))
+
+
+@lru_cache(maxsize=16)
+def _compile(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, _add_folders(globs))))
 
 
 @lru_cache(maxsize=1024)
