@@ -75,6 +75,10 @@ class FolderSource:
         while pending:
             prefix, metadata, above = pending.pop()
             folder_labels = read_labels(prefix)
+            found = read_metadata(self.root, prefix, columns, listing.notes, self.follow_symlinks)
+            if found is not None:
+                metadata = found
+                described.append(found.name)
             try:
                 if self.follow_symlinks:
                     status = os.stat(self.root / prefix)
@@ -85,10 +89,6 @@ class FolderSource:
                     raise explain_os_error(error, self.root / prefix) from error
                 listing.leave_out_folder(prefix, error)
                 continue
-            found = read_metadata(self.root, prefix, columns, listing.notes, self.follow_symlinks)
-            if found is not None:
-                metadata = found
-                described.append(found.name)
             for entry in self._scan(self.root / prefix, entries):
                 key = prefix + entry.name
                 if entry.is_dir(follow_symlinks=False):
