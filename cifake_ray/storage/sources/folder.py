@@ -66,12 +66,8 @@ class FolderSource:
         described: list[str] = []  # metadata files that were used
         # Folders, the metadata above them, and where links are followed the identities of the
         # folders above them.
-        start: tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]] = (
-            "",
-            None,
-            frozenset(),
-        )
-        pending = [start]
+        pending: list[tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]]]
+        pending = [("", None, frozenset())]
         while pending:
             prefix, metadata, above = pending.pop()
             folder_labels = read_labels(prefix)
