@@ -22,7 +22,7 @@ WEAK_FAKE_WORDS = frozenset({"ai", "aigc", "generated", "synthetic", "deepfake"}
 # Words that change nothing: `training_set`, `RealArt`, `fake images 2`.
 _FILLERS = """
 set sets data dataset split image images img imgs photo photos picture pictures pic pics face faces
-art sample samples
+art sample samples shard shards part parts chunk chunks batch
 """
 FILLERS = frozenset(_FILLERS.split())
 # Without dev and eval, which are common in names of models (FLUX.1-dev).

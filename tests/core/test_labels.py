@@ -66,6 +66,7 @@ NAMES = make_class_names()
         ("imagenet_midjourney/train/ai", (FAKE, "train", "imagenet_midjourney")),
         ("Midjourney/imagenet_midjourney/val/ai", (FAKE, "val", "Midjourney")),
         ("data/train/Images/fake", (FAKE, "train", None)),
+        ("shard-00012/fake", (FAKE, None, None)),
         ("dataset 2/glide/train/fake", (FAKE, "train", "glide")),
         ("A/train/fake/sdxl/deep", (FAKE, "train", "sdxl")),
         # Class and more in one name.

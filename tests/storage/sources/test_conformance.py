@@ -86,7 +86,7 @@ ODD_NAMES = [
     "control\x01\x1f\x7f",
     "right-to-left-\u202egpj.exe",
     "no extension",
-    "notes.text",
+    "notes.abc",
     "archive.parquet",
     "-rf",
     ".github/_deep/1/2/3/4/x.jpg",
@@ -265,7 +265,7 @@ def test_a_glob_of_images_does_not_ask_for_clutter(kind: SourceKind) -> None:
 
 
 def test_files_that_are_named_one_by_one_are_no_clutter(kind: SourceKind) -> None:
-    if "clutter" not in kind.cannot:
+    if not isinstance(kind, ListKind | ParquetKind):
         pytest.skip("it lists whatever is there")
     kind.put(*(Image(name, name.encode()) for name in CLUTTER))
     assert read_all(kind.open()) == {kind.key_of(name): name.encode() for name in CLUTTER}
