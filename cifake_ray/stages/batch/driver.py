@@ -145,8 +145,10 @@ class BatchPlan:
 
     def list_images(self) -> Listing:
         """List the source, or what `--limit` and `--sample` choose of it, and count."""
-        listing = choose_rows(self.source.list_images(), self.config)
-        return listing.count_rows(describe=self.needs_labels)
+        listing = self.source.list_images()
+        choose_rows(listing, self.config)
+        listing.count_rows(describe=self.needs_labels)
+        return listing
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:

@@ -12,40 +12,39 @@ from cifake_ray.config import BatchConfig
 from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS, MIN_SHARD_ROWS, Listing
 
 
-def choose_rows(listing: Listing, config: BatchConfig) -> Listing:
-    """Return what `--limit` and `--sample` leave of a listing."""
+def choose_rows(listing: Listing, config: BatchConfig) -> None:
+    """Leave in a listing what `--limit` and `--sample` choose of it."""
     if config.limit is not None:
-        listing = limit_rows(listing, config.limit)
+        limit_rows(listing, config.limit)
     if config.sample is not None:
-        listing = sample_rows(listing, config.sample, config.seed, config.shard_size)
-    return listing
+        sample_rows(listing, config.sample, config.seed, config.shard_size)
 
 
-def limit_rows(listing: Listing, num_rows: int) -> Listing:
-    """Return a listing that ends after `num_rows` images, as does the listing of its source."""
+def limit_rows(listing: Listing, num_rows: int) -> None:
+    """End a listing after `num_rows` images."""
 
-    def cut() -> Iterator[pa.RecordBatch]:
+    def cut(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         left = num_rows
-        for batch in listing.batches:
+        for batch in batches:
             yield batch.slice(0, left)
             left -= batch.num_rows
             if left <= 0:
                 return
 
-    return listing.replace(cut())
+    listing.change_batches(cut)
 
 
-def sample_rows(listing: Listing, num_rows: int, seed: int, shard_rows: int | None) -> Listing:
-    """Return a random sample of a listing, in which each label has the share that it has there.
+def sample_rows(listing: Listing, num_rows: int, seed: int, shard_rows: int | None) -> None:
+    """Leave a random sample in a listing, in which each label keeps its share.
 
     Images with the smallest hashes of seed and key are taken, so the same images of a source make
     the same sample in whatever order they are listed. Memory holds a few times the sample.
     """
 
-    def choose() -> Iterator[pa.RecordBatch]:
+    def choose(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         strata: dict[int | None, _Stratum] = {}
         num_listed = 0
-        for batch in listing.batches:
+        for batch in batches:
             places = np.arange(num_listed, num_listed + batch.num_rows)
             num_listed += batch.num_rows
             hashes = np.array([_hash_key(seed, k) for k in batch.column("key").to_pylist()])
@@ -66,7 +65,7 @@ def sample_rows(listing: Listing, num_rows: int, seed: int, shard_rows: int | No
         size = (shard_rows or MIN_SHARD_ROWS) if listing.keeps_order else LISTING_BATCH_ROWS
         yield from table.to_batches(max_chunksize=size)
 
-    return listing.replace(choose())
+    listing.change_batches(choose)
 
 
 class _Stratum:

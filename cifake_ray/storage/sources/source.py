@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 from itertools import islice
@@ -57,21 +57,23 @@ class Listing:
             reason = error.strerror or type(error).__name__
             self.notes.append(f"left out the folder {name}: {reason}")
 
-    def replace(self, batches: Iterator[pa.RecordBatch]) -> Listing:
-        """Return this listing with other batches; the rest is shared with it."""
-        return replace(self, batches=batches)
+    def change_batches(
+        self, change: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+    ) -> None:
+        """Put a generator between the source and whoever reads the batches."""
+        self.batches = change(self.batches)
 
-    def count_rows(self, *, describe: bool) -> Listing:
-        """Return this listing with `counts`; `describe` adds notes on what they lack."""
+    def count_rows(self, *, describe: bool) -> None:
+        """Fill `counts` while the batches are read; `describe` adds notes on what they lack."""
 
-        def count() -> Iterator[pa.RecordBatch]:
-            for batch in self.batches:
+        def count(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
                 self.counts.add(batch)
                 yield batch
             if describe:
                 self.notes.extend(self.counts.describe_unused())
 
-        return self.replace(count())
+        self.change_batches(count)
 
 
 class Source(Protocol):

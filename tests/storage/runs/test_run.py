@@ -76,7 +76,8 @@ def test_the_papers_name_the_run_and_its_manifest(tmp_path: Path) -> None:
 
 def test_what_was_counted_and_noted_while_listing_is_kept_and_said(tmp_path: Path) -> None:
     def list_counted() -> Listing:
-        listing = list_keys().count_rows(describe=True)
+        listing = list_keys()
+        listing.count_rows(describe=True)
         listing.notes.append("a note")
         return listing
 

@@ -35,8 +35,8 @@ def list_labels(labels: list[int | None], num_rows: int = 7, **facts: bool) -> L
 
 
 def choose(listing: Listing, **options: int) -> list[str]:
-    chosen = choose_rows(listing, ConvertConfig(src="a", out="b", **options))
-    return [key for batch in chosen.batches for key in batch.column("key").to_pylist()]
+    choose_rows(listing, ConvertConfig(src="a", out="b", **options))
+    return [key for batch in listing.batches for key in batch.column("key").to_pylist()]
 
 
 def test_a_limit_takes_the_first_and_lists_no_further() -> None:
@@ -78,7 +78,8 @@ def test_a_sample_of_a_limit() -> None:
 
 def test_a_source_that_keeps_its_order_does_and_its_batches_are_shards() -> None:
     listing = list_labels(LABELS * 3, keeps_order=True)
-    batches = list(sample_rows(listing, 25, 0, 10).batches)
+    sample_rows(listing, 25, 0, 10)
+    batches = list(listing.batches)
     keys = [key for batch in batches for key in batch.column("key").to_pylist()]
     assert keys == sorted(keys)
     assert [batch.num_rows for batch in batches] == [10, 10, 5]
@@ -111,7 +112,9 @@ def test_memory_is_that_of_the_sample() -> None:
         )
         pool_bytes = pa.total_allocated_bytes()
         tracemalloc.start()
-        list(sample_rows(Listing(batches), 100, 0, None).batches)
+        listing = Listing(batches)
+        sample_rows(listing, 100, 0, None)
+        list(listing.batches)
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak_bytes + pa.total_allocated_bytes() - pool_bytes
@@ -124,7 +127,8 @@ def test_memory_is_that_of_the_sample() -> None:
 def test_labels_splits_and_sources_are_counted() -> None:
     facts = [(REAL, "train", "a"), (FAKE, "train", None), (None, None, "a"), (FAKE, "test", "b")]
     rows = [(str(n), None, None, 5, 1, None, *fact, None) for n, fact in enumerate(facts)]
-    listing = Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS))).count_rows(describe=False)
+    listing = Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS)))
+    listing.count_rows(describe=False)
     list(listing.batches)
     assert listing.counts.to_dict() == {
         "labels": {"FAKE": 2, "REAL": 1, "unlabelled": 1},
@@ -137,7 +141,8 @@ def test_labels_splits_and_sources_are_counted() -> None:
 def describe(*keys: str) -> str:
     read = make_label_reader(make_class_names())
     rows = [(k, k, None, 5, 1, None, *read(k.rpartition("/")[0]), None) for k in keys]
-    listing = Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS))).count_rows(describe=True)
+    listing = Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS)))
+    listing.count_rows(describe=True)
     list(listing.batches)
     return "\n".join(listing.notes)
 
