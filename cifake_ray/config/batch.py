@@ -21,6 +21,13 @@ class BatchConfig(ClusterConfig):
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
     ] = None
+    limit: Annotated[int | None, Doc("Only the first N images that are listed (default: all)")] = (
+        None
+    )
+    sample: Annotated[
+        int | None, Doc("Only N images at random, of each label its share (default: all)")
+    ] = None
+    seed: Annotated[int, Doc("Another seed, another --sample")] = 0
     max_error_rate: Annotated[
         float, RuntimeDoc("Exit 3 if more than this share of the images failed, 0 to 1")
     ] = 0.01
@@ -34,7 +41,7 @@ class BatchConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s")
+        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s", "limit", "sample")
         check(
             0 <= self.max_error_rate <= 1,
             f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",

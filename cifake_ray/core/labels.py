@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from textwrap import shorten
 from typing import NamedTuple
 
@@ -19,12 +20,24 @@ SPLIT_NAMES = {
 }
 MAX_COUNTED_VALUES = 1000  # of a label column, one by one
 MAX_SHOWN_VALUES = 8
+SAFEST_FIRST = ("test", "val", "train")  # of several split folders: never train on a test image
+# FAKE where no other folder of the path means a class: `AI/Real` may be a collection's own name.
+WEAK_FAKE_WORDS = frozenset({"ai", "aigc", "generated", "synthetic", "deepfake"})
+# Words that change nothing: `training_set`, `RealArt`, `fake images 2`.
+_FILLERS = """
+set sets data dataset split image images img imgs photo photos picture pictures pic pics face faces
+art sample samples shard shards part parts chunk chunks batch
+"""
+FILLERS = frozenset(_FILLERS.split())
+# Without dev and eval, which are common in names of models (FLUX.1-dev).
+SPLIT_LIKE_WORDS = SPLIT_NAMES.keys() - {"dev", "eval"} | {"holdout", "hold", "held", "fold"}
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
 
 
 class PathLabels(NamedTuple):
-    label: int | None
-    split: str | None
-    source: str | None
+    label: int | None = None
+    split: str | None = None
+    source: str | None = None
 
 
 def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:
@@ -37,19 +50,78 @@ def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict
     return names
 
 
+class FolderName(NamedTuple):
+    """What the name of a folder says of the images below it."""
+
+    label: int | None = None
+    split: str | None = None
+    is_weak: bool = False  # the label holds only if no other folder says more
+
+
+def _split_words(name: str) -> list[str]:
+    """Return the words of `training_set`, `RealArt` or `val2017` in lower case, without numbers."""
+    return [word.lower() for word in _WORDS.findall(name)]
+
+
+def read_folder_name(name: str, class_names: dict[str, int]) -> FolderName:
+    """Return label and split of a folder's name: all of it or, but for fillers, each of its words.
+
+    `train_real`, `Testing` and `fake images 2` mean something; `bullet_train` and `real_estate`
+    have a word that is neither class, split nor filler, and `real_vs_fake` is both classes.
+    """
+    whole = name.lower()
+    if whole in class_names:
+        return FolderName(class_names[whole])
+    labels, splits, is_weak = set(), set(), False
+    for word in _split_words(name):
+        if word in class_names:
+            labels.add(class_names[word])
+        elif word in SPLIT_NAMES:
+            splits.add(SPLIT_NAMES[word])
+        elif word in WEAK_FAKE_WORDS:
+            labels.add(FAKE)
+            is_weak = True
+        elif word not in FILLERS:
+            return FolderName()
+    if len(labels) > 1 or len(splits) > 1:
+        return FolderName()
+    return FolderName(next(iter(labels), None), next(iter(splits), None), is_weak)
+
+
 def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels:
     """Return label, split and source from the folders above an image, outermost first.
 
-    The label is the first folder that is a class name; the folder before it is the split if it is
-    train, val, valid, validation or test; the folder after it is the source.
+    The label is that of the first folder that means a class. The split may be anywhere; of several
+    the one furthest from training counts. The source is the first folder that is neither: below
+    the class, else below the split, else at the top (no `images` or `data`). It is None where the
+    label is.
     """
-    for index, folder in enumerate(folders):
-        label = class_names.get(folder.lower())
-        if label is not None:
-            split = SPLIT_NAMES.get(folders[index - 1].lower()) if index else None
-            source = folders[index + 1] if index + 1 < len(folders) else None
-            return PathLabels(label, split, source)
-    return PathLabels(None, None, None)
+    names = [read_folder_name(folder, class_names) for folder in folders]
+    classes = [i for i, name in enumerate(names) if name.label is not None]
+    strong = [i for i in classes if not names[i].is_weak]
+    splits = {name.split: i for i, name in reversed([*enumerate(names)]) if name.split}
+    split = next((split for split in SAFEST_FIRST if split in splits), None)
+    if not classes:
+        return PathLabels(None, split, None)
+    at_class = (strong or classes)[0]
+    others = [
+        i
+        for i, folder in enumerate(folders)
+        if i > at_class or (i < at_class and not FILLERS.issuperset(_split_words(folder)))
+        if names[i].split is None
+    ]
+    starts = (at_class, splits[split] if split else -1, -1)
+    source = next((i for start in starts for i in others if i > start), None)
+    return PathLabels(names[at_class].label, split, None if source is None else folders[source])
+
+
+@lru_cache(maxsize=1024)
+def find_split_like(folder: str) -> str | None:
+    """Return the first name in a path `a/b/c` that has a word for a split in it, if any has."""
+    for name in folder.split("/"):
+        if not SPLIT_LIKE_WORDS.isdisjoint(_split_words(name)):
+            return name
+    return None
 
 
 def find_split(path: str) -> str | None:

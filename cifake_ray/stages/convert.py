@@ -33,6 +33,7 @@ def convert_images(
         out=out,
         source=open_source(config, src, out),
         paths={"src": str(src)},
+        needs_labels=True,
         make_processor=make_processor,
         on_progress=on_progress,
         started_s=started_s,

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from cifake_ray.core.imaging.containers import name_container
 from cifake_ray.core.imaging.jpeg_header import count_scans, estimate_quality, scan_jpeg
 from cifake_ray.core.imaging.limits import (
     BoundedReader,
@@ -259,6 +260,8 @@ def _explain_unidentified(data: bytes) -> ImageError:
         if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text
             error = "truncated" if is_cut_short(data) else "decode_failed"
             return ImageError(error, f"UnidentifiedImageError: {name} signature, unreadable header")
+    if container := name_container(data):
+        return ImageError("not_an_image", container)
     Image.init()
     # Formats without a signature (TGA, ...) would take noise for an image.
     others = [n for n in Image.ID if n not in ALLOWED_FORMATS and Image.OPEN[n][1]]

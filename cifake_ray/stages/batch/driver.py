@@ -61,7 +61,8 @@ from cifake_ray.storage.runs.run import (
 )
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import decide_shard
-from cifake_ray.storage.sources.source import Source
+from cifake_ray.storage.sources.choose_rows import choose_rows
+from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
@@ -82,6 +83,7 @@ class BatchPlan:
     paths: dict[str, str | None]  # the other path options, resolved, for `repair` to use again
     inputs: dict[str, Any] = field(default_factory=dict)  # replaces them in the fingerprint
     device: Device = "cpu"
+    needs_labels: bool = False  # say which images have none
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
@@ -100,16 +102,23 @@ class BatchPlan:
             command=self.command,
             settings={**settings, **self.inputs},
             config={**settings, **kept},
-            list_source=self.source.list_images,
+            list_source=self.list_images,
             shard_rows=self.config.shard_size,
             log=self.log,
         )
+
+    def list_images(self) -> Listing:
+        """List the source, or what `--limit` and `--sample` choose of it, and count."""
+        listing = self.source.list_images()
+        choose_rows(listing, self.config)
+        listing.count_rows(describe=self.needs_labels)
+        return listing
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
-    listing = plan.source.list_images()
+    listing = plan.list_images()
     by_split: Counter[str | None] = Counter()
     size_bytes = num_batches = 0
     for batch in listing.batches:
@@ -128,7 +137,8 @@ def plan_batch(plan: BatchPlan) -> DryRun:
         out=str(plan.out),
         listed=listed,
         size_bytes=size_bytes,
-        left_out=dict(listing.left_out),
+        left_out=dict(+listing.left_out),
+        **listing.counts.to_dict(),
         shards_total=num_batches
         if listing.keeps_order
         else sum(-(-count // rows) for count in by_split.values()),
@@ -208,6 +218,7 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
         threshold=plan.threshold,
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,
+        **run.counts,
     )
     plan.before_success(run)
     clear_attempts(run)

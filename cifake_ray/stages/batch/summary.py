@@ -46,6 +46,9 @@ class BatchSummary:
     threshold: float | None = None
     called_fake: dict[str, int] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
+    splits: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         too_many = self.failed > max_error_rate * self.listed
@@ -62,6 +65,9 @@ class DryRun:
     size_bytes: int
     left_out: dict[str, int]
     shards_total: int
+    labels: dict[str, int]
+    splits: dict[str, int]
+    sources: dict[str, int]
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         return ExitCode.OK

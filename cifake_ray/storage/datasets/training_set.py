@@ -135,7 +135,8 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
                     f" decodes among its rows ({rows}); training takes those with split `train` or"
-                    " none (--val-fraction, --val-split choose among them)"
+                    " none (--val-fraction, --val-split choose among them); `convert` takes names"
+                    " of classes by --real-name and --fake-name"
                     + "".join(f"; {note}" for note in rows.notes)
                 )
 

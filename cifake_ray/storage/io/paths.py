@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -68,6 +69,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     if not rest:
         raise UsageError("an empty path was given; name a folder or file")
     if scheme == "file":
+        rest = parse_file_uri(uri) if separator else rest
         return Path(os.path.abspath(os.path.expanduser(rest)))
     refuse_credentials(uri)
     if scheme not in SCHEMES:
@@ -96,6 +98,17 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     except ImportError as error:
         raise UsageError(f"{scheme}:// needs a package that is not installed: {error}") from error
     return path
+
+
+def parse_file_uri(uri: str) -> str:
+    """Return the path of a file:// URI (RFC 8089), or of a plain path behind `file://`.
+
+    %20 is a space, unless a file of that very name is there and none with a space.
+    """
+    written = uri.removeprefix("file://")
+    written = written.removeprefix("localhost") if written.startswith("localhost/") else written
+    path = unquote(written)
+    return written if os.path.lexists(written) and not os.path.lexists(path) else path
 
 
 def refuse_credentials(uri: str) -> None:

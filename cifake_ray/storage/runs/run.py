@@ -62,6 +62,7 @@ class Run:
     left_out: dict[str, int]
     earlier_identities: tuple[str, ...] = ()  # of the same scores with other VERDICT_SETTINGS
     prefix: str = PRIVATE_PREFIX  # "" in outputs of earlier versions, which stay as they are
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # labels, splits, sources
 
     @property
     def fingerprint(self) -> str:
@@ -139,6 +140,7 @@ def read_run(out: AnyPath) -> Run | None:
             left_out=record["left_out"],
             earlier_identities=tuple(record.get("earlier_identities", ())),
             prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
+            counts=record.get("counts", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(

@@ -133,6 +133,7 @@ class RunPlan:
                 "files": [asdict(file) for file in manifest.files],
             },
             "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+            "counts": listing.counts.to_dict(),
             "has_private_folders": True,
         }
         claim_folder(self.out, self._settings, self.config, plan)

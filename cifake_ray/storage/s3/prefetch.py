@@ -14,6 +14,7 @@ from typing import NamedTuple
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.read_ahead import read_ahead
@@ -74,7 +75,7 @@ def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> byt
     if offset is not None and size_bytes is not None:
         max_bytes = size_bytes  # the caller limits the parts
     elif size_bytes is not None and size_bytes > MAX_IMAGE_BYTES:
-        return ImageError("too_large", f"{size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}")
+        return explain_large(key, size_bytes, MAX_IMAGE_BYTES)
     try:
         return client.get_object(bucket, key, etag, max_bytes, stop, offset)
     except TooLarge as error:

@@ -6,7 +6,6 @@ listing for each folder, two requests for each image.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow as pa
 from upath import UPath
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
@@ -48,7 +48,7 @@ def stamp_entry(info: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class FsspecPrefixSource:
-    """Every file below a folder of a store, whatever its name."""
+    """Every file below a folder of a store that is no clutter."""
 
     root: UPath
     class_names: dict[str, int]
@@ -56,10 +56,11 @@ class FsspecPrefixSource:
     key_filter: KeyFilter = KEEP_ALL
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         read_labels = make_label_reader(self.class_names)
         root = self.root.path.rstrip("/")
         scheme = str(self.root).partition("://")[0]
@@ -71,12 +72,15 @@ class FsspecPrefixSource:
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
                     continue
-                if info["type"] == "directory":
-                    pending.append(name)
-                    continue
                 key = name[len(root) :].removeprefix("/")
-                if not self.key_filter.keeps(key):
-                    left_out["excluded"] += 1
+                if info["type"] == "directory":
+                    if reason := self.key_filter.find_folder_reason(f"{key}/"):
+                        listing.left_out[reason] += 1
+                    else:
+                        pending.append(name)
+                    continue
+                if reason := self.key_filter.find_reason(key):
+                    listing.leave_out(key, reason)
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 stamp = (info.get("size"), None, stamp_entry(info))
@@ -146,7 +150,7 @@ def read_fsspec_file(
         if offset is not None and size is not None:  # the caller limits the parts
             data: bytes = system.cat_file(path, start=offset, end=offset + size)
         elif size is not None and size > MAX_IMAGE_BYTES:
-            return ImageError("too_large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
+            return explain_large(location, size, MAX_IMAGE_BYTES)
         else:
             data = system.cat_file(path)
     except FileNotFoundError:

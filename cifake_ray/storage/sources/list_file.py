@@ -1,14 +1,13 @@
-"""The images that a .csv, .txt or .parquet list names.
+"""The images that a list names: a Parquet file, or text (`text_table`).
 
-A list has `path` (relative to the list, an absolute path or a URI; the key is
-`path` as written) and may have `label`, `split`, `source` and columns of its own, which are carried
-along. Of files in a store it may have `size_bytes` and `etag`: reading checks them.
+A list has `path` (relative to the list, an absolute path or a URI; the key is `path` as written)
+and may have `label`, `split`, `source` and columns of its own, which are carried along. What it has
+no column for is read from the folders of a path below the list. Of files in a store it may have
+`size_bytes` and `etag`: reading checks them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import LabelReader, find_split, parse_split
+from cifake_ray.core.labels import (
+    LabelReader,
+    PathLabels,
+    find_split,
+    parse_split,
+)
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
-from cifake_ray.storage.io.files import is_file, open_file
+from cifake_ray.storage.io.files import is_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
@@ -43,7 +47,9 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    make_label_reader,
 )
+from cifake_ray.storage.sources.text_table import open_text_table
 
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
 
@@ -146,7 +152,8 @@ class ListFileSource:
         left_out: Counter[str],
     ) -> Iterator[Sequence[Any]]:
         allowed = make_allowed_paths(opened.path, self.allow_prefix)
-        has_labels = positions[1] is not None
+        read_labels = make_label_reader(dict(self.choice.class_names))
+        has_label, has_split, has_source = (p is not None for p in positions[1:4])
         file_split = find_split(name_table(opened.path, self.path)) if opened.is_parquet else None
         for line_number, values in opened.lines:
             path, label, split, source, size_bytes, etag = (
@@ -164,38 +171,36 @@ class ListFileSource:
                 continue
             try:
                 location = allowed.locate(path)
+                below = allowed.find_below(location)
+                known = read_labels(below.rpartition("/")[0]) if below else PathLabels()
                 listed = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = listed if is_uri(location) else stamp_local(location)
             except ValueError as error:
                 raise UsageError(f"{opened.path}, line {line_number}: {error}") from error
             facts = (
-                labels.read(label, opened.label_names) if has_labels else None,
-                parse_split(split) or file_split,
-                None if source in (None, "") else str(source),
+                labels.read(label, opened.label_names) if has_label else known.label,
+                parse_split(split) if has_split else file_split or known.split,
+                (None if source in (None, "") else str(source)) if has_source else known.source,
             )
             yield path, location, None, *stamp, *facts, None, *(values[i] for i in extra)
 
     def _open(self, path: AnyPath) -> _OpenedList:
         """Open one list and read its header. UsageError for one without a column of paths."""
-        suffix = path.suffix.lower()
-        label_names, is_parquet = None, suffix == ".parquet"
+        label_names, is_parquet = None, path.suffix.lower() == ".parquet"
+        lines: Iterator[tuple[int, Sequence[object]]]
         if is_parquet:
             table = open_parquet(path)
             names, types = table.schema_arrow.names, table.schema_arrow.types
             label_names = read_label_names(table.schema_arrow, self.choice.label)
+            if self.path_column not in names:
+                raise UsageError(
+                    f"{path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
+                    " name it with --path-column; --image-column names one of images"
+                )
             lines = self._iterate_parquet(path, table)
-        elif suffix == ".txt":
-            names, types, lines = [self.path_column], [pa.string()], self._iterate_text()
         else:
-            rows = self._iterate_csv()
-            names = list(next(rows, (1, []))[1])
-            types, lines = [pa.string()] * len(names), rows
-        if self.path_column not in names:
-            or_images = "; --image-column names one of images" if is_parquet else ""
-            raise UsageError(
-                f"{path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
-                f" name it with --path-column{or_images}"
-            )
+            names, lines = open_text_table(path, self.path_column, self.choice.label)
+            types = [pa.string()] * len(names)
         if len(set(names)) != len(names):
             raise UsageError(f"{path}: two columns have the same name; rename one")
         self.choice.check_names(names, path)
@@ -211,40 +216,6 @@ class ListFileSource:
                     number += 1
                     yield number, values
         table.close(force=True)
-
-    def _iterate_text(self) -> Iterator[tuple[int, Sequence[str]]]:
-        for number, line in enumerate(self._read_lines("\n"), 1):
-            if path := line.rstrip("\n").removesuffix("\r"):
-                yield number, (path,)
-
-    def _iterate_csv(self) -> Iterator[tuple[int, Sequence[str]]]:
-        reader = csv.reader(self._read_lines(""), strict=True)
-        num_columns = None
-        try:
-            for values in reader:
-                if not values:
-                    continue
-                num_columns = num_columns or len(values)
-                if len(values) != num_columns:
-                    raise UsageError(
-                        f"{self.path}, line {reader.line_num}: {len(values)} values for"
-                        f" {num_columns} columns; quote values that hold a comma"
-                    )
-                yield reader.line_num, values
-        except csv.Error as error:
-            raise UsageError(f"{self.path}, line {reader.line_num}: {error}") from error
-
-    def _read_lines(self, newline: str) -> Iterator[str]:
-        """Yield lines with their ends; `newline` is that of `open`."""
-        try:
-            with (
-                explain_errors(self.path),
-                open_file(self.path) as file,
-                io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text,
-            ):
-                yield from text
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         readers: dict[str, Callable[..., Iterator[bytes | ImageError]]] = {

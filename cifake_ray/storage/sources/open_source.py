@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from cifake_ray.config import SourceConfig
+from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.files import exists, is_file, open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
@@ -32,8 +33,8 @@ from cifake_ray.storage.sources.tar import (
     holds_tars,
     stamp_tar,
 )
+from cifake_ray.storage.sources.text_table import find_text_suffix
 
-LIST_SUFFIXES = (".csv", ".txt", ".parquet")
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
@@ -156,12 +157,16 @@ def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
     if suffix == ".parquet":
         column = find_image_column(place, choice)
         return "list" if column is None or column.content == "paths" else "shards"
-    if suffix in LIST_SUFFIXES:
+    if find_text_suffix(place.name):
         return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
+    with explain_errors(place), open_file(place) as file:
+        what = name_container(file.read(HEAD_BYTES))
+    if what is not None:
+        raise UsageError(f"{place} is {what}")
     raise UsageError(
-        f"{place} is one file, neither a .tar, a .csv, .txt or .parquet list nor the"
+        f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet), a .tar nor the"
         f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
         " and --include for an image"
     )
@@ -215,7 +220,14 @@ def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
     kept = KEEP_ALL if is_tar else key_filter
     files: FolderSource | S3PrefixSource | FsspecPrefixSource
     if isinstance(src, Path):
-        files = FolderSource(src, class_names, kept, config.follow_symlinks or is_one)
+        files = FolderSource(
+            src,
+            class_names,
+            kept,
+            config.follow_symlinks or is_one,
+            config.label_column,
+            config.source_column,
+        )
     elif config.src.startswith("s3://"):
         files = S3PrefixSource(*split_prefix(config.src), store, class_names, kept)
     else:

@@ -81,6 +81,38 @@ def test_the_papers_name_the_run_and_its_manifest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["_manifest", "_run.json"]
 
 
+def test_what_was_counted_and_noted_while_listing_is_kept_and_said(tmp_path: Path) -> None:
+    def list_counted() -> Listing:
+        listing = list_keys()
+        listing.count_rows(describe=True)
+        listing.notes.append("a note")
+        return listing
+
+    said: list[str] = []
+    plan = RunPlan(
+        out=tmp_path,
+        command="score",
+        settings={},
+        config={},
+        list_source=list_counted,
+        shard_rows=4,
+        log=said.append,
+    )
+    run = plan.open()
+    assert run.counts == {"labels": {"unlabelled": 10}, "splits": {}, "sources": {}}
+    assert [line.partition(";")[0] for line in said] == [
+        "score: a note",
+        "score: 10 of 10 images have no label and none is labelled REAL or FAKE",
+    ]
+    assert plan.open() == run
+    assert len(said) == 2
+    path = tmp_path / "_run.json"
+    record = json.loads(path.read_bytes())
+    del record["counts"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    assert plan.open().counts == {}
+
+
 def test_the_same_settings_resume_without_a_new_listing(tmp_path: Path) -> None:
     assert open_here(tmp_path, a=1) == open_here(tmp_path, fail_to_list, a=1)
 

@@ -162,7 +162,7 @@ class FsspecPrefixKind(SourceKind):
 class ListKind(SourceKind):
     """A CSV list of images in some store; it tells size and etag of what is not local."""
 
-    cannot: ClassVar[dict[str, str]] = {}
+    cannot: ClassVar[dict[str, str]] = {"clutter": "a list names each image"}
 
     def key_of(self, name: str) -> str:
         is_local = isinstance(self.store, LocalStore)
@@ -189,7 +189,7 @@ class S3ListKind(ListKind):
 
 
 class FsspecListKind(ListKind):
-    cannot: ClassVar[dict[str, str]] = {
+    cannot: ClassVar[dict[str, str]] = ListKind.cannot | {
         "another process": FsspecPrefixKind.cannot["another process"]
     }
 
@@ -214,6 +214,7 @@ class ParquetKind(SourceKind):
     """Two Parquet files with the bytes inside, row groups of two."""
 
     cannot: ClassVar[dict[str, str]] = {
+        "clutter": "a table holds images only",
         "changes": "the bytes are in the file that is listed; nothing is known of a row to compare",
         "sizes": "a row's size is known when its row group is read",
         "unread": "a row group is read as a whole",
