@@ -208,11 +208,14 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
         return None
     if _explain_costly_jpeg(data, header.width, header.height):
         return None
-    factor = 2 if header.width * header.height > MAX_IMAGE_PIXELS else 1
+    options = {}
+    if header.width * header.height > MAX_IMAGE_PIXELS:
+        sides = {"min_width": -(-header.width // 2), "min_height": -(-header.height // 2)}
+        options = {"min_factor": 2, **sides}
     try:
         # Exact DCT and smooth upsampling, as Pillow's defaults.
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            data, fastdct=False, fastupsample=False, strict=True, min_factor=factor
+            data, fastdct=False, fastupsample=False, strict=True, **options
         )
     except ValueError:  # also for what libjpeg only warns of; Pillow decides
         return None
@@ -295,7 +298,11 @@ def _ignore_xmp(image: Image.Image) -> None:
 def _convert_to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scale_deep_grey(image)
-    if image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+    if (
+        image.format == "BMP"
+        and image.mode == "RGBA"
+        and image.getchannel("A").getextrema() == (0, 0)
+    ):
         image = image.convert("RGB")
     key = image.info.get("transparency")
     if isinstance(key, tuple) and max(key) > 255:
@@ -373,8 +380,8 @@ def _explain_unidentified(data: bytes) -> ImageError:
             detail = f"unreadable header, or a layout that is not read ({_describe(data)})"
             return ImageError("decode_failed", f"{name} signature, {detail}")
     allowed = f"allowed are {', '.join(ALLOWED_FORMATS)}"
-    if name := name_foreign_format(data):
-        return ImageError("format_not_allowed", f"{name}, {allowed}")
+    if foreign := name_foreign_format(data):
+        return ImageError("format_not_allowed", f"{foreign}, {allowed}")
     Image.init()
     # Formats without a signature (TGA, ...) would take noise for an image.
     others = [n for n in Image.ID if n not in ALLOWED_FORMATS and Image.OPEN[n][1]]
@@ -382,8 +389,8 @@ def _explain_unidentified(data: bytes) -> ImageError:
         # The first 64 KiB only: some parsers of text formats read line by line to the end.
         other = Image.open(BytesIO(data[: 2**16]), formats=others)
     except (OSError, ValueError):  # UnidentifiedImageError is an OSError
-        what = name_file(data) or f"no decoder knows the first bytes {data[:8]!r}"
-        return ImageError("not_an_image", what)
+        detail = name_file(data) or f"no decoder knows the first bytes {data[:8]!r}"
+        return ImageError("not_an_image", detail)
     return ImageError("format_not_allowed", f"{other.format}, {allowed}")
 
 

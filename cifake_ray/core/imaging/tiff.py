@@ -55,7 +55,7 @@ class TiffPage:
         head = struct.calcsize(self.order + count)
         (num_entries,) = struct.unpack_from(self.order + count, data, offset)
         self.end = offset + head + num_entries * size
-        self._entries = {}
+        self._entries: dict[int, tuple[int, int, int]] = {}
         stop = min(offset + head + min(num_entries, MAX_ENTRIES) * size, len(data) - size + 1)
         for start in range(offset + head, stop, size):
             tag, kind, number = struct.unpack_from(self.order + entry, data, start)
@@ -95,7 +95,7 @@ class TiffPage:
     def is_cut_short(self) -> bool:
         """Return whether the directory or a strip or tile ends after the file."""
         ends = [offset + size for offset, size in self.list_segments()]
-        return max([self.end, *ends]) > len(self.data)
+        return max(self.end, *ends, 0) > len(self.data)
 
 
 def find_page(data: bytes) -> TiffPage:
@@ -190,6 +190,11 @@ class TiffLayout:
         """Whether Pillow must not read it, though it may say that it can."""
         return self.bits > 8 or self.format != 1 or self.is_planar
 
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether samples may hold values that have no place in 0..255."""
+        return self.format != 1 or self.bits > 16
+
     def __str__(self) -> str:
         return (
             f"photometric {self.photometric}, compression {self.compression}, {self.samples} "
@@ -247,9 +252,9 @@ def _read_color_map(page: TiffPage) -> np.ndarray:
 def _scale_to_bytes(values: np.ndarray, layout: TiffLayout) -> np.ndarray:
     """Return 0..255 for 0..1 or 0..65535, or for all that fewer bits can hold."""
     highest: int = 1 if layout.format == 3 else 2 ** min(layout.bits, 16) - 1
-    if layout.format != 1 or layout.bits > 16:
-        if not ((values >= 0) & (values <= highest)).all():  # NaN fails too
-            raise ImageError("decode_failed", f"samples outside 0..{highest} ({layout})")
+    # NaN fails too.
+    if layout.is_open_ended and not ((values >= 0) & (values <= highest)).all():
+        raise ImageError("decode_failed", f"samples outside 0..{highest} ({layout})")
     if layout.format == 3:
         return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
     if layout.bits == 8 and layout.format == 1:
@@ -276,8 +281,9 @@ def _iterate_bands(layout: TiffLayout) -> Iterator[tuple[int, np.ndarray]]:
     segments = page.list_segments()
     if layout.compression == 1 and not is_tiled and len(segments) < down * num_planes:
         # Sizes may be missing where they can be told.
-        rows = [min(tile_height, height - n * tile_height) for n in range(down)] * num_planes
-        segments = list(zip(page.read(_STRIPS[0]), (n * row_bytes for n in rows), strict=False))
+        heights = [min(tile_height, height - n * tile_height) for n in range(down)] * num_planes
+        sizes = (row_bytes * n for n in heights)
+        segments = list(zip(page.read(_STRIPS[0]), sizes, strict=False))
     if len(segments) < across * down * num_planes:
         raise ImageError("decode_failed", f"{len(segments)} strips or tiles, some are missing")
     band_bytes = row_bytes * across * tile_height * num_planes
