@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 
 from cifake_ray.core.imaging.color_profile import MAX_PROFILE_BYTES
@@ -10,7 +9,7 @@ from cifake_ray.core.imaging.limits import MAX_READS
 from cifake_ray.errors import ImageError
 
 _SIGNATURE_BYTES = 8
-_DROPPED = re.compile(rb"zTXt|iTXt|iCCP")
+_DROPPED = (b"zTXt", b"iTXt", b"iCCP")
 _EXIF = b"Raw profile type exif\0"  # ImageMagick's place for it
 MAX_EXIF_BYTES = 2**17
 
@@ -20,7 +19,7 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
 
     Raises ImageError (decode_failed) for more than MAX_READS chunks.
     """
-    if not _DROPPED.search(data):
+    if not any(name in data for name in _DROPPED):
         return data, None
     kept, profile = [data[:_SIGNATURE_BYTES]], None
     kept_from = start = _SIGNATURE_BYTES
@@ -31,7 +30,7 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
         if name == b"IEND" or end > len(data):
             kept.append(data[kept_from:])
             return b"".join(kept), profile
-        if _DROPPED.fullmatch(name):
+        if name in _DROPPED:
             if name == b"iCCP":
                 # Its name, a zero, the method.
                 packed = data[body : end - 4].partition(b"\0")[2][1:]

@@ -54,7 +54,7 @@ class TiffPage:
         count, entry, size = ("Q", "HHQ", 20) if self.is_big else ("H", "HHI", 12)
         head = struct.calcsize(self.order + count)
         (num_entries,) = struct.unpack_from(self.order + count, data, offset)
-        self.end = offset + head + num_entries * size
+        self.end: int = offset + head + num_entries * size
         self._entries: dict[int, tuple[int, int, int]] = {}
         stop = min(offset + head + min(num_entries, MAX_ENTRIES) * size, len(data) - size + 1)
         for start in range(offset + head, stop, size):
@@ -92,10 +92,17 @@ class TiffPage:
         offsets, sizes = _TILES if _TILES[0] in self._entries else _STRIPS
         return list(zip(self.read(offsets), self.read(sizes), strict=False))
 
-    def is_cut_short(self) -> bool:
-        """Return whether the directory or a strip or tile ends after the file."""
-        ends = [offset + size for offset, size in self.list_segments()]
-        return max(self.end, *ends, 0) > len(self.data)
+
+def is_tiff_cut_short(data: bytes) -> bool:
+    """Return whether the first directory, or a strip or tile of it, ends after the file."""
+    try:
+        page = next(_iterate_pages(data), None)
+    except struct.error:
+        return True
+    if page is None:
+        return True  # it begins there
+    ends = [offset + size for offset, size in page.list_segments()]
+    return max(page.end, *ends, 0) > len(data)
 
 
 def find_page(data: bytes) -> TiffPage:
