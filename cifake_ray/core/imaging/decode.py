@@ -12,16 +12,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TypeVar
 
 import numpy as np
-import pillow_heif
 import simplejpeg
 from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
 
 from cifake_ray.core.imaging.color_profile import convert_to_srgb, is_srgb
-from cifake_ray.core.imaging.foreign_formats import name_file, name_foreign_format
+from cifake_ray.core.imaging.formats import ALLOWED_FORMATS, explain_unidentified
 from cifake_ray.core.imaging.jpeg_header import count_scans, estimate_quality, scan_jpeg
 from cifake_ray.core.imaging.limits import (
     BoundedReader,
@@ -30,12 +28,11 @@ from cifake_ray.core.imaging.limits import (
     is_cut_short,
 )
 from cifake_ray.core.imaging.png_chunks import drop_text
-from cifake_ray.core.imaging.tiff import (
+from cifake_ray.core.imaging.tiff_pages import find_page, is_tiff, put_first
+from cifake_ray.core.imaging.tiff_pixels import (
+    COLOR_MAP,
     TiffLayout,
-    find_page,
     has_8_bit_color_map,
-    is_tiff,
-    put_first,
     read_pixels,
 )
 from cifake_ray.errors import ImageError
@@ -52,12 +49,6 @@ MAX_PROGRESSIVE_PIXELS = 2 * MAX_IMAGE_PIXELS
 # scans, optimisers up to 64; a file of 400 kB can hold thousands.
 MAX_SCANNED_PIXELS = 24 * MAX_IMAGE_PIXELS
 
-# What the web serves and browsers decode, most frequent first, since Pillow tries them in this
-# order; TIFF and BMP for archives. JPEG covers MPO (several JPEGs in one file). AVIF is in: sites
-# convert uploads to it, and libavif and dav1d are fuzzed as browser code. JPEG 2000 is out: rare on
-# the web, and OpenJPEG has a long record of memory errors. So are formats that run programs (EPS,
-# WMF) or whose parsers are little used (PCX, TGA, PSD, FLI, ...). HEIF is what telephones write.
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "HEIF", "TIFF", "BMP")
 # To be raised when the pixels of a file change: decoded images of before are not used again.
 DECODE_POLICY = 2
 
@@ -78,10 +69,6 @@ _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 # Without a handler, Pillow's logs about broken files would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-# A worker has one core. Only the picture itself is read.
-pillow_heif.register_heif_opener(
-    decode_threads=1, thumbnails=False, depth_images=False, aux_images=False
-)
 
 
 @dataclass(frozen=True)
@@ -249,7 +236,7 @@ def _decode_tiff(data: bytes) -> np.ndarray:
             raise
         return convert_image(read_pixels(layout))
     if image.mode in ("P", "PA") and has_8_bit_color_map(page):
-        image.palette = ImagePalette.raw("RGB;L", bytes(image.tag_v2[320]))  # type: ignore[attr-defined]
+        image.palette = ImagePalette.raw("RGB;L", bytes(image.tag_v2[COLOR_MAP]))  # type: ignore[attr-defined]
     try:
         return convert_image(image)
     except OSError as error:  # "decoder error -2"
@@ -343,7 +330,7 @@ def _open_image(data: bytes) -> ImageFile.ImageFile:
     try:
         image = Image.open(BoundedReader(data), formats=ALLOWED_FORMATS)
     except UnidentifiedImageError:
-        raise _explain_unidentified(data) from None
+        raise explain_unidentified(data, MAX_IMAGE_PIXELS) from None
     except Image.DecompressionBombError:
         if not data.startswith(b"\xff\xd8"):
             raise
@@ -358,40 +345,3 @@ def _open_image(data: bytes) -> ImageFile.ImageFile:
 def _check_pixels(width: int, height: int, most: int) -> None:
     if width * height > most:
         raise ImageError("too_many_pixels", f"{width} x {height}, at most {most}")
-
-
-def _explain_unidentified(data: bytes) -> ImageError:
-    """Return the error for a broken header of an allowed format, another format or no image."""
-    for size in re.findall(rb"ispe\0{4}(.{8})", data[: 2**16], re.DOTALL):  # of AVIF and HEIF
-        width, height = struct.unpack(">II", size)
-        if data[4:8] == b"ftyp" and width * height > MAX_IMAGE_PIXELS:
-            return ImageError("too_many_pixels", f"{width} x {height}, at most {MAX_IMAGE_PIXELS}")
-    for name in ALLOWED_FORMATS:
-        accept = Image.OPEN[name][1]
-        if name == "AVIF" and b"avi" not in data[8:64]:
-            continue  # Pillow accepts all of its family
-        if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text
-            if is_cut_short(data):
-                return ImageError("truncated", f"{name} signature, unreadable header")
-            detail = f"unreadable header, or a layout that is not read ({_describe(data)})"
-            return ImageError("decode_failed", f"{name} signature, {detail}")
-    allowed = f"allowed are {', '.join(ALLOWED_FORMATS)}"
-    if foreign := name_foreign_format(data):
-        return ImageError("format_not_allowed", f"{foreign}, {allowed}")
-    Image.init()
-    # Formats without a signature (TGA, ...) would take noise for an image.
-    others = [n for n in Image.ID if n not in ALLOWED_FORMATS and Image.OPEN[n][1]]
-    try:
-        # The first 64 KiB only: some parsers of text formats read line by line to the end.
-        other = Image.open(BytesIO(data[: 2**16]), formats=others)
-    except (OSError, ValueError):  # UnidentifiedImageError is an OSError
-        detail = name_file(data) or f"no decoder knows the first bytes {data[:8]!r}"
-        return ImageError("not_an_image", detail)
-    return ImageError("format_not_allowed", f"{other.format}, {allowed}")
-
-
-def _describe(data: bytes) -> str:
-    try:
-        return str(TiffLayout(find_page(data))) if is_tiff(data) else repr(data[:16])
-    except (struct.error, ImageError, IndexError):
-        return repr(data[:16])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from io import BytesIO
 
-from cifake_ray.core.imaging.tiff import is_tiff, is_tiff_cut_short
+from cifake_ray.core.imaging.tiff_pages import is_tiff, is_tiff_cut_short
 from cifake_ray.errors import ImageError
 
 # A PNG of 64 MiB in chunks of 1 KiB takes 260,000 reads, a GIF of 64 MiB 520,000; the limit is

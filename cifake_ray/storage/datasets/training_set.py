@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.imaging.decode import map_images
+from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
@@ -234,7 +234,13 @@ def open_training_data(
     fits = size_bytes <= config.cache_gb * 1e9
     folder = locate_cache(config.cache_dir)
     identity = json.dumps(
-        [rows.hash_files(), rows.hash_rows(), preprocessing.image_size, preprocessing.fit]
+        [
+            DECODE_POLICY,
+            rows.hash_files(),
+            rows.hash_rows(),
+            preprocessing.image_size,
+            preprocessing.fit,
+        ]
     )
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     make_folder(folder)

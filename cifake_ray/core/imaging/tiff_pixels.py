@@ -1,4 +1,4 @@
-"""Choose the page of a TIFF that shows the picture, and read layouts that Pillow does not.
+"""Read the pixels of TIFF layouts that Pillow misreads or does not read.
 
 Pillow mixes up bytes where planes are separate or where samples of more than 8 bits are big-endian
 and compressed, and refuses many layouts. So libtiff, by way of Pillow, only decompresses them here:
@@ -14,143 +14,21 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from cifake_ray.core.imaging.tiff_pages import PHOTOMETRIC, STRIPS, TILES, TiffPage
 from cifake_ray.errors import ImageError
 
-MAX_PAGES = 64  # that are looked at for the one that shows the picture
-MAX_ENTRIES = 4096  # of one page
-MAX_VALUES = 2**20  # of one tag
 MAX_PIXEL_BYTES = 32  # of one pixel: four samples of 64 bits
 BAND_BYTES = 4 * 2**20  # decompressed at once, or one row of strips or tiles if that is more
 MAX_BAND_BYTES = 128 * 2**20
 
 # Source of all numbers: TIFF 6.0 and its supplements; libtiff's tiff.h.
-_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
-_FILL_ORDER, _MAKE, _ORIENTATION, _SAMPLES, _PLANAR, _PREDICTOR = 266, 271, 274, 277, 284, 317
-_COLOR_MAP, _SUB_PAGES, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 320, 330, 338, 339
-_DNG_VERSION, _PROFILE = 50706, 34675
-_STRIPS, _TILES = (273, 279), (324, 325)  # offsets, sizes
-_REDUCED, _MASK = 1, 4  # bits of NewSubfileType
-_COLOR_FILTERS = (32803, 34892)  # the photometric interpretations CFA and LinearRaw
+COLOR_MAP = 320
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _FILL_ORDER, _ORIENTATION = 256, 257, 258, 259, 266, 274
+_SAMPLES, _STRIP_HEIGHT, _PLANAR, _PREDICTOR, _TILE_WIDTH = 277, 278, 284, 317, 322
+_TILE_HEIGHT, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _PROFILE = 323, 338, 339, 34675
 _BYTE_COMPRESSIONS = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, ...
 _ICC_LAB = 9
 _MODES = {0: "L", 1: "L", 2: "RGB", 3: "P", 5: "CMYK", 8: "LAB", _ICC_LAB: "LAB"}
-_RAW_NAMES = {"NIKON": "NEF", "SONY": "ARW", "CANON": "CR2", "PENTAX": "PEF", "SAMSUNG": "SRW"}
-# Type of a tag -> struct's; text is read as bytes, and no tag that is read here holds fractions.
-_TYPES = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 18: "Q"}
-
-
-def is_tiff(data: bytes) -> bool:
-    """Return whether these are the first bytes of a TIFF or BigTIFF."""
-    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-
-class TiffPage:
-    """One directory of a TIFF, whose numbers are read when asked for."""
-
-    def __init__(self, data: bytes, offset: int) -> None:
-        self.data, self.offset = data, offset
-        self.order = "<" if data[:2] == b"II" else ">"
-        self.is_big = data[2:4] in (b"+\0", b"\0+")
-        count, entry, size = ("Q", "HHQ", 20) if self.is_big else ("H", "HHI", 12)
-        head = struct.calcsize(self.order + count)
-        (num_entries,) = struct.unpack_from(self.order + count, data, offset)
-        self.end: int = offset + head + num_entries * size
-        self._entries: dict[int, tuple[int, int, int]] = {}
-        stop = min(offset + head + min(num_entries, MAX_ENTRIES) * size, len(data) - size + 1)
-        for start in range(offset + head, stop, size):
-            tag, kind, number = struct.unpack_from(self.order + entry, data, start)
-            self._entries.setdefault(tag, (kind, number, start + size - (8 if self.is_big else 4)))
-
-    @property
-    def link(self) -> str:
-        return self.order + ("Q" if self.is_big else "I")
-
-    def read_bytes(self, tag: int) -> bytes:
-        """Return the value of a tag as stored; nothing if it is missing or ends after the file."""
-        kind, number, start = self._entries.get(tag, (0, 0, 0))
-        size = number * struct.calcsize(_TYPES.get(kind, "B"))
-        if size > struct.calcsize(self.link):
-            (start,) = struct.unpack_from(self.link, self.data, start)
-        return self.data[start : start + size] if start + size <= len(self.data) else b""
-
-    def read(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Return the numbers of a tag; the default if there are none, or too many."""
-        kind, number, _ = self._entries.get(tag, (0, 0, 0))
-        value = self.read_bytes(tag) if kind in _TYPES and number <= MAX_VALUES else b""
-        return struct.unpack(f"{self.order}{number}{_TYPES[kind]}", value) if value else default
-
-    def read_one(self, tag: int, default: int) -> int:
-        return self.read(tag, (default,))[0]
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether it is neither a reduced copy of another page nor a mask."""
-        return not self.read_one(_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)
-
-    def list_segments(self) -> list[tuple[int, int]]:
-        """Return offset and size of each strip or tile, as stored."""
-        offsets, sizes = _TILES if _TILES[0] in self._entries else _STRIPS
-        return list(zip(self.read(offsets), self.read(sizes), strict=False))
-
-
-def is_tiff_cut_short(data: bytes) -> bool:
-    """Return whether the first directory, or a strip or tile of it, ends after the file."""
-    try:
-        page = next(_iterate_pages(data), None)
-    except struct.error:
-        return True
-    if page is None:
-        return True  # it begins there
-    ends = [offset + size for offset, size in page.list_segments()]
-    return max(page.end, *ends, 0) > len(data)
-
-
-def find_page(data: bytes) -> TiffPage:
-    """Return the first page that is a whole picture.
-
-    Raises ImageError (format_not_allowed) for a raw file and for a preview alone; struct.error and
-    the like for a broken file.
-    """
-    pages = list(_iterate_pages(data))
-    raw = {page.read_one(_PHOTOMETRIC, 0) for page in pages} & {*_COLOR_FILTERS}
-    pictures = [page for page in pages if page.is_picture]
-    if not raw and pictures and not pages[0].read(_DNG_VERSION) and data[8:10] != b"CR":
-        return pictures[0]
-    make = pages[0].read_bytes(_MAKE).decode("ascii", "replace").strip("\0 ")
-    name = "DNG" if pages[0].read(_DNG_VERSION) else _RAW_NAMES.get(make.upper().split(" ")[0])
-    what = f"{name or f'a raw file of {make}' if raw or make else 'TIFF'}, of which only a preview"
-    raise ImageError("format_not_allowed", f"{what} could be read; export the picture as JPEG")
-
-
-def _iterate_pages(data: bytes) -> Iterator[TiffPage]:
-    """Yield the pages in the order of the file, each before its sub-pages."""
-    is_big = data[2:4] in (b"+\0", b"\0+")
-    layout = ("<" if data[:2] == b"II" else ">") + ("Q" if is_big else "I")
-    waiting = list(struct.unpack_from(layout, data, 8 if is_big else 4))
-    seen: set[int] = set()
-    while waiting and len(seen) < MAX_PAGES:
-        offset = waiting.pop()
-        if offset in seen or not 0 < offset < len(data):
-            continue
-        seen.add(offset)
-        try:
-            page = TiffPage(data, offset)
-            following = list(struct.unpack_from(layout, data, page.end))
-        except struct.error:
-            if len(seen) == 1:
-                raise
-            continue
-        yield page
-        waiting += following + [*page.read(_SUB_PAGES)][:MAX_PAGES][::-1]
-
-
-def put_first(page: TiffPage) -> bytes:
-    """Return the file with this page as its first."""
-    start = 8 if page.is_big else 4
-    link = struct.pack(page.link, page.offset)
-    if page.data[start : start + len(link)] == link:
-        return page.data
-    return page.data[:start] + link + page.data[start + len(link) :]
 
 
 class TiffLayout:
@@ -159,7 +37,7 @@ class TiffLayout:
     def __init__(self, page: TiffPage) -> None:
         self.page = page
         self.width, self.height = page.read_one(_WIDTH, 0), page.read_one(_HEIGHT, 0)
-        self.photometric = page.read_one(_PHOTOMETRIC, -1)
+        self.photometric = page.read_one(PHOTOMETRIC, -1)
         self.compression = page.read_one(_COMPRESSION, 1)
         self.samples = page.read_one(_SAMPLES, 1)
         self.formats, self.depths = page.read(_SAMPLE_FORMAT, (1,)), page.read(_BITS, (1,))
@@ -247,11 +125,11 @@ def read_pixels(layout: TiffLayout) -> Image.Image:
 
 def has_8_bit_color_map(page: TiffPage) -> bool:
     """Return whether the colour map holds 0..255 instead of 0..65535: libtiff's rule."""
-    return max(page.read(_COLOR_MAP, (65535,))) < 256
+    return max(page.read(COLOR_MAP, (65535,))) < 256
 
 
 def _read_color_map(page: TiffPage) -> np.ndarray:
-    values = np.array(page.read(_COLOR_MAP), np.uint16)
+    values = np.array(page.read(COLOR_MAP), np.uint16)
     values = values[: len(values) // 3 * 3].reshape(3, -1).T
     return (values if has_8_bit_color_map(page) else values >> 8).astype(np.uint8)
 
@@ -274,13 +152,13 @@ def _scale_to_bytes(values: np.ndarray, layout: TiffLayout) -> np.ndarray:
 def _iterate_bands(layout: TiffLayout) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first row and the samples [rows, width, samples] of one band after another."""
     page, width, height = layout.page, layout.width, layout.height
-    is_tiled = bool(page.read(_TILES[0]))
+    is_tiled = bool(page.read(TILES[0]))
     if is_tiled:
-        tile_width, tile_height = page.read_one(322, 0), page.read_one(323, 0)
+        tile_width, tile_height = page.read_one(_TILE_WIDTH, 0), page.read_one(_TILE_HEIGHT, 0)
         if not 0 < tile_width < 2**20 or not 0 < tile_height < 2**20:
             raise ImageError("decode_failed", f"tiles of {tile_width} x {tile_height} pixels")
     else:
-        tile_width, tile_height = width, min(page.read_one(278, height) or height, height)
+        tile_width, tile_height = width, min(page.read_one(_STRIP_HEIGHT, height) or height, height)
     across, down = -(-width // tile_width), -(-height // tile_height)
     num_planes = layout.samples if layout.is_planar else 1
     tile_samples = tile_width * (1 if layout.is_planar else layout.samples)
@@ -290,7 +168,7 @@ def _iterate_bands(layout: TiffLayout) -> Iterator[tuple[int, np.ndarray]]:
         # Sizes may be missing where they can be told.
         heights = [min(tile_height, height - n * tile_height) for n in range(down)] * num_planes
         sizes = (row_bytes * n for n in heights)
-        segments = list(zip(page.read(_STRIPS[0]), sizes, strict=False))
+        segments = list(zip(page.read(STRIPS[0]), sizes, strict=False))
     if len(segments) < across * down * num_planes:
         raise ImageError("decode_failed", f"{len(segments)} strips or tiles, some are missing")
     band_bytes = row_bytes * across * tile_height * num_planes
@@ -349,12 +227,13 @@ def _decompress(
         _HEIGHT: [height],
         _BITS: [8],
         _COMPRESSION: [layout.compression],
-        _PHOTOMETRIC: [1],
+        PHOTOMETRIC: [1],
         _FILL_ORDER: [fill_order],
         _SAMPLES: [1],
     }
-    tags |= {322: [tile[0]], 323: [tile[1]]} if tile else {278: [rows_per_strip]}
-    offsets, sizes = _TILES if tile else _STRIPS
+    sides = {_TILE_WIDTH: [tile[0]], _TILE_HEIGHT: [tile[1]]} if tile else {}
+    tags |= sides or {_STRIP_HEIGHT: [rows_per_strip]}
+    offsets, sizes = TILES if tile else STRIPS
     tags[sizes] = [count for _, count in segments]
     start = 8 + 2 + 12 * (len(tags) + 1) + 4
     starts = start + 8 * len(segments) + np.cumsum([0, *tags[sizes]])
