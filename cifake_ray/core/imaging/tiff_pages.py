@@ -108,8 +108,9 @@ def find_page(data: bytes) -> TiffPage:
         name = "DNG"
     elif data[8:10] == b"CR":
         name = "CR2"
-    what = f"{name or f'a raw file of {make}' if raw or make else 'TIFF'}, of which only a preview"
-    raise ImageError("format_not_allowed", f"{what} could be read; export the picture as JPEG")
+    name = name or (f"a raw file of {make}" if raw or make else "TIFF")
+    detail = f"{name}, of which only a preview could be read; export the picture as JPEG"
+    raise ImageError("format_not_allowed", detail)
 
 
 def _iterate_pages(data: bytes) -> Iterator[TiffPage]:
