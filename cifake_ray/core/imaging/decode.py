@@ -244,7 +244,9 @@ def _decode_tiff(data: bytes) -> np.ndarray:
 
 
 def _explain_costly_jpeg(data: bytes, width: int, height: int) -> ImageError | None:
-    """Return the error for a JPEG that costs too much memory or time, from its scans."""
+    """Return the error for a JPEG that costs too much memory or time."""
+    if width * height > MAX_JPEG_PIXELS:
+        return ImageError("too_many_pixels", f"{width} x {height}, at most {MAX_JPEG_PIXELS}")
     num_scans = count_scans(data)
     if num_scans > 1 and width * height > MAX_PROGRESSIVE_PIXELS:
         detail = f"{width} x {height} in {num_scans} scans, at most {MAX_PROGRESSIVE_PIXELS}"

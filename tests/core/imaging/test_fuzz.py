@@ -254,9 +254,7 @@ def fuzz(format: str, num_examples: int) -> None:
     assert growth < MAX_GROWTH_BYTES, f"{growth / 2**20:.0f} MiB"
 
 
-@pytest.mark.parametrize(
-    "format", ["JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF"]
-)
+@pytest.mark.parametrize("format", [*images.ALLOWED_FORMATS, "MPO"])
 def test_broken_images_give_pixels_or_a_named_error(format: str) -> None:
     child = subprocess.run(
         [sys.executable, __file__, format, str(NUM_EXAMPLES)],
