@@ -51,7 +51,7 @@ class TiffPage:
     def link(self) -> str:
         return self.order + ("Q" if self.is_big else "I")
 
-    def read_bytes(self, tag: int) -> bytes:
+    def get_bytes(self, tag: int) -> bytes:
         """Return the value of a tag as stored; nothing if it is missing or ends after the file."""
         kind, number, start = self._entries.get(tag, (0, 0, 0))
         size = number * struct.calcsize(_TYPES.get(kind, "B"))
@@ -62,7 +62,7 @@ class TiffPage:
     def read(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Return the numbers of a tag; the default if there are none, or too many."""
         kind, number, _ = self._entries.get(tag, (0, 0, 0))
-        value = self.read_bytes(tag) if kind in _TYPES and number <= MAX_VALUES else b""
+        value = self.get_bytes(tag) if kind in _TYPES and number <= MAX_VALUES else b""
         return struct.unpack(f"{self.order}{number}{_TYPES[kind]}", value) if value else default
 
     def read_one(self, tag: int, default: int) -> int:
@@ -102,7 +102,7 @@ def find_page(data: bytes) -> TiffPage:
     pictures = [page for page in pages if page.is_picture]
     if not raw and pictures and not pages[0].read(_DNG_VERSION) and data[8:10] != b"CR":
         return pictures[0]
-    make = pages[0].read_bytes(_MAKE).decode("ascii", "replace").strip("\0 ")
+    make = pages[0].get_bytes(_MAKE).decode("ascii", "replace").strip("\0 ")
     name = _RAW_NAMES.get(make.upper().split(" ")[0])
     if pages[0].read(_DNG_VERSION):
         name = "DNG"

@@ -118,7 +118,7 @@ def read_pixels(layout: TiffLayout) -> Image.Image:
     image = Image.frombuffer(mode, (layout.width, layout.height), pixels, "raw", mode, 0, 1)
     image = image.convert("RGBA") if mode == "RGBa" else image.copy()
     image.getexif()[_ORIENTATION] = page.read_one(_ORIENTATION, 1)
-    if profile := page.read_bytes(_PROFILE):
+    if profile := page.get_bytes(_PROFILE):
         image.info["icc_profile"] = profile
     return image
 
