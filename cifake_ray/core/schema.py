@@ -20,10 +20,10 @@ IMAGE_ERRORS = (
     "io_throttled",  # the store still asked to slow down after the last retry
     "io_network",  # the connection still failed after the last retry
     "too_large",  # more bytes than MAX_IMAGE_BYTES
-    "too_many_pixels",  # more pixels than MAX_IMAGE_PIXELS
+    "too_many_pixels",  # more than MAX_IMAGE_PIXELS, in a JPEG than MAX_JPEG_PIXELS
     "empty",  # zero bytes
     "not_an_image",  # no decoder knows the bytes
-    "format_not_allowed",  # an image, but not in a format we decode
+    "format_not_allowed",  # a picture or film in a format we do not decode; error_detail names it
     "truncated",  # the image data ends early
     "decode_failed",  # any other exception of a decoder; error_detail names it
     "bad_key",  # the name is not valid UTF-8

@@ -9,6 +9,7 @@ from cifake_ray.errors import ImageError
 HEAD_BYTES = 512
 _LOAD_DATASETS = "export it with `datasets`: load_from_disk(FOLDER).to_parquet(FILE)"
 _SIGNATURES = {
+    rb"\s*+<(?i:!doctype html|html|head|body)[\s>]": "an HTML page, not the image: fetch it again",
     rb"version https://git-lfs": "a Git LFS pointer, not the image: run `git lfs pull`",
     rb"(\.\./)*(\.git)?/annex/objects/": "a git-annex pointer, not the image: run `git annex get`",
     rb"\x00\x05\x16[\x00\x07]": "a resource fork of macOS, not the image: delete it",

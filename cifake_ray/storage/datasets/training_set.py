@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.imaging.decode import map_images
+from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
@@ -280,7 +280,9 @@ def open_training_data(
     """
     shape = (int(rows.group_rows.sum()), *(preprocessing.image_size,) * 2, 3)
     fits = math.prod(shape) <= config.cache_gb * 1e9
-    identity = json.dumps([rows.hash_files(), preprocessing.image_size, preprocessing.fit])
+    identity = json.dumps(
+        [DECODE_POLICY, rows.hash_files(), preprocessing.image_size, preprocessing.fit]
+    )
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache = PixelCache(locate_cache(config.cache_dir) / key, shape if fits else None)
     cache.fill(lambda: _decode_rows(rows, preprocessing, num_threads, log), log)
