@@ -50,13 +50,16 @@ class TarImage(NamedTuple):
 def read_sidecar(suffix: str, data: bytes, column: str, class_names: dict[str, int]) -> int | None:
     """Return the label that a `.cls` file, or the field `column` of a `.json` file, names.
 
-    Numbers are classes of any kind, so 0 and 1 mean REAL and FAKE only in a field that was named
-    for its label (another column than `label`) or if they are names of classes.
+    Any `column` but `label` was asked for: then nothing else is read (`cls` is that file), and 0
+    and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless they are class names.
     """
+    is_cls, is_asked = suffix == ".cls", column != "label"
+    if is_asked and is_cls != (column == "cls"):
+        return None
     try:
-        value = data.decode() if suffix == ".cls" else json.loads(data)[column]
+        value = data.decode() if is_cls else json.loads(data)[column]
         label = class_names.get(str(value).strip().lower())
-        return parse_label(value) if label is None and column != "label" else label
+        return parse_label(value) if label is None and is_asked else label
     except (ValueError, LookupError, TypeError, RecursionError):  # no text, JSON, field or label
         return None
 
