@@ -251,6 +251,25 @@ def test_hostile_headers_give_rows_and_no_trouble(tmp_path: Path, at: int, value
     assert len(results) > 1  # the other members, or that they are lost
 
 
+def test_changed_bytes_anywhere_give_rows_and_what_lies_before_them_is_untouched(
+    tmp_path: Path,
+) -> None:
+    draw = random.Random(0)
+    images = [Image(f"{n}/{'long/' * 30}a.jpg", draw.randbytes(200)) for n in range(4)]
+    for form in FORMATS.values():
+        data = make_tar(images, format=form)
+        for _ in range(60):
+            changed = bytearray(data)
+            first = draw.randrange(len(data))
+            for at in range(first, min(first + draw.choice((1, 4, 600)), len(data))):
+                changed[at] = draw.randrange(256)
+            (tmp_path / "x.tar").write_bytes(changed)
+            results = read_all(open_uri(str(tmp_path)))
+            for image in images:
+                if data.index(image.data) + len(image.data) <= first:
+                    assert results[f"x.tar/{image.name}"] == image.data
+
+
 def test_tars_that_were_concatenated_are_read_to_the_end(tmp_path: Path) -> None:
     parts = [make_tar([Image(f"{number}.jpg", b"x")]) for number in range(3)]
     (tmp_path / "x.tar").write_bytes(b"".join(parts))
