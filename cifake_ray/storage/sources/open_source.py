@@ -33,13 +33,10 @@ from cifake_ray.storage.sources.tar import (
     holds_tars,
     stamp_tar,
 )
+from cifake_ray.storage.sources.tar_images import IMAGE_SUFFIXES
 from cifake_ray.storage.sources.text_table import find_text_suffix
 
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".avif", ".heic", ".heif"),
-)
 
 
 def split_prefix(uri: str) -> tuple[str, str]:
@@ -133,7 +130,7 @@ def holds_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> bool:
     for name in glance_files(place, uri):
         if is_table_name(name):
             first = first or name
-        has_images |= name.lower().endswith(IMAGE_SUFFIXES)
+        has_images |= name.lower().endswith(tuple(IMAGE_SUFFIXES))
     if first is None or not has_images:
         return first is not None
     try:

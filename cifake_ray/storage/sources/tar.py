@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -27,6 +25,7 @@ from cifake_ray.core.labels import SPLIT_NAMES, LabelReader
 from cifake_ray.core.schema import LABEL_NAMES, MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.io.read_ahead import take_turns
 from cifake_ray.storage.sources.folder import FolderSource, read_local_file
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource, stamp_entry
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
@@ -46,8 +45,6 @@ from cifake_ray.storage.sources.tar_images import (
     read_sidecar,
 )
 from cifake_ray.storage.sources.tar_members import ReadAt
-
-T = TypeVar("T")
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -175,11 +172,12 @@ class TarSource:
 
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
         left_out, labels = listing.left_out, LabelReader(self.label_column, self.class_names)
-        tars = [self.only] if self.only else self._find_tars(left_out)
+        tars = [self.only] if self.only else self._find_tars(left_out, listing.notes)
         max_rows = self.min_shard_rows or MIN_SHARD_ROWS
         shard: list[tuple[Any, ...]] = []
         num_bytes = 0
-        with closing(_take_turns((self._list_tar(tar, labels) for tar in tars), max_rows)) as rows:
+        listings = (self._list_tar(tar, labels) for tar in tars)
+        with closing(take_turns(listings, LISTING_THREADS, max_rows)) as rows:
             for row in rows:
                 if isinstance(row, str):
                     left_out[row] += 1
@@ -193,7 +191,7 @@ class TarSource:
         if labels.counts:
             listing.notes.append(labels.describe())
 
-    def _find_tars(self, left_out: Counter[str]) -> list[Tar]:
+    def _find_tars(self, left_out: Counter[str], notes: list[str]) -> list[Tar]:
         listing = self.files.list_images()
         tars = []
         for batch in listing.batches:
@@ -204,6 +202,7 @@ class TarSource:
                 else:
                     left_out["not a tar"] += 1
         left_out.update(listing.left_out)
+        notes += listing.notes
         return sorted(tars, key=attrgetter("name"))
 
     def _list_tar(self, tar: Tar, labels: LabelReader) -> Iterator[tuple[Any, ...] | str]:
@@ -233,8 +232,10 @@ class TarSource:
                 size_bytes, error = tar.size_bytes, None
             path = f"{folder}/{posixpath.dirname(name or '')}"
             of_path = read_labels(path)
-            if label is not None:  # as in a folder of its class
-                of_path = read_labels(f"{path}/{LABEL_NAMES[label]}")._replace(label=label)
+            if label is not None:
+                if of_path.label is None:  # then it is as if in a folder of its class
+                    of_path = read_labels(f"{path}/{LABEL_NAMES[label]}")
+                of_path = of_path._replace(label=label)
             escaped = escape_key(key)
             if escaped is None:
                 start = None if error else offset
@@ -299,33 +300,6 @@ class TarSource:
             span.end = max(span.end, end)
             span.images.append(image or slice(start - span.start, end - span.start))
         return spans
-
-
-def _take_turns(listings: Iterator[Iterator[T]], num_ahead: int) -> Generator[T, None, None]:
-    """Yield what each listing yields, in order; threads list the next ones meanwhile.
-
-    Of each, `num_ahead` items wait for their turn at most.
-    """
-
-    def take(listing: Iterator[T]) -> list[T]:
-        return list(islice(listing, num_ahead))
-
-    with ThreadPoolExecutor(LISTING_THREADS, "tar") as threads:
-        pending = deque(
-            (each, threads.submit(take, each)) for each in islice(listings, LISTING_THREADS)
-        )
-        try:
-            while pending:
-                listing, future = pending.popleft()
-                items = future.result()
-                if len(items) == num_ahead:
-                    pending.appendleft((listing, threads.submit(take, listing)))
-                elif following := next(listings, None):
-                    pending.append((following, threads.submit(take, following)))
-                yield from items
-        finally:
-            for _, future in pending:
-                future.cancel()
 
 
 def _refuse_compressed(tar: Tar, first: bytes) -> None:

@@ -50,14 +50,17 @@ class TarImage(NamedTuple):
 def read_sidecar(suffix: str, data: bytes, labels: LabelReader) -> int | None:
     """Return the label that a `.cls` file, or the field `labels.column` of a `.json` file, names.
 
-    Numbers are classes of any kind, so 0 and 1 mean REAL and FAKE only in a field that was named
-    for its label (another column than `label`) or if they are names of classes.
+    Any `labels.column` but `label` was asked for: then nothing else is read (`cls` is that file), and 0
+    and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless they are class names.
     """
+    is_cls, is_asked = suffix == ".cls", labels.column != "label"
+    if is_asked and is_cls != (labels.column == "cls"):
+        return None
     try:
-        value = data.decode() if suffix == ".cls" else json.loads(data)[labels.column]
+        value = data.decode() if is_cls else json.loads(data)[labels.column]
     except (ValueError, LookupError, TypeError, RecursionError):  # no text, JSON or field
         return None
-    if labels.column == "label" and str(value).strip().lower() in labels.assumed:
+    if not is_asked and str(value).strip().lower() in labels.assumed:
         return None
     return labels.read(value)
 

@@ -425,6 +425,7 @@ DEAD_PID = 999_999_999
         ("other", DEAD_PID, 1800, True),
         ("other", os.getpid(), 1e6, False),
     ],
+    ids=["dead", "alive", "recent", "old"],
 )
 def test_leftovers_are_removed_but_not_what_another_host_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, pid: int, age_s: float, stays: bool

@@ -865,6 +865,7 @@ def test_a_file_uri_that_is_not_encoded_is_that_file(tmp_path: Path) -> None:
         ("list.csv", b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
         ("list.tsv", b"path\tlabel\na.jpg\n", r"line 2: 1 values for 2 columns.*tab"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_list_that_cannot_be_read_is_told(
     tmp_path: Path, name: str, data: bytes, message: str

@@ -251,6 +251,25 @@ def test_hostile_headers_give_rows_and_no_trouble(tmp_path: Path, at: int, value
     assert len(results) > 1  # the other members, or that they are lost
 
 
+def test_changed_bytes_anywhere_give_rows_and_what_lies_before_them_is_untouched(
+    tmp_path: Path,
+) -> None:
+    draw = random.Random(0)
+    images = [Image(f"{n}/{'long/' * 30}a.jpg", draw.randbytes(200)) for n in range(4)]
+    for form in FORMATS.values():
+        data = make_tar(images, format=form)
+        for _ in range(60):
+            changed = bytearray(data)
+            first = draw.randrange(len(data))
+            for at in range(first, min(first + draw.choice((1, 4, 600)), len(data))):
+                changed[at] = draw.randrange(256)
+            (tmp_path / "x.tar").write_bytes(changed)
+            results = read_all(open_uri(str(tmp_path)))
+            for image in images:
+                if data.index(image.data) + len(image.data) <= first:
+                    assert results[f"x.tar/{image.name}"] == image.data
+
+
 def test_tars_that_were_concatenated_are_read_to_the_end(tmp_path: Path) -> None:
     parts = [make_tar([Image(f"{number}.jpg", b"x")]) for number in range(3)]
     (tmp_path / "x.tar").write_bytes(b"".join(parts))
@@ -303,6 +322,9 @@ def test_sidecars_are_left_out_and_everything_else_is_a_row(tmp_path: Path) -> N
         ("cls", b"537", {}, None),
         ("cls", b"0", {"real_name": ("1",), "fake_name": ("0",)}, FAKE),
         ("cls", b"\xff\xfe", {}, None),
+        ("cls", b"1", {"label_column": "cls"}, FAKE),
+        ("cls", b"fake", {"label_column": "is_ai"}, None),
+        ("json", b'{"cls": "fake"}', {"label_column": "cls"}, None),
         ("json", b'{"label": "Real"}', {}, REAL),
         ("json", b'{"label": 1}', {}, None),
         ("json", b'{"is_ai": 1, "label": "cat"}', {"label_column": "is_ai"}, FAKE),
@@ -331,6 +353,18 @@ def test_a_label_is_read_from_a_sidecar_if_it_means_real_or_fake(
     assert rows["train/0.tar/8.jpg"]["label"] is None
     if label is not None:
         assert rows["train/0.tar/7.jpg"]["split"] == "train"
+
+
+def test_a_sidecar_beats_the_path_and_leaves_its_split_and_source(tmp_path: Path) -> None:
+    for folder in ("train/FAKE/sdxl", "train/FAKE"):
+        put_tar(tmp_path / folder / "0.tar", ("1.cls", b"real"), ("1.jpg", b"1"), ("2.jpg", b"2"))
+    rows, _ = list_rows(open_uri(str(tmp_path)))
+    assert {key: (row["label"], row["split"], row["source"]) for key, row in rows.items()} == {
+        "train/FAKE/sdxl/0.tar/1.jpg": (REAL, "train", "sdxl"),
+        "train/FAKE/sdxl/0.tar/2.jpg": (FAKE, "train", "sdxl"),
+        "train/FAKE/0.tar/1.jpg": (REAL, "train", None),
+        "train/FAKE/0.tar/2.jpg": (FAKE, "train", None),
+    }
 
 
 @pytest.mark.parametrize(
