@@ -250,8 +250,8 @@ class TarKind(SourceKind):
 
     cannot: ClassVar[dict[str, str]] = {
         "changes": "a tar that changed is changed as a whole: tests of its own",
+        "clutter": "what is no image in a tar has rules and tests of its own",
     }
-    unstorable = ("notes.txt",)  # a sidecar
 
     def key_of(self, name: str) -> str:
         return f"shards.tar/{name}"

@@ -23,6 +23,7 @@ from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL
 from cifake_ray.errors import ImageError, NothingToDo, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3.location import open_path
+from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.open_source import detect_kind, open_source
 from cifake_ray.storage.sources.source import Source
@@ -427,7 +428,7 @@ def test_a_folder_of_tars_is_recognised(
     for name in names:
         store.write(name, b"data")
     config = ConvertConfig(src=store.uri, out="/nowhere/out")
-    assert detect_kind(open_path(config.src, config.store), store.uri) == kind
+    assert detect_kind(open_path(config.src, config.store), store.uri, ColumnChoice()) == kind
 
 
 def make_store(where: str, work: Path, request: pytest.FixtureRequest) -> Store:
