@@ -148,7 +148,7 @@ def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
         # The one broad except of the project: decoders of untrusted bytes raise anything
         # (SyntaxError, struct.error, KeyError, ...), and no image may end a run.
         is_truncated = is_cut_short(data) or "truncat" in str(error).lower()
-        detail = f"{type(error).__name__}: {error}"[:200]
+        detail = f"{type(error).__name__}: {error}"[:200].strip()
         raise ImageError("truncated" if is_truncated else "decode_failed", detail) from error
 
 

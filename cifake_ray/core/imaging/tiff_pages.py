@@ -19,6 +19,7 @@ STRIPS, TILES = (273, 279), (324, 325)  # the tags of their offsets and of their
 PHOTOMETRIC = 262
 _SUBFILE_TYPE, _MAKE, _SUB_PAGES, _DNG_VERSION = 254, 271, 330, 50706
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
+_OLD_SUBFILE_TYPE, _OLD_REDUCED = 255, 2
 _COLOR_FILTERS = (32803, 34892)  # the photometric interpretations CFA and LinearRaw
 _RAW_NAMES = {"NIKON": "NEF", "SONY": "ARW", "CANON": "CR2", "PENTAX": "PEF", "SAMSUNG": "SRW"}
 # Type of a tag -> struct's; text is read as bytes, and no tag that is read here holds fractions.
@@ -71,7 +72,8 @@ class TiffPage:
     @property
     def is_picture(self) -> bool:
         """Whether it is neither a reduced copy of another page nor a mask."""
-        return not self.read_one(_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)
+        is_reduced = self.read_one(_OLD_SUBFILE_TYPE, 1) == _OLD_REDUCED
+        return not is_reduced and not self.read_one(_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)
 
     def list_segments(self) -> list[tuple[int, int]]:
         """Return offset and size of each strip or tile, as stored."""

@@ -50,8 +50,8 @@ class TarImage(NamedTuple):
 def read_sidecar(suffix: str, data: bytes, labels: LabelReader) -> int | None:
     """Return the label that a `.cls` file, or the field `labels.column` of a `.json` file, names.
 
-    Any `labels.column` but `label` was asked for: then nothing else is read (`cls` is that file), and 0
-    and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless they are class names.
+    Any `labels.column` but `label` was asked for: then nothing else is read (`cls` is that file),
+    and 0 and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless class names.
     """
     is_cls, is_asked = suffix == ".cls", labels.column != "label"
     if is_asked and is_cls != (labels.column == "cls"):

@@ -303,6 +303,7 @@ SMALL = np.zeros((45, 16, 3), np.uint8)
 
 def test_the_whole_picture_is_taken_and_not_a_reduced_copy_before_it() -> None:
     reduced = make_page(SMALL, tags={254: ("I", [1])})
+    old = make_page(SMALL, tags={255: ("H", [2])})
     mask = make_page(SMALL, tags={254: ("I", [4])})
     whole, deep, packed = make_page(RGB), make_page(RGB16), make_page(RGB, compression=8)
     for order, big in product("<>", (False, True)):
@@ -312,7 +313,7 @@ def test_the_whole_picture_is_taken_and_not_a_reduced_copy_before_it() -> None:
             (write_tiff(mask, whole, reduced, order=order, big=big), 3),
             (write_tiff(reduced, reduced, whole, order=order, big=big, sub_pages=True), 1),
             (write_tiff(whole, reduced, order=order, big=big), 2),
-            (write_tiff(reduced, deep, big=big), 2),
+            (write_tiff(old, deep, big=big), 2),
         ):
             np.testing.assert_array_equal(decode_image(data), RGB)
             header = inspect_image(data)
