@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,8 @@ _log_format: LogFormat = "text"
 
 PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
 TERMINAL_INTERVAL_S = 0.2
+SAME_SIGNAL_S = 1.0  # a signal to a group of processes comes twice, the second time from a parent
+INTERRUPTED = "interrupted; run the same command again to resume"
 
 
 class Terminated(KeyboardInterrupt):
@@ -54,8 +57,15 @@ def run_command(
     its result itself returns None.
     """
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    signalled_s = math.inf
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal signalled_s
+        if signalled_s == math.inf:
+            signalled_s = time.monotonic()
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if time.monotonic() - signalled_s > SAME_SIGNAL_S:  # a second one ends the clean-up too
+            os._exit(128 + number)
 
     def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
         if debug:
@@ -69,7 +79,9 @@ def run_command(
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, on_signal)
     sys.excepthook = on_unexpected
     error = ""
     result: Any = None
@@ -80,10 +92,12 @@ def run_command(
         if debug:
             _show_traceback(failure)
     except KeyboardInterrupt as failure:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
-        error = str(failure) or "interrupted; run the same command again to resume"
+        error = str(failure) or INTERRUPTED
+    except SystemExit:  # while Ray starts, SIGTERM is its own
+        signalled_s = time.monotonic()
+        code, error = ExitCode.TERMINATED, INTERRUPTED
     if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
+    BatchConfig,
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
@@ -41,8 +42,8 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.driver import place_training
     from cifake_ray.stages.train.prepare import build_checked
+    from cifake_ray.stages.train.ray_train import place_training
     from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
@@ -102,12 +103,25 @@ def _write_sample(config: SampleConfig, started_s: float) -> tuple[Any, int]:
     return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
 
 
+def judge_errors(result: Any, config: BatchConfig) -> ExitCode:
+    """Return the exit code of a batch; say why if it is that of too many errors."""
+    code: ExitCode = result.exit_code(config.max_error_rate)
+    if code != ExitCode.OK:
+        errors = ", ".join(f"{count:,} {error}" for error, count in result.errors.items())
+        log(
+            f"{result.command}: {result.failed:,} of {result.listed:,} images failed ({errors}),"
+            f" which is more than --max-error-rate {config.max_error_rate:g}: exit code {code:d};"
+            f" the rows of all images are in {result.out}"
+        )
+    return code
+
+
 def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.convert import convert_images
 
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     result = convert_images(config, src, out, ProgressLine("convert"), started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
@@ -129,7 +143,7 @@ def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
     shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("evaluate")
     result = evaluate_detector(config, shards, out, bundle, line, started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
@@ -139,7 +153,7 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
     result = score_images(config, src, out, bundle, line, started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:

@@ -7,6 +7,7 @@ import json
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+FOOTER_KEY = b"cifake_ray"  # in the footer of every result file, and of no other
 
 REAL, FAKE = 0, 1  # FAKE is the positive class everywhere
 LABEL_NAMES = ("REAL", "FAKE")

@@ -25,7 +25,7 @@ from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError, NothingToDo, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.report.text import KEY_METRICS
+from cifake_ray.report.text import KEY_METRICS, format_threshold
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
@@ -36,7 +36,7 @@ from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
-from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
+from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
 from cifake_ray.version import __version__
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
@@ -72,7 +72,13 @@ def evaluate_detector(
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
         raise UsageError(f"--split {config.split}: {shards} has no such split, it has {names}")
-    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
+    source = ParquetSource(
+        shards,
+        choose_columns(shards),
+        split=split,
+        labelled=True,
+        min_shard_rows=config.shard_size,
+    )
     if next(iter(source.list_images().batches), None) is None:
         raise NothingToDo(
             f"{shards}: no labelled image{f' in the split {split}' if split else ''}; give the"
@@ -140,7 +146,9 @@ def write_report(
         "Bundle": bundle.fingerprint,
         "Split": split or "all rows",
         "Temperature": f"{bundle.calibration.temperature:.4f}",
-        "Threshold": f"{bundle.calibration.threshold:.6f}",
+        "Threshold": format_threshold(bundle.calibration.threshold),
+        "Threshold for 1% FPR": format_threshold(bundle.calibration.threshold_fpr_1),
+        "Threshold for 0.1% FPR": format_threshold(bundle.calibration.threshold_fpr_01),
     }
     page = render_report(
         title=f"{bundle.architecture} on {source.root.name}"

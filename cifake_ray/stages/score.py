@@ -32,11 +32,12 @@ class MakeScoreProcessor:
 
     bundle: BundleInfo
     threshold: float
-    batch_size: int
+    batch_size: int | None
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
         from cifake_ray.core.processing.score import ScoreProcessor
+        from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
         keep_freed_memory()
         # Load exactly the bytes that the driver read: the bundle may have been replaced since.
@@ -45,13 +46,14 @@ class MakeScoreProcessor:
             expect_sha256=self.bundle.fingerprint,
             allow_pickle=self.bundle.is_pickle,
         )
+        device, size = find_device(placement), bundle.preprocessing.image_size
         return ScoreProcessor(
             detector,
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
-            batch_size=self.batch_size,
-            device=find_device(placement),
+            batch_size=self.batch_size or choose_eval_batch_size(detector.network, size, device),
+            device=device,
             footer={
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),

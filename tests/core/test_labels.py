@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cifake_ray.core.labels import make_class_names, parse_label, parse_split, read_path
+from cifake_ray.core.labels import LabelReader, make_class_names, parse_split, read_path
 from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.errors import UsageError
 
 NAMES = make_class_names()
 
@@ -56,19 +57,23 @@ def test_a_name_cannot_mean_both(real: list[str], fake: list[str]) -> None:
 @pytest.mark.parametrize(
     ("values", "label"),
     [
-        (["REAL", "real", " Real ", 0, "0", 0.0, "0.0", False, "false"], REAL),
+        (["REAL", "real", " Real ", b"real", 0, "0", 0.0, "0.0", False, "false"], REAL),
         (["FAKE", "fake", "Fake\n", 1, "1", 1.0, "1.0", True, "True"], FAKE),
-        ([None, "", "  ", float("nan"), "NaN"], None),
+        ([None, "", "  ", float("nan"), "NaN", -1, -1.0, "-1"], None),
     ],
 )
 def test_labels_are_read_in_any_case_and_type(values: list[object], label: int | None) -> None:
-    assert [parse_label(value) for value in values] == [label] * len(values)
+    reader = LabelReader("label")
+    assert [reader.read(value) for value in values] == [label] * len(values)
+    reader.check("here", "remedy")
 
 
-@pytest.mark.parametrize("value", [2, -1, 0.5, "maybe", "01", "fake!", "yes", b"REAL"])
-def test_anything_else_is_no_label(value: object) -> None:
-    with pytest.raises(ValueError, match="none of REAL, FAKE, 0, 1"):
-        parse_label(value)
+@pytest.mark.parametrize("value", [2, -2, 0.5, "maybe", "01", "fake!", "yes", b"cat", "1" * 5000])
+def test_anything_else_is_unknown_and_counted(value: object) -> None:
+    reader = LabelReader("label")
+    assert reader.read(value) is None
+    with pytest.raises(UsageError, match=r"here: no label is understood: .*1 unknown.*; remedy"):
+        reader.check("here", "remedy")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def compute_metrics(
     Raises ValueError for an empty or non-finite input and for labels other than 0 and 1.
     """
     check_scores(logit, label)
+    logit = logit.astype(np.float64)  # differences of float32 logits may overflow
     rng = np.random.default_rng(seed)
     p_fake = compute_p_fake(logit, temperature)
     draws = _draw_replicates(logit, label, temperature, num_bootstrap, rng)

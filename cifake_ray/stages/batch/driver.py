@@ -102,6 +102,7 @@ class BatchPlan:
             config={**settings, **kept},
             list_source=self.source.list_images,
             shard_rows=self.config.shard_size,
+            log=self.log,
         )
 
 
@@ -119,6 +120,8 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     listed = by_split.total()
     if not listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
+    for note in listing.notes:
+        plan.log(f"{plan.command}: {note}")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
         command=plan.command,

@@ -48,7 +48,8 @@ from cifake_ray.stages.tune.schedulers import (
 )
 from cifake_ray.stages.tune.trial_callback import TrialCallback
 from cifake_ray.stages.tune.trial_worker import FAILED, finish_trial, run_trial
-from cifake_ray.storage.datasets.training_set import locate_cache, read_training_rows
+from cifake_ray.storage.datasets.pixel_cache import locate_cache
+from cifake_ray.storage.datasets.training_set import read_training_rows
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
@@ -118,11 +119,12 @@ def tune_detector(
                 "epochs": plan.options["epochs"],
                 "searched": {name: list(domain.values) for name, domain in space.items()},
             }
-        search.open(settings, asdict(config))
-        trials = _prepare_trials(plan, space, log)
-        watch = TrialCallback(plan, log)
-        _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
-        return _finish(plan, watch, use_gpu, started_s)
+        with search.lock():
+            search.open(settings, asdict(config))
+            trials = _prepare_trials(plan, space, log)
+            watch = TrialCallback(plan, log)
+            _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
+            return _finish(plan, watch, use_gpu, started_s)
 
 
 @contextmanager

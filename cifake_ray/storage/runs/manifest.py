@@ -58,7 +58,8 @@ class Manifest:
 def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     """Return the images per shard: N/1000 between bounds, and at most 256 MiB."""
     rows = min(max(num_rows // 1000, MIN_SHARD_ROWS), MAX_SHARD_ROWS)
-    mean_bytes = max(size_bytes // max(num_rows, 1), 1)
+    # Lists need not say sizes; then more rows could be more than memory holds.
+    mean_bytes = size_bytes // max(num_rows, 1) or MAX_SHARD_BYTES // MIN_SHARD_ROWS
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 
@@ -94,7 +95,7 @@ class _HashSorter:
         self.num_rows += batch.num_rows
         self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
 
-    def drain(self) -> Iterator[pa.Table]:
+    def drain(self, key_column: str | None) -> Iterator[pa.Table]:
         """Yield tables in the order of the hash. UsageError when a key is listed twice."""
         for index in sorted(self.streams):
             file, writer = self.streams[index]
@@ -105,7 +106,7 @@ class _HashSorter:
             keys = pa.table({"hash": table.column(0), "key": table.column("key")})
             order = [("hash", "ascending"), ("key", "ascending")]
             table = table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
-            _check_unique(table)
+            _check_unique(table, key_column)
             yield table
 
     def close(self) -> None:
@@ -114,15 +115,17 @@ class _HashSorter:
             file.close()
 
 
-def _check_unique(table: pa.Table) -> None:
+def _check_unique(table: pa.Table, key_column: str | None) -> None:
     """Raise UsageError when neighbours in a sorted table have the same key."""
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
     if len(twice):
         examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
         raise UsageError(
-            f"{len(twice)} or more keys are listed twice, such as {examples}; every key must be"
-            " unique"
+            f"{len(twice)} or more keys"
+            + (f" of the column {key_column!r}" if key_column else "")
+            + f" are listed twice, such as {examples}; every key must be unique"
+            + ("; --drop-columns key numbers the rows instead" if key_column == "key" else "")
         )
 
 
@@ -154,13 +157,13 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
             for batch in listing.batches:
                 sorter.add(batch.select(["key", "size_bytes"]))
                 yield pa.Table.from_batches([batch])
-            for _ in sorter.drain():  # raises for a key that is listed twice
+            for _ in sorter.drain(listing.key_column):  # raises for a key that is listed twice
                 pass
             return
         for batch in listing.batches:
             sorter.add(batch)
         rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
-        for shard in _deal_rows(sorter.drain(), rows):
+        for shard in _deal_rows(sorter.drain(listing.key_column), rows):
             yield shard.sort_by("key")
 
 

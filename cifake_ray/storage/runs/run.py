@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
@@ -167,14 +168,38 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise RunMismatch with the difference when the folder belongs to other settings."""
+    """Raise RunMismatch with the difference when the folder belongs to other settings.
+
+    An option that one side does not have, since its version has no such option, has its default.
+    """
+    if old.get("command") != new["command"]:  # nothing else is comparable
+        old, new = ({"command": settings.get("command")} for settings in (old, new))
+    else:
+        old, new = (_add_defaults(new["command"], *pair) for pair in ((old, new), (new, old)))
     if old != new:
-        if old.get("command") != new["command"]:  # nothing else is comparable
-            old, new = ({"command": settings.get("command")} for settings in (old, new))
+        remedy = "choose a new output folder, or give the same settings"
+        if new["command"] == "train" and {**old, "epochs": new["epochs"]} == new:
+            remedy = (
+                "its learning rates follow from its epochs; to train on from its result, choose a"
+                f" new folder and give --weights {out / 'bundle'}"
+            )
         raise RunMismatch(
-            f"{out} belongs to another run ({describe_difference(old, new)}); choose a new output"
-            " folder, or give the same settings"
+            f"{out} belongs to another run ({describe_difference(old, new)}); {remedy}"
         )
+
+
+def _add_defaults(command: str, settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the default of each option that only the other ones have."""
+    defaults = {field.name: field.default for field in fields(VERBS[command])}
+    absent = {
+        name: list(default) if isinstance(default, tuple) else default
+        for name, default in defaults.items()
+        if name in other and default is not MISSING
+    }
+    settings = {**absent, **settings}
+    if isinstance(settings.get("recipe"), dict):  # the options of the trainings of a search
+        settings["recipe"] = _add_defaults("train", settings["recipe"], other.get("recipe", {}))
+    return settings
 
 
 def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -268,8 +293,8 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     schema = pa.schema(FILES_FIELDS, metadata={b"schema_version": str(SCHEMA_VERSION).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=schema), sink)
+    remove_leftovers(run.out)
     for folder in (run.out, run.results_folder, run.manifest_folder):
-        remove_leftovers(folder)
         for path in list_folder(folder):
             if ASIDE_NAME.fullmatch(path.name):
                 discard(path)

@@ -49,6 +49,7 @@ class RunPlan:
     config: dict[str, Any]
     list_source: Callable[[], Listing]
     shard_rows: int | None
+    log: Callable[[str], None] = lambda message: None
 
     def find(self) -> Run | None:
         """Return the run of `out`, if any. RunMismatch when it has other settings.
@@ -123,6 +124,8 @@ class RunPlan:
         listing = self.list_source()
         folder = self.out / f"{PRIVATE_PREFIX}manifest"
         manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
+        for note in listing.notes:
+            self.log(f"{self.command}: {note}")
         plan = {
             "manifest": {
                 "num_rows": manifest.num_rows,

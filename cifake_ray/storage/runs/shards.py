@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
-FOOTER_KEY = b"cifake_ray"
+MAX_GROUP_BYTES = 512 * 2**20  # of images in a row group
 DICTIONARY_COLUMNS = ("label", "split", "source", "format", "mode", "error")
 
 
@@ -47,13 +50,15 @@ def commit_shard(
     }
     dictionary = [name for name in DICTIONARY_COLUMNS if name in schema.names]
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.cast(schema),
+    with pq.ParquetWriter(
         sink,
+        schema,
         compression=compression,
         use_dictionary=dictionary,
         write_page_checksum=True,
-    )
+    ) as writer:
+        for group in _split_groups(table.cast(schema)):
+            writer.write_table(group, row_group_size=max(group.num_rows, 1))
     data = sink.getvalue().to_pybytes()
     write_bytes(run.shard_path(shard), data)
     return _describe_shard(shard, footer, data)
@@ -79,6 +84,26 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     ]
 
 
+def _split_groups(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the row groups of a shard: one, or as many as keep the images of each in bounds.
+
+    Arrow cannot read more than 2 GiB of images from one.
+    """
+    if "image" not in table.schema.names:
+        yield table
+        return
+    sizes = pc.binary_length(pc.struct_field(table.column("image"), "bytes"))
+    ends = np.cumsum(sizes.fill_null(0).to_numpy(), dtype=np.int64)
+    starts = [0, *(np.flatnonzero(np.diff(ends // MAX_GROUP_BYTES)) + 1).tolist(), table.num_rows]
+    for start, end in pairwise(starts):
+        yield table.slice(start, end - start)
+
+
+def _read_groups(shard: pq.ParquetFile) -> Iterator[pa.Table]:
+    """Yield the row groups one by one: all at once may be more than Arrow can read."""
+    yield from map(shard.read_row_group, range(shard.num_row_groups))
+
+
 def _open_shard(data: bytes) -> pq.ParquetFile:
     """Open the bytes of a shard. It is always read whole: one GET, and its bytes are hashed."""
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -87,7 +112,7 @@ def _open_shard(data: bytes) -> pq.ParquetFile:
 def read_shard(path: AnyPath) -> pa.Table:
     """Read one result shard and verify its checksums. StorageError when it is damaged."""
     try:
-        return _open_shard(read_bytes(path)).read()
+        return pa.concat_tables(_read_groups(_open_shard(read_bytes(path))))
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
 
@@ -104,7 +129,7 @@ def inspect_shard(run: Run, shard: int) -> ShardStats | None:
         footer = _read_footer(part)
         if footer.get("run") != run.identity:
             return None
-        num_rows = sum(batch.num_rows for batch in part.iter_batches())
+        num_rows = sum(group.num_rows for group in _read_groups(part))
         return _describe_shard(shard, footer, data) if num_rows == footer["rows"] else None
     except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None

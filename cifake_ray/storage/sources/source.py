@@ -33,6 +33,8 @@ class Listing:
     batches: Iterator[pa.RecordBatch]
     left_out: Counter[str] = field(default_factory=Counter)
     keeps_order: bool = False
+    notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
+    key_column: str | None = None  # where the keys are from, if from a column
 
 
 class Source(Protocol):

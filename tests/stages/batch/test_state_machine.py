@@ -252,7 +252,7 @@ class Plan:
     versions: dict[str, int]
 
 
-EVENTS = ("kill_command", "kill_process", "fill_disk")
+EVENTS = ("kill_command", "kill_process", "fill_disk", "break_disk", "lose_names", "lose_bytes")
 # The n-th change of a folder, or of the files that lie directly in the output.
 PLACES = st.one_of(
     st.tuples(st.just(""), st.integers(1, 12)),
@@ -438,15 +438,15 @@ class BatchRunMachine(RuleBasedStateMachine):
             summary = self.start(config)
         except Killed:
             assert trigger is not None
-        except StorageError:  # of a full disk, and of nothing else
-            if trigger is None or not trigger.only_writes or self.computer.trigger is not None:
+        except StorageError:  # of a full or broken disk, and of nothing else
+            if trigger is None or not trigger.may_fail or self.computer.trigger is not None:
                 raise
         is_disturbed = trigger is not None and self.computer.trigger is None
         self.computer.trigger = None
         after = self.read_files()
         if self.freeze(after):
             stale = set(self.shards)
-        both = retries or bool(is_disturbed and second and second.retry_errors)
+        both = retries or bool(is_disturbed and getattr(second, "retry_errors", False))
         for shard in self.shards:
             self.check_shard(
                 shard,
@@ -462,7 +462,9 @@ class BatchRunMachine(RuleBasedStateMachine):
         else:
             last = read_summary(after) if second else summary  # the other command may end later
             assert (last.done, last.errors) == (summary.done, summary.errors)
-            self.check_finished(last, after)
+            self.check_finished(
+                last, after, may_leave_files=bool(is_disturbed and trigger and trigger.may_fail)
+            )
             if not is_disturbed:
                 self.check_work(summary, stale, retries, before)
         return is_disturbed
@@ -594,8 +596,11 @@ class BatchRunMachine(RuleBasedStateMachine):
 
     def is_whole(self, files: dict[str, bytes]) -> bool:
         """Whether all is as it was committed."""
-        is_listed = files.get("_files.parquet") == self.files_data
-        return bool(self.find_success(files)) and is_listed and self.find_damage(files) == []
+        return (
+            bool(self.find_success(files))
+            and files.get("_files.parquet") == self.files_data
+            and self.find_damage(files) == []
+        )
 
     # --- rules: commands -------------------------------------------------------------------------
 
@@ -623,10 +628,12 @@ class BatchRunMachine(RuleBasedStateMachine):
 
         return self.do(config, Trigger(*place, run_second), second)
 
-    def make_trigger(self, event: str | None, place: tuple[str, int]) -> Trigger | None:
-        return (
-            Trigger(*place, getattr(self.computer, event), event == "fill_disk") if event else None
-        )
+    def make_trigger(self, event: str | None, place: tuple[str | None, int]) -> Trigger | None:
+        if event is None:
+            return None
+        is_full = event == "fill_disk"
+        may_fail = is_full or event == "break_disk"
+        return Trigger(*place, getattr(self.computer, event), is_full, may_fail)
 
     @precondition(lambda self: self.summary)
     @rule(retry=st.booleans())
@@ -744,26 +751,34 @@ class BatchRunMachine(RuleBasedStateMachine):
             self.world.errors[make_key(number)] = kind
 
 
-@pytest.mark.parametrize("folder", ["", "results", "attempts", "manifest"])
-@pytest.mark.parametrize("event", ["kill_command", "kill_process", "run_second"])
-def test_anything_may_happen_at_any_change(event: str, folder: str) -> None:
-    """Every change of a run of one shard, one after another; then the same command again."""
+@pytest.mark.parametrize("command", ["run", "retry", "repair"])
+@pytest.mark.parametrize("event", [*EVENTS, "run_second"])
+def test_anything_may_happen_at_any_change(event: str, command: str) -> None:
+    """At the first change, at the second and so on; then the same command ends the work."""
     for count in itertools.count(1):
         machine = BatchRunMachine()
         try:
             machine.set_up("convert", False, [GOOD, CRASH])
             machine.patch.setattr(shard_worker, "MAX_HEARTBEAT_S", 10.0)  # one heartbeat is enough
-            config = machine.make_config()
+            config = machine.make_config(retry_errors=command == "retry")
+            if command == "retry":
+                machine.world.errors[make_key(0)] = RETRYABLE_ERRORS[0]
+            if command != "run":
+                machine.do(config)
+                machine.world.errors.clear()
+            if command == "repair":
+                machine.write_file(machine.shard_name(0), b"PAR1")
+                config = RepairConfig(out=str(machine.out))
             if event == "run_second":
-                is_disturbed = machine.do_both(config, config, (folder, count))
+                is_disturbed = machine.do_both(config, config, (None, count))
             else:
-                is_disturbed = machine.do(config, machine.make_trigger(event, (folder, count)))
+                is_disturbed = machine.do(config, machine.make_trigger(event, (None, count)))
             machine.do(config)
             machine.verify()
         finally:
             machine.teardown()
         if not is_disturbed:
-            assert count > 4
+            assert count > 10
             return
 
 

@@ -26,7 +26,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.storage.s3.client import S3Client
 from cifake_ray.storage.s3.location import open_path
-from cifake_ray.storage.sources import parquet
+from cifake_ray.storage.sources import image_table
 from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Source
@@ -220,7 +220,7 @@ class ParquetKind(SourceKind):
 
     def __init__(self, store: Store, work: Path) -> None:
         super().__init__(store, work)
-        self.byte_reader = (parquet, "read_columns")
+        self.byte_reader = (image_table, "read_pieces")
 
     def write_index(self) -> str:
         folder = self.work / "hub"

@@ -1,7 +1,9 @@
 """A simulated computer: a process can be killed at any change that it makes to its output.
 
 Nothing that a killed process would still do reaches the disk or the bucket: every later change
-raises `Killed` again, so that no `finally` cleans up.
+raises `Killed` again, so that no `finally` cleans up. A loss of power also undoes what POSIX does
+not promise to keep: a name until its folder is synchronised, bytes until their file is. (New
+folders are kept, as journals do.)
 """
 
 from __future__ import annotations
@@ -45,16 +47,18 @@ class Process:
 class Trigger:
     """An event at the `count`-th change below a folder of the output."""
 
-    folder: str  # attempts, manifest, results, or "" for the files of the output itself
+    # attempts, manifest, results, "" for the files of the output itself, None for all of it
+    folder: str | None
     count: int
     event: Callable[[], None]
     only_writes: bool = False
+    may_fail: bool = False  # the command may end with an error of the disk
 
     def count_change(self, path: str, is_write: bool) -> bool:
         """Whether the event is due now."""
         below = path.partition("/out/")[2].split("/")
-        folder = FOLDERS.get(below[0], "")
-        self.count -= folder == self.folder and (is_write or not self.only_writes)
+        is_here = self.folder in (None, FOLDERS.get(below[0], ""))
+        self.count -= is_here and (is_write or not self.only_writes)
         return self.count == 0
 
 
@@ -66,6 +70,8 @@ class Computer:
         self.trigger: Trigger | None = None
         self.alive_pids: set[int] = set()
         self.pids = itertools.count(FIRST_PID)
+        self.unsynced_names: list[tuple[Path, bytes | None]] = []  # each with what it was before
+        self.unsynced_inodes: set[int] = set()
 
     @contextmanager
     def start_process(self, parent: Process | None = None) -> Iterator[Process]:
@@ -94,6 +100,45 @@ class Computer:
     def fill_disk(self) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def break_disk(self) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def lose_names(self) -> None:
+        """Lose power: names that were not synchronised are as before."""
+        process, self.process = self.process, None
+        for path, data in reversed(self.unsynced_names):
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        self.process = process
+        self.lose_power()
+
+    def lose_bytes(self) -> None:
+        """Lose power: files that were not synchronised have their names, but are empty."""
+        for path in {path for path, _ in self.unsynced_names if os.path.exists(path)}:
+            if os.stat(path).st_ino in self.unsynced_inodes:
+                os.truncate(path, 0)
+        self.lose_power()
+
+    def lose_power(self) -> None:
+        self.unsynced_names.clear()
+        self.unsynced_inodes.clear()
+        self.kill_command()
+
+    def change_name(self, path: Path) -> None:
+        """Called before a file gets or loses a name."""
+        before = Path(path).read_bytes() if os.path.exists(path) else None
+        self.unsynced_names.append((Path(path), before))
+
+    def sync(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            self.unsynced_names = [x for x in self.unsynced_names if x[0].parent.resolve() != path]
+        else:
+            self.unsynced_inodes.discard(os.fstat(descriptor).st_ino)
+
     def change(self, path: object, *, is_write: bool = False) -> None:
         """Called before each change of a file or folder."""
         if self.process is None:
@@ -108,7 +153,15 @@ class Computer:
         """Put the computer below `cifake_ray.storage.io.files`, and an empty memory://."""
         patch.setattr(files, "os", SimulatedOs(self))
         patch.setattr(files, "open", self._open, raising=False)
-        for name in ("unlink", "mkdir", "rmdir"):
+        unlink = Path.unlink
+
+        def note_and_unlink(path: Path, missing_ok: bool = False) -> None:
+            if self.process is not None and not path.name.startswith(files.TEMPORARY_PREFIX):
+                self.change_name(path)
+            unlink(path, missing_ok)
+
+        patch.setattr(Path, "unlink", self._watch(note_and_unlink, is_write=False))
+        for name in ("mkdir", "rmdir"):
             patch.setattr(Path, name, self._watch(getattr(Path, name), is_write=name == "mkdir"))
         patch.setattr(MemoryFileSystem, "store", {})
         patch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
@@ -147,18 +200,22 @@ class SimulatedOs:
             raise ProcessLookupError
 
     def fsync(self, descriptor: int) -> None:
-        pass
+        self.computer.sync(descriptor)
 
     def replace(self, old: Path, new: Path) -> None:
         self.computer.change(new)
+        self.computer.change_name(new)
         os.replace(old, new)
 
     def rename(self, old: Path, new: Path) -> None:
         self.computer.change(new)
+        self.computer.change_name(new)
+        self.computer.change_name(old)
         os.rename(old, new)
 
     def link(self, old: Path, new: Path) -> None:
         self.computer.change(new, is_write=True)
+        self.computer.change_name(new)
         os.link(old, new)
 
 
@@ -169,6 +226,7 @@ class HalfFile:
         computer.change(path, is_write=True)
         self.computer, self.path = computer, path
         self.file: IO[bytes] = open(path, mode)  # noqa: SIM115 - closed by __exit__
+        computer.unsynced_inodes.add(os.fstat(self.file.fileno()).st_ino)
 
     def __enter__(self) -> HalfFile:
         return self
