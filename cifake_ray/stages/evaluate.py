@@ -72,7 +72,13 @@ def evaluate_detector(
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
         raise UsageError(f"--split {config.split}: {shards} has no such split, it has {names}")
-    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
+    source = ParquetSource(
+        shards,
+        choose_columns(shards),
+        split=split,
+        labelled=True,
+        min_shard_rows=config.shard_size,
+    )
     if next(iter(source.list_images().batches), None) is None:
         raise NothingToDo(
             f"{shards}: no labelled image{f' in the split {split}' if split else ''}; give the"
@@ -83,13 +89,6 @@ def evaluate_detector(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = ParquetSource(
-        shards,
-        choose_columns(shards),
-        split=split,
-        labelled=True,
-        min_shard_rows=config.shard_size,
-    )
     threshold = bundle.threshold(None)
     plan = BatchPlan(
         command="evaluate",

@@ -233,11 +233,15 @@ def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
     """
     assert plan.threshold is not None
     totals = Totals(listed=run.manifest.num_rows)
-    with ThreadPoolExecutor(DECIDING_THREADS) as pool:
-        decide = partial(decide_shard, run, threshold=plan.threshold)
+    decide = partial(decide_shard, run, threshold=plan.threshold)
+    pool = ThreadPoolExecutor(DECIDING_THREADS)
+    try:
         for stats in pool.map(decide, range(run.manifest.num_shards)):
             if stats is not None:
                 totals.add(ShardReport(stats=stats, worked=0, retried=False))
+            plan.on_progress(totals.progress())
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits only for what has begun
     is_whole = len(totals.shards) == run.manifest.num_shards
     has_work = plan.config.retry_errors and count_retryable(totals.errors)
     return finish_batch(plan, run, totals) if is_whole and not has_work else None

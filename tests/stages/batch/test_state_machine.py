@@ -596,8 +596,11 @@ class BatchRunMachine(RuleBasedStateMachine):
 
     def is_whole(self, files: dict[str, bytes]) -> bool:
         """Whether all is as it was committed."""
-        is_listed = files.get("_files.parquet") == self.files_data
-        return bool(self.find_success(files)) and is_listed and self.find_damage(files) == []
+        return (
+            bool(self.find_success(files))
+            and files.get("_files.parquet") == self.files_data
+            and self.find_damage(files) == []
+        )
 
     # --- rules: commands -------------------------------------------------------------------------
 
