@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cifake_ray.core.models.detector import Detector
-    from cifake_ray.stages.batch.driver import BatchSummary
+    from cifake_ray.stages.batch.summary import BatchSummary
+    from cifake_ray.stages.evaluate import EvaluateSummary
     from cifake_ray.stages.train.driver import TrainSummary
     from cifake_ray.storage.bundles.bundle import BundleInfo
 
@@ -49,7 +50,13 @@ def _run(config: Any) -> Any:
     if config.dry_run:
         raise UsageError("dry_run is for the command line, which prints the plan: --dry-run")
 
-    return run_verb(config, time.time())[0]
+    try:
+        return run_verb(config, time.time())[0]
+    except KeyboardInterrupt:
+        from cifake_ray.stages.cluster import leave_cluster
+
+        leave_cluster()
+        raise
 
 
 def _take_options(
@@ -84,16 +91,17 @@ def train(config: TrainConfig) -> TrainSummary:
     from cifake_ray.stages.train.driver import TrainSummary
 
     summary = _run(config)
-    return TrainSummary(**{name: summary[name] for name in TrainSummary.__dataclass_fields__})
+    known = TrainSummary.__dataclass_fields__.keys() & summary.keys()  # a run of before has fewer
+    return TrainSummary(**{name: summary[name] for name in known})
 
 
 @_take_options(EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> BatchSummary:
+def evaluate(config: EvaluateConfig) -> EvaluateSummary:
     """Measure a detector on labelled `shards`, as `cifake-ray evaluate` does.
 
-    `out` gets metrics.json, report.html and the predictions.
+    `out` gets metrics.json, report.html and the predictions; the summary has the main `metrics`.
     """
-    result: BatchSummary = _run(config)
+    result: EvaluateSummary = _run(config)
     return result
 
 
@@ -124,18 +132,21 @@ class LoadedDetector:
         """Return the `p_fake` from which `score` calls an image FAKE, 0 to 1."""
         return self.bundle.threshold(None)
 
-    def predict(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
+    def predict(self, images: Sequence[AnyImage], batch_size: int | None = None) -> np.ndarray:
         """Return `p_fake` of each image: float32[N], 0 to 1.
 
-        An image is encoded bytes, a Pillow image or RGB pixels, uint8[H, W, 3]. ImageError, which
-        names the image's position, when one cannot be used.
+        An image is encoded bytes, a Pillow image or RGB pixels, uint8[H, W, 3]. By default as many
+        images are computed at once as `score` does. ImageError, which names the image's position,
+        when one cannot be used.
         """
         from cifake_ray.core.evaluation.calibration import compute_p_fake
 
         logit = self.predict_logit(images, batch_size)
         return compute_p_fake(logit, self.bundle.calibration.temperature)
 
-    def predict_logit(self, images: Sequence[AnyImage], batch_size: int = 256) -> np.ndarray:
+    def predict_logit(
+        self, images: Sequence[AnyImage], batch_size: int | None = None
+    ) -> np.ndarray:
         """Return the uncalibrated output of each image, float32[N]: above 0 means FAKE.
 
         Takes and raises what `predict` does.
@@ -143,7 +154,11 @@ class LoadedDetector:
         import torch
 
         from cifake_ray.core.processing.score import predict_logit
+        from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
+        if batch_size is None:
+            size = self.detector.preprocessing.image_size
+            batch_size = choose_eval_batch_size(self.detector.network, size, self.device)
         batches = [np.zeros(0, np.float32)]
         for start in range(0, len(images), batch_size):
             stop = min(start + batch_size, len(images))

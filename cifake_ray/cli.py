@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
@@ -153,8 +154,8 @@ def version(json_output: JsonOption = False, debug: DebugOption = False) -> None
     run_command(body, json_output=json_output, debug=debug)
 
 
-def main(verb: str | None = None) -> None:
-    """Run `cifake-ray`; a job file passes its verb."""
+def main(verb: str | None = None, on_end: Callable[[], object] = lambda: None) -> None:
+    """Run `cifake-ray`, or one verb; call `on_end` after its last line."""
     try:
         app([verb, *sys.argv[1:]] if verb else None, prog_name="cifake-ray")
     except SystemExit as end:
@@ -162,4 +163,5 @@ def main(verb: str | None = None) -> None:
         # still lists a source, and about 3% of them are aborted by a library's threads (code 134).
         sys.stdout.flush()
         sys.stderr.flush()
+        on_end()
         os._exit(int(end.code or 0))

@@ -6,28 +6,33 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import TextWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
 
 if TYPE_CHECKING:
-    from cifake_ray.stages.batch.driver import Progress
+    from cifake_ray.stages.batch.summary import Progress
 
 LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"
 
 PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
 TERMINAL_INTERVAL_S = 0.2
+SAME_SIGNAL_S = 1.0  # a signal to a group of processes comes twice, the second time from a parent
+INTERRUPTED = "interrupted; run the same command again to resume"
 
 
 class Terminated(KeyboardInterrupt):
@@ -48,11 +53,19 @@ def run_command(
 ) -> None:
     """Run a command's body, print its result, and exit with its code.
 
-    `show` formats the result as text; the default is `name  value` lines.
+    `show` formats the result as text; the default is `format_result`. A body that has printed
+    its result itself returns None.
     """
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+    signalled_s = math.inf
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal signalled_s
+        if signalled_s == math.inf:
+            signalled_s = time.monotonic()
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if time.monotonic() - signalled_s > SAME_SIGNAL_S:  # a second one ends the clean-up too
+            os._exit(128 + number)
 
     def on_unexpected(kind: type[BaseException], failure: BaseException, trace: Any) -> None:
         if debug:
@@ -66,7 +79,9 @@ def run_command(
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, on_signal)
     sys.excepthook = on_unexpected
     error = ""
     result: Any = None
@@ -77,17 +92,19 @@ def run_command(
         if debug:
             _show_traceback(failure)
     except KeyboardInterrupt as failure:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the clean-up too
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
-        error = str(failure) or "interrupted; run the same command again to resume"
-    if json_output:
+        error = str(failure) or INTERRUPTED
+    except SystemExit:  # while Ray starts, SIGTERM is its own
+        signalled_s = time.monotonic()
+        code, error = ExitCode.TERMINATED, INTERRUPTED
+    if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
         log(f"cifake-ray: {error}")
-    elif not json_output:
-        text = show(result) if show else format_record(_to_record(result))
+    elif not json_output and result is not None:
+        text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
 
@@ -114,6 +131,27 @@ def _to_record(result: Any) -> dict[str, Any]:
     if is_dataclass(result) and not isinstance(result, type):
         return asdict(result)
     return dict(result)
+
+
+def format_result(record: dict[str, Any]) -> str:
+    """Format a result as sentences, and what they do not say as `name  value` lines.
+
+    On a terminal lines end where a word does.
+    """
+    from cifake_ray.report.summary_text import split_summary  # scipy is behind it
+
+    sentences, rest = split_summary(record)
+    lines = [clean_text(sentence) for sentence in sentences]
+    lines += format_record(rest).splitlines() if rest else []
+    if sys.stdout.isatty():
+        fit = TextWrapper(
+            width=shutil.get_terminal_size().columns,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines = [piece for line in lines for piece in fit.wrap(line)]
+    return "\n".join(lines)
 
 
 def format_record(record: dict[str, Any]) -> str:
@@ -158,6 +196,16 @@ def get_log_format() -> LogFormat:
 def show_line(line: str, stream: TextIO | None = None) -> None:
     """Print one line of a result, by default to stdout."""
     _put(clean_text(line), stream or sys.stdout)
+
+
+def show_bytes(chunks: Iterable[bytes]) -> None:
+    """Write a result to stdout as it is; after a broken pipe (`| head`) no more is made."""
+    try:
+        for chunk in chunks:
+            sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass

@@ -3,6 +3,7 @@
 CifakeError                 exit 1
 ├── UsageError              a wrong request, exit 2; also a ValueError
 ├── StorageError            cannot read or write a path, exit 4
+│   └── CacheError          no other attempt will help: the cache of decoded images
 ├── RunMismatch             the output belongs to another run, exit 2
 ├── BundleError             a bundle that is missing, incomplete or altered, exit 4
 ├── NothingToDo             the source holds no file, exit 5
@@ -47,6 +48,10 @@ class StorageError(CifakeError):
     """A path or bucket cannot be read or written, or contains something unexpected."""
 
     exit_code = ExitCode.STORAGE
+
+
+class CacheError(StorageError):
+    """The folder for decoded images cannot be used on this machine."""
 
 
 class RunMismatch(CifakeError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
+    BatchConfig,
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
@@ -19,10 +21,14 @@ from cifake_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import ProgressLine, log, show_epoch
+from cifake_ray.config.export import STDOUT
+from cifake_ray.console import ProgressLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.io.paths import AnyPath, link_path, resolve_path
 from cifake_ray.storage.s3.location import open_path
+
+if TYPE_CHECKING:
+    from cifake_ray.storage.runs.verify import DamagedFile
 
 # Enough to fit the sample with the cnn, in about half a minute on two cores.
 DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "warmup": 0.3}
@@ -36,8 +42,8 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.driver import place_training
     from cifake_ray.stages.train.prepare import build_checked
+    from cifake_ray.stages.train.ray_train import place_training
     from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
@@ -74,7 +80,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         "accuracy": metrics["accuracy"]["value"],
         "auroc": metrics["auroc"]["value"],
         "bundle": str(root / "run" / "bundle"),
-        "report": str(root / "report" / "report.html"),
+        "report": link_path(root / "report" / "report.html"),
         "scores": str(root / "scores" / "scores"),
     }
     return result, max(codes)
@@ -97,12 +103,25 @@ def _write_sample(config: SampleConfig, started_s: float) -> tuple[Any, int]:
     return {"command": "sample", "out": str(out), "images": config.images}, ExitCode.OK
 
 
+def judge_errors(result: Any, config: BatchConfig) -> ExitCode:
+    """Return the exit code of a batch; say why if it is that of too many errors."""
+    code: ExitCode = result.exit_code(config.max_error_rate)
+    if code != ExitCode.OK:
+        errors = ", ".join(f"{count:,} {error}" for error, count in result.errors.items())
+        log(
+            f"{result.command}: {result.failed:,} of {result.listed:,} images failed ({errors}),"
+            f" which is more than --max-error-rate {config.max_error_rate:g}: exit code {code:d};"
+            f" the rows of all images are in {result.out}"
+        )
+    return code
+
+
 def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.convert import convert_images
 
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     result = convert_images(config, src, out, ProgressLine("convert"), started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
@@ -124,7 +143,7 @@ def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
     shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("evaluate")
     result = evaluate_detector(config, shards, out, bundle, line, started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
@@ -134,22 +153,37 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
     result = score_images(config, src, out, bundle, line, started_s, log)
-    return result, result.exit_code(config.max_error_rate)
+    return result, judge_errors(result, config)
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
 
-    damage = verify_files(open_path(config.out, config.store))
-    damaged = {item.name: item.reason for item in damage}
-    result = {"command": "verify", "out": config.out, "damaged": damaged}
-    return result, ExitCode.STORAGE if damage else ExitCode.OK
+    path = open_path(config.out, config.store)
+    result = _describe_damage("verify", config.out, path, verify_files(path))
+    return result, ExitCode.STORAGE if result["damaged"] else ExitCode.OK
+
+
+def _describe_damage(
+    command: str, out: str, path: AnyPath, damage: list[DamagedFile]
+) -> dict[str, Any]:
+    from cifake_ray.storage.runs.run import require_run
+
+    manifest = require_run(path).manifest
+    return {
+        "command": command,
+        "out": out,
+        "files": manifest.num_shards + len(manifest.files),
+        "rows": manifest.num_rows,
+        "damaged": {item.name: item.reason for item in damage},
+    }
 
 
 def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that differ from what was committed, and only those."""
+    from cifake_ray.stages.batch.summary import read_summary
     from cifake_ray.storage.runs.run import require_run
-    from cifake_ray.storage.runs.verify import set_damaged_aside
+    from cifake_ray.storage.runs.verify import find_damage, set_damaged_aside
 
     path = open_path(config.out, config.store)
     run = require_run(path)
@@ -163,7 +197,13 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
             f"{path}/_run.json: not the metadata of a run that can be repaired ({error}); it may"
             " have been edited"
         ) from error
-    aside = set_damaged_aside(path)
+    damage = find_damage(path)
+    with suppress(StorageError):  # of a damaged summary
+        if damage == [] and read_summary(path):
+            return _describe_damage("repair", config.out, path, []), ExitCode.OK
+    for item in damage or []:
+        log(f"repair: {item.name} is made again: {item.reason}")
+    aside = set_damaged_aside(path, damage or [])
     try:
         return run_verb(again, started_s)
     finally:
@@ -171,10 +211,15 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
-    from cifake_ray.storage.runs.export import export_scores
+    from cifake_ray.storage.runs.export import encode_scores, export_scores
 
-    scores, file = open_path(config.scores, config.store), resolve_path(config.file, config.store)
-    rows = export_scores(scores, file)
+    scores = open_path(config.scores, config.store)
+    if config.file == STDOUT:
+        counts: list[int] = []
+        show_bytes(encode_scores(scores, config, counts))
+        log(f"export: {sum(counts):,} rows")
+        return None, ExitCode.OK
+    rows = export_scores(scores, resolve_path(config.file, config.store), config)
     return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
 
 

@@ -7,6 +7,6 @@ Paths must mean the same place on every node: an `s3://` bucket, or a file syste
 options are those of `cifake-ray pipeline --help`.
 """
 
-from cifake_ray.cli import main
+from cifake_ray.__main__ import main
 
 main("pipeline")

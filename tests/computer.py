@@ -25,8 +25,8 @@ from cifake_ray.storage.io import files
 from cifake_ray.storage.runs.run import RESULTS
 
 FOLDERS = {
-    "attempts": "attempts",
-    "manifest": "manifest",
+    "_attempts": "attempts",
+    "_manifest": "manifest",
     **dict.fromkeys(RESULTS.values(), "results"),
 }
 FIRST_PID = 2**30  # above the largest number that Linux gives a process

@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cifake_ray.config import ConvertConfig
 from cifake_ray.console import (
     ProgressLine,
     Terminated,
@@ -35,7 +36,8 @@ from cifake_ray.errors import (
     StorageError,
     UsageError,
 )
-from cifake_ray.stages.batch.driver import Progress
+from cifake_ray.pipeline import judge_errors
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +119,7 @@ def test_an_interruption_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -
 def test_a_result_goes_to_stdout_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     ending = end(capsys, {"listed": 1234, "errors": {}, "rate": 0.5}, code=3)
     assert ending.code == 3
-    assert ending.out == "listed  1,234\nerrors  none\nrate    0.5\n"
+    assert ending.out == "listed  1,234\nrate    0.5\n"
     assert ending.err == ""
 
 
@@ -136,6 +138,24 @@ def test_the_traceback_is_shown_only_when_asked(capsys: pytest.CaptureFixture[st
     assert "Traceback" not in end(capsys, StorageError("x")).err
     assert "Traceback" in end(capsys, StorageError("x"), debug=True).err
     assert "Traceback" in end(capsys, UsageError("x"), debug=True).err
+
+
+@pytest.mark.parametrize(("max_error_rate", "code"), [(0.2, 0), (0.05, 3)])
+def test_the_exit_code_of_too_many_errors_comes_with_a_line(
+    capsys: pytest.CaptureFixture[str], max_error_rate: float, code: int
+) -> None:
+    counts = dict.fromkeys((f.name for f in fields(BatchSummary)), 0)
+    errors = {"not_an_image": 90, "truncated": 10}
+    summary = BatchSummary(
+        **{**counts, "command": "score", "out": "OUT", "listed": 1200, "failed": 100},  # type: ignore[arg-type]
+    )
+    config = ConvertConfig(src="s", out="o", max_error_rate=max_error_rate)
+    assert judge_errors(replace(summary, errors=errors), config) == code
+    said = capsys.readouterr().err
+    assert bool(said) == bool(code)
+    if code:
+        assert "100 of 1,200 images failed (90 not_an_image, 10 truncated)" in said
+        assert "--max-error-rate 0.05: exit code 3" in said
 
 
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\r\nb\x9bc\x7f\u202egpj\u2028\x00"
@@ -206,6 +226,14 @@ def test_a_signal_ends_the_command_cleanly_with_its_code(number: str, code: int)
     assert process.returncode == code
     assert json.loads(process.stdout)["exit_code"] == code
     assert b"Traceback" not in process.stderr
+
+
+def test_a_library_that_exits_on_a_signal_is_interrupted() -> None:
+    """Ray does while it starts."""
+    body = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)); os.kill(os.getpid(), 15)"
+    process = run_body(body, json_output=True)
+    assert process.returncode == json.loads(process.stdout)["exit_code"] == ExitCode.TERMINATED
+    assert process.stderr.count(b"\n") == 1
 
 
 def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_one_glob_where_a_list_belongs_is_not_taken_letter_by_letter(write_file:
         (TrainConfig, ("s", "r", "--fit", "stretch"), "resize"),
         (TrainConfig, ("s", "r", "--no-such"), "--no-such"),
         (TrainConfig, ("s",), "Missing argument"),
-        (ConvertConfig, ("s", "o", "--source-kind", "tar"), "folder"),
+        (ConvertConfig, ("s", "o", "--source-kind", "zip"), "folder"),
     ],
 )
 def test_a_wrong_flag_is_refused_by_name(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 
-SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
+SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,13 @@ class BatchConfig(ClusterConfig):
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
     ] = None
+    limit: Annotated[int | None, Doc("Only the first N images that are listed (default: all)")] = (
+        None
+    )
+    sample: Annotated[
+        int | None, Doc("Only N images at random, of each label its share (default: all)")
+    ] = None
+    seed: Annotated[int, Doc("Another seed, another --sample")] = 0
     max_error_rate: Annotated[
         float, RuntimeDoc("Exit 3 if more than this share of the images failed, 0 to 1")
     ] = 0.01
@@ -34,7 +41,7 @@ class BatchConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s")
+        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s", "limit", "sample")
         check(
             0 <= self.max_error_rate <= 1,
             f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",
@@ -45,8 +52,13 @@ class BatchConfig(ClusterConfig):
 class SourceConfig(BatchConfig):
     """Options for finding and labelling images."""
 
+    needs_labels: ClassVar[bool] = False  # labels of which none is understood are an error
+
     src: Annotated[
-        str, Doc("Folder, bucket prefix, list, S3 Inventory or Parquet of images", positional=True)
+        str,
+        Doc(
+            "Folder, bucket prefix, list, S3 Inventory, Parquet or tars of images", positional=True
+        ),
     ]
     out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
@@ -57,14 +69,35 @@ class SourceConfig(BatchConfig):
         tuple[str, ...], Doc("No keys that match one of these globs; repeatable")
     ] = ()
     real_name: Annotated[
-        tuple[str, ...], Doc("More folder names that mean REAL, in any case (always: real, 0_real)")
+        tuple[str, ...],
+        Doc("More folder names and labels that mean REAL, in any case (always: real, 0_real)"),
     ] = ()
     fake_name: Annotated[
-        tuple[str, ...], Doc("More folder names that mean FAKE, in any case (always: fake, 1_fake)")
+        tuple[str, ...],
+        Doc("More folder names and labels that mean FAKE, in any case (always: fake, 1_fake)"),
     ] = ()
     path_column: Annotated[str, Doc("Column of a list that holds the path")] = "path"
-    label_column: Annotated[str, Doc("Column of a list that holds REAL, FAKE, 0 or 1")] = "label"
-    source_column: Annotated[str, Doc("Column of a list that holds the source")] = "source"
+    image_column: Annotated[
+        str | None,
+        Doc("Column of Parquet files that holds images or their paths (default: found by itself)"),
+    ] = None
+    label_column: Annotated[
+        str,
+        Doc(
+            "Column of a list or of Parquet files, or field of the .json in a tar, that holds REAL,"
+            " FAKE, 0, 1 or a class name"
+        ),
+    ] = "label"
+    source_column: Annotated[
+        str, Doc("Column of a list or of Parquet files that holds the source")
+    ] = "source"
+    drop_columns: Annotated[
+        tuple[str, ...], Doc("Column of a list or of Parquet files to leave out; repeatable")
+    ] = ()
+    keep_column: Annotated[
+        tuple[str, ...],
+        Doc("Column to carry along though it holds bytes, lists or structs; repeatable"),
+    ] = ()
     follow_symlinks: Annotated[bool, Doc("Follow links to folders and out of SRC")] = False
     allow_prefix: Annotated[
         tuple[str, ...],
@@ -83,7 +116,12 @@ class BundleConfig(BatchConfig):
     allow_pickle: Annotated[
         bool, RuntimeDoc("Accept weights in .bin .pt .pth .ckpt .pkl: tensors only, no code")
     ] = False
-    batch_size: Annotated[int, RuntimeDoc("Images per forward pass")] = 256
+    batch_size: Annotated[
+        int | None,
+        RuntimeDoc(
+            "Images per forward pass (default: 256, fewer of networks that need more memory)"
+        ),
+    ] = None
     device: Annotated[Device, RuntimeDoc("auto: GPUs if there are any")] = "auto"
 
     def __post_init__(self) -> None:

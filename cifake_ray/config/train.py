@@ -34,8 +34,11 @@ class TrainConfig(ClusterConfig):
     run: Annotated[str, RuntimeDoc("Folder of this run; the same folder resumes", positional=True)]
     model: Annotated[str, Doc("cnn, fusion, small_* or any of timm: see `models`")] = "cnn"
     weights: Annotated[
-        str | None, Doc("Start from a .safetensors file, a folder in timm's layout or a bundle")
+        str | None, Doc("Start from a file of weights, a folder in timm's layout or a bundle")
     ] = None
+    allow_pickle: Annotated[
+        bool, RuntimeDoc("Take --weights from .bin .pt .pth .ckpt .pkl too: tensors only, no code")
+    ] = False
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimizer step, all workers together")] = 128
@@ -94,7 +97,7 @@ class TrainConfig(ClusterConfig):
         str | None,
         RuntimeDoc(
             "Data-parallel workers, or MIN:MAX for as many as fit; 0 trains in this"
-            " process (default: the GPUs, else 1)"
+            " process (default: the GPUs, but 8 images of a batch for each; else 1)"
         ),
     ] = None
     cpus_per_worker: Annotated[
@@ -104,7 +107,7 @@ class TrainConfig(ClusterConfig):
     device: Annotated[Device, RuntimeDoc("auto: the GPUs if there are any")] = "auto"
     precision: Annotated[
         Precision,
-        Doc("auto: bf16 where the device supports it, else float32 on CPU and fp16 on GPU"),
+        Doc("auto: bf16 where the device is fast at it, else float32 on CPU and fp16 on GPU"),
     ] = "auto"
     compile: Annotated[
         bool, Doc("torch.compile: a minute at the start, then faster on GPUs and large networks")

@@ -7,6 +7,7 @@ import json
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
+FOOTER_KEY = b"cifake_ray"  # in the footer of every result file, and of no other
 
 REAL, FAKE = 0, 1  # FAKE is the positive class everywhere
 LABEL_NAMES = ("REAL", "FAKE")
@@ -19,10 +20,10 @@ IMAGE_ERRORS = (
     "io_throttled",  # the store still asked to slow down after the last retry
     "io_network",  # the connection still failed after the last retry
     "too_large",  # more bytes than MAX_IMAGE_BYTES
-    "too_many_pixels",  # more pixels than MAX_IMAGE_PIXELS
+    "too_many_pixels",  # more than MAX_IMAGE_PIXELS, in a JPEG than MAX_JPEG_PIXELS
     "empty",  # zero bytes
     "not_an_image",  # no decoder knows the bytes
-    "format_not_allowed",  # an image, but not in a format we decode
+    "format_not_allowed",  # a picture or film in a format we do not decode; error_detail names it
     "truncated",  # the image data ends early
     "decode_failed",  # any other exception of a decoder; error_detail names it
     "bad_key",  # the name is not valid UTF-8
@@ -76,7 +77,8 @@ MANIFEST_FIELDS = [
     # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:
     # split at the first slash after the bucket and never parsed as a URI.
     pa.field("location", pa.string()),
-    pa.field("row", pa.int64()),  # row inside `location` when that is a Parquet file
+    # Inside `location`: the row of a Parquet file, the first byte of a member of a tar.
+    pa.field("row", pa.int64()),
     pa.field("size_bytes", pa.int64()),
     pa.field("mtime_ns", pa.int64()),
     pa.field("etag", pa.string()),  # of an object, as the store lists it, quotes included

@@ -145,8 +145,13 @@ def model_card(
     num_real = metrics["num_real"]
     points = [
         ("highest balanced accuracy", f"{calibration.threshold:.6f}", "default"),
-        ("1% of REAL called FAKE", f"{calibration.threshold_fpr_1:.6f}", _rest(num_real, 100)),
-        ("0.1% of REAL called FAKE", f"{calibration.threshold_fpr_01:.6f}", _rest(num_real, 1000)),
+        *(
+            (f"{share} of REAL called FAKE", format_threshold(cut), _rest(num_real, one_in))
+            for share, cut, one_in in (
+                ("1%", calibration.threshold_fpr_1, 100),
+                ("0.1%", calibration.threshold_fpr_01, 1000),
+            )
+        ),
     ]
     return CARD.format(
         name=_flatten(name),
@@ -158,8 +163,24 @@ def model_card(
         training=_format_facts(training),
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
+        divisor=repr(calibration.temperature),
+        views="torch.stack([image, image.flip(2)])"
+        if preprocessing.get("test_time_flip")
+        else "image[None]",
+        note="  # of the bundle's size: it crops others, timm resizes them"
+        if preprocessing.get("fit") == "crop"
+        else "",
+        # Names that say a width and a depth are too many to be known in advance.
+        register=f'\ncifake_ray.timm.register("{architecture}")'
+        if architecture.startswith("small_cnn_")
+        else "",
         points=format_rows(("Operating point", "p_fake at least", "based on"), points),
     )
+
+
+def format_threshold(threshold: float | None) -> str:
+    """Format a threshold of a bundle, which may have none for a false positive rate."""
+    return "cannot be reached on validation" if threshold is None else f"{threshold:.6f}"
 
 
 def _rest(num_real: int, one_in: int) -> str:
@@ -213,7 +234,20 @@ parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmo
     cifake-ray score DIR OUT --bundle BUNDLE
 
 DIR holds images, BUNDLE is this folder. OUT receives one row per image, with `p_fake` and `is_fake`
-or an error. `--target-fpr` selects another operating point.
+or an error. `--target-fpr` selects another operating point. timm opens BUNDLE too:
+
+```python
+import timm, torch
+from PIL import Image
+import cifake_ray.timm  # tells timm of cnn, small_cnn and the like{register}
+
+network = timm.create_model("local-dir:BUNDLE", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=network))
+image = transform(Image.open("IMAGE").convert("RGB")){note}
+with torch.inference_mode():
+    z_real, z_fake = network({views}).mean(0)
+p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
+```
 
 {preprocessing}
 

@@ -8,20 +8,24 @@ import os
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.job_config import JobConfig
 
 from cifake_ray.config import ClusterConfig, Device
-from cifake_ray.errors import ResourceError
+from cifake_ray.errors import ResourceError, UsageError
 
+MAX_RAY_FOLDER = 40  # bytes: of the 107 of a socket's path Ray uses 64 below it
 POLL_S = 1.0  # between two reads of the resources while an autoscaler adds nodes
 REQUEST_INTERVAL_S = 30.0
 TOKEN_REMEDY = (
@@ -69,6 +73,18 @@ class Placement:
 
 
 ONE_WORKER = Placement(1, 1, 0)
+_interrupted = threading.Event()  # and still connected
+
+
+class _WorkerPath(list[str]):
+    """What workers search for modules first: our package, unless it is installed."""
+
+    def __init__(self) -> None:
+        folder = str(Path(__file__).parents[2])
+        super().__init__([] if folder in sysconfig.get_paths().values() else [folder])
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Do nothing. Ray adds the working folder here, and a `numpy.py` among images would run."""
 
 
 @contextmanager
@@ -91,12 +107,16 @@ def connect_cluster(
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address}
+    if not address.startswith("ray://"):  # there the driver is a process of the cluster
+        options["job_config"] = JobConfig()
+        options["job_config"]._py_driver_sys_path = _WorkerPath()
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers compute in threads. With an arena per thread, glibc maps their buffers again for
         # each batch; in the main arena it keeps them: see `malloc.keep_freed_memory`.
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         options |= {"include_dashboard": False, "num_cpus": count_local_cpus()}
+        options["_temp_dir"] = choose_ray_folder()
         here = Resources((Node(count_local_cpus(), 0),))
         place_workers(here, num_workers=least.num_workers, use_gpu=False, cpus_per_worker=1)
     _check_address(address)
@@ -109,21 +129,61 @@ def connect_cluster(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); check"
             " --address and RAY_ADDRESS, or leave both out to start Ray here"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray replaces them
+                signal.signal(number, handler)
     if context.dashboard_url:
         log(f"Ray's dashboard: http://{context.dashboard_url}")
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray replaces them
-            signal.signal(number, handler)
     # Ray reports dead workers on stdout, which is for results; at the latest in its shutdown.
     with redirect_stdout(sys.stderr):
         try:
             yield _make_room(least, config.scale_timeout_s, log)
-        finally:
+        except KeyboardInterrupt:
+            # Threads still wait inside Ray, whose native code could end this process before the
+            # callers have cleaned up. A command ends now, and Ray with it.
+            _interrupted.set()
+            raise
+        except BaseException:
             ray.shutdown()
+            raise
+        ray.shutdown()
+
+
+def choose_ray_folder() -> str:
+    """Return the folder for Ray's sockets and logs, whose names the system wants short.
+
+    ResourceError when no folder with a short path can be written.
+    """
+    chosen = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "/tmp")
+    for parent in (os.path.abspath(chosen), "/tmp", "/var/tmp"):
+        folder = os.path.join(parent, "ray")
+        existing = folder if os.path.isdir(folder) else parent
+        if len(os.fsencode(folder)) <= MAX_RAY_FOLDER and os.access(existing, os.W_OK | os.X_OK):
+            return folder
+    raise ResourceError(
+        f"no folder for Ray's sockets and logs: {chosen}, /tmp and /var/tmp cannot be written or"
+        f" have long paths; set RAY_TMPDIR to a folder of at most {MAX_RAY_FOLDER - 4} bytes"
+    )
+
+
+def leave_cluster() -> None:
+    """Disconnect after an interrupt, in a process that does not end with it."""
+    if _interrupted.is_set():
+        _interrupted.clear()
+        ray.shutdown()
 
 
 def _check_address(address: str) -> None:
-    """Raise ResourceError if HOST:PORT does not answer; Ray itself would try for over a minute."""
+    """Raise ResourceError if HOST:PORT does not answer; Ray itself would try for over a minute.
+
+    UsageError for the address of a Jobs API.
+    """
+    if address.startswith(("http://", "https://")):
+        raise UsageError(
+            "--address or RAY_ADDRESS is http://..., which is for `cifake-ray submit`; give the"
+            " HOST:6379 of the cluster, or leave both out to start Ray here"
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -150,7 +210,8 @@ def _hold_stderr() -> Iterator[None]:
             output = held.read()
             if b"InvalidAuthToken" in output:
                 raise ResourceError(f"the cluster refuses the token; {TOKEN_REMEDY}") from error
-            os.write(terminal, output)
+            if not isinstance(error, KeyboardInterrupt):
+                os.write(terminal, output)
             raise
         finally:
             os.dup2(terminal, 2)
@@ -218,8 +279,41 @@ def place_workers(
 
 
 def count_local_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many CPUs this process may use: of its affinity and of its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    num_cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, int(min(num_cpus, read_cpu_quota())))
+
+
+def read_cpu_quota(root: Path = Path("/")) -> float:
+    """Return how many CPUs the control groups of this process allow, infinity without a limit."""
+    quotas = [math.inf]
+    for line in (_read_text(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):  # of version 2 or 1
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            group = top / path.lstrip("/")  # in a container it may not be there, but its top is
+            above = (folder for folder in group.parents if folder.is_relative_to(top))
+            quotas += [_read_group_quota(folder) for folder in (group, *above)]
+    return min(quotas)
+
+
+def _read_group_quota(folder: Path) -> float:
+    quota, period = (
+        _read_text(folder / "cpu.cfs_quota_us"),
+        _read_text(folder / "cpu.cfs_period_us"),
+    )
+    words = (_read_text(folder / "cpu.max") or f"{quota} {period}").split()
+    try:
+        return int(words[0]) / int(words[1]) if int(words[0]) > 0 else math.inf
+    except ValueError:  # "max", or no such file
+        return math.inf
+
+
+def _read_text(path: Path) -> str | None:
+    with suppress(OSError):
+        return path.read_text().strip()
+    return None
 
 
 def choose_gpu(device: Device, resources: Resources) -> bool:

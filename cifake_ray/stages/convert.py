@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source
@@ -32,6 +33,7 @@ def convert_images(
         out=out,
         source=open_source(config, src, out),
         paths={"src": str(src)},
+        needs_labels=True,
         make_processor=make_processor,
         on_progress=on_progress,
         started_s=started_s,

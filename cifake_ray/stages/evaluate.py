@@ -6,7 +6,9 @@ The shards are scored exactly as `score` would do it; the report is computed fro
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,29 +17,41 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cifake_ray.config import EvaluateConfig
-from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.evaluation.metrics import RANKING_METRICS, compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
+from cifake_ray.core.labels import parse_split
 from cifake_ray.core.schema import FAKE, REAL
-from cifake_ray.errors import ImageError, UsageError
+from cifake_ray.errors import ImageError, NothingToDo, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.report.text import KEY_METRICS, format_threshold
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
-from cifake_ray.storage.io.files import write_bytes, write_json
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.files import read_if_exists, write_bytes, write_json
+from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
-from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
+from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
 from cifake_ray.version import __version__
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
 MIN_SLICE_IMAGES = 30  # with fewer, the interval of a slice is too wide to be useful
 MAX_SLICES = 50
+SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in KEY_METRICS))
+
+
+@dataclass(frozen=True)
+class EvaluateSummary(BatchSummary):
+    """Summary of an evaluation, with what is on top of its report."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)  # of `compute_metrics`: SUMMARY_METRICS
+    report: str = ""  # a link
 
 
 def evaluate_detector(
@@ -54,16 +68,28 @@ def evaluate_detector(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
     splits = find_splits(shards)
-    split = config.split or ("test" if "test" in splits else None)
+    split = parse_split(config.split) or ("test" if "test" in splits else None)
     if split is not None and split not in splits:
         names = ", ".join(sorted(splits)) or "none"
-        raise UsageError(f"--split {split}: {shards} has no such split, it has {names}")
+        raise UsageError(f"--split {config.split}: {shards} has no such split, it has {names}")
+    source = ParquetSource(
+        shards,
+        choose_columns(shards),
+        split=split,
+        labelled=True,
+        min_shard_rows=config.shard_size,
+    )
+    if next(iter(source.list_images().batches), None) is None:
+        raise NothingToDo(
+            f"{shards}: no labelled image{f' in the split {split}' if split else ''}; give the"
+            " output of convert for folders named REAL and FAKE, or for a list with labels"
+        )
     if split is None:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
             " detector was trained on look better than others would"
         )
-    source = ParquetSource(shards, split=split, labelled=True, min_shard_rows=config.shard_size)
+    threshold = bundle.threshold(None)
     plan = BatchPlan(
         command="evaluate",
         config=config,
@@ -72,13 +98,27 @@ def evaluate_detector(
         paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
         inputs={"split": split, "bundle": bundle.fingerprint},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
+        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size),
+        threshold=threshold,
+        thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,
         log=log,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
-    return run_batch(plan)
+    result = run_batch(plan)
+    return summarise(out, result) if isinstance(result, BatchSummary) else result
+
+
+def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
+    """Add the main metrics, and a link to the report, of a run that has finished."""
+    found = read_if_exists(out / "metrics.json")  # a person may have removed it
+    metrics = json.loads(found) if found else {}
+    return EvaluateSummary(
+        **vars(summary),
+        metrics={name: metrics[name] for name in SUMMARY_METRICS if name in metrics},
+        report=link_path(out / "report.html"),
+    )
 
 
 def write_report(
@@ -106,7 +146,9 @@ def write_report(
         "Bundle": bundle.fingerprint,
         "Split": split or "all rows",
         "Temperature": f"{bundle.calibration.temperature:.4f}",
-        "Threshold": f"{bundle.calibration.threshold:.6f}",
+        "Threshold": format_threshold(bundle.calibration.threshold),
+        "Threshold for 1% FPR": format_threshold(bundle.calibration.threshold_fpr_1),
+        "Threshold for 0.1% FPR": format_threshold(bundle.calibration.threshold_fpr_01),
     }
     page = render_report(
         title=f"{bundle.architecture} on {source.root.name}"
@@ -142,21 +184,35 @@ def measure_slices(scored: pa.Table, bundle: BundleInfo) -> dict[str, dict[str, 
     if len(counts) < 2:
         return {}
     return {
-        row["values"]: measure(
-            scored.filter(pc.equal(scored.column("source"), row["values"])), bundle, 0
-        )
+        row["values"]: measure_slice(scored, row["values"], bundle)
         for row in counts
         if row["counts"] >= MIN_SLICE_IMAGES
     }
+
+
+def measure_slice(scored: pa.Table, source: str, bundle: BundleInfo) -> dict[str, Any]:
+    """Return the metrics of one source.
+
+    A source of one class, such as a generator, is ranked against all images of the other class.
+    """
+    rows = scored.filter(pc.equal(scored.column("source"), source))
+    metrics = measure(rows, bundle, 0)
+    labels = rows.column("label").unique()
+    if len(labels) == 1:
+        others = scored.filter(pc.not_equal(scored.column("label"), labels[0]))
+        against = measure(pa.concat_tables([rows, others]), bundle, 0)
+        metrics |= {name: against[name] for name in RANKING_METRICS}
+    return metrics
 
 
 def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mistake]:
     """Return the mistakes with the most extreme logits of each kind, with thumbnails."""
     label = scored.column("label").to_numpy()
     logit = scored.column("logit").to_numpy()
+    is_wrong = label != (scored.column("p_fake").to_numpy() >= 0.5)  # as the report counts them
     chosen: list[int] = []
     for kind, sign in ((REAL, 1), (FAKE, -1)):
-        wrong = np.flatnonzero((label == kind) & (sign * logit >= 0))
+        wrong = np.flatnonzero((label == kind) & is_wrong)
         chosen += wrong[np.argsort(-sign * logit[wrong], kind="stable")][
             : MAX_MISTAKES // 2
         ].tolist()

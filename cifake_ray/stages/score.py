@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from cifake_ray.config import ScoreConfig
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
@@ -31,11 +32,12 @@ class MakeScoreProcessor:
 
     bundle: BundleInfo
     threshold: float
-    batch_size: int
+    batch_size: int | None
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
         from cifake_ray.core.processing.score import ScoreProcessor
+        from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
         keep_freed_memory()
         # Load exactly the bytes that the driver read: the bundle may have been replaced since.
@@ -44,17 +46,19 @@ class MakeScoreProcessor:
             expect_sha256=self.bundle.fingerprint,
             allow_pickle=self.bundle.is_pickle,
         )
+        device, size = find_device(placement), bundle.preprocessing.image_size
         return ScoreProcessor(
             detector,
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
-            batch_size=self.batch_size,
-            device=find_device(placement),
+            batch_size=self.batch_size or choose_eval_batch_size(detector.network, size, device),
+            device=device,
             footer={
                 "bundle": bundle.fingerprint,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
+                "thresholds": json.dumps(bundle.list_thresholds()),
             },
         )
 
@@ -90,6 +94,7 @@ def score_images(
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
+    threshold = bundle.threshold(config.target_fpr)
     plan = BatchPlan(
         command="score",
         config=config,
@@ -99,10 +104,10 @@ def score_images(
         inputs={"bundle": bundle.fingerprint},
         device=config.device,
         make_processor=MakeScoreProcessor(
-            bundle=bundle,
-            threshold=bundle.threshold(config.target_fpr),
-            batch_size=config.batch_size,
+            bundle=bundle, threshold=threshold, batch_size=config.batch_size
         ),
+        threshold=threshold,
+        thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,
         log=log,

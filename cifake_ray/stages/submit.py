@@ -62,7 +62,8 @@ def submit_job(
     client = _connect(job.address)
     address = client.get_address()
     name = job.submission_id or f"{verb}-{secrets.token_hex(8)}"
-    words = ["python", "-m", "cifake_ray", verb, *list_options(config), *flags]
+    # -P: nothing is imported from the folder where the cluster was started.
+    words = ["python", "-P", "-m", "cifake_ray", verb, *list_options(config), *flags]
     upload = {"working_dir": job.working_dir} if job.working_dir is not None else {}
     request = {
         "entrypoint": shlex.join(words),

@@ -103,7 +103,7 @@ def main() -> None:
             total["shards resumed"] += summary["shards_resumed"]
             total += compare(whole[verb], read_rows(out))
             left = [path.name for path in out.rglob(".writing-*")] + [
-                path.name for path in out.glob("attempts/*")
+                path.name for path in out.glob("_attempts/*")
             ]
             total["files left behind"] += len(left)
             shutil.rmtree(out)

@@ -40,8 +40,10 @@ from cifake_ray.stages.convert import make_processor
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs import manifest
 from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest
-from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, manifest
+from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.parquet import ParquetSource
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource

@@ -92,7 +92,7 @@ def test_fed_by_others_the_rows_are_those_of_cpus_alone(
     assert account["done"] == account["listed"] == NUM_IMAGES
     check_rows(tmp_path / "out", clean["score"], {})
     # Nobody else has decoded an image.
-    task = {"files": "ray::prepare_rows", "shards": "ray::prepare_images"}[kind]
+    task = {"files": "ray::feed_rows", "shards": "ray::feed_images"}[kind]
     assert set(notes.read_text().split()) == {task}
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from benchmarks.interrupts import find_fault, start_group
 from faults.command import wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -64,6 +67,28 @@ def test_a_signal_during_the_work_ends_it_with_a_word(
     errors = interrupt(command, env, lambda: list(out.glob("scores/part-*")), number, code)
     assert "Traceback" not in errors, "a thread of ours was told of Ray's end"
     assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "number"),
+    [("score", signal.SIGTERM), ("train", signal.SIGINT), ("train", signal.SIGTERM)],
+)
+def test_a_signal_to_the_whole_group_at_any_moment_ends_it_with_a_word(
+    many_images: Path,
+    shards: Path,
+    own_ray: dict[str, str],
+    tmp_path: Path,
+    verb: str,
+    number: signal.Signals,
+) -> None:
+    """Ray's own processes are told too, and Ray ends a process that has lost them."""
+    options = {"score": [], "train": ["--epochs", "500", "--cache-dir", str(tmp_path)]}[verb]
+    source = {"score": many_images, "train": shards}[verb]
+    command = [verb, str(source), str(tmp_path / "out"), *options]
+    process = start_group(command, own_ray, tmp_path / "errors")
+    time.sleep(random.Random(f"{verb} {number}").uniform(2, 8))
+    os.killpg(process.pid, number)
+    assert find_fault(process, tmp_path / "errors", number) is None
 
 
 def test_training_ends_even_when_nobody_is_left_to_read(

@@ -146,7 +146,7 @@ def check_rows(out: Path, clean: Path, poisons: dict[str, str]) -> None:
             for name in ("logit", "p_fake"):
                 assert row.pop(name) == pytest.approx(expected[key].pop(name), abs=1e-5)
             assert row == expected[key]
-    assert not (out / "attempts").exists()
+    assert not (out / "_attempts").exists()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_run_with_poison_can_be_killed_and_resumed(
             lambda process=process, wanted=num_parts: (
                 process.poll() is not None
                 or (
-                    (tmp_path / "out" / "attempts").exists()
+                    (tmp_path / "out" / "_attempts").exists()
                     and count_parts(tmp_path / "out") >= wanted
                 )
             )

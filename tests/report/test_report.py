@@ -285,7 +285,7 @@ def test_model_card_has_a_hub_header_and_its_limits(metrics):
         preprocessing={"image_size": 32},
         training={"note": "a|b\nc"},
         calibration=Calibration(
-            temperature=1.5, threshold=0.5, threshold_fpr_1=0.9, threshold_fpr_01=0.99
+            temperature=1.5, threshold=0.5, threshold_fpr_1=None, threshold_fpr_01=0.99
         ),
         metrics=metrics,
     )
@@ -296,6 +296,7 @@ def test_model_card_has_a_hub_header_and_its_limits(metrics):
     assert "cifake-ray score DIR OUT --bundle BUNDLE" in body
     assert r"| a\|b c" in body
     assert "too few" in body  # about 100 REAL images promise nothing at 0.1%
+    assert "| cannot be reached on validation |" in body
     assert "## Limits" in body
     assert "\nSides: 32 to 1,024 pixels; formats: JPEG, PNG; JPEG quality: 75.\n" in body
 

@@ -21,7 +21,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import NothingToDo, ResourceError, RunMismatch, StorageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary, Progress
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.convert import convert_images
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -230,6 +230,7 @@ def test_success_adds_up_and_names_every_file(shards: Path) -> None:
     files = pq.read_table(shards / "_files.parquet").to_pylist()
     assert success["listed"] == success["done"] + success["failed"]
     assert sum(file["rows"] for file in files) == success["listed"]
+    assert success["labels"] == {"REAL": 30, "FAKE": 30}
     for file in files:
         data = (shards / file["name"]).read_bytes()
         assert file["sha256"] == hashlib.sha256(data).hexdigest()
@@ -271,4 +272,6 @@ def test_a_dry_run_writes_nothing(sample_folder: Path, tmp_path: Path) -> None:
     plan, code = run_verb(config, time.time())
     assert code == 0
     assert plan.listed == 60
+    assert plan.labels == {"REAL": 30, "FAKE": 30}
+    assert sum(plan.splits.values()) == 60
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.pipeline import run_verb
+from cifake_ray.stages.batch import driver
 from cifake_ray.storage.runs.verify import verify_files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -37,7 +39,29 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
 def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> None:
     assert [item.name for item in verify_files(damaged)] == ["shards/part-00002.parquet"]
     summary, code = run_verb(RepairConfig(out=str(damaged)), time.time())
-    assert (summary.shards_resumed, summary.shards_total, code) == (3, 4, 0)
+    assert (summary.shards_resumed, summary.shards_total, code) == (4, 5, 0)
     assert verify_files(damaged) == []
     assert pq.read_table(damaged / "shards").num_rows == 40
-    assert not [path for path in damaged.rglob(".*") if path.is_file()]
+    hidden = [path.name for path in damaged.rglob(".*") if path.is_file()]
+    assert hidden == [".huggingface.yaml"]
+
+
+def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_verb(RepairConfig(out=str(damaged)), time.time())
+    monkeypatch.setattr(driver, "connect_cluster", None)
+    result, code = run_verb(RepairConfig(out=str(damaged)), time.time())
+    assert code == 0
+    assert result == {
+        "command": "repair",
+        "out": str(damaged),
+        "files": 6,
+        "rows": 40,
+        "damaged": {},
+    }
+    record = json.loads((damaged / "_SUCCESS").read_text())
+    del record["listed"]
+    (damaged / "_SUCCESS").write_text(json.dumps(record))
+    with pytest.raises(TypeError):  # it is made again
+        run_verb(RepairConfig(out=str(damaged)), time.time())

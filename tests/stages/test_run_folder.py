@@ -8,7 +8,7 @@ from pathlib import Path
 import cifake_ray
 
 PAGE = Path(cifake_ray.__file__).parent / "ARCHITECTURE.md"
-PASSING = {"attempts/NNNNN.json"}  # gone when a run is complete
+PASSING = {"_attempts/NNNNN.json"}  # gone when a run is complete
 
 
 def read_table(heading: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.score import score_images
 from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 
@@ -211,7 +212,9 @@ def test_images_unlike_those_of_training_are_counted_and_warned_of_once(
     assert first.unlike_training == UNLIKE
     assert said == [WARNING]
     assert run_score(mixed, tmp_path / "out", said.append, **options) == first
-    assert said == [WARNING] * 2, "a finished run says the same"
+    told, again = said[1:]
+    assert again == WARNING, "a finished run says the same"
+    assert re.fullmatch(r"score: finished 20..-..-.. ..:.. UTC; the source was not looked .*", told)
 
     (tmp_path / "out" / "_SUCCESS").unlink()
     (tmp_path / "out" / "scores" / "part-00001.parquet").unlink()
@@ -222,7 +225,7 @@ def test_images_unlike_those_of_training_are_counted_and_warned_of_once(
         file.write(b"junk")
     repaired, _ = run_verb(RepairConfig(out=str(tmp_path / "out")), time.time())
     assert (repaired.shards_resumed, repaired.unlike_training) == (2, UNLIKE)
-    assert said == [WARNING] * 3
+    assert said == [WARNING, told, WARNING, WARNING]
 
 
 def test_rows_that_are_mended_are_counted_with_the_others_of_their_shard(

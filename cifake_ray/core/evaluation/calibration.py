@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
-from cifake_ray.errors import UsageError
+from cifake_ray.core.schema import FAKE, REAL
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.integer[Any]]
@@ -28,8 +27,10 @@ class Calibration:
 
     temperature: float  # divides the logit, > 0; above 1 the detector was overconfident
     threshold: float  # maximises balanced accuracy
-    threshold_fpr_1: float  # at most 1% of REAL at or above it
-    threshold_fpr_01: float  # at most 0.1% of REAL at or above it
+    # At most 1% and 0.1% of REAL at or above it; None if no threshold in [0, 1] keeps that, since
+    # more REAL images have p_fake = 1.0.
+    threshold_fpr_1: float | None
+    threshold_fpr_01: float | None
 
 
 def compute_p_fake(logit: Floats, temperature: float) -> npt.NDArray[np.float32]:
@@ -44,13 +45,10 @@ def compute_p_fake(logit: Floats, temperature: float) -> npt.NDArray[np.float32]
 def calibrate(logit: Floats, label: Ints) -> Calibration:
     """Fit temperature and thresholds on labelled logits, float[N] and int[N] in {0, 1}.
 
-    ValueError for an empty or non-finite input or a missing class; UsageError when so many REAL
-    images saturate at p_fake == 1.0 that no threshold in [0, 1] keeps the false positive rate.
+    Succeeds for whatever finite logits a training ends with; ValueError for an empty or non-finite
+    input.
     """
     check_scores(logit, label)
-    for value, name in enumerate(LABEL_NAMES):
-        if not np.any(label == value):
-            raise ValueError(f"no {name} image to calibrate on: use a validation set with both")
     temperature = fit_temperature(logit, label)
     p_fake = compute_p_fake(logit, temperature)
     return Calibration(
@@ -106,8 +104,8 @@ def _best_threshold(p_fake: npt.NDArray[np.float32], label: Ints) -> float:
     return min(thresholds, key=lambda t: (abs(t - 0.5), -t))
 
 
-def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) -> float:
-    """Return the lowest threshold with at most `fpr` of REAL at or above it.
+def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) -> float | None:
+    """Return the lowest threshold with at most `fpr` of REAL at or above it; None if there is none.
 
     All thresholds between two neighbouring scores decide alike; the middle is returned, so that
     rounding on another machine does not change a decision. With fewer than 1 / fpr REAL images it
@@ -115,12 +113,9 @@ def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) 
     """
     real = np.sort(p_fake[label == REAL])[::-1]
     allowed = count_allowed(len(real), fpr)
+    if not len(real) or real[allowed] == 1.0:
+        return None
     below = real[allowed]  # the highest score that must be called REAL
-    if below == 1.0:
-        raise UsageError(
-            f"over {fpr:.1%} of {len(real)} REAL images have p_fake = 1.0, so no threshold keeps "
-            "that false positive rate: check the labels, or train with a lower learning rate"
-        )
     above = p_fake[p_fake > below]
     return _midpoint(below, above.min() if len(above) else np.float32(1.0))
 

@@ -24,6 +24,7 @@ from cifake_ray.core.evaluation.calibration import (
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 
 RATES = {"tpr_at_fpr_1pct": 0.01, "tpr_at_fpr_0.1pct": 0.001}
+RANKING_METRICS = ("auroc", "average_precision", "eer", *RATES)  # of both classes
 RELIABILITY_EDGES = np.linspace(0, 1, 16)  # 15 bins: Guo et al. 2017, section 2
 NUM_HISTOGRAM_BINS = 50
 MAX_ROC_POINTS = 500
@@ -56,6 +57,7 @@ def compute_metrics(
     Raises ValueError for an empty or non-finite input and for labels other than 0 and 1.
     """
     check_scores(logit, label)
+    logit = logit.astype(np.float64)  # differences of float32 logits may overflow
     rng = np.random.default_rng(seed)
     p_fake = compute_p_fake(logit, temperature)
     draws = _draw_replicates(logit, label, temperature, num_bootstrap, rng)
@@ -91,8 +93,7 @@ def _log_loss(logit: Floats, label: Ints, temperature: float) -> npt.NDArray[np.
 def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float | None]:
     """Compute the metrics that get a bootstrap interval, as `_Cells.measure` names them."""
     p_fake = compute_p_fake(logit, temperature).astype(np.float64)
-    names = ("auroc", "average_precision", "eer", *RATES)
-    ranking: dict[str, float | None] = dict.fromkeys(names)
+    ranking: dict[str, float | None] = dict.fromkeys(RANKING_METRICS)
     if 0 < np.sum(label == FAKE) < len(label):
         fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
         ranking = {
@@ -171,7 +172,9 @@ class _Cells:
         precision = tp / np.maximum(tp + fp, 1)
         values["average_precision"] = float(counts[FAKE] @ precision) / num_fake
         fpr = fp / num_real
-        values["eer"] = float(np.interp(0.0, fpr + tp / num_fake - 1, fpr))
+        start = np.zeros(1)  # the curve begins at (0, 0), where nothing is called FAKE
+        fpr, tpr = np.append(start, fpr), np.append(start, tp / num_fake)
+        values["eer"] = float(np.interp(0.0, fpr + tpr - 1, fpr))
         for name, rate in RATES.items():
             reached = int(np.searchsorted(fp, count_allowed(num_real, rate), side="right"))
             values[name] = float(tp[reached - 1]) / num_fake if reached else 0.0

@@ -12,13 +12,14 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TypeVar
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
 
+from cifake_ray.core.imaging.color_profile import convert_to_srgb, is_srgb
+from cifake_ray.core.imaging.formats import ALLOWED_FORMATS, explain_unidentified
 from cifake_ray.core.imaging.jpeg_header import count_scans, estimate_quality, scan_jpeg
 from cifake_ray.core.imaging.limits import (
     BoundedReader,
@@ -26,22 +27,30 @@ from cifake_ray.core.imaging.limits import (
     count_tiff_pages,
     is_cut_short,
 )
+from cifake_ray.core.imaging.png_chunks import drop_text
+from cifake_ray.core.imaging.tiff_pages import find_page, is_tiff, put_first
+from cifake_ray.core.imaging.tiff_pixels import (
+    COLOR_MAP,
+    TiffLayout,
+    has_8_bit_color_map,
+    read_pixels,
+)
 from cifake_ray.errors import ImageError
 
 _T = TypeVar("_T")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64_000_000
+# Larger JPEGs are decoded at half size, which needs the memory of one of MAX_IMAGE_PIXELS. If they
+# have several scans, libjpeg keeps the coefficients of all pixels as well.
+MAX_JPEG_PIXELS = 4 * MAX_IMAGE_PIXELS
+MAX_PROGRESSIVE_PIXELS = 2 * MAX_IMAGE_PIXELS
 # Each scan of a JPEG visits all its pixels again, at about 0.1 s for 64 million. Encoders write 10
 # scans, optimisers up to 64; a file of 400 kB can hold thousands.
 MAX_SCANNED_PIXELS = 24 * MAX_IMAGE_PIXELS
 
-# What the web serves and browsers decode, most frequent first, since Pillow tries them in this
-# order; TIFF and BMP for archives. JPEG covers MPO (several JPEGs in one file). AVIF is in: sites
-# convert uploads to it, and libavif and dav1d are fuzzed as browser code. JPEG 2000 is out: rare on
-# the web, and OpenJPEG has a long record of memory errors. So are formats that run programs (EPS,
-# WMF) or whose parsers are little used (PCX, TGA, PSD, FLI, ...).
-ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP")
+# To be raised when the pixels of a file change: decoded images of before are not used again.
+DECODE_POLICY = 2
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 # EXIF orientation -> (swap the axes, then flip rows, flip columns). Source: Exif 2.32, tag 0x0112.
@@ -55,6 +64,7 @@ _UPRIGHT = {
     8: (True, True, False),
 }
 _ORIENTATION_TAG = 0x0112
+_XMP = ("xmp", "XML:com.adobe.xmp")  # keys of Image.info
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 # Without a handler, Pillow's logs about broken files would go to stderr.
@@ -85,14 +95,21 @@ def inspect_image(data: bytes) -> ImageHeader:
 def decode_image(data: bytes) -> np.ndarray:
     """Decode the first frame to upright RGB: uint8[H, W, 3], 0..255, C-contiguous, writable.
 
-    - EXIF orientation (or XMP's, where EXIF has none) is applied; unreadable EXIF counts as none.
-    - Alpha and transparent colours are composited over white. CMYK, YCCK, YCbCr, LAB, palette,
-      1-bit and grey are converted as Pillow does; colour profiles are ignored.
+    - EXIF orientation (in JPEG XMP's, where EXIF has none) is applied; unreadable EXIF counts as
+      none.
+    - Colours with an embedded ICC profile are converted to sRGB (relative colorimetric, black point
+      compensation) unless that moves none by more than 2; a profile that is broken or for other
+      colours is ignored. Without one, CMYK, YCCK, YCbCr, LAB, palette, 1-bit and grey are converted
+      as Pillow does.
+    - Alpha and transparent colours are composited over white. A BMP without one opaque pixel has no
+      alpha.
     - 16-bit grey is round(v / 257); 16-bit colour keeps its high byte, as Pillow reads it (at most
       1 from v / 257), and a 16-bit colour key is ignored. 32-bit integers are read as 16-bit if all
       lie in 0..65535, floats as round(255 v) if all lie in 0..1; else decode_failed. Nothing is
       clipped.
-    - GIF, WebP, APNG, AVIF, TIFF, MPO: the frame shown without seeking.
+    - GIF, WebP, APNG, AVIF, HEIF, MPO: the frame shown without seeking. TIFF: the first page that
+      is no reduced copy of another; raw files are refused.
+    - JPEGs of more than MAX_IMAGE_PIXELS, up to MAX_JPEG_PIXELS, are decoded at half size.
     - The caps on bytes and pixels are checked from the header, before anything is decoded.
 
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, format_not_allowed,
@@ -131,7 +148,7 @@ def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
         # The one broad except of the project: decoders of untrusted bytes raise anything
         # (SyntaxError, struct.error, KeyError, ...), and no image may end a run.
         is_truncated = is_cut_short(data) or "truncat" in str(error).lower()
-        detail = f"{type(error).__name__}: {error}"[:200]
+        detail = f"{type(error).__name__}: {error}"[:200].strip()
         raise ImageError("truncated" if is_truncated else "decode_failed", detail) from error
 
 
@@ -139,19 +156,29 @@ def _read_header(data: bytes) -> ImageHeader:
     header = scan_jpeg(data)
     quality = estimate_quality(header.luminance_table) if header else None
     if header and not header.is_multi_picture:
-        _check_pixels(header.width, header.height)
+        _check_pixels(header.width, header.height, MAX_JPEG_PIXELS)
         mode = _PILLOW_MODES[header.num_components]
         return ImageHeader(header.width, header.height, "JPEG", mode, quality, 1)
+    if is_tiff(data):
+        return _read_tiff_header(data)
     image = _open_image(data)
     width, height = image.size
-    if image.format == "TIFF":  # Pillow has swapped them already where the orientation says so
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        width, height = int(tags[256]), int(tags[257])
-        num_frames = count_tiff_pages(data)
-    else:
-        num_frames = getattr(image, "n_frames", 1)
-        check_frames(num_frames)
+    num_frames = getattr(image, "n_frames", 1)
+    check_frames(num_frames)
     return ImageHeader(width, height, str(image.format), image.mode, quality, num_frames)
+
+
+def _read_tiff_header(data: bytes) -> ImageHeader:
+    page = find_page(data)
+    layout = TiffLayout(page)
+    _check_pixels(layout.width, layout.height, MAX_IMAGE_PIXELS)
+    try:
+        mode = _open_image(put_first(page)).mode
+    except ImageError:
+        if not layout.is_known:
+            raise
+        mode = layout.mode
+    return ImageHeader(layout.width, layout.height, "TIFF", mode, None, count_tiff_pages(data))
 
 
 def _decode_pixels(data: bytes) -> np.ndarray:
@@ -164,14 +191,18 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
     if not data.endswith(b"\xff\xd9"):
         return None
     header = scan_jpeg(data)
-    if not header or not header.is_plain_ycbcr or header.width * header.height > MAX_IMAGE_PIXELS:
+    if not header or not header.is_plain_ycbcr or not is_srgb(header.profile):
         return None
-    if header.width * header.height * count_scans(data) > MAX_SCANNED_PIXELS:
+    if _explain_costly_jpeg(data, header.width, header.height):
         return None
+    options = {}
+    if header.width * header.height > MAX_IMAGE_PIXELS:
+        sides = {"min_width": -(-header.width // 2), "min_height": -(-header.height // 2)}
+        options = {"min_factor": 2, **sides}
     try:
         # Exact DCT and smooth upsampling, as Pillow's defaults.
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            data, fastdct=False, fastupsample=False, strict=True
+            data, fastdct=False, fastupsample=False, strict=True, **options
         )
     except ValueError:  # also for what libjpeg only warns of; Pillow decides
         return None
@@ -180,12 +211,49 @@ def _decode_fast(data: bytes) -> np.ndarray | None:
 
 def _decode_slow(data: bytes) -> np.ndarray:
     """Decode with Pillow, whose errors decide what is wrong with a file."""
+    if is_tiff(data):
+        return _decode_tiff(data)
     image = _open_image(data)
     if image.format in ("JPEG", "MPO"):
-        num_scans, (width, height) = count_scans(data), image.size
-        if width * height * num_scans > MAX_SCANNED_PIXELS:
-            raise ImageError("decode_failed", f"{num_scans} scans of {width} x {height} pixels")
+        width, height = image.size
+        if error := _explain_costly_jpeg(data, width, height):
+            raise error
+        if width * height > MAX_IMAGE_PIXELS:
+            image.draft(image.mode, (width // 2, height // 2))
     return convert_image(image)
+
+
+def _decode_tiff(data: bytes) -> np.ndarray:
+    page = find_page(data)
+    layout = TiffLayout(page)
+    _check_pixels(layout.width, layout.height, MAX_IMAGE_PIXELS)
+    if layout.is_known and layout.is_misread:
+        return convert_image(read_pixels(layout))
+    try:
+        image = _open_image(put_first(page))
+    except ImageError:
+        if not layout.is_known:
+            raise
+        return convert_image(read_pixels(layout))
+    if image.mode in ("P", "PA") and has_8_bit_color_map(page):
+        image.palette = ImagePalette.raw("RGB;L", bytes(image.tag_v2[COLOR_MAP]))  # type: ignore[attr-defined]
+    try:
+        return convert_image(image)
+    except OSError as error:  # "decoder error -2"
+        raise OSError(f"{error} ({layout})") from error
+
+
+def _explain_costly_jpeg(data: bytes, width: int, height: int) -> ImageError | None:
+    """Return the error for a JPEG that costs too much memory or time."""
+    if width * height > MAX_JPEG_PIXELS:
+        return ImageError("too_many_pixels", f"{width} x {height}, at most {MAX_JPEG_PIXELS}")
+    num_scans = count_scans(data)
+    if num_scans > 1 and width * height > MAX_PROGRESSIVE_PIXELS:
+        detail = f"{width} x {height} in {num_scans} scans, at most {MAX_PROGRESSIVE_PIXELS}"
+        return ImageError("too_many_pixels", detail)
+    if width * height * num_scans > MAX_SCANNED_PIXELS:
+        return ImageError("decode_failed", f"{num_scans} scans of {width} x {height} pixels")
+    return None
 
 
 def convert_image(image: Image.Image) -> np.ndarray:
@@ -194,7 +262,9 @@ def convert_image(image: Image.Image) -> np.ndarray:
     Raises ImageError (decode_failed) for values that have no place in 0..255, and what Pillow
     raises for a broken file.
     """
+    _ignore_xmp(image)  # Pillow turns a TIFF while it loads it
     image.load()
+    _ignore_xmp(image)
     pixels = _convert_to_rgb(image)
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
@@ -207,16 +277,31 @@ def convert_image(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+def _ignore_xmp(image: Image.Image) -> None:
+    """Forget an orientation in XMP, which only readers of JPEG apply."""
+    if image.format not in ("JPEG", "MPO"):
+        for key in _XMP:
+            image.info.pop(key, None)
+
+
 def _convert_to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        key = image.info.get("transparency")
-        if isinstance(key, tuple) and max(key) > 255:
-            # A 16-bit colour key: Pillow would compare its low bytes with the pixels' high bytes.
-            del image.info["transparency"]
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scale_deep_grey(image)
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+        image = image.convert("RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:
+        # A 16-bit colour key: Pillow would compare its low bytes with the pixels' high bytes.
+        del image.info["transparency"]
+    image = convert_to_srgb(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _scale_deep_grey(image: Image.Image) -> Image.Image:
+    """Return 8-bit grey, white where the colour key says so. Raises ImageError (decode_failed)."""
     values = np.asarray(image)
     highest = 1 if image.mode == "F" else 65535
     if not ((values >= 0) & (values <= highest)).all():  # NaN fails too
@@ -228,7 +313,9 @@ def _convert_to_rgb(image: Image.Image) -> np.ndarray:
         key = image.info.get("transparency")
         if isinstance(key, int):
             grey[values == key] = 255
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    scaled = Image.fromarray(grey)
+    scaled.info["icc_profile"] = image.info.get("icc_profile")
+    return scaled
 
 
 def _open_image(data: bytes) -> ImageFile.ImageFile:
@@ -239,33 +326,24 @@ def _open_image(data: bytes) -> ImageFile.ImageFile:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     # Other libraries switch it on for training; half an image must never be scored.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    profile = None
+    if data.startswith(b"\x89PNG"):
+        data, profile = drop_text(data)
     try:
         image = Image.open(BoundedReader(data), formats=ALLOWED_FORMATS)
     except UnidentifiedImageError:
-        raise _explain_unidentified(data) from None
-    _check_pixels(*image.size)
+        raise explain_unidentified(data, MAX_IMAGE_PIXELS) from None
+    except Image.DecompressionBombError:
+        if not data.startswith(b"\xff\xd8"):
+            raise
+        image = JpegImagePlugin.jpeg_factory(BoundedReader(data))
+    if profile:
+        image.info["icc_profile"] = profile
+    is_jpeg = image.format in ("JPEG", "MPO")
+    _check_pixels(*image.size, MAX_JPEG_PIXELS if is_jpeg else MAX_IMAGE_PIXELS)
     return image
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ImageError("too_many_pixels", f"{width} x {height}, at most {MAX_IMAGE_PIXELS}")
-
-
-def _explain_unidentified(data: bytes) -> ImageError:
-    """Return the error for a broken header of an allowed format, another format or no image."""
-    for name in ALLOWED_FORMATS:
-        accept = Image.OPEN[name][1]
-        if name != "BMP" and accept and accept(data[:16]):  # BM begins many a text
-            error = "truncated" if is_cut_short(data) else "decode_failed"
-            return ImageError(error, f"UnidentifiedImageError: {name} signature, unreadable header")
-    Image.init()
-    # Formats without a signature (TGA, ...) would take noise for an image.
-    others = [n for n in Image.ID if n not in ALLOWED_FORMATS and Image.OPEN[n][1]]
-    try:
-        # The first 64 KiB only: some parsers of text formats read line by line to the end.
-        other = Image.open(BytesIO(data[: 2**16]), formats=others)
-    except (OSError, ValueError):  # UnidentifiedImageError is an OSError
-        return ImageError("not_an_image", f"no decoder knows the first bytes {data[:8]!r}")
-    allowed = ", ".join(ALLOWED_FORMATS)
-    return ImageError("format_not_allowed", f"{other.format}, allowed are {allowed}")
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise ImageError("too_many_pixels", f"{width} x {height}, at most {most}")

@@ -41,7 +41,8 @@ class JpegHeader(NamedTuple):
     num_components: int  # 1 grey, 3 colour, 4 CMYK or YCCK
     luminance_table: bytes  # the first component's, as DQT stores it: 64 or 128 bytes
     is_multi_picture: bool  # an MPO index is present: more images follow the first
-    is_plain_ycbcr: bool  # one YCbCr picture; no EXIF, XMP or Adobe RGB changes its reading
+    profile: bytes  # ICC, in one piece; empty if there is none
+    is_plain_ycbcr: bool  # one YCbCr picture; nothing but `profile` changes its reading
 
 
 def scan_jpeg(data: bytes) -> JpegHeader | None:
@@ -55,6 +56,7 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
         return None
     tables: dict[int, bytes] = {}
     frame = b""
+    profile = b""
     is_jfif = is_altered = is_multi_picture = False
     adobe_transform = -1
     start, num_bytes, num_segments = 2, len(data), 0
@@ -81,6 +83,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
             is_altered = True
         elif marker == 0xE2:
             is_multi_picture = is_multi_picture or data[body : body + 4] == b"MPF\0"
+            if data[body : body + 12] == b"ICC_PROFILE\0":
+                is_altered = is_altered or bool(profile) or data[body + 12 : body + 14] != b"\1\1"
+                profile = data[body + 14 : end]
         elif marker == 0xEE:
             if data[body : body + 5] == b"Adobe":
                 if end - body < 12:
@@ -104,7 +109,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
         is_jfif or adobe_transform == 1 or frame[6::3] == b"\1\2\3"
     )
     is_plain = frame[5] == 3 and is_ycbcr and not is_altered and not is_multi_picture
-    return JpegHeader(width, height, frame[5], tables[frame[8]], is_multi_picture, is_plain)
+    return JpegHeader(
+        width, height, frame[5], tables[frame[8]], is_multi_picture, profile, is_plain
+    )
 
 
 def count_scans(data: bytes) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from io import BytesIO
 
+from cifake_ray.core.imaging.tiff_pages import is_tiff, is_tiff_cut_short
 from cifake_ray.errors import ImageError
 
 # A PNG of 64 MiB in chunks of 1 KiB takes 260,000 reads, a GIF of 64 MiB 520,000; the limit is
@@ -69,16 +70,11 @@ def is_cut_short(data: bytes) -> bool:
         return b"IEND" not in tail
     if data.startswith(b"GIF8"):
         return not data.endswith(b";")
-    if data.startswith((b"II*\0", b"MM\0*")) and len(data) >= 8:
-        order = "<" if data[0] == 0x49 else ">"
-        (directory,) = struct.unpack_from(order + "I", data, 4)
-        if directory + 2 > len(data):
-            return True
-        (num_entries,) = struct.unpack_from(order + "H", data, directory)
-        return bool(directory + 2 + 12 * num_entries + 4 > len(data))
+    if is_tiff(data):
+        return is_tiff_cut_short(data)
     if data.startswith(b"RIFF"):
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if data[4:8] == b"ftyp":  # AVIF: a chain of boxes, each with its length
+    if data[4:8] == b"ftyp":  # AVIF, HEIF: a chain of boxes, each with its length
         end = 0
         while end + 8 <= len(data) and (size := int.from_bytes(data[end : end + 4], "big")) >= 8:
             end += size

@@ -168,7 +168,7 @@ def list_architectures(pattern: str) -> dict[str, str]:
     ours = {name: text for name, text in OWN_ARCHITECTURES.items() if fnmatch(name, pattern)}
     for name in timm.list_models(pattern):
         size = find_own_size(name)
-        ours[name] = f"timm, {size}x{size}"
+        ours.setdefault(name, f"timm, {size}x{size}")
     if not ours:
         raise UsageError(f"no architecture matches {pattern!r}; try a glob such as '*resnet*'")
     return ours

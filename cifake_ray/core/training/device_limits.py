@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.models.detector import Detector
 from cifake_ray.errors import UsageError
 
-# Multiply-accumulates in a batch: seconds on a CPU core, memory on a GPU.
-BATCH_MACS = {"cpu": 32e9, "cuda": 1e12}
+# Multiply-accumulates in a batch: seconds on a CPU core, and memory. Of timm's networks up to 1,024
+# pixels, those that need most memory for these hold about 1 GB at once on a CPU, 8 GB on a GPU.
+BATCH_MACS = {"cpu": 32e9, "cuda": 256e9}
+MAX_EVAL_BATCH = 256  # images of a forward pass without gradients; fewer of large networks
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,11 @@ class DevicePrecision:
     """The device and the precision of the training loop."""
 
     device: str
-    dtype: torch.dtype  # float32 means no autocast
+    name: str  # one of DTYPES; float32 means no autocast
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.name]
 
     @property
     def autocast(self) -> AbstractContextManager[Any]:
@@ -44,11 +55,19 @@ def choose_precision(device: str, precision: str) -> DevicePrecision:
             has_bf16 = can.get("amx_bf16") or (can.get("avx512_bf16") and not is_intel)
             precision = "bf16" if has_bf16 else "float32"
         else:
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if has_bf16 else "fp16"
     if device == "cpu" and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; use float32 or bf16")
-    return DevicePrecision(device, dtypes[precision])
+    return DevicePrecision(device, precision)
+
+
+def agree_on_precision(device: str, precision: str) -> DevicePrecision:
+    """Return rank 0's choice on every rank: the processors of nodes may differ."""
+    chosen = [choose_precision(device, precision).name]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return choose_precision(device, chosen[0])
 
 
 def count_macs(network: nn.Module, image_size: int) -> int:
@@ -62,6 +81,41 @@ def count_macs(network: nn.Module, image_size: int) -> int:
         network(torch.zeros(1, 3, image_size, image_size, device="meta"))
     flops: int = counter.get_total_flops()  # two for each multiply-accumulate
     return flops // 2
+
+
+def check_batch_share(
+    detector: Detector, config: TrainConfig, *, device: str, num_images: int, num_ranks: int
+) -> None:
+    """Raise UsageError when a rank would train on no image at once, or on one that is too few.
+
+    One is too few for a batch norm that sees a single pixel of it, unless the ranks share it.
+    """
+    share = min(config.batch_size, num_images) // num_ranks  # of the rank that gets fewest
+    if share == 0:
+        raise UsageError(
+            f"--num-workers: {num_images} images are too few for {num_ranks} workers, each of which"
+            " needs one of every batch; lower it"
+        )
+    is_synced = device != "cpu" and num_ranks > 1  # see `sync_batch_norms`
+    if is_synced or share // min(config.grad_accum, share) > 1:
+        return
+    network = copy.deepcopy(detector.network).to("meta").train().requires_grad_(False)
+    size = detector.preprocessing.image_size
+    try:
+        network(torch.zeros(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise UsageError(
+            f"the batch norms of {config.model} at {size} pixels need 2 images at once and get 1:"
+            f" --batch-size {config.batch_size}, --num-workers {num_ranks}, --grad-accum"
+            f" {config.grad_accum}; raise the first or lower the others"
+        ) from error
+
+
+def choose_eval_batch_size(network: nn.Module, image_size: int, device: str) -> int:
+    """Return how many images a network validates or scores at once, so that memory is bounded."""
+    return choose_batch_size(count_macs(network, image_size), device, MAX_EVAL_BATCH)
 
 
 def choose_batch_size(macs: int, device: str, most: int) -> int:

@@ -24,7 +24,7 @@ from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.schema import FAKE
 from cifake_ray.core.training.batches import Batch, Batches, Images, to_device
-from cifake_ray.core.training.device_limits import DevicePrecision, choose_batch_size, count_macs
+from cifake_ray.core.training.device_limits import DevicePrecision, choose_eval_batch_size
 from cifake_ray.core.training.early_stopping import (
     KeptEpoch,
     Patience,
@@ -34,8 +34,6 @@ from cifake_ray.core.training.early_stopping import (
 )
 from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
 from cifake_ray.errors import CifakeError
-
-MAX_EVAL_BATCH = 512  # images a rank validates at once; fewer of large networks
 
 
 @dataclass
@@ -90,8 +88,9 @@ class Trainer:
             self.ema = ModelEmaV3(detector, decay=config.ema_decay, use_warmup=True)
         # The weights that are validated and kept.
         self.eval_model: Detector = detector if self.ema is None else self.ema.module
-        macs = count_macs(detector.network, detector.preprocessing.image_size)
-        self.eval_batch_size = choose_batch_size(macs, precision.device, MAX_EVAL_BATCH)
+        self.eval_batch_size = choose_eval_batch_size(
+            detector.network, detector.preprocessing.image_size, precision.device
+        )
         self.state = TrainState()
 
     def fit(self, save: Callable[[], None]) -> None:
@@ -275,6 +274,8 @@ class Trainer:
         mean = average_weights([epoch.weights for epoch in self.state.kept])
         self.eval_model.network.load_state_dict(mean)
         logit = self.predict(self.val_images)
+        if not logit.isfinite().all():  # the mean of good weights may be useless
+            return best, [best.epoch]
         score = self._agree(to_score(self._measure(logit, 0.0), self.config.monitor))
         if score > best.score:
             epochs = sorted(epoch.epoch for epoch in self.state.kept)
@@ -284,6 +285,7 @@ class Trainer:
     def to_checkpoint(self) -> dict[str, Any]:
         """Return all that `resume` needs, as tensors and plain values; every step seeds itself."""
         return {
+            "precision": self.precision.name,
             "network": self.detector.network.state_dict(),
             "ema": self.ema.module.network.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),

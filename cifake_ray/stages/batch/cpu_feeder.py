@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cifake_ray.core.processing.processor import Prepare, Processor
 from cifake_ray.errors import ImageError
@@ -20,15 +20,17 @@ from cifake_ray.storage.sources.source import Source
 
 # For each worker: batches prepared or being prepared, and the encoded images sent for that.
 MAX_WINDOW_BYTES = 384 * 2**20  # below it one more batch is started
+PATIENCE_S = 10.0  # for a task to get a CPU; then the worker prepares its batch itself
 MAX_RETRIES = 2  # of a task whose process or node was lost
 
 
 class PreparedBatch(NamedTuple):
-    """Some rows of the manifest with their images; `prepared` is None if the process was lost."""
+    """Some rows of the manifest with their images; `prepared` is None if no task prepared them."""
 
     rows: pa.Table
     prepared: Any
     size_bytes: int  # encoded
+    is_suspect: bool = False  # one of the images may have ended its process
 
 
 class _Task(NamedTuple):
@@ -56,9 +58,16 @@ def prepare_images(prepare: Prepare, images: Iterable[bytes | ImageError]) -> tu
     return prepare(measure()), sum(sizes)
 
 
-def prepare_rows(source: Source, prepare: Prepare, rows: pa.Table) -> tuple[Any, int]:
-    """Fetch images and prepare them, as `prepare_images` does."""
-    return prepare_images(prepare, source.read_images(rows))
+def feed_images(prepare: Prepare, images: Iterable[bytes | ImageError]) -> Iterator[Any]:
+    """Do `prepare_images` as a task, which first yields None: it has a CPU."""
+    yield None
+    yield prepare_images(prepare, images)
+
+
+def feed_rows(source: Source, prepare: Prepare, rows: pa.Table) -> Iterator[Any]:
+    """Fetch images and prepare them, as `feed_images` does."""
+    yield None
+    yield prepare_images(prepare, source.read_images(rows))
 
 
 class CpuFeeder:
@@ -70,8 +79,10 @@ class CpuFeeder:
         self.source_ref, self.prepare_ref = ray.put(source), ray.put(work.prepare)
         # Two more than can run: one that waits here, one that starts when a CPU is free.
         self.max_pending = num_tasks + 2
-        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)
-        self.prepare_rows, self.prepare_images = task(prepare_rows), task(prepare_images)
+        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, num_returns="streaming")
+        self.feed_rows, self.feed_images = task(feed_rows), task(feed_images)
+        self.max_patience_s = min(PATIENCE_S, timeout_s / 2)
+        self.patience_s = self.max_patience_s
 
     def prepare_slices(self, slices: Iterable[pa.Table]) -> Iterator[PreparedBatch]:
         """Yield the slices, prepared. Raise what a task raised."""
@@ -88,24 +99,36 @@ class CpuFeeder:
                 if not pending:
                     return
                 rows, task, _ = pending.popleft()
-                try:
-                    prepared, size_bytes = ray.get(task, timeout=self.timeout_s)
-                except RayTaskError as error:
-                    raise error.cause from None
-                except RayError:  # a decoder ended the process or hangs, or a node was lost
-                    ray.cancel(task, force=True)
-                    prepared, size_bytes = None, 0
-                yield PreparedBatch(rows, prepared, size_bytes)
+                yield self._wait(rows, task)
         finally:
             for _, task, _ in pending:
                 ray.cancel(task)
 
+    def _wait(self, rows: pa.Table, task: Any) -> PreparedBatch:
+        """Wait for a task and return its batch; unprepared if it has no CPU or was lost."""
+        if not ray.wait([task], timeout=self.patience_s)[0]:
+            self.patience_s = 0.0  # until CPUs are free again
+            ray.cancel(task, force=True)
+            return PreparedBatch(rows, None, 0)
+        try:
+            ray.get(next(task))
+            self.patience_s = self.max_patience_s
+            if not ray.wait([task], timeout=self.timeout_s)[0]:
+                raise GetTimeoutError
+            prepared, size_bytes = ray.get(next(task))
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError:  # a decoder ended the process or hangs, or a node was lost
+            ray.cancel(task, force=True)
+            return PreparedBatch(rows, None, 0, is_suspect=True)
+        return PreparedBatch(rows, prepared, size_bytes)
+
     def _start(self, rows: pa.Table) -> _Task:
         size_bytes = rows.num_rows * self.image_bytes
         if rows.column("row").null_count:  # each image is a read of its own
-            task = self.prepare_rows.remote(self.source_ref, self.prepare_ref, rows)
+            task = self.feed_rows.remote(self.source_ref, self.prepare_ref, rows)
             return _Task(rows, task, size_bytes)
-        # Neighbours in a Parquet file: each task would read the same row group.
+        # Neighbours in a file, which are read at once; of Parquet each would read the same rows.
         images = list(self.source.read_images(rows))
-        task = self.prepare_images.remote(self.prepare_ref, images)
+        task = self.feed_images.remote(self.prepare_ref, images)
         return _Task(rows, task, size_bytes + sum(map(measure_image, images)))

@@ -16,20 +16,30 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
-from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
+from cifake_ray.core.schema import SPLITS
+from cifake_ray.errors import CifakeError, NothingToDo
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
     ShardWorker,
     WorkerOptions,
     count_retryable,
+)
+from cifake_ray.stages.batch.summary import (
+    BatchSummary,
+    DryRun,
+    Progress,
+    Totals,
+    read_summary,
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
@@ -39,68 +49,27 @@ from cifake_ray.stages.cluster import (
     connect_cluster,
     place_workers,
 )
-from cifake_ray.storage.io.files import exists, read_json
+from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
-from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, reopen_run
-from cifake_ray.storage.sources.source import Source
+from cifake_ray.storage.runs.run import (
+    Run,
+    finish_run,
+    is_finished,
+    reopen_run,
+)
+from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.shards import decide_shard
+from cifake_ray.storage.sources.choose_rows import choose_rows
+from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
 BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers end together
 MAX_BLOCKS = 4_096
+DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
 KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a batch run."""
-
-    done: int  # images, including those of resumed shards
-    failed: int
-    listed: int
-    images_per_s: float  # in this process, since the first shard was started
-    eta_s: float | None
-
-
-@dataclass(frozen=True)
-class BatchSummary:
-    """Counts of a finished batch run: listed = done + failed."""
-
-    command: str
-    out: str
-    listed: int
-    done: int
-    failed: int
-    errors: dict[str, int]
-    unlike_training: dict[str, int]  # images by reason; empty if no domain is known
-    left_out: dict[str, int]
-    shards_total: int
-    shards_resumed: int
-    shards_retried: int  # an earlier attempt was lost with its worker
-    elapsed_s: float
-    images_per_s: float
-    steady_images_per_s: float
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        too_many = self.failed > max_error_rate * self.listed
-        return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """Plan of a run that was not started."""
-
-    command: str
-    out: str
-    listed: int
-    size_bytes: int
-    left_out: dict[str, int]
-    shards_total: int
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        return ExitCode.OK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +83,14 @@ class BatchPlan:
     paths: dict[str, str | None]  # the other path options, resolved, for `repair` to use again
     inputs: dict[str, Any] = field(default_factory=dict)  # replaces them in the fingerprint
     device: Device = "cpu"
+    needs_labels: bool = False  # say which images have none
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
+    threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
+    thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
 
     @property
     def run(self) -> RunPlan:
@@ -130,80 +102,47 @@ class BatchPlan:
             command=self.command,
             settings={**settings, **self.inputs},
             config={**settings, **kept},
-            list_source=self.source.list_images,
+            list_source=self.list_images,
             shard_rows=self.config.shard_size,
+            log=self.log,
         )
+
+    def list_images(self) -> Listing:
+        """List the source, or what `--limit` and `--sample` choose of it, and count."""
+        listing = self.source.list_images()
+        choose_rows(listing, self.config)
+        listing.count_rows(describe=self.needs_labels)
+        return listing
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
-    listing = plan.source.list_images()
-    listed = size_bytes = num_batches = 0
+    listing = plan.list_images()
+    by_split: Counter[str | None] = Counter()
+    size_bytes = num_batches = 0
     for batch in listing.batches:
-        listed += batch.num_rows
+        for row in pc.value_counts(batch.column("split")).to_pylist():
+            by_split[row["values"] if row["values"] in SPLITS else None] += row["counts"]
         size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
         num_batches += 1
+    listed = by_split.total()
     if not listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
+    for note in listing.notes:
+        plan.log(f"{plan.command}: {note}")
     rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
     return DryRun(
         command=plan.command,
         out=str(plan.out),
         listed=listed,
         size_bytes=size_bytes,
-        left_out=dict(listing.left_out),
-        shards_total=num_batches if listing.keeps_order else -(-listed // rows),
+        left_out=dict(+listing.left_out),
+        **listing.counts.to_dict(),
+        shards_total=num_batches
+        if listing.keeps_order
+        else sum(-(-count // rows) for count in by_split.values()),
     )
-
-
-@dataclass
-class _Totals:
-    """Adds up the reports of the workers."""
-
-    listed: int
-    shards: list[ShardStats] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-    unlike_training: Counter[str] = field(default_factory=Counter)
-    rows: int = 0
-    resumed: int = 0
-    retried: int = 0
-    worked_rows: int = 0
-    first_s: float | None = None
-    last_s: float = 0.0
-
-    def add(self, report: ShardReport) -> None:
-        self.shards.append(report.stats)
-        self.errors.update(report.stats.errors)
-        self.unlike_training.update(report.stats.unlike_training)
-        self.rows += report.stats.rows
-        self.resumed += not report.worked
-        self.retried += report.retried
-        if report.worked:
-            self.worked_rows += report.worked
-            self.first_s = min(self.first_s or report.started_s, report.started_s)
-            self.last_s = max(self.last_s, report.finished_s)
-
-    @property
-    def failed(self) -> int:
-        return sum(self.errors.values())
-
-    def rate(self, until_s: float) -> float:
-        """Return images per second since the first shard was started; 0 before that."""
-        if self.first_s is None or until_s <= self.first_s:
-            return 0.0
-        return self.worked_rows / (until_s - self.first_s)
-
-    def progress(self) -> Progress:
-        rate = self.rate(time.time())
-        left = self.listed - self.rows
-        return Progress(
-            done=self.rows - self.failed,
-            failed=self.failed,
-            listed=self.listed,
-            images_per_s=rate,
-            eta_s=left / rate if rate else None,
-        )
 
 
 def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
@@ -216,8 +155,19 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     found = plan.run.find()
     if found is None:
         plan.run.check_new()
-    elif (summary := find_result(plan)) is not None:
+    elif (summary := find_result(plan, found)) is not None:
+        at = read_json(plan.out / "_SUCCESS").get("finished_at", "some time ago")
+        plan.log(
+            f"{plan.command}: finished {at}; the source was not looked at again: give a new output"
+            " folder to include new images"
+        )
         return summary
+    else:
+        found = plan.run.change_verdicts(found)
+        if found.earlier_identities and not is_finished(found):
+            plan.log(f"{plan.command}: deciding again at {plan.threshold}, without scoring again")
+            if (summary := decide_again(plan, found)) is not None:
+                return summary
     with ExitStack() as stack:
         lister = ThreadPoolExecutor(1)
         stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
@@ -231,39 +181,70 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
-        if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
+        if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
         session, stall_timeout_s = secrets.token_hex(4), plan.config.stall_timeout_s
         options = WorkerOptions(session, plan.config.retry_errors, stall_timeout_s)
         stream = _stream_shards(run, plan, placement, options)
-        totals = _Totals(listed=run.manifest.num_rows)
+        totals = Totals(listed=run.manifest.num_rows)
         with closing(watch_progress(stream, run, session, stall_timeout_s)) as reports:
             for report in reports:
                 totals.add(report)
                 plan.on_progress(totals.progress())
-        elapsed_s = time.time() - plan.started_s
-        summary = BatchSummary(
-            command=run.command,
-            out=str(run.out),
-            listed=run.manifest.num_rows,
-            done=totals.rows - totals.failed,
-            failed=totals.failed,
-            errors=dict(totals.errors.most_common()),
-            unlike_training=dict(totals.unlike_training),
-            left_out=run.left_out,
-            shards_total=run.manifest.num_shards,
-            shards_resumed=totals.resumed,
-            shards_retried=totals.retried,
-            elapsed_s=round(elapsed_s, 3),
-            images_per_s=round(totals.worked_rows / elapsed_s, 1),
-            steady_images_per_s=round(totals.rate(totals.last_s), 1),
-        )
-        plan.before_success(run)
-        clear_attempts(run)
-        finish_run(run, totals.shards, asdict(summary))
+        return finish_batch(plan, run, totals)
+
+
+def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
+    """Write what marks a run as finished, once all of its shards are committed."""
+    elapsed_s = time.time() - plan.started_s
+    is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
+    summary = BatchSummary(
+        command=run.command,
+        out=str(run.out),
+        listed=run.manifest.num_rows,
+        done=totals.rows - totals.failed,
+        failed=totals.failed,
+        errors=dict(totals.errors.most_common()),
+        unlike_training=dict(totals.unlike_training),
+        left_out=run.left_out,
+        shards_total=run.manifest.num_shards,
+        shards_resumed=totals.resumed,
+        shards_retried=totals.retried,
+        elapsed_s=round(elapsed_s, 3),
+        images_per_s=round(totals.worked_rows / elapsed_s, 1),
+        steady_images_per_s=round(totals.rate(totals.last_s), 1),
+        threshold=plan.threshold,
+        called_fake=dict(totals.called_fake) if is_counted else {},
+        thresholds=plan.thresholds,
+        **run.counts,
+    )
+    plan.before_success(run)
+    clear_attempts(run)
+    finish_run(run, totals.shards, asdict(summary))
     return summary
+
+
+def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
+    """Finish a run whose verdicts were changed, without Ray and without scoring.
+
+    None if a shard is missing or damaged, or has errors to retry.
+    """
+    assert plan.threshold is not None
+    totals = Totals(listed=run.manifest.num_rows)
+    decide = partial(decide_shard, run, threshold=plan.threshold)
+    pool = ThreadPoolExecutor(DECIDING_THREADS)
+    try:
+        for stats in pool.map(decide, range(run.manifest.num_shards)):
+            if stats is not None:
+                totals.add(ShardReport(stats=stats, worked=0, retried=False))
+            plan.on_progress(totals.progress())
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits only for what has begun
+    is_whole = len(totals.shards) == run.manifest.num_shards
+    has_work = plan.config.retry_errors and count_retryable(totals.errors)
+    return finish_batch(plan, run, totals) if is_whole and not has_work else None
 
 
 def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
@@ -315,18 +296,13 @@ def _stream_shards(
         yield row["report"]
 
 
-def find_result(plan: BatchPlan) -> BatchSummary | None:
-    """Return the summary of a run that has finished, unless `--retry-errors` has work left."""
-    path = plan.out / "_SUCCESS"
-    if not exists(path):
+def find_result(plan: BatchPlan, run: Run) -> BatchSummary | None:
+    """Return the summary of a run that has finished, unless there is work left.
+
+    That is with `--retry-errors`, and for a run with other verdicts.
+    """
+    if not is_finished(run) or plan.run.changes_verdicts(run):
         return None
-    record = read_json(path)
-    try:
-        summary = BatchSummary(**{name: record[name] for name in BatchSummary.__dataclass_fields__})
-    except KeyError as error:
-        raise StorageError(
-            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
-            " repair` restores it"
-        ) from error
+    summary = read_summary(plan.out)
     has_work = plan.config.retry_errors and count_retryable(summary.errors)
     return None if has_work else summary

@@ -78,7 +78,8 @@ class Quarantine:
         words = [str(its.fileno()), str(self.timeout_s), "decode" if self.decodes else "inspect"]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, *words],
+                # -P: not in the working folder, which may be that of the images.
+                [sys.executable, "-P", "-m", __spec__.name, *words],
                 pass_fds=[its.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -22,7 +22,12 @@ import pyarrow.compute as pc
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.core.schema import RETRYABLE_ERRORS
 from cifake_ray.errors import CifakeError, ImageError, ResourceError
-from cifake_ray.stages.batch.cpu_feeder import CpuFeeder, PreparedBatch, prepare_images
+from cifake_ray.stages.batch.cpu_feeder import (
+    CpuFeeder,
+    PreparedBatch,
+    measure_image,
+    prepare_images,
+)
 from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.quarantine import Quarantine
 from cifake_ray.stages.cluster import Placement
@@ -61,8 +66,8 @@ class ShardReport:
     stats: ShardStats
     worked: int  # images, in this session; 0 if the shard was committed before
     retried: bool  # an earlier attempt was lost with its worker
-    started_s: float  # time.time(), as finished_s
-    finished_s: float
+    started_s: float = 0.0  # time.time(), as finished_s
+    finished_s: float = 0.0
 
 
 class Heartbeat:
@@ -214,12 +219,10 @@ class ShardWorker:
                 quarantine = stack.enter_context(
                     Quarantine(decodes=self.processor.decodes, timeout_s=image_s)
                 )
-            fetched = self.source.read_images(rows)
-            for some in slice_rows(rows, self.processor.batch_size):
-                images: list[bytes | ImageError] = []
-                for image in islice(fetched, some.num_rows):
-                    images.append(image)
-                    heartbeat.beat()
+            fetched, start = self.source.read_images(rows), 0
+            while images := take_images(fetched, self.processor.batch_size, heartbeat.beat):
+                some = rows.slice(start, len(images))
+                start += len(images)
                 if quarantine is not None:
                     images = quarantine.try_images(images, heartbeat.beat)
                 yield PreparedBatch(some, *prepare_images(self.processor.prepare, images))
@@ -227,11 +230,14 @@ class ShardWorker:
     def _feed(
         self, rows: pa.Table, heartbeat: Heartbeat, is_suspect: bool
     ) -> Generator[PreparedBatch, None, None]:
-        """Fetch and prepare images in tasks on other CPUs; put what ends a task in quarantine."""
+        """Fetch and prepare images in tasks on other CPUs, or here when none is free.
+
+        What ends a task goes into quarantine.
+        """
         for batch in self.feeder.prepare_slices(slice_rows(rows, self.processor.batch_size)):
             heartbeat.beat()
             if batch.prepared is None:
-                yield from self._prepare(batch.rows, heartbeat, is_suspect=True)
+                yield from self._prepare(batch.rows, heartbeat, batch.is_suspect)
             else:
                 yield batch
 
@@ -239,6 +245,24 @@ class ShardWorker:
 def count_retryable(errors: dict[str, int]) -> int:
     """Count the errors that may be transient."""
     return sum(errors.get(error, 0) for error in RETRYABLE_ERRORS)
+
+
+def take_images(
+    images: Iterator[bytes | ImageError], max_images: int, on_image: Callable[[], None]
+) -> list[bytes | ImageError]:
+    """Return the next images: at most `max_images`, and no more once they have MAX_BATCH_BYTES.
+
+    Their sizes are often not listed: those of Parquet files never are.
+    """
+    taken: list[bytes | ImageError] = []
+    size_bytes = 0
+    for image in islice(images, max_images):
+        taken.append(image)
+        on_image()
+        size_bytes += measure_image(image)
+        if size_bytes >= MAX_BATCH_BYTES:
+            break
+    return taken
 
 
 def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:

@@ -7,11 +7,9 @@ written atomically, so a run resumes after a killed worker or a killed driver.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -19,16 +17,11 @@ from typing import Any
 import torch
 
 from cifake_ray.config import Device, TrainConfig
+from cifake_ray.core.training.device_limits import check_batch_share
 from cifake_ray.core.training.early_stopping import explain_end
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import (
-    Placement,
-    Resources,
-    choose_gpu,
-    connect_cluster,
     count_local_cpus,
-    find_cause,
-    place_workers,
 )
 from cifake_ray.stages.train.prepare import (
     Prepared,
@@ -36,11 +29,11 @@ from cifake_ray.stages.train.prepare import (
     describe_options,
     prepare_training,
 )
-from cifake_ray.stages.train.worker import RankTask, start_rank, train_rank
+from cifake_ray.stages.train.worker import train_rank
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
-from cifake_ray.storage.datasets.training_set import locate_cache
-from cifake_ray.storage.io.paths import resolve_path, to_arrow
+from cifake_ray.storage.datasets.pixel_cache import locate_cache
+from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.runs.run import read_record
 from cifake_ray.storage.runs.trackers import Tracking, check_trackers
@@ -73,6 +66,12 @@ class TrainSummary:
     images_per_s: float  # training images, over all attempts
     elapsed_s: float
     weights: str | None = None  # the starting weights, unless initialised at random
+    images_in_both_classes: int = 0  # whose bytes also occur with the other label
+    precision: str | None = None  # what `auto` became; None in runs of before
+    # Of the bundle, on p_fake; None in runs of before, and if no threshold keeps the rate.
+    threshold: float | None = None
+    threshold_fpr_1: float | None = None
+    threshold_fpr_01: float | None = None
     untracked: dict[str, int] = field(
         default_factory=dict
     )  # rows that could not be logged, per tracker
@@ -105,39 +104,69 @@ def train_detector(
     prepared = prepare_training(
         config
     )  # fails here, not in every worker, if options do not fit together
+    num_train = int((~prepared.rows.is_val).sum())
+    check_batch_share(
+        prepared.detector,
+        config,
+        device="cpu" if config.device == "cpu" else "cuda",  # workers check it where they run
+        num_images=num_train,
+        num_ranks=max(1, (config.worker_range or (1, 1))[0]),
+    )
+    log(f"train: {prepared.rows}")
+    if prepared.rows.num_in_both:
+        log(
+            f"train: {prepared.rows.num_in_both:,} images have the same bytes as one with the other"
+            " label; check the labels"
+        )
+    for note in prepared.rows.notes:
+        log(f"train: {note}")
     if config.dry_run:
         return {
             "command": "train",
             "out": str(run.path),
             "model": config.model,
             "num_parameters": prepared.detector.num_parameters,
-            "train_images": int((~prepared.rows.is_val).sum()),
+            "train_images": num_train,
             "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
         }
-    run.open(prepared.settings, asdict(config))
-    with Tracking(config.track, run, prepared.settings, log) as tracking:
-        if prepared.weights:
-            log(f"train: starting from {prepared.weights}")
+    with run.lock():
+        run.open(prepared.settings, asdict(config))
+        with Tracking(config.track, run, prepared.settings, log) as tracking:
+            if prepared.weights:
+                log(f"train: starting from {prepared.weights}")
 
-        def report_epoch(row: dict[str, Any], epochs: int) -> None:
-            tracking.log_epoch(row)
-            on_epoch(row, epochs)
+            def report_epoch(row: dict[str, Any], epochs: int) -> None:
+                tracking.log_epoch(row)
+                on_epoch(row, epochs)
 
-        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch)
-        if config.worker_range == (0, 0):
-            train_rank(
-                prepared,
-                use_gpu=_choose_gpu_here(config.device),
-                num_threads=config.cpus_per_worker or count_local_cpus(),
-                on_save=watch.look,
-            )
-        else:
-            with watch:
-                _train_on_ray(prepared, run, log)
-        finished = _summarise(prepared, run, tracking.resumed, started_s)
-        finished = replace(finished, untracked=tracking.finish(asdict(finished)))
-    run.write_success(asdict(finished))
+            def show_progress() -> None:
+                if line := run.take_progress():
+                    log(line)
+
+            watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, show_progress)
+            if config.worker_range == (0, 0):
+                train_rank(
+                    prepared,
+                    use_gpu=_choose_gpu_here(config.device),
+                    num_threads=config.cpus_per_worker or count_local_cpus(),
+                    on_save=watch.look,
+                    log=log,
+                )
+            else:
+                from cifake_ray.stages.train.ray_train import train_on_ray
+
+                with watch:
+                    train_on_ray(prepared, run, log)
+            finished = _summarise(prepared, run, tracking.resumed, started_s)
+            if finished.threshold_fpr_01 is None:
+                rate = "1%" if finished.threshold_fpr_1 is None else "0.1%"
+                log(
+                    f"train: no threshold keeps {rate} false positives, since more of the REAL"
+                    " validation images have p_fake = 1.0; check their labels"
+                )
+            finished = replace(finished, untracked=tracking.finish(asdict(finished)))
+        run.write_success(asdict(finished))
     return asdict(finished)
 
 
@@ -163,22 +192,6 @@ def _find_finished(
         return {**summary, "untracked": tracking.finish(summary)}
 
 
-def place_training(config: TrainConfig, resources: Resources) -> Placement:
-    """Return the smallest placement that starts.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    least, most = config.worker_range or (None, None)
-    use_gpu = choose_gpu(config.device, resources)
-    return place_workers(
-        resources,
-        num_workers=least or (resources.num_gpus if use_gpu else 1),
-        use_gpu=use_gpu,
-        # Workers that join later must get as many as the first ones.
-        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
-    )
-
-
 def finish_training(config: TrainConfig, use_gpu: bool) -> None:
     """Write the bundle of a run that was stopped between two epochs, from its checkpoint."""
     train_rank(
@@ -197,58 +210,6 @@ def _choose_gpu_here(device: Device) -> bool:
             f"--device cuda: torch {torch.__version__} sees no GPU here; use --device cpu"
         )
     return device != "cpu" and is_there
-
-
-def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    config = prepared.config
-    filesystem, storage_path = to_arrow(run.path)
-    # Ray Train takes one report per worker and check: every 2 s by default, for which an epoch of a
-    # small run would wait.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    threads = ThreadPoolExecutor(1)  # in the main thread, Ray Train would handle Ctrl-C
-    least, most = config.worker_range or (None, None)
-    room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
-    with connect_cluster(config, room, log) as resources:
-        placement = place_training(config, resources)
-        # In a range, Ray Train restarts with another number of workers as nodes come or go.
-        workers: Any = placement.num_workers if least == most else (placement.num_workers, most)
-        task = RankTask(
-            config=config,
-            rows_hash=prepared.rows_hash,
-            use_gpu=placement.gpus_per_worker > 0,
-            num_threads=placement.cpus_per_worker,
-        )
-        trainer = TorchTrainer(
-            start_rank,
-            train_loop_config={"task": task},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=task.use_gpu,
-                resources_per_worker={
-                    "CPU": placement.cpus_per_worker,
-                    **({"GPU": placement.gpus_per_worker} if task.use_gpu else {}),
-                },
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=storage_path,
-                storage_filesystem=filesystem,
-                # Announced node removals are not counted: Ray Train allows any number.
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            ),
-        )
-        try:
-            threads.submit(trainer.fit).result()
-        except ray.train.TrainingFailedError as error:
-            raise CifakeError(
-                f"training failed: {find_cause(error)}; run the same command again to resume from"
-                " the last epoch, with --debug for the whole traceback"
-            ) from error
-        finally:
-            threads.shutdown(wait=False)
 
 
 def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float) -> TrainSummary:
@@ -278,6 +239,11 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         images_per_s=round(images / train_s, 1),
         elapsed_s=round(time.time() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
+        images_in_both_classes=prepared.rows.num_in_both,
+        precision=training["precision"],
+        threshold=bundle.calibration.threshold,
+        threshold_fpr_1=bundle.calibration.threshold_fpr_1,
+        threshold_fpr_01=bundle.calibration.threshold_fpr_01,
     )
 
 
@@ -290,7 +256,9 @@ class _HistoryWatch:
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],
+        on_poll: Callable[[], None] = lambda: None,
     ) -> None:
+        self.on_poll = on_poll
         self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
@@ -303,6 +271,7 @@ class _HistoryWatch:
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
+                self.on_poll()
                 self.look()
 
     def __enter__(self) -> None:
@@ -312,4 +281,5 @@ class _HistoryWatch:
         self.ended.set()
         self.thread.join()
         with suppress(CifakeError) if kind else nullcontext():
+            self.on_poll()
             self.look()

@@ -19,7 +19,7 @@ from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
-from cifake_ray.core.training.device_limits import choose_precision
+from cifake_ray.core.training.device_limits import agree_on_precision, check_batch_share
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
 from cifake_ray.core.training.trainer import Trainer
@@ -46,6 +46,8 @@ class RankTask:
 
 def start_rank(loop_config: dict[str, RankTask]) -> None:
     """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
+    import ray.train
+
     task = loop_config["task"]
     torch.set_num_threads(task.num_threads)
     prepared = prepare_training(task.config)
@@ -54,7 +56,14 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
             f"{task.config.shards}: the shards changed while the training started; run the same"
             " command again once they are complete"
         )
-    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads)
+    run = TrainRun(resolve_path(task.config.run, task.config.store))
+    is_first = ray.train.get_context().get_world_rank() == 0
+    train_rank(
+        prepared,
+        use_gpu=task.use_gpu,
+        num_threads=task.num_threads,
+        log=run.write_progress if is_first else lambda message: None,
+    )
 
 
 def train_rank(
@@ -64,6 +73,7 @@ def train_rank(
     num_threads: int,
     is_over: bool = False,
     on_save: Callable[[], None] = lambda: None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
 
@@ -76,19 +86,24 @@ def train_rank(
     device = "cuda" if use_gpu else "cpu"
     if config.compile:
         detector.network.compile()
-    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads)
+    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads, log)
     wrapped, report = _join_group(config, detector, device)
-    trainer = Trainer(
+    checkpoint = run.read_checkpoint()
+    wanted: str = config.precision
+    if wanted == "auto" and checkpoint is not None:  # what it became when the run began
+        wanted = checkpoint.get("precision", wanted)
+        wanted = "float32" if (wanted, device) == ("fp16", "cpu") else wanted
+    precision = agree_on_precision(device, wanted)
+    trainer = Trainer(detector, wrapped, config, data.train, data.val, precision, config.policy)
+    check_batch_share(
         detector,
-        wrapped,
         config,
-        data.train,
-        data.val,
-        choose_precision(device, config.precision),
-        config.policy,
+        device=device,
+        num_images=len(data.train.labels),
+        num_ranks=trainer.num_ranks,
     )
     domain = read_domain(data.train) if trainer.rank == 0 else None
-    if (checkpoint := run.read_checkpoint()) is not None:
+    if checkpoint is not None:
         trainer.resume(checkpoint)
         if trainer.rank == 0:  # an earlier attempt may have died before it wrote the history
             _show_history(run, trainer, on_save)
@@ -168,6 +183,7 @@ def _write_best(
     ]  # without the folders above, which are private
     training = {
         **settings,
+        "precision": trainer.precision.name,
         "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),

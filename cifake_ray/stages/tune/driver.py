@@ -50,7 +50,8 @@ from cifake_ray.stages.tune.schedulers import (
 )
 from cifake_ray.stages.tune.trial_callback import TrialCallback
 from cifake_ray.stages.tune.trial_worker import FAILED, finish_trial, run_trial
-from cifake_ray.storage.datasets.training_set import TrainingRows, locate_cache, read_training_rows
+from cifake_ray.storage.datasets.pixel_cache import locate_cache
+from cifake_ray.storage.datasets.training_set import TrainingRows, read_training_rows
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial
@@ -133,14 +134,17 @@ def tune_detector(
                 "epochs": plan.options["epochs"],
                 "searched": {name: list(domain.values) for name, domain in space.items()},
             }
-        search.open(settings, asdict(config))
-        if success is not None:
-            log(f"tune: extending the search from {success['trials']} to {config.trials} trials")
-            search.withdraw_success()
-        trials = _prepare_trials(plan, space, log)
-        watch = TrialCallback(plan, list(space), log)
-        _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
-        return _finish(plan, plan.find_baseline(space), watch, use_gpu, rows, started_s)
+        with search.lock():
+            search.open(settings, asdict(config))
+            if success is not None:
+                log(
+                    f"tune: extending the search from {success['trials']} to {config.trials} trials"
+                )
+                search.withdraw_success()
+            trials = _prepare_trials(plan, space, log)
+            watch = TrialCallback(plan, list(space), log)
+            _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
+            return _finish(plan, plan.find_baseline(space), watch, use_gpu, rows, started_s)
 
 
 @contextmanager

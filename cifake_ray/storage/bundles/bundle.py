@@ -20,7 +20,7 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
-from cifake_ray.errors import BundleError
+from cifake_ray.errors import BundleError, UsageError
 from cifake_ray.storage.bundles.weights import (
     WEIGHTS_NAME,
     check_weights,
@@ -60,12 +60,32 @@ class BundleInfo:
         return self.weights_name != WEIGHTS_NAME
 
     def threshold(self, target_fpr: float | None) -> float:
-        """Return the threshold for a false-positive rate of 0.01 or 0.001, or the default one."""
-        return {
+        """Return the threshold for a false-positive rate of 0.01 or 0.001, or the default one.
+
+        UsageError when no threshold kept that rate on the validation images.
+        """
+        threshold = {
             None: self.calibration.threshold,
             0.01: self.calibration.threshold_fpr_1,
             0.001: self.calibration.threshold_fpr_01,
         }[target_fpr]
+        if threshold is None:
+            raise UsageError(
+                f"--target-fpr {target_fpr}: {self.path} has no threshold for it, since more of its"
+                " REAL validation images have p_fake = 1.0; leave it out, or train again with"
+                " checked labels or more validation images"
+            )
+        return threshold
+
+    def list_thresholds(self) -> dict[str, float]:
+        """Return every threshold of the bundle by its name, the default one first."""
+        calibration = self.calibration
+        thresholds: dict[str, float | None] = {
+            "default": calibration.threshold,
+            "fpr_0.01": calibration.threshold_fpr_1,
+            "fpr_0.001": calibration.threshold_fpr_01,
+        }
+        return {name: value for name, value in thresholds.items() if value is not None}
 
 
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
@@ -150,8 +170,10 @@ def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: st
         architecture, calibration = config["architecture"], Calibration(**ours["calibration"])
         if not isinstance(architecture, str):
             raise ValueError(f"architecture is {architecture!r}")
-        if not all(math.isfinite(value) for value in asdict(calibration).values()):
-            raise ValueError("calibration holds a number that is not finite")
+        numbers = asdict(calibration)
+        missing = [name for name in ("temperature", "threshold") if numbers[name] is None]
+        if missing or not all(math.isfinite(v) for v in numbers.values() if v is not None):
+            raise ValueError("calibration lacks a number, or holds one that is not finite")
         if calibration.temperature <= 0:
             raise ValueError(f"temperature is {calibration.temperature}")
         domain = ours.get("domain")
@@ -185,8 +207,11 @@ def write_bundle(
 ) -> None:
     """Write a bundle, `config.json` last, so that a bundle that has one is complete."""
     preprocessing = detector.preprocessing
+    timm_cfg: Mapping[str, Any] = getattr(detector.network, "pretrained_cfg", {})
+    is_sized = timm_cfg.get("fixed_input_size")  # timm must be told the size, as for its ViTs
     config = {
         "architecture": detector.architecture,
+        "model_args": {"img_size": preprocessing.image_size} if is_sized else {},
         "num_classes": len(LABEL_NAMES),
         "label_names": list(LABEL_NAMES),
         "pretrained_cfg": {

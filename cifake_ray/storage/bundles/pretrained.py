@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.bundles.bundle import locate_bundle
-from cifake_ray.storage.bundles.weights import check_weights, find_weights, load_weights
-from cifake_ray.storage.io.files import exists, read_bytes
+from cifake_ray.storage.bundles.weights import (
+    PICKLE_SUFFIXES,
+    check_pickle,
+    check_weights,
+    find_weights,
+    load_weights,
+)
+from cifake_ray.storage.io.files import exists, is_file, read_bytes
 from cifake_ray.storage.io.paths import AnyPath
 
 if TYPE_CHECKING:
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
 NUM_SHOWN = 3  # names in a message
+# What training programs call the network that they train.
+WRAPPERS = ("module", "model", "backbone", "network", "net", "encoder", "base_model", "_orig_mod")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +43,13 @@ class StartingWeights:
     digest: str  # sha256 of names, shapes and values, whatever the file format
     num_loaded: int  # tensors
     fresh: tuple[str, ...]  # names in the classifier that were not loaded
+    dropped: str = ""  # what stood before the names of the network
 
     def __str__(self) -> str:
         fresh = ", ".join(self.fresh)
         rest = f"; the classifier is fresh: {fresh}" if fresh else ", the classifier too"
-        return f"{self.num_loaded} tensors from {self.source}{rest}"
+        names = f" (named {self.dropped}...)" if self.dropped else ""
+        return f"{self.num_loaded} tensors from {self.source}{names}{rest}"
 
 
 def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWeights | None:
@@ -54,11 +64,13 @@ def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWe
     if config.weights is None:
         return None
     path = locate_bundle(config.weights, config.store)
-    if path.suffix == ".safetensors":
+    is_pickle = path.suffix.lower() in PICKLE_SUFFIXES and is_file(path)
+    if is_pickle or path.suffix == ".safetensors":
+        check_pickle(path, config.allow_pickle)
         state = _read_state(path, config.model)
     else:
         cfg = _read_pretrained_cfg(path, config.model)
-        state = _read_state(path / find_weights(path, allow_pickle=False), config.model)
+        state = _read_state(path / find_weights(path, config.allow_pickle), config.model)
         own = detector.preprocessing
         mean, std = (tuple(cfg.get(name, getattr(own, name))) for name in ("mean", "std"))
         detector.set_preprocessing(replace(own, mean=mean, std=std))
@@ -69,6 +81,29 @@ def _read_state(path: AnyPath, architecture: str) -> Mapping[str, torch.Tensor]:
     data = read_bytes(path)
     check_weights(path, data, architecture)
     return load_weights(path, data)
+
+
+def _drop_wrappers(
+    state: Mapping[str, torch.Tensor], own: Collection[str]
+) -> tuple[Mapping[str, torch.Tensor], str]:
+    """Return the state under the names of a network, and what was dropped before them.
+
+    Training programs save a network as a part of their own module: `module.conv1.weight`.
+    """
+    renamed: dict[str, torch.Tensor] = {}
+    dropped = set()
+    for name, tensor in state.items():
+        short = name
+        while short not in own and short.partition(".")[0] in WRAPPERS:
+            short = short.partition(".")[2]
+        if short != name and short in own:
+            dropped.add(name.removesuffix(short))
+        else:
+            short = name
+        if short in renamed:  # such as a teacher and its student: which one is meant?
+            return state, ""
+        renamed[short] = tensor
+    return renamed, ", ".join(sorted(dropped))
 
 
 def _read_pretrained_cfg(folder: AnyPath, architecture: str) -> dict[str, Any]:
@@ -122,6 +157,7 @@ def _load_fitting(
     from cifake_ray.core.models.detector import find_head
 
     own = detector.network.state_dict(keep_vars=True)
+    state, dropped = _drop_wrappers(state, own)
     in_head = {id(t) for t in find_head(detector.network).state_dict(keep_vars=True).values()}
     head = {name for name, tensor in own.items() if id(tensor) in in_head}
     fits = {name: t for name, t in state.items() if name in own and t.shape == own[name].shape}
@@ -152,4 +188,5 @@ def _load_fitting(
         digest=digest.hexdigest(),
         num_loaded=len(loaded),
         fresh=tuple(sorted(own.keys() - loaded.keys())),
+        dropped=dropped,
     )

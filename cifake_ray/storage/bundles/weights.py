@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
 WEIGHTS_NAME = "model.safetensors"
+CHECKPOINT_NAMES = ("state_dict", "model_state_dict", "model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -33,16 +34,21 @@ def find_weights(bundle: AnyPath, allow_pickle: bool) -> str:
         raise BundleError(
             f"{bundle}: no {WEIGHTS_NAME}; give the bundle folder of a finished training run"
         )
-    if not allow_pickle:
-        raise BundleError(
-            f"{bundle}: no {WEIGHTS_NAME}, only {found[0]}, a pickle, which may hold code; save it"
-            " as safetensors or, if you trust who made it, give --allow-pickle"
-        )
+    check_pickle(bundle / found[0], allow_pickle)
     if len(found) > 1:
         raise BundleError(
             f"{bundle}: several files of weights ({', '.join(found)}); leave one of them there"
         )
     return found[0]
+
+
+def check_pickle(path: AnyPath, allow_pickle: bool) -> None:
+    """Raise BundleError for weights that are a pickle, unless it is allowed."""
+    if path.suffix.lower() in PICKLE_SUFFIXES and not allow_pickle:
+        raise BundleError(
+            f"{path}, a pickle, which may hold code, is not read; save it as {WEIGHTS_NAME} or, if"
+            " you trust who made it, give --allow-pickle"
+        )
 
 
 def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
@@ -75,6 +81,9 @@ def load_weights(path: AnyPath, data: bytes) -> Mapping[str, torch.Tensor]:
             state: Any = load(data)
         else:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            for name in CHECKPOINT_NAMES:  # the weights among other things of a checkpoint
+                if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+                    state = state[name]
         if not isinstance(state, Mapping) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in state.items()

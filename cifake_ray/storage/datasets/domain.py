@@ -7,8 +7,7 @@ import pyarrow as pa
 
 from cifake_ray.core.imaging.training_domain import DOMAIN_COLUMNS, TrainingDomain, find_domain
 from cifake_ray.storage.datasets.training_set import ImageSet
-from cifake_ray.storage.runs.shards import FOOTER_KEY
-from cifake_ray.storage.sources.parquet import read_columns, use_table
+from cifake_ray.storage.sources.image_table import ImageTable
 
 
 def read_domain(images: ImageSet) -> TrainingDomain | None:
@@ -21,10 +20,10 @@ def read_domain(images: ImageSet) -> TrainingDomain | None:
     distinct = []
     for group, positions in zip(groups, np.split(images.positions, starts[1:]), strict=True):
         path, number = rows.groups[group]
-        with use_table(path) as table:
-            if FOOTER_KEY not in (table.schema_arrow.metadata or {}):
+        with ImageTable(path, path.name, rows.choice) as table:
+            if not table.is_ours:
                 return None
-            headers = read_columns(table, path, [number], DOMAIN_COLUMNS)
+            headers = table.read([number], DOMAIN_COLUMNS)
         headers = headers.take(pa.array(rows.row[positions]))
         distinct.append(headers.group_by(DOMAIN_COLUMNS).aggregate([]))  # memory stays flat
     return find_domain(pa.concat_tables(distinct))

@@ -1,45 +1,43 @@
 """Choose the training images of shards and read their pixels.
 
 Pixels are decoded once per node into a memory-mapped file that all workers and trials share; when
-that would be too large, encoded bytes are read and decoded as they are needed.
+that would be too large, encoded bytes are read and decoded as they are needed. The file holds every
+row of the shards, so it serves all trainings on them, whatever they take and however they validate.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import tempfile
+import math
+import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.imaging.decode import map_images
+from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
+from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
-from cifake_ray.storage.io.files import make_folder, stamp_file, write_json
-from cifake_ray.storage.io.paths import AnyPath, explain_os_error, resolve_local, resolve_path
-from cifake_ray.storage.sources.parquet import (
-    find_tables,
-    read_columns,
-    read_label_names,
-    read_row_group,
-    use_table,
-)
+from cifake_ray.storage.datasets.pixel_cache import PixelCache, locate_cache
+from cifake_ray.storage.io.files import stamp_file
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.sources.columns import ColumnChoice
+from cifake_ray.storage.sources.image_table import ImageTable, get_bytes
+from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
+LOG_INTERVAL_S = 5.0
+USES = ("to train on", "to validate on", "left out")
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,36 @@ class TrainingRows:
     """The labelled rows of the shards that train or validate; parallel arrays."""
 
     groups: list[tuple[AnyPath, int]]  # (file, row group)
+    group_rows: np.ndarray  # int64[G]: all rows of each row group
     group: np.ndarray  # int32[N]: number of the row group
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
     is_val: np.ndarray  # bool[N]
+    num_in_both: int = 0  # rows whose bytes are also those of a row with the other label
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # rows by use and split
+    choice: ColumnChoice = ColumnChoice()  # noqa: RUF009 - frozen
+    notes: tuple[str, ...] = ()  # how labels of others were read, for the user
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{sum(splits.values()):,} {use} ({', '.join(f'{n:,} {s}' for s, n in splits.items())})"
+            for use in USES
+            if (splits := {split: n for (u, split), n in self.counts.items() if u == use})
+        )
+
+    @property
+    def slots(self) -> np.ndarray:
+        """Return the position of each row among all rows of the files, int64[N]."""
+        starts: np.ndarray = np.cumsum(self.group_rows) - self.group_rows
+        slots: np.ndarray = starts[self.group] + self.row
+        return slots
+
+    def read_group(self, number: int) -> tuple[pa.ChunkedArray, list[str | None]]:
+        """Read the images of a row group, and their errors."""
+        path, group = self.groups[number]
+        with ImageTable(path, path.name, self.choice) as table:
+            images = table.read([group], [table.image]).column(table.image)
+            return images, table.read_facts([group]).errors
 
     def hash_rows(self) -> str:
         """Return the sha256 of which rows train and validate, and their labels."""
@@ -70,16 +94,35 @@ class TrainingRows:
 def read_training_rows(config: TrainConfig) -> TrainingRows:
     """Find the training and validation rows. UsageError when either has none of a class."""
     root = resolve_path(config.shards, config.store)
+    choice, left_out = choose_columns(root), Counter[str]()
+    labels, is_foreign = LabelReader(choice.label, choice.class_names), False
     groups: list[tuple[AnyPath, int]] = []
+    group_rows: list[int] = []
     parts: list[tuple[np.ndarray, ...]] = []
-    for path in find_tables(root):
-        with use_table(path) as table:
-            for number in range(table.num_row_groups):
-                columns = _read_group_rows(table, path, number, config)
-                parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
-                groups.append((path, number))
-    group, row, label, is_val = (np.concatenate(column) for column in zip(*parts, strict=True))
-    rows = TrainingRows(groups, group, row, label, is_val)
+    counts: Counter[tuple[str, str]] = Counter()
+    for table in open_tables(root, choice, left_out):
+        is_foreign |= not table.is_ours
+        for number in range(table.file.num_row_groups):
+            columns = _read_group_rows(table, number, labels, config, counts)
+            parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
+            groups.append((table.path, number))
+            group_rows.append(table.file.metadata.row_group(number).num_rows)
+    group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
+    in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
+    num_in_both = int(np.isin(digest, in_both).sum())
+    labels.check(root, HINT_CONVERT)
+    rows = TrainingRows(
+        groups,
+        np.array(group_rows),
+        group,
+        row,
+        label,
+        is_val,
+        num_in_both,
+        counts,
+        choice,
+        notes=(labels.describe(),) if is_foreign and labels.counts else (),
+    )
     check_both_classes(rows, np.ones(len(label), bool), config)
     return rows
 
@@ -91,56 +134,56 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
             if not (rows.label[side & usable] == value).any():
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
-                    " decodes; training takes the rows with split `train` or none (--val-fraction,"
-                    " --val-split choose among them)"
+                    f" decodes among its rows ({rows}); training takes those with split `train` or"
+                    " none (--val-fraction, --val-split choose among them); `convert` takes names"
+                    " of classes by --real-name and --fake-name"
+                    + "".join(f"; {note}" for note in rows.notes)
                 )
 
 
 def _read_group_rows(
-    table: Any, path: AnyPath, number: int, config: TrainConfig
+    table: ImageTable,
+    number: int,
+    labels: LabelReader,
+    config: TrainConfig,
+    counts: Counter[tuple[str, str]],
 ) -> tuple[np.ndarray, ...]:
-    """Return row, label and is_val of the usable rows of one row group."""
-    names = table.schema_arrow.names
-    hashed = "sha256" if "sha256" in names else "image"
-    wanted = [n for n in ("label", "split", "error", hashed) if n in names]
-    columns = read_columns(table, path, [number], wanted)
-    num_rows = columns.num_rows
-    class_names = read_label_names(table.schema_arrow)
-
-    def values(name: str, default: Any = None) -> list[Any]:
-        present = name in columns.column_names
-        return columns.column(name).to_pylist() if present else [default] * num_rows
-
-    file_split = SPLIT_NAMES.get(path.stem.split("-")[0].lower())
-    chosen: list[tuple[int, int, bool]] = []
-    cells = values("label"), values("split", file_split), values("error"), values(hashed)
-    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
-        try:
-            label, split = read_class_label(label, class_names), parse_split(split)
-        except ValueError as problem:
-            raise UsageError(f"{path}: {problem}") from problem
-        is_empty = content is None or (isinstance(content, dict) and not content["bytes"])
-        if label is None or error is not None or is_empty:
+    """Return row, label, is_val and digest of the usable rows of one row group; count all rows."""
+    has_hashes = table.is_ours and "sha256" in table.columns
+    hashed = "sha256" if has_hashes else table.image
+    contents = table.read([number], [hashed]).column(hashed).to_pylist()
+    facts, class_names = table.read_facts([number]), table.label_names
+    val_split = parse_split(config.val_split)
+    chosen: list[tuple[int, int, bool, int]] = []
+    cells = facts.labels, facts.splits, facts.errors, contents
+    for row, (value, split, error, content) in enumerate(zip(*cells, strict=True)):
+        label = labels.read(value, class_names)
+        data = content if has_hashes else _get_bytes(content)
+        name = f"of split {split}" if split else "without a split"
+        if label is None or error is not None or not data:
+            name = "with an error" if label is not None or error is not None else "without a label"
+            counts[USES[2], name] += 1
             continue
-        if config.val_split is not None and split == parse_split(config.val_split):
-            chosen.append((row, label, True))
-        elif split in (None, "train"):
-            is_val = config.val_split is None and _is_val(content, config.val_fraction)
-            chosen.append((row, label, is_val))
-    row_, label_, is_val_ = zip(*chosen, strict=True) if chosen else ((), (), ())
-    return np.array(row_, np.int32), np.array(label_, np.int64), np.array(is_val_, bool)
+        is_val = val_split is not None and split == val_split
+        if not is_val and split not in (None, "train"):
+            counts[USES[2], name] += 1
+            continue
+        digest = int.from_bytes((data if has_hashes else hashlib.sha256(data).digest())[:8], "big")
+        # By the image's bytes, so that duplicates are never on both sides.
+        is_val |= val_split is None and digest < config.val_fraction * 2**64
+        counts[USES[is_val], name] += 1
+        chosen.append((row, label, is_val, digest))
+    types = (np.int32, np.int64, bool, np.uint64)
+    lists = [list(column) for column in zip(*chosen, strict=True)] or [[]] * len(types)
+    return tuple(np.array(column, kind) for column, kind in zip(lists, types, strict=True))
 
 
-def _is_val(content: Any, fraction: float) -> bool:
-    """Decide by the image's bytes, so that duplicates are never on both sides."""
-    content = _get_bytes(content)
-    digest = content if len(content) == 32 else hashlib.sha256(content).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _get_bytes(image: Any) -> Any:
-    """Return the bytes of a value of the column `image`, a struct or plain bytes."""
-    return image["bytes"] if isinstance(image, dict) else image
+def _get_bytes(value: Any) -> bytes | None:
+    """Return the encoded image in a value of a column of images, None when there is none."""
+    try:
+        return get_bytes(value)
+    except ImageError:
+        return None
 
 
 class Pixels(Protocol):
@@ -150,13 +193,13 @@ class Pixels(Protocol):
 
 
 class MappedPixels:
-    """uint8[N, S, S, 3] in a memory-mapped file, which all processes of a node share."""
+    """Rows of the cache, which all processes of a node share."""
 
-    def __init__(self, path: Path) -> None:
-        self.array = np.load(path, mmap_mode="r")
+    def __init__(self, array: np.ndarray, slots: np.ndarray) -> None:
+        self.array, self.slots = array, slots
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        pixels: np.ndarray = self.array[positions]
+        pixels: np.ndarray = self.array[self.slots[positions]]
         return pixels
 
 
@@ -184,9 +227,7 @@ class StreamedPixels:
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
         if group not in self.loaded:
-            path, number = self.rows.groups[group]
-            table = read_row_group(path, number, ["image"])
-            self.loaded[group] = table.column("image")
+            self.loaded[group], _ = self.rows.read_group(group)
             while len(self.loaded) > GROUP_SIZE + 1:
                 self.loaded.popitem(last=False)
         self.loaded.move_to_end(group)
@@ -227,34 +268,36 @@ class TrainingData:
 
 
 def open_training_data(
-    rows: TrainingRows, preprocessing: Preprocessing, config: TrainConfig, num_threads: int
+    rows: TrainingRows,
+    preprocessing: Preprocessing,
+    config: TrainConfig,
+    num_threads: int,
+    log: Callable[[str], None] = lambda message: None,
 ) -> TrainingData:
-    """Return the training data, decoded if need be by the first process of each node."""
-    size_bytes = len(rows.label) * preprocessing.image_size**2 * 3
-    fits = size_bytes <= config.cache_gb * 1e9
-    folder = locate_cache(config.cache_dir)
+    """Return the training data, decoded if need be by the first process of each node.
+
+    CacheError when the folder for decoded images cannot be used.
+    """
+    shape = (int(rows.group_rows.sum()), *(preprocessing.image_size,) * 2, 3)
+    fits = math.prod(shape) <= config.cache_gb * 1e9
     identity = json.dumps(
-        [rows.hash_files(), rows.hash_rows(), preprocessing.image_size, preprocessing.fit]
+        [DECODE_POLICY, rows.hash_files(), preprocessing.image_size, preprocessing.fit]
     )
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    make_folder(folder)
-    with open(folder / f"{key}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        pixels_path, unusable_path = folder / f"{key}.npy", folder / f"{key}.json"
-        if not unusable_path.exists() or (fits and not pixels_path.exists()):
-            path = pixels_path if fits else None
-            _decode_all(rows, preprocessing, num_threads, path, unusable_path)
-    unusable = json.loads(unusable_path.read_bytes())["unusable"]
-    usable = np.ones(len(rows.label), bool)
-    usable[[int(position) for position in unusable]] = False
+    cache = PixelCache(locate_cache(config.cache_dir) / key, shape if fits else None)
+    cache.fill(lambda: _decode_rows(rows, preprocessing, num_threads, log), log)
+    unusable, slots = cache.read_errors(), rows.slots
     pixels: Pixels = (
-        MappedPixels(pixels_path) if fits else StreamedPixels(rows, preprocessing, num_threads)
+        MappedPixels(cache.map_pixels(), slots)
+        if fits
+        else StreamedPixels(rows, preprocessing, num_threads)
     )
+    usable = ~np.isin(slots, list(unusable))
     check_both_classes(rows, usable, config)
     return TrainingData(
         train=_make_set(rows, pixels, usable & ~rows.is_val),
         val=_make_set(rows, pixels, usable & rows.is_val),
-        unusable=dict(Counter(unusable.values())),
+        unusable=dict(Counter(unusable[slot] for slot in slots[~usable])),
     )
 
 
@@ -263,55 +306,32 @@ def _make_set(rows: TrainingRows, pixels: Pixels, chosen: np.ndarray) -> ImageSe
     return ImageSet(rows, pixels, positions, rows.label[positions])
 
 
-def locate_cache(cache_dir: str | None) -> Path:
-    """Return `--cache-dir`, else the user's cache folder."""
-    if cache_dir is not None:
-        return resolve_local(cache_dir, "--cache-dir")
-    return resolve_local(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "cifake_ray"
-
-
-def _decode_all(
+def _decode_rows(
     rows: TrainingRows,
     preprocessing: Preprocessing,
     num_threads: int,
-    pixels_path: Path | None,
-    unusable_path: Path,
-) -> None:
-    """Decode every row once: write the pixels, if they fit, and which rows do not decode."""
-    size = preprocessing.image_size
-    unusable: dict[int, str] = {}
-    with tempfile.NamedTemporaryFile(dir=unusable_path.parent, suffix=".writing") as temporary:
-        try:
-            shape = (len(rows.label) if pixels_path else 0, size, size, 3)
-            array = np.lib.format.open_memmap(temporary.name, "w+", np.uint8, shape)
-            # Writing to a sparse file on a full disk would kill the process: take the space first.
-            os.posix_fallocate(temporary.fileno(), 0, os.stat(temporary.name).st_size)
-            for position, pixels in _decode_rows(rows, preprocessing, num_threads):
-                if isinstance(pixels, ImageError):
-                    unusable[position] = pixels.error
-                elif pixels_path:
-                    array[position] = pixels
-            array.flush()
-            if pixels_path:
-                os.link(temporary.name, pixels_path)
-        except OSError as error:
-            raise explain_os_error(error, unusable_path.parent) from error
-    write_json(unusable_path, {"unusable": {str(p): error for p, error in unusable.items()}})
-
-
-def _decode_rows(
-    rows: TrainingRows, preprocessing: Preprocessing, num_threads: int
+    log: Callable[[str], None],
 ) -> Iterator[tuple[int, np.ndarray | ImageError]]:
-    def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
-        return map_images(preprocessing.load_image, map(_get_bytes, images))
+    """Yield slot and pixels of every row of the files that holds an image."""
 
-    starts = np.searchsorted(rows.group, np.arange(len(rows.groups) + 1))
+    def decode(images: list[Any]) -> list[np.ndarray | ImageError]:
+        return map_images(preprocessing.load_image, images)
+
+    num_rows, logged_s = int(rows.group_rows.sum()), time.monotonic()
+    starts = np.cumsum(rows.group_rows) - rows.group_rows
     with ThreadPoolExecutor(num_threads) as threads:
-        for group, (path, number) in enumerate(rows.groups):
-            start, stop = int(starts[group]), int(starts[group + 1])
-            if start == stop:
-                continue
-            table = read_row_group(path, number, ["image"])
-            images = table.column("image").take(pa.array(rows.row[start:stop])).to_pylist()
-            chunks = [images[i : i + DECODE_CHUNK] for i in range(0, len(images), DECODE_CHUNK)]
-            yield from enumerate(chain.from_iterable(threads.map(decode, chunks)), start)
+        for number, start in enumerate(starts.tolist()):
+            column, errors = rows.read_group(number)
+            cells = [_get_bytes(cell) for cell in column.to_pylist()]
+            places = [  # an image with an error may kill its decoder
+                n for n, error in enumerate(errors) if error is None and cells[n] is not None
+            ]
+            chunks = [places[i : i + DECODE_CHUNK] for i in range(0, len(places), DECODE_CHUNK)]
+            images = threads.map(decode, ([cells[n] for n in chunk] for chunk in chunks))
+            for place, image in zip(places, chain.from_iterable(images), strict=True):
+                yield start + place, image
+                if time.monotonic() - logged_s >= LOG_INTERVAL_S:
+                    logged_s = time.monotonic()
+                    log(
+                        f"train: decoded {start + place + 1:,} of {num_rows:,} images, once for all"
+                    )

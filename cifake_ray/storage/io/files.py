@@ -8,9 +8,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +23,9 @@ from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 
 TEMPORARY_PREFIX = ".writing-"
+TEMPORARY_NAME = re.compile(r"\.writing-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{8}")
+PROBE_NAME = f"{TEMPORARY_PREFIX}probe"
+FOREIGN_AGE_S = 3600.0  # a write that another host has not touched for so long is over
 MAX_PUT_BYTES = 5 * 2**30  # S3 takes no more in one PUT
 
 
@@ -143,7 +149,8 @@ def _write_atomically(
     path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
 ) -> None:
     """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{_identify_host()}-{secrets.token_hex(4)}"
+    temporary = path.parent / name
     make_folder(path.parent)
     with explain_errors(path):
         try:
@@ -176,16 +183,33 @@ def _put(path: UPath, data: bytes, mode: str) -> None:
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write or replace a file, whole or not at all."""
-    write_chunks(path, [data])
-
-
-def write_chunks(path: AnyPath, chunks: Iterable[bytes]) -> None:
-    """Write or replace a file with the chunks, one after another, whole or not at all."""
     if isinstance(path, Path):
-        _write_atomically(path, chunks, os.replace)
+        _write_atomically(path, [data], os.replace)
     else:
         with explain_errors(path):
-            _put(path, b"".join(chunks), "overwrite")
+            _put(path, data, "overwrite")
+
+
+def write_chunks(path: AnyPath, chunks: Iterable[bytes], *, overwrite: bool = True) -> None:
+    """Write a file with the chunks, one after another, whole or not at all.
+
+    FileExistsError when there is one and a local file is not to be overwritten.
+    """
+    if isinstance(path, Path):
+        _write_atomically(path, chunks, os.replace if overwrite else _link)
+        return
+    with explain_errors(path):
+        # In parts, of which the store makes an object at the end.
+        file = path.fs.open(path.path, "wb", autocommit=False)
+        try:
+            for chunk in chunks:
+                file.write(chunk)
+            file.close()
+        except BaseException:
+            file.discard()
+            file.closed = True  # else it is written when the garbage is collected
+            raise
+        file.commit()
 
 
 def write_volatile(path: AnyPath, data: bytes) -> None:
@@ -273,19 +297,41 @@ def hash_file(path: AnyPath) -> str:
 
 def check_writable(folder: AnyPath) -> None:
     """Write and remove a small file, to fail before the work. StorageError when that fails."""
-    probe = folder / f"{TEMPORARY_PREFIX}probe"  # always this name: the next check removes it too
+    probe = folder / PROBE_NAME  # always this name: the next check removes it too
     write_bytes(probe, b"probe")
     discard(probe)
 
 
 def remove_leftovers(folder: AnyPath) -> None:
-    """Remove the temporary files of killed processes below a local folder; stores have none."""
+    """Remove the temporary files of killed processes below a local folder; stores have none.
+
+    Other hosts may share the folder, so a file of theirs is removed only when it is old.
+    """
     if not isinstance(folder, Path):
         return
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
-        pid = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0]
-        if not (pid.isdigit() and _is_alive(int(pid))):
+        if path.name == PROBE_NAME or _is_left(path):
             path.unlink(missing_ok=True)
+
+
+def _is_left(path: Path) -> bool:
+    name = TEMPORARY_NAME.fullmatch(path.name)
+    if name and name["host"] == _identify_host():
+        return not _is_alive(int(name["pid"]))
+    try:  # both times are of the file system: clocks of two hosts are never compared
+        return path.parent.stat().st_mtime - path.stat().st_mtime > FOREIGN_AGE_S
+    except FileNotFoundError:
+        return False
+
+
+@cache
+def _identify_host() -> str:
+    """Return 8 hex digits that two processes share if each can see whether the other is alive."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):  # only Linux has them; two containers may have one host name
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
 
 
 def _is_alive(pid: int) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -68,6 +69,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     if not rest:
         raise UsageError("an empty path was given; name a folder or file")
     if scheme == "file":
+        rest = parse_file_uri(uri) if separator else rest
         return Path(os.path.abspath(os.path.expanduser(rest)))
     refuse_credentials(uri)
     if scheme not in SCHEMES:
@@ -98,6 +100,17 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
     return path
 
 
+def parse_file_uri(uri: str) -> str:
+    """Return the path of a file:// URI (RFC 8089), or of a plain path behind `file://`.
+
+    %20 is a space, unless a file of that very name is there and none with a space.
+    """
+    written = uri.removeprefix("file://")
+    written = written.removeprefix("localhost") if written.startswith("localhost/") else written
+    path = unquote(written)
+    return written if os.path.lexists(written) and not os.path.lexists(path) else path
+
+
 def refuse_credentials(uri: str) -> None:
     """Raise UsageError, which does not repeat them, when a URI holds credentials."""
     if _CREDENTIALS.search(uri):
@@ -105,6 +118,11 @@ def refuse_credentials(uri: str) -> None:
             f"a {uri.partition('://')[0]}:// URI holds credentials; leave them out: they come from"
             " the environment (the AWS chain, --s3-profile)"
         )
+
+
+def link_path(path: AnyPath) -> str:
+    """Return a link that terminals and browsers open: file://..., or the URI in a bucket."""
+    return path.as_uri() if isinstance(path, Path) else str(path)
 
 
 def is_inside(path: AnyPath, folder: AnyPath) -> bool:

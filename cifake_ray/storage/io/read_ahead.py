@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeAlias, TypeVar
 
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
@@ -105,3 +106,30 @@ def _group_items(
         group_bytes += size_bytes
     if group:
         yield group
+
+
+def take_turns(
+    streams: Iterator[Iterator[T]], num_threads: int, num_ahead: int
+) -> Generator[T, None, None]:
+    """Yield what each of many iterators yields, in order; threads advance the next ones meanwhile.
+
+    Of each of `num_threads` iterators, at most `num_ahead` items wait for their turn.
+    """
+
+    def take(stream: Iterator[T]) -> list[T]:
+        return list(islice(stream, num_ahead))
+
+    with ThreadPoolExecutor(num_threads, "ahead") as threads:
+        pending = deque((each, threads.submit(take, each)) for each in islice(streams, num_threads))
+        try:
+            while pending:
+                stream, future = pending.popleft()
+                items = future.result()
+                if len(items) == num_ahead:
+                    pending.appendleft((stream, threads.submit(take, stream)))
+                elif following := next(streams, None):
+                    pending.append((following, threads.submit(take, following)))
+                yield from items
+        finally:
+            for _, future in pending:
+                future.cancel()

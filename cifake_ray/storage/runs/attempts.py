@@ -1,4 +1,4 @@
-"""Heartbeat files of workers: one for each shard in progress, in `attempts/`.
+"""Heartbeat files of workers: one for each shard in progress, in `_attempts/`.
 
 A heartbeat is written before a shard is started and removed once it is committed, so one that is
 found means a crash, a hang or a kill. A lost one costs caution, never a result.
@@ -50,12 +50,8 @@ class Attempt:
         )
 
 
-def find_folder(run: Run) -> AnyPath:
-    return run.out / "attempts"
-
-
 def find_heartbeat(run: Run, shard: int) -> AnyPath:
-    return find_folder(run) / f"{shard:05d}.json"
+    return run.attempts_folder / f"{shard:05d}.json"
 
 
 def read_attempt(run: Run, shard: int) -> Attempt | None:
@@ -92,14 +88,14 @@ def remove_attempt(run: Run, shard: int) -> None:
 
 def list_attempts(run: Run, session: str) -> list[Attempt]:
     """Return the attempts of a session that are in progress or failed."""
-    names = (HEARTBEAT_NAME.fullmatch(path.name) for path in list_folder(find_folder(run)))
+    names = (HEARTBEAT_NAME.fullmatch(path.name) for path in list_folder(run.attempts_folder))
     attempts = (read_attempt(run, int(name[1])) for name in names if name)
     return [a for a in attempts if a is not None and a.session == session]
 
 
 def clear_attempts(run: Run) -> None:
     """Remove all heartbeats of a complete run."""
-    folder = find_folder(run)
+    folder = run.attempts_folder
     for path in list_folder(folder):
         if HEARTBEAT_NAME.fullmatch(path.name):
             discard(path)

@@ -1,7 +1,7 @@
 """Write and read the manifest: the frozen listing, every key once, dealt to shards.
 
-Keys are dealt in the order of a hash of the key, so that every shard is a random sample of the
-source. The listing is sorted through unnamed temporary files, one for each range of the hash, so
+Keys are dealt in the order of a hash of the key, so that every shard is a random sample of
+one split. The listing is sorted through unnamed temporary files, one for each range of the hash, so
 memory is that of a 64th of the keys and a kill leaves nothing behind.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION
+from cifake_ray.core.schema import SCHEMA_VERSION, SPLITS
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
@@ -58,7 +58,8 @@ class Manifest:
 def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     """Return the images per shard: N/1000 between bounds, and at most 256 MiB."""
     rows = min(max(num_rows // 1000, MIN_SHARD_ROWS), MAX_SHARD_ROWS)
-    mean_bytes = max(size_bytes // max(num_rows, 1), 1)
+    # Lists need not say sizes; then more rows could be more than memory holds.
+    mean_bytes = size_bytes // max(num_rows, 1) or MAX_SHARD_BYTES // MIN_SHARD_ROWS
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 
@@ -94,7 +95,7 @@ class _HashSorter:
         self.num_rows += batch.num_rows
         self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
 
-    def drain(self) -> Iterator[pa.Table]:
+    def drain(self, key_column: str | None) -> Iterator[pa.Table]:
         """Yield tables in the order of the hash. UsageError when a key is listed twice."""
         for index in sorted(self.streams):
             file, writer = self.streams[index]
@@ -105,7 +106,7 @@ class _HashSorter:
             keys = pa.table({"hash": table.column(0), "key": table.column("key")})
             order = [("hash", "ascending"), ("key", "ascending")]
             table = table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
-            _check_unique(table)
+            _check_unique(table, key_column)
             yield table
 
     def close(self) -> None:
@@ -114,33 +115,40 @@ class _HashSorter:
             file.close()
 
 
-def _check_unique(table: pa.Table) -> None:
+def _check_unique(table: pa.Table, key_column: str | None) -> None:
     """Raise UsageError when neighbours in a sorted table have the same key."""
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
     if len(twice):
         examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
         raise UsageError(
-            f"{len(twice)} or more keys are listed twice, such as {examples}; every key must be"
-            " unique"
+            f"{len(twice)} or more keys"
+            + (f" of the column {key_column!r}" if key_column else "")
+            + f" are listed twice, such as {examples}; every key must be unique"
+            + ("; --drop-columns key numbers the rows instead" if key_column == "key" else "")
         )
 
 
 def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
-    """Regroup tables of any size into tables of `shard_rows`; the last may be smaller."""
-    waiting: list[pa.Table] = []
-    num_waiting = 0
+    """Regroup tables of any size into tables of `shard_rows` of one split; the last are smaller.
+
+    So a reader that knows files but not rows, such as `load_dataset`, can tell the splits apart.
+    Splits of other names are dealt together: a column of that name may hold anything.
+    """
+    waiting: dict[str | None, pa.Table] = {}
     for table in tables:
-        waiting.append(table)
-        num_waiting += table.num_rows
-        if num_waiting >= shard_rows:
-            joined = pa.concat_tables(waiting)
-            whole = num_waiting - num_waiting % shard_rows
+        split_of = table.column("split")
+        known = pc.if_else(
+            pc.is_in(split_of, pa.array(SPLITS)), split_of, pa.scalar(None, "string")
+        )
+        for split in known.unique().to_pylist():
+            rows = table.filter(pc.is_null(known) if split is None else pc.equal(known, split))
+            rows = pa.concat_tables([waiting[split], rows]) if split in waiting else rows
+            whole = rows.num_rows - rows.num_rows % shard_rows
             for start in range(0, whole, shard_rows):
-                yield joined.slice(start, shard_rows)
-            waiting, num_waiting = [joined.slice(whole)], num_waiting - whole
-    if num_waiting:
-        yield pa.concat_tables(waiting)
+                yield rows.slice(start, shard_rows)
+            waiting[split] = rows.slice(whole)
+    yield from (rows for rows in waiting.values() if rows.num_rows)
 
 
 def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
@@ -149,13 +157,13 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
             for batch in listing.batches:
                 sorter.add(batch.select(["key", "size_bytes"]))
                 yield pa.Table.from_batches([batch])
-            for _ in sorter.drain():  # raises for a key that is listed twice
+            for _ in sorter.drain(listing.key_column):  # raises for a key that is listed twice
                 pass
             return
         for batch in listing.batches:
             sorter.add(batch)
         rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
-        for shard in _deal_rows(sorter.drain(), rows):
+        for shard in _deal_rows(sorter.drain(listing.key_column), rows):
             yield shard.sort_by("key")
 
 
@@ -197,14 +205,41 @@ def write_manifest(
     return Manifest(tuple(files), num_rows, size_bytes)
 
 
-def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
-    """Return the rows of one shard, in key order. StorageError when the manifest is damaged."""
-    path = folder / file.name
+def find_shards_by_split(
+    folder: AnyPath, files: Iterable[ManifestFile]
+) -> dict[str | None, list[int]] | None:
+    """Return the shards of each of SPLITS and of none, by the footers; None if a shard is neither.
+
+    StorageError when the manifest is damaged.
+    """
+    shards: dict[str | None, list[int]] = {}
+    for file in files:
+        with _open_manifest(folder / file.name) as table:
+            column = table.schema_arrow.get_field_index("split")
+            for group in range(file.num_shards):
+                counts = table.metadata.row_group(group)
+                values = counts.column(column).statistics
+                is_null = values.null_count == counts.num_rows
+                is_mixed = not is_null and (values.null_count or values.min != values.max)
+                split = None if is_null else values.min
+                if is_mixed or split not in (*SPLITS, None):
+                    return None
+                shards.setdefault(split, []).append(file.first_shard + group)
+    return shards
+
+
+@contextmanager
+def _open_manifest(path: AnyPath) -> Iterator[pq.ParquetFile]:
     try:
         with open_ranges(path) as opened:
-            table = pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
-            return table.read_row_group(shard - file.first_shard)
+            yield pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(
             f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
         ) from error
+
+
+def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
+    """Return the rows of one shard, in key order. StorageError when the manifest is damaged."""
+    with _open_manifest(folder / file.name) as table:
+        return table.read_row_group(shard - file.first_shard)

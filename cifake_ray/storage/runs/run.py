@@ -7,19 +7,18 @@ process that loses this race uses the winner's manifest.
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
-from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
+from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
-    TEMPORARY_PREFIX,
-    check_writable,
     create_bytes,
     discard,
     encode_json,
@@ -33,11 +32,12 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.manifest import Manifest, ManifestFile, write_manifest
-from cifake_ray.storage.sources.source import Listing
+from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
+from cifake_ray.storage.runs.manifest import Manifest, ManifestFile
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
 MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
@@ -60,6 +60,9 @@ class Run:
     config: dict[str, Any]
     manifest: Manifest
     left_out: dict[str, int]
+    earlier_identities: tuple[str, ...] = ()  # of the same scores with other VERDICT_SETTINGS
+    prefix: str = PRIVATE_PREFIX  # "" in outputs of earlier versions, which stay as they are
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # labels, splits, sources
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +84,11 @@ class Run:
 
     @property
     def manifest_folder(self) -> AnyPath:
-        return self.out / "manifest"
+        return self.out / f"{self.prefix}manifest"
+
+    @property
+    def attempts_folder(self) -> AnyPath:
+        return self.out / f"{self.prefix}attempts"
 
     def shard_path(self, shard: int) -> AnyPath:
         return self.results_folder / shard_name(shard)
@@ -92,6 +99,14 @@ class Run:
             if file.first_shard <= shard < file.first_shard + file.num_shards:
                 return file
         raise AssertionError(f"shard {shard} is beyond the manifest")
+
+
+class OtherVerb(RunMismatch):
+    """The folder belongs to a run of train or tune, which has no manifest."""
+
+    def __init__(self, out: AnyPath, command: str) -> None:
+        super().__init__(f"{out} belongs to a {command} run; choose a new output folder")
+        self.command = command
 
 
 def read_run(out: AnyPath) -> Run | None:
@@ -106,9 +121,7 @@ def read_run(out: AnyPath) -> Run | None:
             f" {SCHEMA_VERSION}; choose a new output folder"
         )
     if "manifest" not in record:
-        raise RunMismatch(
-            f"{out} belongs to a {record.get('command')} run; choose a new output folder"
-        )
+        raise OtherVerb(out, str(record.get("command")))
     try:
         manifest = record["manifest"]
         command = str(record["command"])
@@ -125,6 +138,9 @@ def read_run(out: AnyPath) -> Run | None:
                 size_bytes=manifest["size_bytes"],
             ),
             left_out=record["left_out"],
+            earlier_identities=tuple(record.get("earlier_identities", ())),
+            prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
+            counts=record.get("counts", {}),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(
@@ -134,8 +150,14 @@ def read_run(out: AnyPath) -> Run | None:
 
 
 def require_run(out: AnyPath) -> Run:
-    """Return the run of an output folder. StorageError when there is none."""
-    run = read_run(out)
+    """Return the run of an output folder. StorageError when there is none, or of another verb."""
+    try:
+        run = read_run(out)
+    except OtherVerb as error:
+        raise StorageError(
+            f"{out} is the output of {error.command}; verify, repair and export take that of"
+            " convert, score or evaluate"
+        ) from error
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
     return run
@@ -148,14 +170,38 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise RunMismatch with the difference when the folder belongs to other settings."""
+    """Raise RunMismatch with the difference when the folder belongs to other settings.
+
+    An option that one side does not have, since its version has no such option, has its default.
+    """
+    if old.get("command") != new["command"]:  # nothing else is comparable
+        old, new = ({"command": settings.get("command")} for settings in (old, new))
+    else:
+        old, new = (_add_defaults(new["command"], *pair) for pair in ((old, new), (new, old)))
     if old != new:
-        if old.get("command") != new["command"]:  # nothing else is comparable
-            old, new = ({"command": settings.get("command")} for settings in (old, new))
+        remedy = "choose a new output folder, or give the same settings"
+        if new["command"] == "train" and {**old, "epochs": new["epochs"]} == new:
+            remedy = (
+                "its learning rates follow from its epochs; to train on from its result, choose a"
+                f" new folder and give --weights {out / 'bundle'}"
+            )
         raise RunMismatch(
-            f"{out} belongs to another run ({describe_difference(old, new)}); choose a new output"
-            " folder, or give the same settings"
+            f"{out} belongs to another run ({describe_difference(old, new)}); {remedy}"
         )
+
+
+def _add_defaults(command: str, settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the default of each option that only the other ones have."""
+    defaults = {field.name: field.default for field in fields(VERBS[command])}
+    absent = {
+        name: list(default) if isinstance(default, tuple) else default
+        for name, default in defaults.items()
+        if name in other and default is not MISSING
+    }
+    settings = {**absent, **settings}
+    if isinstance(settings.get("recipe"), dict):  # the options of the trainings of a search
+        settings["recipe"] = _add_defaults("train", settings["recipe"], other.get("recipe", {}))
+    return settings
 
 
 def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -200,77 +246,6 @@ def read_record(path: AnyPath) -> dict[str, Any]:
     return record
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The settings of a run before it is frozen."""
-
-    out: AnyPath
-    command: str
-    settings: dict[str, Any]
-    config: dict[str, Any]
-    list_source: Callable[[], Listing]
-    shard_rows: int | None
-
-    def find(self) -> Run | None:
-        """Return the run of `out`, if any. RunMismatch when it has other settings."""
-        run = read_run(self.out)
-        if run is not None:
-            check_settings(self.out, run.settings, self._settings)
-        return run
-
-    def check_new(self) -> None:
-        """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
-        if str(self.out).startswith("memory://"):
-            raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
-        folders = [self.out / name for name in ("manifest", "attempts", RESULTS[self.command])]
-        foreign = [
-            path
-            for folder in folders
-            for path in list_folder(folder)
-            if not path.name.startswith(TEMPORARY_PREFIX)
-            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(path.name))
-        ]
-        if foreign and self.find() is None:  # else another process has just frozen it
-            raise RunMismatch(
-                f"{foreign[0]} is where a run would write, but the folder holds no run; choose a"
-                " new output folder"
-            )
-        check_writable(self.out)
-
-    def freeze(self) -> Run:
-        """List the source and freeze the run, or return one that was frozen meanwhile."""
-        listing = self.list_source()
-        folder = self.out / "manifest"
-        manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
-        plan = {
-            "manifest": {
-                "num_rows": manifest.num_rows,
-                "size_bytes": manifest.size_bytes,
-                "files": [asdict(file) for file in manifest.files],
-            },
-            "left_out": {reason: n for reason, n in listing.left_out.items() if n},
-        }
-        claim_folder(self.out, self._settings, self.config, plan)
-        run = read_run(self.out)
-        assert run is not None
-        if run.manifest != manifest:  # another process was first
-            for file in manifest.files:
-                discard(folder / file.name)
-        return run
-
-    def open(self) -> Run:
-        """Resume the run of `out`, or list the source and freeze a new one."""
-        run = self.find()
-        if run is None:
-            self.check_new()
-            run = self.freeze()
-        return run
-
-    @property
-    def _settings(self) -> dict[str, Any]:
-        return identify_run(self.command, self.settings)
-
-
 @dataclass(frozen=True)
 class ShardStats:
     """The counts and the digest of a committed shard."""
@@ -281,6 +256,17 @@ class ShardStats:
     unlike_training: dict[str, int]
     size_bytes: int
     sha256: str
+    # By name of the threshold; empty where there are none, and from earlier versions.
+    called_fake: dict[str, int] = field(default_factory=dict)
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether `_SUCCESS` is that of this run. StorageError when it is damaged."""
+    path = run.out / "_SUCCESS"
+    if not exists(path):
+        return False
+    first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
+    return bool(read_json(path).get("run", first) == run.identity)
 
 
 def reopen_run(run: Run) -> None:
@@ -318,5 +304,11 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
         if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
             discard(path)
+    create_bytes(
+        run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
+    )
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
-    write_json(run.out / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
+    finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
+    record |= summary
+    write_json(run.out / "_SUCCESS", record)

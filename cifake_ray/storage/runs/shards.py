@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION, datasets_metadata
+from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
-FOOTER_KEY = b"cifake_ray"
+MAX_GROUP_BYTES = 512 * 2**20  # of images in a row group
 DICTIONARY_COLUMNS = ("label", "split", "source", "format", "mode", "error")
 
 
@@ -34,6 +38,7 @@ def commit_shard(
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         "unlike_training": unlike_training,
+        "called_fake": _count_fake(table, json.loads(extra.get("thresholds", "{}"))),
         **extra,
     }
     schema = table.schema.with_metadata(
@@ -45,16 +50,30 @@ def commit_shard(
     }
     dictionary = [name for name in DICTIONARY_COLUMNS if name in schema.names]
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.cast(schema),
+    with pq.ParquetWriter(
         sink,
+        schema,
         compression=compression,
         use_dictionary=dictionary,
         write_page_checksum=True,
-    )
+    ) as writer:
+        for group in _split_groups(table.cast(schema)):
+            writer.write_table(group, row_group_size=max(group.num_rows, 1))
     data = sink.getvalue().to_pybytes()
     write_bytes(run.shard_path(shard), data)
     return _describe_shard(shard, footer, data)
+
+
+def _count_fake(table: pa.Table, thresholds: dict[str, float]) -> dict[str, int]:
+    """Count the images that each threshold calls FAKE."""
+    return {
+        name: pc.sum(_decide(table.column("p_fake"), threshold)).as_py() or 0
+        for name, threshold in thresholds.items()
+    }
+
+
+def _decide(p_fake: pa.ChunkedArray, threshold: float) -> pa.ChunkedArray:
+    return pc.greater_equal(p_fake, pa.scalar(threshold, pa.float32()))
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -65,6 +84,26 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     ]
 
 
+def _split_groups(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the row groups of a shard: one, or as many as keep the images of each in bounds.
+
+    Arrow cannot read more than 2 GiB of images from one.
+    """
+    if "image" not in table.schema.names:
+        yield table
+        return
+    sizes = pc.binary_length(pc.struct_field(table.column("image"), "bytes"))
+    ends = np.cumsum(sizes.fill_null(0).to_numpy(), dtype=np.int64)
+    starts = [0, *(np.flatnonzero(np.diff(ends // MAX_GROUP_BYTES)) + 1).tolist(), table.num_rows]
+    for start, end in pairwise(starts):
+        yield table.slice(start, end - start)
+
+
+def _read_groups(shard: pq.ParquetFile) -> Iterator[pa.Table]:
+    """Yield the row groups one by one: all at once may be more than Arrow can read."""
+    yield from map(shard.read_row_group, range(shard.num_row_groups))
+
+
 def _open_shard(data: bytes) -> pq.ParquetFile:
     """Open the bytes of a shard. It is always read whole: one GET, and its bytes are hashed."""
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -73,7 +112,7 @@ def _open_shard(data: bytes) -> pq.ParquetFile:
 def read_shard(path: AnyPath) -> pa.Table:
     """Read one result shard and verify its checksums. StorageError when it is damaged."""
     try:
-        return _open_shard(read_bytes(path)).read()
+        return pa.concat_tables(_read_groups(_open_shard(read_bytes(path))))
     except (OSError, pa.ArrowInvalid) as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
 
@@ -83,18 +122,46 @@ def inspect_shard(run: Run, shard: int) -> ShardStats | None:
 
     The whole shard is read, page checksums included, so a damaged one is made again.
     """
-    path = run.shard_path(shard)
-    if (data := read_if_exists(path)) is None:
+    if (data := read_if_exists(run.shard_path(shard))) is None:
         return None
     try:
         part = _open_shard(data)
-        footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"null"))
-        if not isinstance(footer, dict) or footer.get("run") != run.identity:
+        footer = _read_footer(part)
+        if footer.get("run") != run.identity:
             return None
-        num_rows = sum(batch.num_rows for batch in part.iter_batches())
+        num_rows = sum(group.num_rows for group in _read_groups(part))
         return _describe_shard(shard, footer, data) if num_rows == footer["rows"] else None
     except (OSError, pa.ArrowInvalid, ValueError, KeyError):
         return None
+
+
+def decide_shard(run: Run, shard: int, threshold: float) -> ShardStats | None:
+    """Return what `inspect_shard` does; a shard with other verdicts of the same scores is changed.
+
+    Only `is_fake` and the footer change.
+    """
+    stats = inspect_shard(run, shard)
+    if stats is not None or (data := read_if_exists(run.shard_path(shard))) is None:
+        return stats
+    try:
+        part = _open_shard(data)
+        footer, table = _read_footer(part), part.read()
+        if footer.get("run") not in run.earlier_identities or footer["rows"] != table.num_rows:
+            return None
+        unlike = footer["unlike_training"]
+        kept = ["bundle", "preprocessing", "thresholds"]
+        extra: dict[str, str] = {name: footer[name] for name in kept if name in footer}
+        verdicts = _decide(table.column("p_fake"), threshold)
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        return None
+    index = table.schema.get_field_index("is_fake")
+    table = table.set_column(index, table.schema.field(index), verdicts)
+    return commit_shard(run, shard, table, {**extra, "threshold": str(threshold)}, unlike)
+
+
+def _read_footer(part: pq.ParquetFile) -> dict[str, Any]:
+    footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
+    return footer if isinstance(footer, dict) else {}
 
 
 def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardStats:
@@ -103,6 +170,7 @@ def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardSta
         rows=footer["rows"],
         errors=footer["errors"],
         unlike_training=footer["unlike_training"],
+        called_fake=footer.get("called_fake", {}),
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )

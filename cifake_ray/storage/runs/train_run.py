@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io.files import (
+    discard,
     encode_csv,
     encode_json_lines,
     exists,
+    make_folder,
     read_bytes,
     read_if_exists,
     read_json,
     remove_leftovers,
     write_bytes,
     write_json,
+    write_volatile,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record
@@ -49,6 +56,30 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Return whether work is stored that belongs to the settings of `_run.json`."""
         raise NotImplementedError
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands out of a local folder meanwhile. StorageError when one is at work.
+
+        The folder itself is locked, and the end of the process releases it. Stores have no locks.
+        """
+        if not isinstance(self.path, Path):
+            yield
+            return
+        make_folder(self.path)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # not every file system locks folders
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise StorageError(
+                        f"{self.path}: another `{self.command}` is at work in it; wait for its end,"
+                        " or choose another folder"
+                    ) from error
+            yield
+        finally:
+            os.close(folder)
 
     def open(self, settings: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for these settings. RunMismatch when it belongs to others."""
@@ -113,6 +144,17 @@ class TrainRun(RunFolder):
     def write_checkpoint(self, data: bytes) -> None:
         """Commit a checkpoint."""
         write_bytes(self.checkpoint_path, data)
+
+    def write_progress(self, text: str) -> None:
+        """Leave a line for the driver to log; it is not kept."""
+        write_volatile(self.path / "progress.txt", text.encode())
+
+    def take_progress(self) -> str | None:
+        """Return the line that a worker left last, and remove it."""
+        text = read_if_exists(self.path / "progress.txt")
+        if text is not None:
+            discard(self.path / "progress.txt")
+        return None if text is None else text.decode()
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""

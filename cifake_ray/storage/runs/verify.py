@@ -20,11 +20,16 @@ from cifake_ray.storage.io.files import (
     list_folder,
     move,
     read_bytes,
-    read_json,
     stamp_file,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import ASIDE_PREFIX, FILES_FIELDS, Run, require_run
+from cifake_ray.storage.runs.run import (
+    ASIDE_PREFIX,
+    FILES_FIELDS,
+    Run,
+    is_finished,
+    require_run,
+)
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -40,7 +45,7 @@ class DamagedFile:
 def open_finished(out: AnyPath) -> Run:
     """Return the finished run of a folder. StorageError when there is none."""
     run = require_run(out)
-    if not exists(out / "_SUCCESS"):
+    if not is_finished(run):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     return run
 
@@ -64,10 +69,10 @@ def read_files(run: Run) -> list[dict[str, Any]]:
 def verify_files(out: AnyPath) -> list[DamagedFile]:
     """Return the damage of a finished run. StorageError when the run has not finished."""
     run = open_finished(out)
-    read_json(out / "_SUCCESS")
     committed = read_files(run)
     damage = []
-    rows = [{"name": f"manifest/{f.name}", "sha256": f.sha256} for f in run.manifest.files]
+    folder = run.manifest_folder.name
+    rows = [{"name": f"{folder}/{f.name}", "sha256": f.sha256} for f in run.manifest.files]
     for row in [*rows, *committed]:
         path, size_bytes = out / row["name"], row.get("size_bytes")
         if not exists(path):
@@ -97,16 +102,21 @@ class SetAside:
                 move(aside, path)
 
 
-def set_damaged_aside(out: AnyPath) -> SetAside:
+def find_damage(out: AnyPath) -> list[DamagedFile] | None:
+    """Return what `repair` has to make again; None if each shard is to be checked by the run."""
+    try:
+        return verify_files(out)
+    except StorageError:  # unfinished, or damaged metadata
+        return None
+
+
+def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
     """Rename damaged result files and `_SUCCESS`, so that the run's command makes them again.
 
     StorageError when the manifest is damaged: the images of the run are no longer known.
     """
-    try:
-        damage = verify_files(out)
-    except StorageError:  # unfinished or damaged metadata: each shard is checked by the run
-        damage = []
-    if lost := [item.name for item in damage if item.name.startswith("manifest/")]:
+    folder = require_run(out).manifest_folder.name
+    if lost := [item.name for item in damage if item.name.startswith(f"{folder}/")]:
         raise StorageError(
             f"{out}/{lost[0]}: the manifest is damaged or missing; start again in a new folder"
         )

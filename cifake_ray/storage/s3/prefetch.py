@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.read_ahead import read_ahead
@@ -25,12 +26,16 @@ MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
 
 
 class StoredObject(NamedTuple):
-    """An object as it was listed; without etag or size, whatever is there now."""
+    """An object as it was listed, or `size_bytes` of it from `offset` on.
+
+    Without etag or size it is whatever is there now.
+    """
 
     bucket: str
     key: str
     etag: str | None = None
     size_bytes: int | None = None
+    offset: int | None = None
 
 
 def fetch_objects(
@@ -65,10 +70,14 @@ def fetch_objects(
 
 
 def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> bytes | ImageError:
-    if stored.size_bytes is not None and stored.size_bytes > MAX_IMAGE_BYTES:
-        return ImageError("too_large", f"{stored.size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}")
+    bucket, key, etag, size_bytes, offset = stored
+    max_bytes = MAX_IMAGE_BYTES
+    if offset is not None and size_bytes is not None:
+        max_bytes = size_bytes  # the caller limits the parts
+    elif size_bytes is not None and size_bytes > MAX_IMAGE_BYTES:
+        return explain_large(key, size_bytes, MAX_IMAGE_BYTES)
     try:
-        return client.get_object(stored.bucket, stored.key, stored.etag, MAX_IMAGE_BYTES, stop)
+        return client.get_object(bucket, key, etag, max_bytes, stop, offset)
     except TooLarge as error:
         return ImageError("too_large", str(error))
     except S3Error as error:
@@ -77,7 +86,7 @@ def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> byt
 
 def explain_object(error: S3Error) -> ImageError:
     """Return the error of one object's row."""
-    if error.status == 412:
+    if error.status in (412, 416):  # 416: it ends before the part that was asked for
         return ImageError("changed", "the object changed after it was listed")
     if error.status == 404:
         gone = "the bucket is gone" if error.code == "NoSuchBucket" else "the object is gone"
@@ -97,16 +106,21 @@ def read_objects(
     sizes: Sequence[int | None],
     etags: Sequence[str | None],
     limits: S3Limits = DEFAULT_LIMITS,
+    offsets: Sequence[int | None] | None = None,
 ) -> Iterator[bytes | ImageError]:
     """Yield one result for each location of the form s3://BUCKET/KEY, in order.
+
+    With an offset it is that part of the object that has `size` bytes from there on.
 
     A row without a location is one whose key is not valid UTF-8. An object of another etag, or of
     another size where no etag is known, is `changed`. StorageError when there are no credentials to
     ask with.
     """
     objects = (
-        StoredObject(*split_location(location), etag, size_bytes)
-        for location, size_bytes, etag in zip(locations, sizes, etags, strict=True)
+        StoredObject(*split_location(location), etag, size_bytes, offset)
+        for location, size_bytes, etag, offset in zip(
+            locations, sizes, etags, offsets or repeat(None, len(sizes)), strict=True
+        )
         if location is not None
     )
     results = fetch_objects(store, objects, limits)

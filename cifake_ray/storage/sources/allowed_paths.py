@@ -14,7 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from cifake_ray.errors import UsageError
-from cifake_ray.storage.io.paths import SCHEMES, AnyPath, refuse_credentials, resolve_path
+from cifake_ray.storage.io.paths import (
+    SCHEMES,
+    AnyPath,
+    parse_file_uri,
+    refuse_credentials,
+    resolve_path,
+)
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -33,6 +39,14 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+def _find_spelling(path: str) -> str:
+    """Return a path as it is on disk if it was written on Windows or with spaces around it."""
+    if "\\" not in path and path[-1:] != " ":
+        return path
+    spellings = (path, path.rstrip(), path.replace("\\", "/"), path.rstrip().replace("\\", "/"))
+    return next((spelling for spelling in spellings if os.path.lexists(spelling)), path)
+
+
 @dataclass(frozen=True)
 class AllowedPaths:
     """Where the rows of one list may point."""
@@ -44,10 +58,10 @@ class AllowedPaths:
     def locate(self, path: str) -> str:
         """Return the absolute path or URI of a row's path. UsageError when it is not allowed.
 
-        Keys are exact: nothing in a URI is decoded or normalised.
+        Keys are exact: nothing in a URI of a store is decoded or normalised.
         """
         if path.startswith("file://"):
-            return self._check_local(path.removeprefix("file://"))
+            return self._check_local(parse_file_uri(path))
         if is_uri(path):
             return self._check_remote(path)
         if path.startswith("/"):
@@ -56,8 +70,13 @@ class AllowedPaths:
             return self._check_remote(f"{self.root}/{path}")
         return self._check_local(os.path.join(self.root, path))
 
+    def find_below(self, location: str) -> str | None:
+        """Return the path of an image below the folder of the list; None when it lies elsewhere."""
+        root = self.root.rstrip("/") + "/"
+        return location[len(root) :] if location.startswith(root) else None
+
     def _check_local(self, path: str) -> str:
-        path = os.path.abspath(path)
+        path = os.path.abspath(_find_spelling(path))
         folder, name = os.path.split(path)
         real = os.path.join(_find_real_folder(folder), name)
         if os.path.islink(real):

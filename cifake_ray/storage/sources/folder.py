@@ -1,4 +1,4 @@
-"""The images of a folder: every regular file below it, whatever its name or extension.
+"""The images of a folder: every regular file below it that is no clutter.
 
 Ray's own listings are not used: they skip names that start with `_` or `.`.
 """
@@ -8,20 +8,26 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.io.paths import explain_errors
+from cifake_ray.storage.io.paths import explain_errors, explain_os_error
 from cifake_ray.storage.io.read_ahead import read_ahead
+from cifake_ray.storage.sources.folder_metadata import (
+    FolderMetadata,
+    MetadataColumns,
+    read_metadata,
+)
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
@@ -32,41 +38,64 @@ from cifake_ray.storage.sources.source import (
 )
 
 NUM_READ_THREADS = 8
+# Of a folder below the root: no permission, a path beyond PATH_MAX, or gone meanwhile.
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
 READ_GROUP_SIZE = 16  # a local disk needs no read-ahead; in groups it costs 10 us an image
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Every regular file below a folder, whatever its name or extension."""
+    """Every regular file below a folder, whatever its extension, that is no clutter."""
 
     root: Path
     class_names: dict[str, int]
     key_filter: KeyFilter = KEEP_ALL
     follow_symlinks: bool = False  # else only links to files below the root count as files
+    label_column: str = "label"  # of metadata beside the images
+    source_column: str = "source"
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+        left_out = listing.left_out
         read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
-        # Folders, and the identities of those on the way to them where links are followed.
-        pending: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+        columns = MetadataColumns(self.label_column, self.source_column, self.class_names)
+        described: list[str] = []  # metadata files that were used
+        # Folders, the metadata above them, and where links are followed the identities of the
+        # folders above them.
+        pending: list[tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]]]
+        pending = [("", None, frozenset())]
         while pending:
-            prefix, above = pending.pop()
-            labels = read_labels(prefix)
-            if self.follow_symlinks:
-                with explain_errors(self.root / prefix):
+            prefix, metadata, above = pending.pop()
+            folder_labels = read_labels(prefix)
+            found = read_metadata(self.root, prefix, columns, listing.notes, self.follow_symlinks)
+            if found is not None:
+                metadata = found
+                described.append(found.name)
+            try:
+                if self.follow_symlinks:
                     status = os.stat(self.root / prefix)
-                above |= {(status.st_dev, status.st_ino)}
-            for entry in self._scan(self.root / prefix):
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append((f"{prefix}{entry.name}/", above))
-                    continue
+                    above |= {(status.st_dev, status.st_ino)}
+                entries = os.scandir(self.root / prefix)
+            except OSError as error:
+                if not prefix or error.errno not in UNREADABLE:
+                    raise explain_os_error(error, self.root / prefix) from error
+                listing.leave_out_folder(prefix, error)
+                continue
+            for entry in self._scan(self.root / prefix, entries):
                 key = prefix + entry.name
-                if not self.key_filter.keeps(key):
-                    left_out["excluded"] += 1
+                if entry.is_dir(follow_symlinks=False):
+                    if reason := self.key_filter.find_folder_reason(f"{key}/"):
+                        left_out[reason] += 1
+                    else:
+                        pending.append((f"{key}/", metadata, above))
+                    continue
+                if reason := self.key_filter.find_reason(key):
+                    left_out[reason] += 1
                     continue
                 size_bytes, mtime_ns = None, None
                 try:
@@ -80,8 +109,10 @@ class FolderSource:
                             left_out["link to a folder"] += 1
                         elif (status.st_dev, status.st_ino) in above:
                             left_out["link to a folder above it"] += 1
+                        elif reason := self.key_filter.find_folder_reason(f"{key}/"):
+                            left_out[reason] += 1
                         else:
-                            pending.append((f"{prefix}{entry.name}/", above))
+                            pending.append((f"{key}/", metadata, above))
                         continue
                     if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
                         left_out["not a regular file"] += 1
@@ -91,22 +122,29 @@ class FolderSource:
                     ):
                         left_out["link out of the folder"] += 1
                         continue
+                labels = metadata.describe(key, folder_labels) if metadata else folder_labels
                 escaped = escape_key(key)
                 if escaped is None:
                     yield key, key, None, size_bytes, mtime_ns, None, *labels, None
                 else:
                     known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
                     yield escaped, *known, "bad_key"
+        if described:
+            more = f" and {len(described) - 1:,} more" if len(described) > 1 else ""
+            listing.notes.append(
+                f"labels, splits and sources are those of {described[0]}{more}, where it has them;"
+                " its other columns travel only if it is given as the source itself"
+            )
 
-    def _scan(self, folder: Path) -> Iterator[os.DirEntry[str]]:
-        with explain_errors(folder), os.scandir(folder) as entries:
+    def _scan(self, folder: Path, entries: Any) -> Iterator[os.DirEntry[str]]:
+        with explain_errors(folder), entries:
             yield from entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        names = ("location", "size_bytes", "mtime_ns")
-        locations, sizes, mtimes_ns = (rows.column(name).to_pylist() for name in names)
+        names = ("location", "size_bytes", "mtime_ns", "row")
+        locations, sizes, mtimes_ns, offsets = (rows.column(name).to_pylist() for name in names)
         allowed = None if self.follow_symlinks else self.root
-        return read_local_files(locations, sizes, mtimes_ns, self.root, allowed)
+        return read_local_files(locations, sizes, mtimes_ns, self.root, allowed, offsets)
 
 
 def lies_below(path: str, root: str) -> bool:
@@ -127,21 +165,24 @@ def read_local_files(
     mtimes_ns: Sequence[int | None],
     root: str | Path = "",
     allowed: Path | None = None,
+    offsets: Sequence[int | None] | None = None,
 ) -> Iterator[bytes | ImageError]:
     """Yield one result for each path below `root`, in order; some are read ahead.
 
     A row without a location is one whose name is not valid UTF-8. Sizes in bytes and times are
-    those of the listing; a file that differs is `changed`. What is read must lie in `allowed`.
+    those of the listing; a file that differs is `changed`. What is read must lie in `allowed`. With
+    an offset it is that part of the file that has `size` bytes from there on.
     """
     folder = None if allowed is None else os.path.realpath(allowed)
 
-    def read(fact: tuple[str | None, int | None, int | None]) -> bytes | ImageError:
-        location, size_bytes, mtime_ns = fact
+    def read(fact: tuple[str | None, int | None, int | None, int | None]) -> bytes | ImageError:
+        location, size_bytes, mtime_ns, offset = fact
         if location is None:
             return ImageError("bad_key", "the file name is not valid UTF-8; rename the file")
-        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder)
+        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder, offset)
 
-    items = zip(zip(locations, sizes, mtimes_ns, strict=True), sizes, strict=True)
+    facts = zip(locations, sizes, mtimes_ns, offsets or repeat(None, len(sizes)), strict=True)
+    items = zip(facts, sizes, strict=True)
     with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
         max_ahead = 2 * NUM_READ_THREADS * READ_GROUP_SIZE
         yield from read_ahead(read, items, threads, max_ahead=max_ahead, group_size=READ_GROUP_SIZE)
@@ -152,10 +193,12 @@ def read_local_file(
     size_bytes: int | None = None,
     mtime_ns: int | None = None,
     allowed: str | None = None,
+    offset: int | None = None,
 ) -> bytes | ImageError:
     """Return a file's bytes if it is still as listed, else the error of its row.
 
-    The file must lie in `allowed`, a folder free of links.
+    The file must lie in `allowed`, a folder free of links. With an `offset` the result is its
+    `size_bytes` from there on.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -166,27 +209,26 @@ def read_local_file(
                 return ImageError("denied", "a link leads out of the folder; --follow-symlinks")
             if not stat.S_ISREG(status.st_mode):
                 return ImageError("not_an_image", "not a regular file")
-            if size_bytes is not None and (status.st_size, status.st_mtime_ns) != (
-                size_bytes,
-                mtime_ns,
-            ):
+            size = status.st_size if offset is None or size_bytes is None else size_bytes
+            if size_bytes is not None and (size, status.st_mtime_ns) != (size_bytes, mtime_ns):
                 return ImageError("changed", "the file changed after it was listed")
-            if status.st_size > MAX_IMAGE_BYTES:
-                return ImageError(
-                    "too_large", f"{status.st_size} bytes; the limit is {MAX_IMAGE_BYTES}"
-                )
-            data = os.read(descriptor, status.st_size + 1)
-            while len(data) < status.st_size and (more := os.read(descriptor, status.st_size)):
+            if offset is not None:  # the caller limits the parts
+                os.lseek(descriptor, offset, os.SEEK_SET)
+            elif size > MAX_IMAGE_BYTES:
+                return explain_large(path, size, MAX_IMAGE_BYTES)
+            data = os.read(descriptor, size + (offset is None))  # one more: it may be growing
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
                 data += more
         finally:
             os.close(descriptor)
     except FileNotFoundError:
-        return ImageError("not_found", "the file is gone")
+        hint = "; a path of Windows? write it relative to the list" if "\\" in path else ""
+        return ImageError("not_found", f"the file is gone{hint}")
     except PermissionError:
         return ImageError("denied", "no permission to read the file")
     except OSError as error:
         is_path = error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
         return ImageError("not_found" if is_path else "io_network", f"{error.strerror}")
-    if len(data) != status.st_size:
+    if len(data) != size:
         return ImageError("changed", "the file changed while it was read")
     return data

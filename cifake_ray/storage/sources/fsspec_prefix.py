@@ -6,17 +6,18 @@ listing for each folder, two requests for each image.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
 from upath import UPath
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
@@ -47,7 +48,7 @@ def stamp_entry(info: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class FsspecPrefixSource:
-    """Every file below a folder of a store, whatever its name."""
+    """Every file below a folder of a store that is no clutter."""
 
     root: UPath
     class_names: dict[str, int]
@@ -55,10 +56,11 @@ class FsspecPrefixSource:
     key_filter: KeyFilter = KEEP_ALL
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         read_labels = make_label_reader(self.class_names)
         root = self.root.path.rstrip("/")
         scheme = str(self.root).partition("://")[0]
@@ -70,12 +72,15 @@ class FsspecPrefixSource:
                 name = info["name"].rstrip("/")
                 if name == folder:  # some stores list a folder within itself
                     continue
-                if info["type"] == "directory":
-                    pending.append(name)
-                    continue
                 key = name[len(root) :].removeprefix("/")
-                if not self.key_filter.keeps(key):
-                    left_out["excluded"] += 1
+                if info["type"] == "directory":
+                    if reason := self.key_filter.find_folder_reason(f"{key}/"):
+                        listing.left_out[reason] += 1
+                    else:
+                        pending.append(name)
+                    continue
+                if reason := self.key_filter.find_reason(key):
+                    listing.leave_out(key, reason)
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 stamp = (info.get("size"), None, stamp_entry(info))
@@ -88,7 +93,8 @@ class FsspecPrefixSource:
             return entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
+        names = ("location", "size_bytes", "etag", "row")
+        columns = (rows.column(name).to_pylist() for name in names)
         return read_fsspec_files(self.store, *columns)
 
 
@@ -97,11 +103,13 @@ def read_fsspec_files(
     locations: Sequence[str],
     sizes: Sequence[int | None],
     stamps: Sequence[str | None],
+    offsets: Sequence[int | None] | None = None,
 ) -> Iterator[bytes | ImageError]:
     """Yield one result for each URI, in order; a few are fetched ahead.
 
-    Sizes in bytes and stamps are those of the listing; a file that differs is `changed`.
-    StorageError when a store cannot be opened at all.
+    Sizes in bytes and stamps are those of the listing; a file that differs is `changed`. With an
+    offset it is that part of the file that has `size` bytes from there on. StorageError when a
+    store cannot be opened at all.
     """
     systems: dict[str, Any] = {}
     for location in locations:
@@ -109,31 +117,42 @@ def read_fsspec_files(
         if scheme not in systems:
             systems[scheme] = resolve_path(f"{scheme}://{rest.partition('/')[0]}", store).fs  # type: ignore[union-attr]
 
-    def read(fact: tuple[str, int | None, str | None]) -> bytes | ImageError:
+    def read(fact: tuple[str, int | None, str | None, int | None]) -> bytes | ImageError:
         return read_fsspec_file(systems[fact[0].partition("://")[0]], *fact)
 
-    items = zip(zip(locations, sizes, stamps, strict=True), sizes, strict=True)
+    facts = zip(locations, sizes, stamps, offsets or repeat(None, len(sizes)), strict=True)
+    items = zip(facts, sizes, strict=True)
     with ThreadPoolExecutor(NUM_FETCH_THREADS) as threads:
         yield from read_ahead(read, items, threads, max_ahead=2 * NUM_FETCH_THREADS)
 
 
 def read_fsspec_file(
-    system: Any, location: str, size_bytes: int | None, stamp: str | None
+    system: Any,
+    location: str,
+    size_bytes: int | None,
+    stamp: str | None,
+    offset: int | None = None,
 ) -> bytes | ImageError:
-    """Return a file's bytes if it is still as listed, else the error of its row."""
+    """Return a file's bytes if it is still as listed, else the error of its row.
+
+    With an `offset`, its `size_bytes` from there on.
+    """
     path = system._strip_protocol(location)  # what fsspec's own `url_to_fs` does
     try:
         info = system.info(path)
         if info["type"] != "file":
             return ImageError("not_found", "a folder stands where the file was")
-        size = info.get("size")
+        size = info.get("size") if offset is None else size_bytes
         # A list's etag comes in quotes; of the stores some give them quotes and some do not.
         is_same = stamp is None or stamp.strip('"') == (stamp_entry(info) or "").strip('"')
         if size_bytes not in (None, size) or not is_same:
             return ImageError("changed", "the file changed after it was listed")
-        if size is not None and size > MAX_IMAGE_BYTES:
-            return ImageError("too_large", f"{size} bytes; the limit is {MAX_IMAGE_BYTES}")
-        data: bytes = system.cat_file(path)
+        if offset is not None and size is not None:  # the caller limits the parts
+            data: bytes = system.cat_file(path, start=offset, end=offset + size)
+        elif size is not None and size > MAX_IMAGE_BYTES:
+            return explain_large(location, size, MAX_IMAGE_BYTES)
+        else:
+            data = system.cat_file(path)
     except FileNotFoundError:
         return ImageError("not_found", "the file is gone")
     except PermissionError:

@@ -1,44 +1,56 @@
-"""The images that a .csv, .txt or .parquet list names.
+"""The images that a list names: a Parquet file, or text (`text_table`).
 
-A list has `path` (relative to the list, an absolute path or a URI; the key is
-`path` as written) and may have `label`, `split`, `source` and columns of its own, which are carried
-along. Of files in a store it may have `size_bytes` and `etag`: reading checks them.
+A list has `path` (relative to the list, an absolute path or a URI; the key is `path` as written)
+and may have `label`, `split`, `source` and columns of its own, which are carried along. What it has
+no column for is read from the folders of a path below the list. Of files in a store it may have
+`size_bytes` and `etag`: reading checks them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.labels import parse_label, parse_split
-from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
-from cifake_ray.errors import ImageError, UsageError
-from cifake_ray.storage.io.files import open_file
+from cifake_ray.core.labels import (
+    LabelReader,
+    PathLabels,
+    find_split,
+    parse_split,
+)
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import ImageError, StorageError, UsageError
+from cifake_ray.storage.io.files import is_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
+from cifake_ray.storage.sources.columns import (
+    MEASURED_COLUMNS,
+    ColumnChoice,
+    check_text,
+    describe_left_out,
+)
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
-from cifake_ray.storage.sources.parquet import open_parquet
+from cifake_ray.storage.sources.image_table import open_parquet, read_label_names
+from cifake_ray.storage.sources.parquet import find_tables, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
     batch_rows,
+    make_label_reader,
 )
+from cifake_ray.storage.sources.text_table import open_text_table
 
-RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
 
 
@@ -69,128 +81,141 @@ def stamp_local(path: str) -> Stamp:
     return status.st_size, status.st_mtime_ns, None
 
 
+class _OpenedList(NamedTuple):
+    """A list after its header."""
+
+    path: AnyPath
+    names: list[str]
+    types: list[pa.DataType]
+    lines: Iterator[tuple[int, Sequence[object]]]  # with their numbers
+    label_names: list[str] | None  # of a Hugging Face footer
+    is_parquet: bool
+
+
 @dataclass(frozen=True)
 class ListFileSource:
     """A list file. The columns named here are renamed to path, label and source."""
 
-    path: AnyPath
-    path_column: str = "path"
-    label_column: str = "label"
-    source_column: str = "source"
+    path: AnyPath  # a file, or a folder of Parquet files
+    choice: ColumnChoice = field(default_factory=ColumnChoice)
+    needs_labels: bool = False  # a label column of which nothing is understood is an error
     key_filter: KeyFilter = KEEP_ALL
     allow_prefix: tuple[str, ...] = ()
     store: StoreConfig = StoreConfig()  # noqa: RUF009 - frozen
 
-    def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(self._list_batches(left_out), left_out)
+    @property
+    def path_column(self) -> str:
+        return self.choice.image or self.choice.path
 
-    def _list_batches(self, left_out: Counter[str]) -> Iterator[pa.RecordBatch]:
-        names, types, lines = self._open()
-        known = [self.path_column, self.label_column, "split", self.source_column]
-        known += ["size_bytes", "etag"]
-        positions = [names.index(name) if name in names else None for name in known]
-        extra = [i for i, name in enumerate(names) if name not in known]
-        for i in extra:
-            if names[i] in RESERVED_COLUMNS:
-                raise UsageError(
-                    f"{self.path}: the column {names[i]!r} has a name that the output uses;"
-                    " rename it"
+    def list_images(self) -> Listing:
+        listing = Listing(iter(()), key_column=self.path_column)
+        listing.batches = self._list_batches(listing)
+        return listing
+
+    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
+        labels = LabelReader(self.choice.label, self.choice.class_names)
+        first = None
+        for path in [self.path] if is_file(self.path) else find_tables(self.path):
+            opened = self._open(path)
+            known = [self.path_column, self.choice.label, "split", self.choice.source]
+            known += ["size_bytes", "etag"]
+            columns = {n: i for i, n in enumerate(opened.names) if n not in self.choice.drop}
+            others = [
+                pa.field(name, opened.types[i]) for name, i in columns.items() if name not in known
+            ]
+            extra, left_out = self.choice.choose_extra(others, path, MEASURED_COLUMNS)
+            for name in ("split", self.choice.source):
+                if name in columns:
+                    check_text(pa.field(name, opened.types[columns[name]]), path)
+            if first is None:
+                first = extra
+                listing.notes += [describe_left_out(left_out)] if left_out else []
+            elif extra != first:
+                raise StorageError(
+                    f"{path}: other columns than the list before it; score them apart"
                 )
-        fields = [*MANIFEST_FIELDS, *(pa.field(names[i], types[i]) for i in extra)]
-        rows = self._make_rows(lines, positions, extra, left_out)
-        yield from batch_rows(rows, pa.schema(fields))
+            positions = [columns.get(name) for name in known]
+            carried = [columns[f.name] for f in extra]
+            rows = self._make_rows(opened, positions, carried, labels, listing.left_out)
+            yield from batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra]))
+        if self.needs_labels:
+            labels.check(self.path, f"--drop-columns {self.choice.label} converts without labels")
+        if labels.counts:
+            listing.notes.append(labels.describe())
 
     def _make_rows(
         self,
-        lines: Iterable[tuple[int, Sequence[object]]],
+        opened: _OpenedList,
         positions: list[int | None],
         extra: list[int],
+        labels: LabelReader,
         left_out: Counter[str],
     ) -> Iterator[Sequence[Any]]:
-        allowed = make_allowed_paths(self.path, self.allow_prefix)
-        for line_number, values in lines:
+        allowed = make_allowed_paths(opened.path, self.allow_prefix)
+        read_labels = make_label_reader(dict(self.choice.class_names))
+        has_label, has_split, has_source = (p is not None for p in positions[1:4])
+        file_split = find_split(name_table(opened.path, self.path)) if opened.is_parquet else None
+        for line_number, values in opened.lines:
             path, label, split, source, size_bytes, etag = (
                 None if p is None else values[p] for p in positions
             )
+            if isinstance(path, dict):  # the Hugging Face struct of bytes and path, without bytes
+                path = path.get("path")
             if not isinstance(path, str) or not path:
-                raise UsageError(f"{self.path}, line {line_number}: no path; give one or delete it")
+                raise UsageError(
+                    f"{opened.path}, line {line_number}: no path in the column"
+                    f" {self.path_column!r}; give one or delete the line"
+                )
             if not self.key_filter.keeps(path):
                 left_out["excluded"] += 1
                 continue
             try:
-                facts = (parse_label(label), parse_split(split), source or None)
                 location = allowed.locate(path)
+                below = allowed.find_below(location)
+                known = read_labels(below.rpartition("/")[0]) if below else PathLabels()
                 listed = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = listed if is_uri(location) else stamp_local(location)
             except ValueError as error:
-                raise UsageError(f"{self.path}, line {line_number}: {error}") from error
+                raise UsageError(f"{opened.path}, line {line_number}: {error}") from error
+            facts = (
+                labels.read(label, opened.label_names) if has_label else known.label,
+                parse_split(split) if has_split else file_split or known.split,
+                (None if source in (None, "") else str(source)) if has_source else known.source,
+            )
             yield path, location, None, *stamp, *facts, None, *(values[i] for i in extra)
 
-    def _open(self) -> tuple[list[str], list[pa.DataType], Iterator[tuple[int, Sequence[object]]]]:
-        """Return column names, column types, and (line number, values) for each row."""
-        suffix = self.path.suffix.lower()
-        if suffix == ".parquet":
-            table = open_parquet(self.path)
+    def _open(self, path: AnyPath) -> _OpenedList:
+        """Open one list and read its header. UsageError for one without a column of paths."""
+        label_names, is_parquet = None, path.suffix.lower() == ".parquet"
+        lines: Iterator[tuple[int, Sequence[object]]]
+        if is_parquet:
+            table = open_parquet(path)
             names, types = table.schema_arrow.names, table.schema_arrow.types
-            lines = self._iterate_parquet(table)
-        elif suffix == ".txt":
-            names, types, lines = [self.path_column], [pa.string()], self._iterate_text()
+            label_names = read_label_names(table.schema_arrow, self.choice.label)
+            if self.path_column not in names:
+                raise UsageError(
+                    f"{path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
+                    " name it with --path-column; --image-column names one of images"
+                )
+            lines = self._iterate_parquet(path, table)
         else:
-            rows = self._iterate_csv()
-            names = list(next(rows, (1, []))[1])
-            types, lines = [pa.string()] * len(names), rows
-        if self.path_column not in names:
-            raise UsageError(
-                f"{self.path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
-                " name it with --path-column"
-            )
+            names, lines = open_text_table(path, self.path_column, self.choice.label)
+            types = [pa.string()] * len(names)
         if len(set(names)) != len(names):
-            raise UsageError(f"{self.path}: two columns have the same name; rename one")
-        return names, types, lines
+            raise UsageError(f"{path}: two columns have the same name; rename one")
+        self.choice.check_names(names, path)
+        return _OpenedList(path, names, types, lines, label_names, is_parquet)
 
-    def _iterate_parquet(self, table: pq.ParquetFile) -> Iterator[tuple[int, Sequence[object]]]:
+    def _iterate_parquet(
+        self, path: AnyPath, table: pq.ParquetFile
+    ) -> Iterator[tuple[int, Sequence[object]]]:
         number = 0
-        with explain_errors(self.path):
+        with explain_errors(path):
             for batch in table.iter_batches(LISTING_BATCH_ROWS):
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     yield number, values
         table.close(force=True)
-
-    def _iterate_text(self) -> Iterator[tuple[int, Sequence[str]]]:
-        for number, line in enumerate(self._read_lines("\n"), 1):
-            if path := line.rstrip("\n").removesuffix("\r"):
-                yield number, (path,)
-
-    def _iterate_csv(self) -> Iterator[tuple[int, Sequence[str]]]:
-        reader = csv.reader(self._read_lines(""), strict=True)
-        num_columns = None
-        try:
-            for values in reader:
-                if not values:
-                    continue
-                num_columns = num_columns or len(values)
-                if len(values) != num_columns:
-                    raise UsageError(
-                        f"{self.path}, line {reader.line_num}: {len(values)} values for"
-                        f" {num_columns} columns; quote values that hold a comma"
-                    )
-                yield reader.line_num, values
-        except csv.Error as error:
-            raise UsageError(f"{self.path}, line {reader.line_num}: {error}") from error
-
-    def _read_lines(self, newline: str) -> Iterator[str]:
-        """Yield lines with their ends; `newline` is that of `open`."""
-        try:
-            with (
-                explain_errors(self.path),
-                open_file(self.path) as file,
-                io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text,
-            ):
-                yield from text
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{self.path}: not UTF-8 ({error}); save the list as UTF-8") from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         readers: dict[str, Callable[..., Iterator[bytes | ImageError]]] = {

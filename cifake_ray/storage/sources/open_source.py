@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from cifake_ray.config import SourceConfig
-from cifake_ray.core.labels import make_class_names
+from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.files import exists, is_file, open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
+from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
+from cifake_ray.storage.sources.image_table import find_image_column
 from cifake_ray.storage.sources.list_file import ListFileSource
-from cifake_ray.storage.sources.parquet import ParquetSource, open_parquet
+from cifake_ray.storage.sources.parquet import (
+    ParquetSource,
+    choose_image_column,
+    is_table_name,
+)
 from cifake_ray.storage.sources.s3_inventory import INVENTORY_NAME, S3InventorySource
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
-from cifake_ray.storage.sources.source import KeyFilter, Source
+from cifake_ray.storage.sources.source import KEEP_ALL, KeyFilter, Source
+from cifake_ray.storage.sources.tar import (
+    TAR_SUFFIXES,
+    TarSource,
+    holds_tars,
+    stamp_tar,
+)
+from cifake_ray.storage.sources.tar_images import IMAGE_SUFFIXES
+from cifake_ray.storage.sources.text_table import find_text_suffix
 
-LIST_SUFFIXES = (".csv", ".txt", ".parquet")
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 
 
@@ -69,25 +86,86 @@ def check_there(place: AnyPath, uri: str) -> bool:
     return False
 
 
-def detect_kind(place: AnyPath, uri: str) -> str:
-    """Return folder, list, inventory or shards. UsageError when it is none of them."""
+def scan_folder(place: AnyPath, below: str) -> Iterator[tuple[str, bool]]:
+    """Yield the names in a folder below `place`, and whether each is a folder."""
+    with explain_errors(place):
+        if isinstance(place, Path):
+            with os.scandir(place / below) as entries:
+                yield from ((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
+        else:
+            own = f"{place.path.rstrip('/')}/{below}".rstrip("/")
+            for info in place.fs.ls(own, detail=True):
+                name = info["name"].rstrip("/")
+                if name != own:  # some stores list a folder within itself
+                    yield name.rpartition("/")[2], info["type"] == "directory"
+
+
+def glance_files(place: AnyPath, uri: str) -> Iterator[str]:
+    """Yield paths of files below a folder: all directly in it, then some of those further down."""
+    if uri.startswith("s3://"):
+        yield from iterate_names(place, uri)
+        return
+    pending, num_below = deque([""]), 0
+    while pending and num_below < GLANCE_KEYS:
+        below = pending.popleft()
+        try:
+            for name, is_folder in scan_folder(place, below):
+                num_below += below != ""
+                if is_folder and not name.startswith((".", "_")):
+                    pending.append(f"{below}{name}/")
+                elif not is_folder:
+                    yield below + name
+        except StorageError:
+            if not below:
+                raise  # else the listing will tell
+
+
+def holds_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> bool:
+    """Return whether the images of a folder are in Parquet files: if only those may hold any.
+
+    A folder with image files is one of tables too if their Parquet files hold images, as a data set
+    with a picture in its description; else the files may describe the images.
+    """
+    first, has_images = None, False
+    for name in glance_files(place, uri):
+        if is_table_name(name):
+            first = first or name
+        has_images |= name.lower().endswith(tuple(IMAGE_SUFFIXES))
+    if first is None or not has_images:
+        return first is not None
+    try:
+        column = find_image_column(place / first, choice)
+    except StorageError:  # among images, a file that is called Parquet and is none
+        return False
+    return column is not None and column.content != "paths"
+
+
+def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
+    """Return folder, list, inventory, shards or tar. UsageError when it is none of them."""
     if not check_there(place, uri):
         if exists(place / "_run.json"):
             return "shards"
-        names = iterate_names(place, uri)
-        has_tables = any(name.endswith(".parquet") and "/" not in name for name in names)
-        return "shards" if has_tables else "folder"
+        if holds_tars(islice(glance_files(place, uri), GLANCE_KEYS)):
+            return "tar"
+        return "shards" if holds_tables(place, uri, choice) else "folder"
     suffix = place.suffix.lower()
+    if place.name.lower().endswith(TAR_SUFFIXES):
+        return "tar"
     if suffix == ".parquet":
-        with open_parquet(place) as table:
-            return "shards" if "image" in table.schema_arrow.names else "list"
-    if suffix in LIST_SUFFIXES:
+        column = find_image_column(place, choice)
+        return "list" if column is None or column.content == "paths" else "shards"
+    if find_text_suffix(place.name):
         return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
+    with explain_errors(place), open_file(place) as file:
+        what = name_container(file.read(HEAD_BYTES))
+    if what is not None:
+        raise UsageError(f"{place} is {what}")
     raise UsageError(
-        f"{place} is one file, neither a .csv, .txt or .parquet list nor the {INVENTORY_NAME} of an"
-        " S3 Inventory; give its folder (in a bucket with / at the end), and --include for an image"
+        f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet), a .tar nor the"
+        f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
+        " and --include for an image"
     )
 
 
@@ -107,23 +185,51 @@ def open_source(config: SourceConfig, src: AnyPath, out: AnyPath) -> Source:
     """
     store = config.store
     kind: str = config.source_kind
+    choice = ColumnChoice.from_config(config)
     if kind == "auto":
-        kind = detect_kind(src, config.src)
+        kind = detect_kind(src, config.src, choice)
     elif check_there(src, config.src) and kind == "folder":
         raise UsageError(f"{src} is a file; --source-kind folder needs a folder")
     key_filter = KeyFilter(config.include, config.exclude)
+    if kind == "shards" or (kind == "list" and src.suffix.lower() == ".parquet"):
+        column = choose_image_column(src, choice)
+        if column.content == "paths":
+            kind = "list"
+        if column.content == "paths" or kind == "shards":
+            choice = replace(choice, image=column.name)
     if kind == "shards":
-        return ParquetSource(src, key_filter=key_filter, min_shard_rows=config.shard_size)
+        return ParquetSource(
+            src,
+            choice,
+            needs_labels=config.needs_labels,
+            key_filter=key_filter,
+            min_shard_rows=config.shard_size,
+        )
     if kind == "list":
-        columns = (config.path_column, config.label_column, config.source_column)
-        return ListFileSource(src, *columns, key_filter, config.allow_prefix, store)
-    class_names = make_class_names(config.real_name, config.fake_name)
+        return ListFileSource(
+            src, choice, config.needs_labels, key_filter, config.allow_prefix, store
+        )
+    class_names = dict(choice.class_names)
     if kind == "inventory":
         return S3InventorySource(src, class_names, store, key_filter)
     check_outside(out, src)
+    is_tar, is_one = kind == "tar", kind == "tar" and check_there(src, config.src)
+    kept = KEEP_ALL if is_tar else key_filter
+    files: FolderSource | S3PrefixSource | FsspecPrefixSource
     if isinstance(src, Path):
-        return FolderSource(src, class_names, key_filter, config.follow_symlinks)
-    if config.src.startswith("s3://"):
-        bucket, prefix = split_prefix(config.src)
-        return S3PrefixSource(bucket, prefix, store, class_names, key_filter)
-    return FsspecPrefixSource(src, class_names, store, key_filter)
+        files = FolderSource(
+            src,
+            class_names,
+            kept,
+            config.follow_symlinks or is_one,
+            config.label_column,
+            config.source_column,
+        )
+    elif config.src.startswith("s3://"):
+        files = S3PrefixSource(*split_prefix(config.src), store, class_names, kept)
+    else:
+        files = FsspecPrefixSource(src, class_names, store, kept)
+    if not is_tar:
+        return files
+    only = stamp_tar(src, config.src) if is_one else None
+    return TarSource(files, class_names, key_filter, config.label_column, config.shard_size, only)

@@ -1,4 +1,4 @@
-"""The images of Parquet files with an `image` column: our shards, or any Hugging Face data set.
+"""The images of Parquet files: our shards, or any data set with a column of images.
 
 Files keep their order and rows stay in their file, so that reads are sequential:
 one output shard covers neighbouring row groups of one file.
@@ -6,94 +6,65 @@ one output shard covers neighbouring row groups of one file.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.labels import SPLIT_NAMES, parse_split, read_class_label
-from cifake_ray.core.schema import ERROR_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
+from cifake_ray.core.labels import LabelReader
+from cifake_ray.core.schema import MANIFEST_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, find_files, is_file, open_ranges
-from cifake_ray.storage.io.paths import AnyPath, explain_errors
-from cifake_ray.storage.sources.source import KEEP_ALL, MIN_SHARD_ROWS, KeyFilter, Listing
+from cifake_ray.storage.io.files import exists, find_files, is_file
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.sources.columns import ColumnChoice, describe_left_out
+from cifake_ray.storage.sources.image_table import (
+    HeldImages,
+    ImageColumn,
+    ImageTable,
+    find_image_column,
+    open_parquet,
+)
+from cifake_ray.storage.sources.source import (
+    KEEP_ALL,
+    MAX_SHARD_BYTES,
+    MIN_SHARD_ROWS,
+    KeyFilter,
+    Listing,
+)
 
-OUTPUT_NAMES = {field.name for field in SCORE_FIELDS}
+NUM_FOOTER_THREADS = 16
+HINT_CONVERT = "`cifake-ray convert` has these options"
+REPLACED_COLUMNS = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
 
 
-def find_tables(root: AnyPath) -> list[AnyPath]:
-    """Return the Parquet files of convert's output, its `shards/`, any folder, or one file."""
+def is_table_name(path: str) -> bool:
+    """Return whether a relative path is that of a Parquet file, neither hidden nor set aside."""
+    hidden = any(name.startswith((".", "_")) for name in path.split("/"))
+    return path.lower().endswith(".parquet") and not hidden
+
+
+def find_tables(root: AnyPath, left_out: Counter[str] | None = None) -> list[AnyPath]:
+    """Return the Parquet files of convert's output, its `shards/`, any folder, or one file.
+
+    Count other files that are not hidden in `left_out`.
+    """
     if is_file(root):
         return [root]
     folder = root / "shards" if exists(root / "_run.json") else root
-    paths = [
-        folder / name
-        for name in find_files(folder)
-        if name.endswith(".parquet") and not name.rpartition("/")[2].startswith((".", "_"))
-    ]
-    if not paths:
+    names = find_files(folder)
+    tables = sorted(folder / name for name in names if is_table_name(name))
+    if not tables:
         raise StorageError(f"{folder}: no Parquet files; give the output of convert")
-    return sorted(paths)
-
-
-def open_parquet(path: AnyPath) -> pq.ParquetFile:
-    """Open any Parquet file; from a store, only what is read is fetched. StorageError otherwise."""
-    with explain_errors(path):
-        try:
-            # pyarrow opens local files itself; from a store it merges ranges into few reads.
-            file = path if isinstance(path, Path) else open_ranges(path)
-            return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(
-                f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a"
-                " damaged shard"
-            ) from error
-
-
-@contextmanager
-def use_table(path: AnyPath) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file with an `image` column, and close it at the end of the block.
-
-    StorageError for any other file.
-    """
-    table = open_parquet(path)
-    try:
-        if "image" not in table.schema_arrow.names:
-            raise StorageError(f"{path}: no column `image`; give the output of convert")
-        yield table
-    finally:
-        table.close(force=True)
-
-
-def read_columns(
-    table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: list[str]
-) -> pa.Table:
-    """Read some columns of some row groups. StorageError when the file is damaged."""
-    with explain_errors(path):
-        try:
-            return table.read_row_groups(groups, columns=columns)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(
-                f"{path}: damaged ({error}); `cifake-ray repair` redoes it"
-            ) from error
-
-
-def read_row_group(path: AnyPath, number: int, columns: list[str]) -> pa.Table:
-    """Read some columns of one row group of a file with images, and close the file."""
-    with use_table(path) as table:
-        return read_columns(table, path, [number], columns)
+    if left_out is not None and folder is root:
+        visible = [n for n in names if not any(p.startswith((".", "_")) for p in n.split("/"))]
+        left_out += Counter({"not Parquet": len(visible) - len(tables)})
+    return tables
 
 
 def name_table(path: AnyPath, root: AnyPath) -> str:
@@ -105,37 +76,58 @@ def name_table(path: AnyPath, root: AnyPath) -> str:
     return str(path).removeprefix(str(root).rstrip("/") + "/")
 
 
-def read_label_names(schema: pa.Schema) -> list[str] | None:
-    """Return class names in the order of their numbers, if a Hugging Face footer has them."""
-    footer = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    label = footer.get("info", {}).get("features", {}).get("label", {})
-    names: list[str] | None = label.get("names")
-    return names
+def choose_image_column(root: AnyPath, choice: ColumnChoice) -> ImageColumn:
+    """Return the column of images of a data set: that of its first file which has one.
+
+    StorageError when no file has one; UsageError when it is not the one that is named.
+    """
+    paths = find_tables(root)
+    for path in paths:
+        if (found := find_image_column(path, choice)) is not None:
+            return found
+    with open_parquet(paths[0]) as table:
+        names = ", ".join(table.schema_arrow.names) or "none"
+    if choice.image is not None:
+        raise UsageError(f"{root}: --image-column {choice.image}: no such column, only {names}")
+    raise StorageError(
+        f"{paths[0]}: no column with images, only {names}; --image-column names one of images,"
+        " --path-column one of their paths"
+    )
+
+
+def choose_columns(root: AnyPath) -> ColumnChoice:
+    """Return the columns of a data set that train and evaluate read without options.
+
+    UsageError when its images are not in its files.
+    """
+    column = choose_image_column(root, ColumnChoice())
+    if column.content == "paths":
+        raise UsageError(
+            f"{root}: the column {column.name!r} holds paths, no images; `cifake-ray convert` reads"
+            " them"
+        )
+    return ColumnChoice(image=column.name)
+
+
+def open_tables(
+    root: AnyPath, choice: ColumnChoice, left_out: Counter[str] | None = None
+) -> Iterator[ImageTable]:
+    """Yield the files with images, each open until the next; count the others in `left_out`."""
+    for path in find_tables(root, left_out):
+        with ImageTable(path, name_table(path, root), choice) as table:
+            if table.has_images:
+                yield table
+            elif left_out is not None:
+                left_out["Parquet without images"] += 1
 
 
 def find_splits(root: AnyPath) -> set[str]:
     """Return the splits that occur in Parquet files with images."""
-    splits = set()
-    for path in find_tables(root):
-        with use_table(path) as table:
-            if "split" in table.schema_arrow.names:
-                groups = list(range(table.num_row_groups))
-                found = read_columns(table, path, groups, ["split"]).column("split").unique()
-                splits |= {split for value in found.to_pylist() if (split := parse_split(value))}
-            elif split := SPLIT_NAMES.get(path.stem.split("-")[0].lower()):
-                splits.add(split)
-    return splits
-
-
-class _HeldGroup(NamedTuple):
-    """A row group in memory."""
-
-    location: str
-    first_row: int
-    table: pa.Table
-
-    def covers(self, location: str, row: int) -> bool:
-        return location == self.location and 0 <= row - self.first_row < self.table.num_rows
+    choice = replace(choose_columns(root), drop=("label", "source"))
+    splits: set[str | None] = set()
+    for table in open_tables(root, choice):
+        splits |= set(table.read_facts(list(range(table.file.num_row_groups))).splits)
+    return {split for split in splits if split is not None}
 
 
 @dataclass
@@ -143,11 +135,13 @@ class ParquetSource:
     """Parquet files with images inside."""
 
     root: AnyPath
+    choice: ColumnChoice = field(default_factory=ColumnChoice)
     split: str | None = None  # only rows of this split
     labelled: bool = False  # only rows with a label
+    needs_labels: bool = False  # a label column of which nothing is understood is an error
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
-    _held: _HeldGroup | None = field(default=None, init=False, repr=False)
+    _held: HeldImages | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the row group in memory: the process that unpickles this reads its own."""
@@ -159,84 +153,131 @@ class ParquetSource:
         return listing
 
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
-        paths = find_tables(self.root)
-        carried = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
-        fields: list[pa.Field] = []
-        for path in paths:
-            with use_table(path) as table:
-                extra = [f for f in table.schema_arrow if f.name not in carried]
-                if clash := [f.name for f in extra if f.name in OUTPUT_NAMES]:
-                    raise UsageError(
-                        f"{path}: the output uses the column name {clash[0]!r}; rename it"
-                    )
-                if path == paths[0]:
-                    fields = [*MANIFEST_FIELDS, *extra]
-                elif extra != fields[len(MANIFEST_FIELDS) :]:
-                    raise StorageError(f"{path}: other columns than {paths[0]}; score them apart")
-                for groups in self._group_rows(table):
-                    batch = self._read_rows(path, table, groups, pa.schema(fields))
-                    kept = self._select(batch)
-                    listing.left_out["excluded"] += batch.num_rows - kept.num_rows
-                    if kept.num_rows:
-                        yield kept
+        schema = self._choose_schema(listing)
+        labels = LabelReader(self.choice.label, self.choice.class_names)
+        is_foreign, columns = False, dict[str, None]()
+        for table in open_tables(self.root, self.choice, listing.left_out):
+            is_foreign |= not table.is_ours
+            columns |= dict.fromkeys(table.schema.names)
+            if "key" in table.columns:
+                listing.key_column = "key"
+            for groups in self._group_rows(table):
+                batch, num_rows = self._read_rows(table, groups, schema, labels)
+                listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
+                if batch.num_rows:
+                    yield batch
+        if self.needs_labels:
+            labels.check(self.root, f"--drop-columns {self.choice.label} converts without labels")
+        elif self.labelled:
+            labels.check(self.root, HINT_CONVERT)
+        if is_foreign and labels.counts:
+            listing.notes.append(labels.describe())
+        elif is_foreign and self.needs_labels and self.choice.label not in self.choice.drop:
+            listing.notes.append(
+                f"no labels: no column `{self.choice.label}`, only {', '.join(columns)};"
+                " --label-column names one"
+            )
 
-    def _group_rows(self, table: pq.ParquetFile) -> Iterator[list[int]]:
-        """Yield neighbouring row groups, together at least a shard."""
+    def _choose_schema(self, listing: Listing) -> pa.Schema:
+        """Return the columns of the manifest: those of every file, null where one lacks them."""
+
+        def read_footer(path: AnyPath) -> tuple[pa.Schema, bool]:
+            with ImageTable(path, path.name, self.choice) as table:
+                is_foreign = table.has_images and not table.is_ours
+                return table.schema.remove_metadata(), is_foreign
+
+        paths = find_tables(self.root)
+        with ThreadPoolExecutor(NUM_FOOTER_THREADS) as threads:
+            footers = list(threads.map(read_footer, paths))
+        self.choice.check_names({n: 0 for schema, _ in footers for n in schema.names}, self.root)
+        used = {"key", "split", self.choice.image, self.choice.label, self.choice.source}
+        kept, left_out = [], dict[str, None]()
+        for path, (schema, is_foreign) in zip(paths, footers, strict=True):
+            others = [column for column in schema if column.name not in used]
+            extra, dropped = self.choice.choose_extra(others, path, REPLACED_COLUMNS)
+            kept.append(pa.schema(extra))
+            left_out |= dict.fromkeys(dropped if is_foreign else ())
+        if left_out:
+            listing.notes.append(describe_left_out(left_out))
+        try:
+            unified = pa.unify_schemas(kept, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise StorageError(
+                f"{self.root}: the files disagree on a column ({error}); leave it out with"
+                " --drop-columns"
+            ) from error
+        return pa.schema([*MANIFEST_FIELDS, *unified])
+
+    def _group_rows(self, table: ImageTable) -> Iterator[list[int]]:
+        """Yield neighbouring row groups, together at least a shard by their rows or their bytes."""
         groups: list[int] = []
-        num_rows = 0
-        for group in range(table.num_row_groups):
+        num_rows = size_bytes = 0
+        for group in range(table.file.num_row_groups):
             groups.append(group)
-            num_rows += table.metadata.row_group(group).num_rows
-            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS):
+            num_rows += table.file.metadata.row_group(group).num_rows
+            size_bytes += table.file.metadata.row_group(group).total_byte_size
+            if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS) or size_bytes >= MAX_SHARD_BYTES:
                 yield groups
-                groups, num_rows = [], 0
+                groups, num_rows, size_bytes = [], 0, 0
         if groups:
             yield groups
 
     def _read_rows(
-        self, path: AnyPath, table: pq.ParquetFile, groups: list[int], schema: pa.Schema
-    ) -> pa.RecordBatch:
-        names = [n for n in schema.names if n in table.schema_arrow.names]
-        rows = read_columns(table, path, groups, names)
-        start = sum(table.metadata.row_group(g).num_rows for g in range(groups[0]))
-        indices = range(start, start + rows.num_rows)
-        name = name_table(path, self.root)
-        columns: dict[str, Any] = {n: rows.column(n).combine_chunks() for n in names}
-        if "key" not in columns:
-            columns["key"] = [f"{name}#{index}" for index in indices]
-        columns["location"] = [name] * rows.num_rows
-        columns["row"] = list(indices)
-        if "label" in columns:
-            class_names = read_label_names(table.schema_arrow)
-            try:
-                columns["label"] = [
-                    read_class_label(v, class_names) for v in columns["label"].to_pylist()
-                ]
-            except ValueError as error:
-                raise UsageError(f"{path}: {error}") from error
-        if "split" in columns:
-            columns["split"] = [parse_split(v) for v in columns["split"].to_pylist()]
-        else:  # the layout of the Hugging Face hub: train-00000-of-00002.parquet
-            columns["split"] = [SPLIT_NAMES.get(path.stem.split("-")[0].lower())] * rows.num_rows
-        arrays = [
-            pa.nulls(rows.num_rows, f.type)
-            if f.name not in columns
-            else columns[f.name].cast(f.type)
-            if isinstance(columns[f.name], pa.Array)
-            else pa.array(columns[f.name], f.type)
-            for f in schema
+        self, table: ImageTable, groups: list[int], schema: pa.Schema, labels: LabelReader
+    ) -> tuple[pa.RecordBatch, int]:
+        """Return the rows of some row groups that are chosen, and the number of all of them."""
+        extra = [f.name for f in schema if f.name not in REPLACED_COLUMNS]
+        names = [name for name in ("key", *extra) if name in table.columns]
+        counts = [table.file.metadata.row_group(g).num_rows for g in range(groups[-1] + 1)]
+        start, stop = sum(counts[: groups[0]]), sum(counts)
+        rows = table.read(groups, names) if names else None
+        keys = self._read_keys(table, rows, range(start, stop))
+        facts = table.read_facts(groups)
+        chosen = [
+            self.key_filter.keeps(key) and self.split in (None, split)
+            for key, split in zip(keys, facts.splits, strict=True)
         ]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-    def _select(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        if self.split is not None:
-            batch = batch.filter(pc.equal(batch.column("split"), self.split))
+        class_names = table.label_names
+        has_labels = self.choice.label in table.columns
+        read_labels = [
+            labels.read(value, class_names) if has_labels and is_chosen else None
+            for value, is_chosen in zip(facts.labels, chosen, strict=True)
+        ]
+        columns: dict[str, Any] = {
+            "key": keys,
+            "location": [table.name] * len(keys),
+            "row": range(start, stop),
+            "label": read_labels,
+            "split": facts.splits,
+            "source": facts.sources,
+        }
+        arrays = []
+        for column in schema:
+            if column.name in columns:
+                arrays.append(pa.array(columns[column.name], column.type))
+            elif rows is not None and column.name in names:
+                arrays.append(_take_column(table.path, rows, column))
+            else:
+                arrays.append(pa.nulls(len(keys), column.type))
+        batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+        batch = batch.filter(pa.array(chosen, pa.bool_()))
         if self.labelled:
             batch = batch.filter(pc.is_valid(batch.column("label")))
-        if self.key_filter != KEEP_ALL:
-            keep = [self.key_filter.keeps(key) for key in batch.column("key").to_pylist()]
-            batch = batch.filter(pa.array(keep, pa.bool_()))
-        return batch
+        return batch, len(keys)
+
+    def _read_keys(self, table: ImageTable, rows: pa.Table | None, numbers: range) -> list[str]:
+        """Return the keys of some rows; UsageError for a row without one."""
+        if rows is None or "key" not in rows.column_names:
+            return [f"{table.name}#{number}" for number in numbers]
+        keys = []
+        for number, key in zip(numbers, table.read_text(rows, "key"), strict=True):
+            if not key:
+                raise UsageError(
+                    f"{table.path}, row {number}: the column 'key' is empty; --drop-columns key"
+                    " numbers the rows instead"
+                )
+            keys.append(key)
+        return keys
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         opened = None
@@ -244,37 +285,29 @@ class ParquetSource:
             for location, row in zip(
                 rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
             ):
-                held = self._held
-                if held is None or not held.covers(location, row):
+                if self._held is None or not self._held.covers(location, row):
                     if location != opened:
                         stack.close()
                         is_root = location == self.root.name and is_file(self.root)
                         path = self.root if is_root else self.root / location
-                        table, opened = stack.enter_context(use_table(path)), location
-                    held = self._held = _read_group_of(table, path, location, row)
-                values, offset = held.table, row - held.first_row
-                yield _check_image(**{n: values[n][offset].as_py() for n in values.column_names})
+                        table = stack.enter_context(ImageTable(path, location, self.choice))
+                        opened = location
+                    self._held = table.hold_images(row)
+                yield self._held.get_image(row)
 
 
-def _read_group_of(table: pq.ParquetFile, path: AnyPath, location: str, row: int) -> _HeldGroup:
-    """Read the row group that holds a row of the file."""
-    counts = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
-    ends = np.cumsum(counts)
-    number = int(np.searchsorted(ends, row, side="right"))
-    names = table.schema_arrow.names
-    columns = ["image", *(f.name for f in ERROR_FIELDS if f.name in names)]
-    group = read_columns(table, path, [number], columns)
-    return _HeldGroup(location, int(ends[number]) - group.num_rows, group)
-
-
-def _check_image(
-    image: Any, error: str | None = None, error_detail: str | None = None
-) -> bytes | ImageError:
-    data: bytes | None = image["bytes"] if isinstance(image, dict) else image
-    if error:
-        return ImageError(error, error_detail or "")
-    if data is None:
-        return ImageError("not_found", "the row holds no image bytes")
-    if len(data) > MAX_IMAGE_BYTES:
-        return ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
-    return data
+def _take_column(path: AnyPath, rows: pa.Table, column: pa.Field) -> pa.Array:
+    """Return a column in its type in the manifest. StorageError, with its name, if it is not."""
+    try:
+        values = rows.column(column.name).cast(column.type).combine_chunks()
+    except pa.ArrowException as error:
+        raise StorageError(
+            f"{path}: the column {column.name!r} cannot be carried along ({error}); leave it out"
+            f" with --drop-columns {column.name}"
+        ) from error
+    if not isinstance(values, pa.Array):
+        raise StorageError(
+            f"{path}: the column {column.name!r} has over 2 GiB in a shard; leave it out with"
+            f" --drop-columns {column.name}, or give a smaller --shard-size"
+        )
+    return values

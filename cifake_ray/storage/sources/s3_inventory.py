@@ -13,7 +13,6 @@ import hashlib
 import io
 import tempfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,10 +104,11 @@ class S3InventorySource:
     key_filter: KeyFilter = KEEP_ALL
 
     def list_images(self) -> Listing:
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         inventory = read_inventory(self.place)
         read_labels = make_label_reader(self.class_names)
         for part in inventory.parts:
@@ -125,10 +125,10 @@ class S3InventorySource:
                     reason = "old version"
                 elif key.endswith("/") and not size:
                     reason = "folder marker"
-                elif not self.key_filter.keeps(key):
-                    reason = "excluded"
+                else:
+                    reason = self.key_filter.find_reason(key)
                 if reason:
-                    left_out[reason] += 1
+                    listing.leave_out(key, reason)
                     continue
                 location = f"s3://{bucket}/{key}"
                 labels = read_labels(key.rpartition("/")[0])

@@ -1,9 +1,8 @@
-"""The images of a bucket on S3: every object below a prefix, whatever its name."""
+"""The images of a bucket on S3: every object below a prefix that is no clutter."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +48,11 @@ class S3PrefixSource:
     def list_images(self) -> Listing:
         """Raise StorageError at once when the bucket cannot be listed."""
         check_bucket(self.store, self.bucket, self.prefix, self.limits)
-        left_out: Counter[str] = Counter()
-        return Listing(batch_rows(self._list_rows(left_out), pa.schema(MANIFEST_FIELDS)), left_out)
+        listing = Listing(iter(()))
+        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        return listing
 
-    def _list_rows(self, left_out: Counter[str]) -> Iterator[Sequence[Any]]:
+    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         client = open_client(self.store, self.limits, self.bucket)
 
         def ask(query: Query) -> ET.Element:
@@ -66,10 +66,10 @@ class S3PrefixSource:
                 for full_key, size_bytes, etag in page:
                     key = full_key.removeprefix(self.prefix)
                     if not key or (key[-1] == "/" and not size_bytes):
-                        left_out["folder marker"] += 1
+                        listing.left_out["folder marker"] += 1
                         continue
-                    if not self.key_filter.keeps(key):
-                        left_out["excluded"] += 1
+                    if reason := self.key_filter.find_reason(key):
+                        listing.leave_out(key, reason)
                         continue
                     labels = read_labels(key.rpartition("/")[0])
                     escaped = escape_key(key)
@@ -83,6 +83,6 @@ class S3PrefixSource:
             raise explain_s3_error(error, self.uri) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
-        names = ("location", "size_bytes", "etag")
-        locations, sizes, etags = (rows.column(name).to_pylist() for name in names)
-        return read_objects(self.store, locations, sizes, etags, self.limits)
+        names = ("location", "size_bytes", "etag", "row")
+        locations, sizes, etags, offsets = (rows.column(name).to_pylist() for name in names)
+        return read_objects(self.store, locations, sizes, etags, self.limits, offsets)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -15,10 +16,14 @@ import pyarrow as pa
 
 from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.errors import ImageError
+from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
+from cifake_ray.storage.sources.listing_counts import ListingCounts
 
 LISTING_BATCH_ROWS = 16_384
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384  # images in a shard, unless --shard-size says
 MAX_SHARD_BYTES = 256 * 2**20
+MAX_NOTES = 5
+_WILDCARD = re.compile(r"[*?[]")
 
 
 @dataclass
@@ -33,6 +38,43 @@ class Listing:
     batches: Iterator[pa.RecordBatch]
     left_out: Counter[str] = field(default_factory=Counter)
     keeps_order: bool = False
+    notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
+    key_column: str | None = None  # where the keys are from, if from a column
+    counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
+
+    def leave_out(self, key: str, reason: str) -> None:
+        """Count a file of a store that is no row, and say if it describes the others."""
+        self.left_out[reason] += 1
+        name = key.rpartition("/")[2]
+        if name in METADATA_NAMES and len(self.notes) < MAX_NOTES:
+            self.notes.append(f"{key} is not read beside images in a store: give it as the source")
+
+    def leave_out_folder(self, folder: str, error: OSError) -> None:
+        """Count a folder that cannot be listed, and name the first few."""
+        self.left_out["unreadable folder"] += 1
+        if self.left_out["unreadable folder"] <= MAX_NOTES:
+            name = escape_key(folder) or folder
+            name = name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
+            reason = error.strerror or type(error).__name__
+            self.notes.append(f"left out the folder {name}: {reason}")
+
+    def change_batches(
+        self, change: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+    ) -> None:
+        """Put a generator between the source and whoever reads the batches."""
+        self.batches = change(self.batches)
+
+    def count_rows(self, *, describe: bool) -> None:
+        """Fill `counts` while the batches are read; `describe` adds notes on what they lack."""
+
+        def count(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                self.counts.add(batch)
+                yield batch
+            if describe:
+                self.notes.extend(self.counts.describe_unused())
+
+        self.change_batches(count)
 
 
 class Source(Protocol):
@@ -46,10 +88,11 @@ class Source(Protocol):
     def list_images(self) -> Listing:
         """List every image once: columns of `MANIFEST_FIELDS`, then the source's own.
 
-        Nothing that is listed is read. `size_bytes` and `mtime_ns` or `etag` are what the store
-        says, null where it does not. A key that is not valid UTF-8 is a row with the error
-        `bad_key` and no location. StorageError, here or while iterating, when a folder or page
-        cannot be listed: nothing is left out in silence. UsageError for a list that is wrong.
+        No image is read. `size_bytes` and `mtime_ns` or `etag` are what the store says, null where
+        it does not. A key that is not valid UTF-8 is a row with the error `bad_key` and no
+        location. StorageError, here or while iterating, when the root, a folder of a store or a
+        page cannot be listed. Nothing is left out in silence: what is no row is in `left_out`.
+        UsageError for a list that is wrong.
         """
         ...
 
@@ -66,10 +109,12 @@ class Source(Protocol):
         ...
 
 
-def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def batch_rows(
+    rows: Iterable[Sequence[Any]], schema: pa.Schema, max_rows: int | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yield rows of Python values as record batches of LISTING_BATCH_ROWS; none when empty."""
     rows = iter(rows)
-    while chunk := list(islice(rows, LISTING_BATCH_ROWS)):
+    while chunk := list(islice(rows, max_rows or LISTING_BATCH_ROWS)):
         columns = zip(*chunk, strict=True)
         arrays = [pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)]
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
@@ -80,22 +125,71 @@ def make_label_reader(class_names: dict[str, int]) -> Callable[[str], PathLabels
 
     @lru_cache(maxsize=1024)  # neighbours lie in the same folder
     def read(folder: str) -> PathLabels:
-        return read_path([name for name in folder.split("/") if name], class_names)
+        return read_path([name for name in folder.split("/") if name not in ("", ".")], class_names)
 
     return read
 
 
 @dataclass(frozen=True)
 class KeyFilter:
-    """Keep the keys that match a glob of `include` (if any) and none of `exclude`."""
+    """Keep the keys that match a glob of `include` (if any) and none of `exclude`.
+
+    A glob that matches a folder matches all that is below it.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def keeps(self, key: str) -> bool:
-        if self.include and not any(fnmatchcase(key, glob) for glob in self.include):
+        if self.include and not _compile(self.include).match(key):
             return False
-        return not any(fnmatchcase(key, glob) for glob in self.exclude)
+        return not (self.exclude and _compile(self.exclude).match(key))
+
+    def find_reason(self, key: str) -> str | None:
+        """Return why a file of a folder or bucket is no row, or None: a filter, or clutter.
+
+        Clutter is kept if a glob of `include` asks for it, which is when the glob itself would be
+        clutter: `*.txt` and `*/.git/*` are, `*` and `*.jpg` are not.
+        """
+        if not self.keeps(key):
+            return "excluded"
+        if (reason := find_clutter(key)) is None:
+            return None
+        if any(
+            find_clutter(glob) == reason and fnmatchcase(key, glob)
+            for glob in _add_folders(self.include)
+        ):
+            return None
+        return reason
+
+    def find_folder_reason(self, folder: str) -> str | None:
+        """Return why nothing below `folder`, which ends with `/`, can be a row; None if it can."""
+        globs = _add_folders(self.exclude)
+        if any(glob.endswith("*") and fnmatchcase(folder, glob) for glob in globs):
+            return "excluded folder"
+        asked = [glob for glob in _add_folders(self.include) if _may_match_below(glob, folder)]
+        if self.include and not asked:
+            return "excluded folder"
+        if is_system_folder(folder) and not any(is_system_folder(glob) for glob in asked):
+            return "system folder"
+        return None
+
+
+@lru_cache(maxsize=16)
+def _add_folders(globs: tuple[str, ...]) -> tuple[str, ...]:
+    return (*globs, *(f"{glob.rstrip('/')}/*" for glob in globs if not glob.endswith("*")))
+
+
+@lru_cache(maxsize=16)
+def _compile(globs: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, _add_folders(globs))))
+
+
+@lru_cache(maxsize=1024)
+def _may_match_below(glob: str, folder: str) -> bool:
+    """Return False if no path below a folder can match: the two differ before any wildcard."""
+    literal = _WILDCARD.split(glob, maxsplit=1)[0]
+    return literal.startswith(folder) or folder.startswith(literal)
 
 
 KEEP_ALL = KeyFilter()

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy.special import expit
+from sklearn.metrics import roc_curve
 
 from cifake_ray.core.evaluation import metrics as module
 from cifake_ray.core.evaluation.calibration import calibrate, compute_p_fake
@@ -99,10 +100,50 @@ def test_separable_scores_do_not_collapse_to_zero_and_one():
     assert calibration.threshold == pytest.approx(0.5, abs=0.2)
 
 
-def test_saturated_real_images_are_refused_with_a_remedy():
-    logit = np.array([1e4] * 5 + [-1e4] * 5 + [1e4] * 10, np.float32)
-    with pytest.raises(ValueError, match=r"p_fake = 1\.0.*check the labels"):
-        calibrate(logit, np.repeat([0, 1], 10))
+def draw_outlier():
+    """500 REAL and 500 FAKE that are told apart well, and a REAL image with a logit of 25."""
+    rng = np.random.default_rng(0)
+    logit = np.concatenate([rng.normal(-8, 1.5, 500), [25], rng.normal(8, 1.5, 500)])
+    return logit.astype(np.float32), np.repeat([0, 1], [501, 500])
+
+
+def test_a_rate_that_no_threshold_keeps_is_none_and_the_others_are_kept():
+    logit, label = draw_outlier()
+    calibration = calibrate(logit, label)
+    p_fake = compute_p_fake(logit, calibration.temperature)
+    assert p_fake[500] == 1
+    assert calibration.threshold_fpr_01 is None
+    assert np.mean(p_fake[:501] >= calibration.threshold_fpr_1) <= 0.01
+    assert np.mean((p_fake >= calibration.threshold) == label) > 0.99
+
+
+HUGE = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("logit", "label"),
+    [
+        (np.full(40, 3.0), np.repeat([0, 1], 20)),
+        (np.zeros(40), np.repeat([0, 1], 20)),
+        (np.linspace(-3, 3, 40), np.zeros(40, int)),
+        (np.linspace(-3, 3, 40), np.ones(40, int)),
+        (np.repeat([HUGE, -HUGE], 20), np.repeat([0, 1], 20)),
+        (np.repeat([-HUGE, HUGE], 20), np.repeat([0, 1], 20)),
+        (np.tile([-HUGE, HUGE], 20), np.repeat([0, 1], 20)),
+        (np.array([HUGE]), np.array([0])),
+        draw_outlier(),
+    ],
+)
+def test_whatever_scores_a_training_ends_with_it_gets_its_numbers(logit, label):
+    logit = logit.astype(np.float32)
+    calibration = calibrate(logit, label)
+    assert 0 < calibration.temperature < np.inf
+    assert 0 <= calibration.threshold <= 1
+    p_fake = compute_p_fake(logit, calibration.temperature)
+    for rate, cut in ((0.01, calibration.threshold_fpr_1), (0.001, calibration.threshold_fpr_01)):
+        assert cut is None or np.mean(p_fake[label == 0] >= cut) <= rate
+    values = {"temperature": calibration.temperature, "threshold": calibration.threshold}
+    json.dumps(measure(logit, label, **values, num_bootstrap=10), allow_nan=False)
 
 
 def test_p_fake_ties_at_one_from_a_logit_of_about_seventeen():
@@ -130,11 +171,6 @@ def test_unusable_input_is_refused(logit, label, message):
         calibrate(*arrays)
     with pytest.raises(ValueError, match=message):
         measure(*arrays)
-
-
-def test_calibration_names_the_missing_class():
-    with pytest.raises(ValueError, match="no FAKE image"):
-        calibrate(np.ones(3, np.float32), np.zeros(3, np.int64))
 
 
 def test_ece_brier_and_nll_by_hand():
@@ -222,6 +258,24 @@ def test_a_replicate_of_the_images_themselves_gives_the_numbers_of_scikit_learn(
     logit = np.round(logit, decimals)
     cells = module._Cells(logit, label, 1.3)
     assert cells.measure(cells.counts) == pytest.approx(module._measure(logit, label, 1.3))
+
+
+def find_eer(logit, label):
+    fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
+    return np.interp(0.0, fpr + tpr - 1, fpr)
+
+
+@pytest.mark.parametrize(("tied", "value"), [(True, 0.5), (False, 0.4375)])
+def test_the_interval_of_the_equal_error_rate_holds_with_ties(tied, value):
+    label = np.repeat([0, 1], 50)
+    logit = np.repeat([8.0, -8.0, 8.0, -8.0], [35, 15, 45, 5]).astype(np.float32)
+    logit = np.ones_like(logit) if tied else logit
+    rng = np.random.default_rng(0)
+    picks = [np.append(rng.choice(50, 50), rng.choice(50, 50) + 50) for _ in range(1000)]
+    low, high = np.percentile([find_eer(logit[pick], label[pick]) for pick in picks], (2.5, 97.5))
+    eer = measure(logit, label, num_bootstrap=1000)["eer"]
+    assert eer["value"] == pytest.approx(value)
+    assert (eer["low"], eer["high"]) == pytest.approx((low, high), abs=0.005)
 
 
 def test_cells_of_many_images_cost_little_accuracy():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import struct
 import tarfile
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from cifake_ray.core.imaging import decode as images
 from cifake_ray.core.imaging import limits as containers
@@ -151,6 +152,62 @@ def test_one_bit_and_grey_become_rgb() -> None:
         np.testing.assert_array_equal(decode_image(encode(bits, format)), expected)
 
 
+def make_bmp(pixels: np.ndarray, alpha: np.ndarray) -> bytes:
+    """32 bits with a mask for alpha, as Windows' own programs write."""
+    height, width = alpha.shape
+    body = np.dstack([pixels[::-1, :, ::-1], alpha[::-1]]).tobytes()
+    numbers = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(body), 0, 0, 0, 0)
+    header = (numbers + struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)).ljust(124, b"\0")
+    return b"BM" + struct.pack("<IHHI", 138 + len(body), 0, 0, 138) + header + body
+
+
+def test_a_bmp_without_one_opaque_byte_has_no_alpha() -> None:
+    pixels = make_pixels()
+    alpha = np.zeros(pixels.shape[:2], np.uint8)
+    np.testing.assert_array_equal(decode_image(make_bmp(pixels, alpha)), pixels)
+    alpha[0, 0] = 255
+    decoded = decode_image(make_bmp(pixels, alpha))
+    np.testing.assert_array_equal(decoded[0, 0], pixels[0, 0])
+    assert (decoded[1:] == 255).all()
+
+
+@pytest.mark.parametrize("place", [33, -12])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        (b"zTXt", b"workflow\0\0"),
+        (b"iTXt", b"prompt\0\1\0\0\0"),
+        (b"iCCP", b"large\0\0"),
+        (b"zTXt", b"Raw profile type exif\0\0"),
+    ],
+)
+def test_pixels_do_not_need_texts_however_large(name: bytes, head: bytes, place: int) -> None:
+    pixels = make_pixels()
+    good = encode(pixels, "PNG")
+    body = head + zlib.compress(bytes(64 * 2**20))
+    data = good[:place] + make_chunk(name, body) + good[place:]
+    decode_image(good)
+    tracemalloc.start()
+    np.testing.assert_array_equal(decode_image(data), pixels)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20  # none is unpacked whole
+    tracemalloc.stop()
+    assert inspect_image(data).width == pixels.shape[1]
+    broken = good[:place] + make_chunk(name, head + b"no zlib") + good[place:]
+    np.testing.assert_array_equal(decode_image(broken), pixels)
+
+
+def test_the_exif_of_imagemagick_in_a_text_still_turns() -> None:
+    pixels = make_pixels()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = f"\nexif\n{len(exif.tobytes())}\n{exif.tobytes().hex()}\n".encode()
+    good = encode(pixels, "PNG")
+    chunk = make_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text))
+    other = make_chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(3 * 2**20)))
+    data = good[:33] + chunk + other + good[33:]
+    np.testing.assert_array_equal(decode_image(data), np.rot90(pixels, -1))
+
+
 DEEP = np.array([[0, 128, 129, 255, 256, 32767, 32768, 65534, 65535]], dtype=np.uint16)
 
 
@@ -255,6 +312,24 @@ def test_the_orientation_of_xmp_counts_where_exif_has_none() -> None:
     np.testing.assert_array_equal(decode_image(data), np.rot90(decode_image(plain), -1))
 
 
+@pytest.mark.parametrize("format", ["PNG", "AVIF", "WEBP", "TIFF"])
+def test_the_orientation_of_xmp_counts_in_jpeg_alone(format: str) -> None:
+    pixels = make_pixels(16, 32)
+    xmp = b'<x tiff:Orientation="6"/>'
+    plain, options = encode(pixels, format), {"xmp": xmp}
+    if format == "PNG":
+        body = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+        data = plain[:33] + make_chunk(b"iTXt", body) + plain[33:]
+    elif format == "TIFF":
+        ifd = TiffImagePlugin.ImageFileDirectory_v2()
+        ifd[700] = xmp
+        data = encode(pixels, format, tiffinfo=ifd)
+    else:
+        data = encode(pixels, format, **options)
+    assert xmp in data
+    np.testing.assert_array_equal(decode_image(data), decode_image(plain))
+
+
 def test_corrupt_exif_counts_as_none_and_warns_nobody(
     recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +347,7 @@ def test_corrupt_exif_counts_as_none_and_warns_nobody(
 # Frames
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF", "HEIF"])
 def test_the_first_of_several_frames_is_decoded_and_all_are_counted(format: str) -> None:
     frames = [Image.new("RGB", (24, 16), color) for color in ("red", "lime", "blue")]
     data = encode(frames[0], format, save_all=True, append_images=frames[1:], duration=50)
@@ -282,7 +357,7 @@ def test_the_first_of_several_frames_is_decoded_and_all_are_counted(format: str)
     assert np.abs(decode_image(data).astype(int) - [255, 0, 0]).max() <= 3
 
 
-@pytest.mark.parametrize("format", ["JPEG", "GIF", "WEBP", "PNG", "TIFF", "BMP", "AVIF"])
+@pytest.mark.parametrize("format", ["JPEG", "GIF", "WEBP", "PNG", "TIFF", "BMP", "AVIF", "HEIF"])
 def test_a_still_has_one_frame(format: str) -> None:
     facts = inspect_image(encode(make_pixels(16, 24), format))
     assert (facts.format, facts.num_frames) == (format, 1)
@@ -308,7 +383,8 @@ def test_zero_bytes_are_empty() -> None:
         b"P3 is the name of a cafe",
         bytes(1000),
         b"\xff",
-        b"%PDF-1.7 ...",
+        b"<html><body><svg></svg></body></html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     ],
 )
 def test_other_bytes_are_not_an_image(data: bytes) -> None:
@@ -322,6 +398,54 @@ def test_an_image_of_another_format_is_not_allowed(format: str) -> None:
         error = refuse(encode(make_pixels(32, 32), format), read)
         assert error.error == "format_not_allowed"
         assert format in error.detail
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\xff\x0a" + bytes(64), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(64), "JPEG XL"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "CR3"),
+        (b"FUJIFILMCCD-RAW 0201", "RAF"),
+        (b"IIRO\x08\0\0\0", "ORF"),
+        (b"IIU\0\x18\0\0\0", "RW2"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + b"\0\0\0\0\0\0", "CR2"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (
+            b"\xef\xbb\xbf<?xml?>\n<!-- x -->\n<!DOCTYPE svg [<!ENTITY a 'b'>]>\n<svg >",
+            "SVG",
+        ),
+        (b"%PDF-1.7 ...", "PDF"),
+        (b"8BPS\0\1" + bytes(64), "PSD"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "MP4 or QuickTime video"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "MP4 or QuickTime video"),
+        (b"\x1aE\xdf\xa3" + bytes(64), "WebM"),
+        (b"RIFF\0\1\0\0AVI LIST", "AVI video"),
+    ],
+)
+def test_a_picture_or_film_that_is_not_read_is_named(data: bytes, name: str) -> None:
+    for read in (decode_image, inspect_image):
+        error = refuse(data, read)
+        assert (error.error, error.detail.split(" (")[0].split(",")[0]) == (
+            "format_not_allowed",
+            name if name != "WebM" else "Matroska or WebM video",
+        )
+
+
+def test_what_lies_in_the_place_of_an_image_is_named() -> None:
+    for data, remedy in (
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<!DOCTYPE html><title>429 Too Many Requests</title>", "HTML"),
+        (b"PK\3\4" + bytes(64), "ZIP"),
+    ):
+        assert remedy in refuse(data).detail
+
+
+def test_an_svg_of_endless_comments_is_named_in_time() -> None:
+    start_s = time.perf_counter()
+    assert refuse(b"<!--" * 20_000).error == "not_an_image"
+    assert refuse(b" <?x?><!-- -->" * 20_000).error == "not_an_image"
+    assert time.perf_counter() - start_s < 2
 
 
 def test_too_many_bytes_are_refused_before_they_are_read() -> None:
@@ -376,6 +500,60 @@ def test_a_jpeg_of_too_many_pixels_is_refused_by_both_paths() -> None:
         assert refuse(bytes(data), read).error == "too_many_pixels"
 
 
+def set_size(data: bytes, width: int, height: int) -> bytes:
+    """AVIF or HEIF with another size in its header than its pixels have."""
+    size = struct.pack(">4xII", width, height)
+    changed = re.sub(rb"ispe.{12}", lambda _: b"ispe" + size, data, flags=re.DOTALL)
+    assert changed != data
+    return changed
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+def test_a_container_of_too_many_pixels_is_refused_from_its_header(format: str) -> None:
+    data = set_size(encode(make_pixels(64, 64), format), 17_000, 17_000)
+    for read in (decode_image, inspect_image):
+        assert refuse(data, read).error == "too_many_pixels"
+
+
+def test_more_pixels_than_the_header_of_a_heif_says_are_not_decoded() -> None:
+    data = set_size(encode(Image.new("RGB", (2000, 2000)), "HEIF"), 64, 64)
+    assert len(data) < 10_000
+    assert inspect_image(data).width == 64
+    assert refuse(data).error == "decode_failed"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_of_very_many_pixels_is_decoded_at_half_size(
+    mode: str, progressive: bool, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A telephone's 108 megapixels; here on a smaller scale."""
+    pixels = np.repeat(np.repeat(make_pixels(51, 67), 2, 0), 2, 1)[:101, :133]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0, "progressive": progressive, "exif": exif}
+    if orientation == 1:
+        del options["exif"]
+    data = encode(Image.fromarray(pixels).convert(mode), "JPEG", **options)
+    whole = decode_image(data)
+    for limit in ("MAX_IMAGE_PIXELS", "MAX_PROGRESSIVE_PIXELS", "MAX_JPEG_PIXELS"):
+        monkeypatch.setattr(images, limit, 101 * 133 - (limit == "MAX_IMAGE_PIXELS"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 101 * 60)
+    half = decode_image(data)
+    assert half.shape == ((51, 67, 3) if orientation == 1 else (67, 51, 3))
+    assert np.abs(half[:50, :50].astype(int) - whole[:100:2, :100:2]).mean() < 12
+    fast = images._decode_fast(data)
+    assert (fast is not None) == (mode == "RGB" and orientation == 1)
+    np.testing.assert_array_equal(images._decode_slow(data), half)
+    header = inspect_image(data)
+    assert (header.width, header.height) == (133, 101)
+    monkeypatch.setattr(images, "MAX_PROGRESSIVE_PIXELS", 101 * 133 - 1)
+    assert progressive == (find_error(data) is not None)
+    monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 101 * 133 - 1)
+    assert refuse(data).error == refuse(data, inspect_image).error == "too_many_pixels"
+
+
 CUT = [
     ("JPEG", {}),
     ("JPEG", {"progressive": True}),
@@ -387,6 +565,7 @@ CUT = [
     ("TIFF", {}),
     ("TIFF", {"compression": "tiff_lzw"}),
     ("AVIF", {}),
+    ("HEIF", {}),
 ]
 
 
@@ -427,7 +606,7 @@ def test_damage_inside_a_complete_file_is_decode_failed_with_the_name_of_the_exc
     assert refuse(bytes(header)).error == "decode_failed"
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_random_damage_gives_pixels_or_a_defined_error(format: str) -> None:
     rng = np.random.default_rng(7)
     good = encode(make_pixels(), format)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from cifake_ray.core.models.detector import build_detector, find_own_size
-from cifake_ray.core.training.device_limits import BATCH_MACS, choose_batch_size
+from cifake_ray.core.training.device_limits import (
+    BATCH_MACS,
+    choose_batch_size,
+    choose_eval_batch_size,
+)
 from cifake_ray.core.training.model_cost import (
     LISTED_MODELS,
     MAX_BATCH,
@@ -97,6 +101,16 @@ def test_large_networks_go_in_small_batches(device: str) -> None:
     assert choose_batch_size(10**13, device, 128) == 2  # one image is too few for a batch norm
     macs = int(BATCH_MACS[device]) // 20
     assert choose_batch_size(macs, device, 128) == 16
+
+
+@pytest.mark.parametrize(("name", "size", "most"), [("cnn", 32, 256), ("resnet18", 512, 8)])
+def test_what_is_validated_or_scored_at_once_follows_from_the_network(
+    name: str, size: int, most: int
+) -> None:
+    """512 images of 512 pixels would take resnet18 18 GB."""
+    detector = build_detector(name, image_size=size)
+    chosen = choose_eval_batch_size(detector.network, size, "cpu")
+    assert most / 4 <= chosen <= most
 
 
 def test_speed_is_measured_and_stated_with_its_batch_and_threads() -> None:

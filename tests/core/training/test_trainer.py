@@ -268,6 +268,15 @@ def test_the_mean_of_the_best_epochs_is_kept_if_it_is_better() -> None:
         assert torch.allclose(best.weights[name], tensor, atol=1e-5)
 
 
+def test_a_mean_of_weights_that_is_no_detector_is_not_kept() -> None:
+    trainer = make_trainer(keep_epochs=2, epochs=2)
+    fit(trainer, lambda: None)
+    best = trainer.state.kept[0]
+    wild = {n: torch.full_like(t, 1e38) for n, t in best.weights.items()}
+    trainer.state.kept[1] = trainer.state.kept[1]._replace(weights=wild)
+    assert trainer.choose_best() == (best, [best.epoch])
+
+
 def test_a_mean_of_weights_leaves_counters_alone() -> None:
     weights = [
         {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(7)},
@@ -601,6 +610,17 @@ def test_auto_is_bf16_on_a_cpu_that_computes_it_fast(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_precision("cpu", "auto").dtype is dtype
+
+
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_is_fp16_on_a_gpu_that_only_emulates_bf16(
+    is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or is_native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert choose_precision("cuda", "auto").dtype is dtype
 
 
 # --- detectors -----------------------------------------------------------------------------------

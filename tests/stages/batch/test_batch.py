@@ -22,13 +22,15 @@ from cifake_ray.config import ConvertConfig, SampleConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError, StorageError
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, run_batch
+from cifake_ray.stages.batch import shard_worker
+from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.shard_worker import (
     ShardWorker,
     WorkerOptions,
     replace_rows,
     slice_rows,
 )
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.convert import make_processor
@@ -256,16 +258,22 @@ class CountedReads:
     def read_images(self, rows: pa.Table) -> Iterator[bytes]:
         for _ in range(rows.num_rows):
             self.taken.append(rows.num_rows)
-            yield b"x"
+            yield b"x" * 10
 
 
-def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(ray_cluster: None) -> None:
+@pytest.mark.parametrize(("max_bytes", "sizes"), [(21, [2, 2, 1]), (20, [2, 2, 1]), (9, [1] * 5)])
+def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, max_bytes: int, sizes: list[int]
+) -> None:
+    """Of bounded bytes too, though the listing does not say how many there are."""
+    monkeypatch.setattr(shard_worker, "MAX_BATCH_BYTES", max_bytes)
     source: Any = CountedReads([])
     run: Any = SimpleNamespace(command="convert")
     options = WorkerOptions("", False, 60.0)
     worker = ShardWorker(run, source, lambda placement: PairProcessor(), ONE_WORKER, options)
     heartbeat: Any = SimpleNamespace(beat=lambda: None)
-    rows = pa.table({"size_bytes": [1] * 5})
-    batches = worker._prepare(rows, heartbeat, is_suspect=False)
-    assert [batch.prepared for batch in batches] == [[b"x"] * 2, [b"x"] * 2, [b"x"]]
+    rows = pa.table({"size_bytes": pa.nulls(5, pa.int64()), "row": range(5)})
+    batches = list(worker._prepare(rows, heartbeat, is_suspect=False))
+    assert [len(batch.prepared) for batch in batches] == sizes
+    assert pa.concat_tables(batch.rows for batch in batches) == rows
     assert source.taken == [5] * 5

@@ -86,3 +86,13 @@ def test_a_child_that_does_not_start_ends_the_run(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
     with pytest.raises(ResourceError, match="no process can be started"):
         try_images([image], decodes=True)
+
+
+def test_code_in_the_working_folder_is_not_run(
+    image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numpy", "PIL", "socket", "cifake_ray"):
+        (tmp_path / f"{name}.py").write_text("open('EXECUTED', 'w'); raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    assert try_images([image], decodes=True) == [image]
+    assert not (tmp_path / "EXECUTED").exists()

@@ -51,12 +51,12 @@ from cifake_ray.core.schema import RETRYABLE_ERRORS, SCHEMA_VERSION, SCORE_FIELD
 from cifake_ray.errors import ImageError, RunMismatch, StorageError
 from cifake_ray.stages import convert, score
 from cifake_ray.stages.batch import driver, shard_worker
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import check_writable
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.verify import DamagedFile, verify_files
 
 NUM_KEYS, SHARD_SIZE = 8, 3  # 3 shards
@@ -235,7 +235,7 @@ def read_table(data: bytes) -> pa.Table:
 def list_manifest(files: dict[str, bytes]) -> list[str]:
     """The files of the listing that was frozen."""
     return [
-        f"manifest/{file['name']}" for file in json.loads(files["_run.json"])["manifest"]["files"]
+        f"_manifest/{file['name']}" for file in json.loads(files["_run.json"])["manifest"]["files"]
     ]
 
 
@@ -420,6 +420,11 @@ class BatchRunMachine(RuleBasedStateMachine):
         if success and not is_repair and not (retries and self.has_retryable()):
             assert self.check_unchanged(lambda: self.start(config)) == self.summary
             return False
+        if is_repair and self.is_whole(before):
+            result: Any = self.check_unchanged(lambda: self.start(config))
+            assert self.summary is not None
+            assert (result["rows"], result["damaged"]) == (self.summary.listed, {})
+            return False
         stale = {
             shard
             for shard in self.shards
@@ -536,6 +541,8 @@ class BatchRunMachine(RuleBasedStateMachine):
         for table in tables:
             assert b"huggingface" in table.schema.metadata
         record = json.loads(files["_SUCCESS"])
+        assert record.pop("finished_at").endswith(" UTC")
+        assert len(record.pop("run")) == 64
         assert record == {"schema_version": SCHEMA_VERSION, **asdict(summary)}
         self.committed = [files[self.shard_name(shard)] for shard in self.shards]
         assert read_table(files["_files.parquet"]).to_pylist() == [
@@ -550,13 +557,13 @@ class BatchRunMachine(RuleBasedStateMachine):
         ]
         self.summary, self.files_data = summary, files["_files.parquet"]
         named = [
-            f"manifest/{f['name']}" for f in json.loads(files["_run.json"])["manifest"]["files"]
+            f"_manifest/{f['name']}" for f in json.loads(files["_run.json"])["manifest"]["files"]
         ]
-        wanted = {"_run.json", "_files.parquet", "_SUCCESS", *named}
+        wanted = {"_run.json", ".huggingface.yaml", "_files.parquet", "_SUCCESS", *named}
         wanted |= {self.shard_name(shard) for shard in self.shards}
         if not may_leave_files:
             assert sorted(set(files) ^ wanted) == []
-            assert not (self.out / "attempts").exists()
+            assert not (self.out / "_attempts").exists()
         assert set(files) >= wanted
 
     def count_unlike(self, tables: list[pa.Table]) -> dict[str, int]:
@@ -586,6 +593,14 @@ class BatchRunMachine(RuleBasedStateMachine):
         if not self.committed or files.get("_files.parquet") != self.files_data:
             return False
         return files.get(self.shard_name(shard)) != self.committed[shard]
+
+    def is_whole(self, files: dict[str, bytes]) -> bool:
+        """Whether all is as it was committed."""
+        return (
+            bool(self.find_success(files))
+            and files.get("_files.parquet") == self.files_data
+            and self.find_damage(files) == []
+        )
 
     # --- rules: commands -------------------------------------------------------------------------
 
@@ -635,8 +650,10 @@ class BatchRunMachine(RuleBasedStateMachine):
         if event != "lose_source":
             self.do(config, self.make_trigger(event, place))
             return
-        self.world.root.rename(self.folder / "elsewhere")
         before = self.read_files()
+        if self.is_whole(before):
+            return
+        self.world.root.rename(self.folder / "elsewhere")
         with pytest.raises(StorageError, match="no such file or folder"):
             self.start(config)
         before = {name: data for name, data in before.items() if ".aside-" not in name}
@@ -656,6 +673,10 @@ class BatchRunMachine(RuleBasedStateMachine):
             with pytest.raises(StorageError, match=error):
                 self.check_unchanged(lambda: verify_files(self.out))
             return
+        assert self.check_unchanged(lambda: verify_files(self.out)) == self.find_damage(files)
+
+    def find_damage(self, files: dict[str, bytes]) -> list[DamagedFile]:
+        """What `verify` must find in a finished run."""
         wanted = []
         for name, committed in zip(map(self.shard_name, self.shards), self.committed, strict=True):
             data = files.get(name)
@@ -666,7 +687,7 @@ class BatchRunMachine(RuleBasedStateMachine):
                 wanted.append(DamagedFile(name, reason))
             elif data != committed:
                 wanted.append(DamagedFile(name, "sha256 differs"))
-        assert self.check_unchanged(lambda: verify_files(self.out)) == wanted
+        return wanted
 
     # --- rules: what happens to the output -------------------------------------------------------
 

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from cifake_ray.config import ConvertConfig, ScoreConfig, TrainConfig
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.storage.bundles.bundle import locate_bundle

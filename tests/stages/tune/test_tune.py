@@ -18,7 +18,7 @@ import yaml
 from cifake_ray.config import ScoreConfig, TrainConfig, TuneConfig
 from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch.driver import BatchSummary
+from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.tune import driver as stages_tune
 from cifake_ray.stages.tune.driver import tune_detector

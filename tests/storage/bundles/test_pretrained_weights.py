@@ -15,7 +15,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.training.optimizer import build_for_training
-from cifake_ray.errors import BundleError
+from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
 
@@ -181,11 +181,60 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
         start(tmp_path / "odd.safetensors")
 
 
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"none\.safetensors: No such file"):
+        start(tmp_path / "none.safetensors")
+
+
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
     torch.save(make_weights(), tmp_path / "pytorch_model.bin")
     with pytest.raises(BundleError, match="a pickle, which may hold code"):
         start(tmp_path)
+    with pytest.raises(BundleError, match="a pickle, which may hold code"):
+        start(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", ["", "pytorch_model.bin"])
+@pytest.mark.parametrize("around", [None, "state_dict", "model"])
+def test_a_pickle_is_taken_with_permission(tmp_path: Path, name: str, around: str | None) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
+    weights = make_weights(2)
+    saved = weights if around is None else {around: weights, "epoch": 3}
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    detector, taken = start(tmp_path / name, allow_pickle=True)
+    assert taken is not None
+    assert taken.num_loaded == len(weights)
+    assert all(torch.equal(t, weights[n]) for n, t in detector.network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "backbone.", "module.model.", "_orig_mod."]
+)
+@pytest.mark.parametrize("head", ["", "head."])
+def test_what_a_program_puts_before_every_name_is_dropped_and_said(
+    tmp_path: Path, prefix: str, head: str
+) -> None:
+    """Some put the classifier beside the backbone."""
+    weights = make_weights(2)
+    named = {(prefix if n not in HEAD or not head else "") + n: t for n, t in weights.items()}
+    save_file(named, tmp_path / "w.safetensors")
+    detector, taken = start(tmp_path / "w.safetensors")
+    assert all(torch.equal(t, weights[n]) for n, t in detector.network.state_dict().items())
+    assert f"w.safetensors (named {prefix}...), the classifier too" in str(taken)
+    save_file(weights, tmp_path / "plain.safetensors")
+    plain = start(tmp_path / "plain.safetensors")[1]
+    assert plain is not None
+    assert taken is not None
+    assert plain.digest == taken.digest
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path: Path) -> None:
+    weights = make_weights(2)
+    both = {f"{side}.{n}": t.clone() for side in ("model", "module") for n, t in weights.items()}
+    save_file(both, tmp_path / "w.safetensors")
+    with pytest.raises(BundleError, match=r"unknown \(model\."):
+        start(tmp_path / "w.safetensors")
 
 
 # --- timm's hub ----------------------------------------------------------------------------------

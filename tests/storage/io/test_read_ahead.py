@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.read_ahead import read_ahead
+from cifake_ray.storage.io.read_ahead import read_ahead, take_turns
 
 
 @pytest.fixture
@@ -78,3 +78,20 @@ def test_what_reading_raises_is_raised_at_its_turn(threads: ThreadPoolExecutor) 
     assert [next(results) for _ in range(3)] == [b""] * 3
     with pytest.raises(StorageError, match="no credentials"):
         next(results)
+
+
+@pytest.mark.parametrize("length", [0, 3, 4, 5, 40])
+def test_streams_take_turns_and_the_next_ones_wait_with_a_few_items(length: int) -> None:
+    taken = [0] * 6
+
+    def count(stream: int) -> Iterator[tuple[int, int]]:
+        for number in range(length):
+            taken[stream] += 1
+            yield stream, number
+
+    items = take_turns(map(count, range(6)), num_threads=3, num_ahead=4)
+    expected = [(stream, number) for stream in range(6) for number in range(length)]
+    first = next(items, None)
+    time.sleep(0.05)
+    assert max(taken[1:]) <= 4
+    assert ([] if first is None else [first, *items]) == expected

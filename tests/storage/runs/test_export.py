@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3_server import S3Server
+from upath import UPath
 
-from cifake_ray.errors import StorageError
+from cifake_ray.config import ExportConfig
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.storage.io.files import hash_file
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.runs import export as export_module
 from cifake_ray.storage.runs.export import export_scores
 
 
@@ -27,9 +35,13 @@ def make_scores(keys: list[str], **columns: Any) -> pa.Table:
     return pa.table({"key": keys, "logit": logit, **columns})
 
 
+def configure(folder: Path, file: AnyPath, **options: Any) -> ExportConfig:
+    return ExportConfig(scores=str(folder), file=str(file), **options)
+
+
 def export(folder: Path) -> list[dict[str, str]]:
     file = folder.parent / "scores.csv"
-    num_rows = export_scores(folder, file)
+    num_rows = export_scores(folder, file, configure(folder, file, overwrite=True))
     with open(file, encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == num_rows
@@ -139,4 +151,155 @@ def test_a_part_that_breaks_leaves_the_old_file_and_nothing_else(tmp_path: Path)
 
 def test_a_folder_without_scores_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"part-\*\.parquet"):
-        export_scores(tmp_path, tmp_path / "x.csv")
+        export_scores(tmp_path, tmp_path / "x.csv", configure(tmp_path, tmp_path / "x.csv"))
+
+
+# --- other formats, and a part of it -------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    one = make_scores(["=a", "b"], p_fake=pa.array([0.1, 0.374], pa.float32()), error=[None, None])
+    two = make_scores(["c"], p_fake=pa.array([None], pa.float32()), error=["empty"])
+    error = pa.field("error", pa.string())
+    return write_parts(
+        tmp_path / "s", *(t.set_column(3, error, t["error"].cast("string")) for t in (one, two))
+    )
+
+
+def test_parquet_keeps_types(folder: Path) -> None:
+    file = folder.parent / "all.parquet"
+    assert export_scores(folder, file, configure(folder, file)) == 3
+    assert pq.read_table(file).equals(
+        pa.concat_tables(map(pq.read_table, sorted(folder.iterdir())))
+    )
+
+
+def test_json_lines_hold_numbers_as_they_are_meant(folder: Path) -> None:
+    file = folder.parent / "all.jsonl"
+    assert export_scores(folder, file, configure(folder, file, columns=("p_fake,key",))) == 3
+    assert file.read_text().splitlines() == [
+        '{"p_fake": 0.1, "key": "=a"}',
+        '{"p_fake": 0.374, "key": "b"}',
+        '{"p_fake": null, "key": "c"}',
+    ]
+
+
+def test_json_lines_have_null_or_text_for_what_json_lacks(tmp_path: Path) -> None:
+    values = {
+        "number": [float("nan")],
+        "day": pa.array([0], pa.date32()),
+        "nested": [{"a": [Decimal("1.5"), None]}],
+    }
+    folder, file = write_parts(tmp_path / "s", make_scores(["a"], **values)), tmp_path / "x.jsonl"
+    export_scores(folder, file, configure(folder, file, columns=tuple(values)))
+    assert json.loads(file.read_text()) == {
+        "number": None,
+        "day": "1970-01-01",
+        "nested": {"a": ["1.5", None]},
+    }
+    folder = write_parts(tmp_path / "t", make_scores(["a"], raw=[b"x"]))
+    with pytest.raises(StorageError, match="raw"):
+        export_scores(folder, file, configure(folder, file, overwrite=True))
+
+
+def test_text_holds_keys_alone(folder: Path) -> None:
+    file = folder.parent / "keys.txt"
+    assert export_scores(folder, file, configure(folder, file, where=("p_fake >= 0.2",))) == 1
+    assert file.read_text() == "b\n"
+    write_parts(folder.parent / "odd", make_scores(["new\nline"]))
+    with pytest.raises(StorageError, match=r"'new\\nline' is more than a line"):
+        export_scores(folder.parent / "odd", file, configure(folder, file, overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("where", "keys"),
+    [
+        (("p_fake>=0.374",), ["b"]),
+        (("p_fake < 0.2",), ["=a"]),
+        (("error = null",), ["=a", "b"]),
+        (("error != null",), ["c"]),
+        (("error == 'empty'",), ["c"]),
+        (("error = null", "key != b"), ["=a"]),
+        (("p_fake > 1",), []),
+    ],
+)
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "csv"])
+def test_rows_are_chosen(
+    folder: Path, where: tuple[str, ...], keys: list[str], ending: str
+) -> None:
+    file = folder.parent / f"some.{ending}"
+    assert export_scores(folder, file, configure(folder, file, where=where)) == len(keys)
+    if ending == "parquet":
+        assert pq.read_table(file)["key"].to_pylist() == keys
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"where": ("p_fake",)}, "give COLUMN OPERATOR VALUE"),
+        ({"where": ("p_fake > high",)}, "'high' cannot be compared with p_fake"),
+        ({"where": ("nothing = 1",)}, "no column 'nothing'; there are key, logit, p_fake, error"),
+        ({"columns": ("key", "nothing")}, "--columns: there is no column 'nothing'"),
+    ],
+)
+def test_a_wrong_choice_is_named(folder: Path, options: dict[str, Any], expected: str) -> None:
+    file = folder.parent / "x.csv"
+    with pytest.raises(UsageError, match=expected):
+        export_scores(folder, file, configure(folder, file, **options))
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["scores", "scores.xlsx", "scores.csv.gz", "a.csv/b"])
+def test_an_unknown_extension_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"none of \.csv, \.parquet, \.jsonl and \.txt"):
+        export_scores(Path("s"), Path(name), ExportConfig(scores="s", file=name))
+    assert ExportConfig(scores="s", file=name, format="jsonl").chosen_format == "jsonl"
+
+
+def test_a_file_that_exists_is_kept(folder: Path) -> None:
+    file = folder.parent / "x.csv"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match=r"x\.csv exists; .*--overwrite"):
+        export_scores(folder, file, configure(folder, file))
+    assert file.read_text() == "mine"
+
+
+def test_a_file_that_appears_meanwhile_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder.parent / "x.csv"
+    file.write_text("mine")
+    monkeypatch.setattr(export_module, "exists", lambda path: False)
+    with pytest.raises(UsageError, match="--overwrite"):
+        export_scores(folder, file, configure(folder, file))
+    assert file.read_text() == "mine"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["s", "x.csv"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_an_object_is_written_in_parts_and_appears_whole(
+    tmp_path: Path, s3_env: S3Server, ending: str
+) -> None:
+    """Parts of a bucket have 5 MiB at least; s3fs takes 50."""
+    bucket = s3_env.make_bucket()
+    noise = np.random.default_rng(0).bytes(30 * 2**20).hex()
+    folder = write_parts(tmp_path / "s", *(make_scores([f"{n}{noise}"]) for n in range(2)))
+    file = resolve_path(f"s3://{bucket}/x.{ending}")
+    assert export_scores(folder, file, configure(folder, file)) == 2
+    local = tmp_path / f"x.{ending}"
+    export_scores(folder, local, configure(folder, local))
+    assert hash_file(file) == hash_file(local)
+    with pytest.raises(UsageError, match="--overwrite"):
+        export_scores(folder, file, configure(folder, file))
+    (folder / "part-00001.parquet").write_bytes(b"broken")
+    with pytest.raises(StorageError, match="damaged"):
+        export_scores(folder, file, configure(folder, file, overwrite=True))
+    assert hash_file(file) == hash_file(local)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_an_empty_choice_in_a_bucket_is_an_empty_file(folder: Path) -> None:
+    file = UPath("memory://bucket/x.txt")
+    assert export_scores(folder, file, configure(folder, file, where=("p_fake > 1",))) == 0
+    assert file.read_bytes() == b""

@@ -125,7 +125,7 @@ def test_what_is_known_of_a_key_stays_with_it(tmp_path: Path) -> None:
         (5_000_000, 2**20, MAX_SHARD_BYTES // 2**20),
         (10, 2**30, 1),
         (0, 0, MIN_SHARD_ROWS),
-        (5_000_000, 0, 5_000),
+        (5_000_000, 0, MIN_SHARD_ROWS),  # not known
     ],
 )
 def test_shards_hold_a_thousandth_between_bounds_and_a_cap_in_bytes(

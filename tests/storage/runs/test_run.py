@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cifake_ray.config import VERBS, ConvertConfig, Doc, fingerprint_settings
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
+from cifake_ray.storage.io import files
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
+from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run
-from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard
-from cifake_ray.storage.runs.verify import DamagedFile, set_damaged_aside, verify_files
+from cifake_ray.storage.runs.run import Run, ShardStats, check_settings, finish_run, identify_run
+from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
+from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
 
@@ -50,8 +57,8 @@ def make_result(run: Run, shard: int) -> pa.Table:
 
 
 def commit_all(run: Run) -> list[ShardStats]:
-    shards = range(run.manifest.num_shards)
-    return [commit_shard(run, shard, make_result(run, shard), {}, {}) for shard in shards]
+    numbers = range(run.manifest.num_shards)
+    return [commit_shard(run, shard, make_result(run, shard), {}, {}) for shard in numbers]
 
 
 def flip_byte(path: Path, place: float) -> None:
@@ -71,7 +78,39 @@ def test_the_papers_name_the_run_and_its_manifest(tmp_path: Path) -> None:
     assert record["fingerprint"] == run.fingerprint
     assert record["manifest"]["num_rows"] == 10
     assert run.manifest.num_shards == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["_run.json", "manifest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_manifest", "_run.json"]
+
+
+def test_what_was_counted_and_noted_while_listing_is_kept_and_said(tmp_path: Path) -> None:
+    def list_counted() -> Listing:
+        listing = list_keys()
+        listing.count_rows(describe=True)
+        listing.notes.append("a note")
+        return listing
+
+    said: list[str] = []
+    plan = RunPlan(
+        out=tmp_path,
+        command="score",
+        settings={},
+        config={},
+        list_source=list_counted,
+        shard_rows=4,
+        log=said.append,
+    )
+    run = plan.open()
+    assert run.counts == {"labels": {"unlabelled": 10}, "splits": {}, "sources": {}}
+    assert [line.partition(";")[0] for line in said] == [
+        "score: a note",
+        "score: 10 of 10 images have no label and none is labelled REAL or FAKE",
+    ]
+    assert plan.open() == run
+    assert len(said) == 2
+    path = tmp_path / "_run.json"
+    record = json.loads(path.read_bytes())
+    del record["counts"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    assert plan.open().counts == {}
 
 
 def test_the_same_settings_resume_without_a_new_listing(tmp_path: Path) -> None:
@@ -89,6 +128,34 @@ def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> Non
     open_here(tmp_path, old=1)
     with pytest.raises(RunMismatch, match=r"new: None there, 2 here; old: 1 there, None here"):
         open_here(tmp_path, fail_to_list, new=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewerConfig(ConvertConfig):
+    sharpness: Annotated[float, Doc("An option of a later version")] = 0.0
+    channels: Annotated[tuple[str, ...], Doc("Another")] = ("red",)
+
+
+@pytest.mark.parametrize("is_search", [False, True])
+def test_an_option_that_an_older_version_did_not_have_has_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_search: bool
+) -> None:
+    """Either way round; also in the trainings of a search."""
+    command = "tune" if is_search else "convert"
+    monkeypatch.setitem(VERBS, "train" if is_search else "convert", NewerConfig)
+
+    def describe(config: Any) -> dict[str, Any]:
+        settings = fingerprint_settings(config)
+        return identify_run(command, {"recipe": settings} if is_search else settings)
+
+    older = describe(ConvertConfig(src="s", out="o"))
+    newer = describe(NewerConfig(src="s", out="o"))
+    check_settings(tmp_path, older, newer)
+    check_settings(tmp_path, newer, older)
+    with pytest.raises(RunMismatch, match="sharpness"):
+        check_settings(tmp_path, older, describe(NewerConfig(src="s", out="o", sharpness=1.0)))
+    with pytest.raises(RunMismatch, match="channels"):
+        check_settings(tmp_path, describe(NewerConfig(src="s", out="o", channels=())), older)
 
 
 def test_another_command_is_refused(tmp_path: Path) -> None:
@@ -177,7 +244,7 @@ def test_two_processes_that_freeze_at_once_work_on_one_manifest(tmp_path: Path) 
     answers = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0]
     assert len(answers) == 1
-    assert all((tmp_path / "manifest" / name).is_file() for name in answers.pop().split(","))
+    assert all((tmp_path / "_manifest" / name).is_file() for name in answers.pop().split(","))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_listing(tmp_path: Path) -> None:
@@ -203,6 +270,24 @@ def test_a_committed_part_is_found_again_with_its_account(tmp_path: Path) -> Non
     facts = json.loads(pq.read_schema(run.shard_path(1)).metadata[FOOTER_KEY])
     assert (facts["fingerprint"], facts["bundle"]) == (run.fingerprint, "b1")
     assert part.unlike_training == facts["unlike_training"] == {"size": 2}
+
+
+def test_images_of_many_bytes_are_split_into_row_groups_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_GROUP_BYTES", 25)
+    run = open_here(tmp_path)
+    rows = make_result(run, 1)
+    image = pa.StructArray.from_arrays(
+        [[b"x" * 10, None, b"y" * 60, b"z"], rows["key"].combine_chunks()], ["bytes", "path"]
+    )
+    rows = rows.add_column(1, "image", image)
+    part = commit_shard(run, 1, rows, {}, {})
+    written = pq.ParquetFile(run.shard_path(1))
+    groups = [written.metadata.row_group(n).num_rows for n in range(written.num_row_groups)]
+    assert groups == [2, 2]
+    assert read_shard(run.shard_path(1)).replace_schema_metadata(None) == rows
+    assert inspect_shard(run, 1) == part
 
 
 def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> None:
@@ -329,9 +414,47 @@ def test_a_folder_where_a_file_should_be_is_refused_by_name(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
-def test_only_leftovers_are_removed(tmp_path: Path) -> None:
-    for name in (".writing-999999999-ab", ".writing-probe-9", "part-00000.parquet", ".hidden"):
+DEAD_PID = 999_999_999
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "age_s", "stays"),
+    [
+        ("mine", DEAD_PID, 0, False),
+        ("mine", os.getpid(), 1e6, True),
+        ("other", DEAD_PID, 1800, True),
+        ("other", os.getpid(), 1e6, False),
+    ],
+    ids=["dead", "alive", "recent", "old"],
+)
+def test_leftovers_are_removed_but_not_what_another_host_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, pid: int, age_s: float, stays: bool
+) -> None:
+    """A process of another host or container is not alive here, but it may be there."""
+    hosts = {"mine": files._identify_host(), "other": "0123abcd"}
+    monkeypatch.setattr(files, "_identify_host", lambda: hosts[host])
+    monkeypatch.setattr(os, "getpid", lambda: pid)
+
+    def leave(temporary: Path, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", leave)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: None)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(tmp_path / "part-00000.parquet", b"half")
+    monkeypatch.undo()
+    (written,) = tmp_path.iterdir()
+    made_s = time.time() - age_s
+    os.utime(written, (made_s, made_s))
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [written] * stays
+
+
+def test_other_files_are_not_leftovers(tmp_path: Path) -> None:
+    for name in (".writing-999999999-ab", ".writing-probe", "part-00000.parquet", ".hidden"):
         (tmp_path / name).write_bytes(b"")
+    os.utime(tmp_path / ".writing-999999999-ab", (0, 0))  # of the version before
+    os.utime(tmp_path / ".hidden", (0, 0))
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "part-00000.parquet"]
 
@@ -339,7 +462,9 @@ def test_only_leftovers_are_removed(tmp_path: Path) -> None:
 # --- what others wrote ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["manifest/photo.jpg", "attempts/a", "scores/part-00000.parquet"])
+@pytest.mark.parametrize(
+    "name", ["_manifest/photo.jpg", "_attempts/a", "scores/part-00000.parquet"]
+)
 def test_files_of_others_are_never_taken_for_ours(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(b"mine")
@@ -369,7 +494,8 @@ def test_a_list_of_files_that_names_others_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.concat_tables([table, pa.Table.from_pylist([row], table.schema)]), files)
     with pytest.raises(StorageError, match="does not name the shards of the run"):
         verify_files(tmp_path / "out")
-    set_damaged_aside(tmp_path / "out")
+    assert find_damage(tmp_path / "out") is None
+    set_damaged_aside(tmp_path / "out", [])
     assert victim.read_bytes() == b"mine"
 
 
@@ -388,9 +514,9 @@ def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) ->
     finish_run(run, commit_all(run), {})
     file = run.manifest.files[0].name
     flip_byte(run.manifest_folder / file, 0.5)
-    assert verify_files(tmp_path) == [DamagedFile(f"manifest/{file}", "sha256 differs")]
+    assert verify_files(tmp_path) == [DamagedFile(f"_manifest/{file}", "sha256 differs")]
     with pytest.raises(StorageError, match="start again in a new folder"):
-        set_damaged_aside(tmp_path)
+        set_damaged_aside(tmp_path, verify_files(tmp_path))
     assert (tmp_path / "_SUCCESS").exists()
 
 
@@ -401,4 +527,11 @@ def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
     papers[name] = [7]
     (tmp_path / "_run.json").write_text(json.dumps(papers))
     with pytest.raises(CifakeError, match=r"_run\.json: .*it may have been edited"):
+        verify_files(tmp_path)
+
+
+def test_the_folder_of_a_training_is_named_to_those_who_check_files(tmp_path: Path) -> None:
+    record = {"schema_version": SCHEMA_VERSION, "command": "train", "settings": {}}
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(StorageError, match="output of train; verify, repair and export take"):
         verify_files(tmp_path)

@@ -82,6 +82,26 @@ def test_objects_come_in_order_over_kept_connections(
     assert 4 < proxy.most_in_flight <= DEFAULT_LIMITS.max_in_flight
 
 
+def test_a_part_of_an_object_is_asked_for_alone(s3_env: S3Server, bucket: str) -> None:
+    data = os.urandom(5000)
+    etag = s3_env.put(bucket, "tar", data)
+    parts = [(0, 1), (100, 2000), (4999, 1), (0, 5000), (4000, 2000), (6000, 10)]
+    objects = [StoredObject(bucket, "tar", etag, size, offset) for offset, size in parts]
+    *results, behind_the_end = fetch(s3_env.endpoint, objects)
+    assert results == [data[offset : offset + size] for offset, size in parts[:-1]]
+    assert error_of(behind_the_end) == "changed"
+    old = StoredObject(bucket, "tar", '"another"', 10, 0)
+    assert [error_of(result) for result in fetch(s3_env.endpoint, [old])] == ["changed"]
+
+
+def test_a_store_that_sends_all_instead_of_a_part_is_told(proxy: FaultProxy, bucket: str) -> None:
+    proxy.fail("status", status=200)
+    result = fetch_one(proxy.endpoint, bucket, offset=0, size_bytes=10)
+    assert error_of(result) == "denied"
+    assert "whole objects" in result.detail
+    assert len(proxy.seen) == 1
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
 def test_what_passes_is_tried_again(proxy: FaultProxy, bucket: str, status: int) -> None:
     proxy.fail("status", status=status, times=3)

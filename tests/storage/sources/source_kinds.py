@@ -9,6 +9,7 @@ import io
 import json
 import os
 import secrets
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.storage.s3.client import S3Client
 from cifake_ray.storage.s3.location import open_path
-from cifake_ray.storage.sources import parquet
+from cifake_ray.storage.sources import image_table
 from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Source
@@ -161,7 +162,7 @@ class FsspecPrefixKind(SourceKind):
 class ListKind(SourceKind):
     """A CSV list of images in some store; it tells size and etag of what is not local."""
 
-    cannot: ClassVar[dict[str, str]] = {}
+    cannot: ClassVar[dict[str, str]] = {"clutter": "a list names each image"}
 
     def key_of(self, name: str) -> str:
         is_local = isinstance(self.store, LocalStore)
@@ -188,7 +189,7 @@ class S3ListKind(ListKind):
 
 
 class FsspecListKind(ListKind):
-    cannot: ClassVar[dict[str, str]] = {
+    cannot: ClassVar[dict[str, str]] = ListKind.cannot | {
         "another process": FsspecPrefixKind.cannot["another process"]
     }
 
@@ -213,6 +214,7 @@ class ParquetKind(SourceKind):
     """Two Parquet files with the bytes inside, row groups of two."""
 
     cannot: ClassVar[dict[str, str]] = {
+        "clutter": "a table holds images only",
         "changes": "the bytes are in the file that is listed; nothing is known of a row to compare",
         "sizes": "a row's size is known when its row group is read",
         "unread": "a row group is read as a whole",
@@ -220,7 +222,7 @@ class ParquetKind(SourceKind):
 
     def __init__(self, store: Store, work: Path) -> None:
         super().__init__(store, work)
-        self.byte_reader = (parquet, "read_columns")
+        self.byte_reader = (image_table, "read_pieces")
 
     def write_index(self) -> str:
         folder = self.work / "hub"
@@ -241,6 +243,41 @@ class ParquetKind(SourceKind):
             }
             pq.write_table(pa.table(columns), folder / f"{name}.parquet", row_group_size=2)
         return str(folder)
+
+
+class TarKind(SourceKind):
+    """A tar in a folder of some store."""
+
+    cannot: ClassVar[dict[str, str]] = {
+        "changes": "a tar that changed is changed as a whole: tests of its own",
+        "clutter": "what is no image in a tar has rules and tests of its own",
+    }
+
+    def key_of(self, name: str) -> str:
+        return f"shards.tar/{name}"
+
+    def put(self, *images: Image) -> None:
+        self.images += images
+
+    def write_index(self) -> str:
+        self.store.write("shards.tar", make_tar(self.images))
+        return self.store.uri
+
+
+class FsspecTarKind(TarKind):
+    cannot: ClassVar[dict[str, str]] = TarKind.cannot | {
+        "another process": FsspecPrefixKind.cannot["another process"]
+    }
+
+
+def make_tar(images: Iterable[Image], **options: Any) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", **options) as tar:
+        for image in images:
+            member = tarfile.TarInfo(image.name)
+            member.size = len(image.data)
+            tar.addfile(member, io.BytesIO(image.data))
+    return data.getvalue()
 
 
 # --- inventories as AWS writes them --------------------------------------------------------------

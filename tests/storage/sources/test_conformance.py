@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ import pytest
 from source_kinds import (
     FsspecListKind,
     FsspecPrefixKind,
+    FsspecTarKind,
     Image,
     InventoryKind,
     ListKind,
@@ -31,6 +33,7 @@ from source_kinds import (
     S3PrefixKind,
     S3Store,
     SourceKind,
+    TarKind,
 )
 
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
@@ -38,7 +41,7 @@ from cifake_ray.errors import ImageError, NothingToDo
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3 import prefetch
 from cifake_ray.storage.s3.listing import KeyLister
-from cifake_ray.storage.sources import folder, fsspec_prefix, parquet, s3_prefix
+from cifake_ray.storage.sources import folder, fsspec_prefix, image_table, s3_prefix, tar
 from cifake_ray.storage.sources import source as source_module
 from cifake_ray.storage.sources.source import Source
 
@@ -51,6 +54,9 @@ KINDS: dict[str, Callable[[Path, pytest.FixtureRequest], SourceKind]] = {
     "list of fsspec uris": lambda work, _: FsspecListKind(MemoryStore(), work),
     "s3 inventory": lambda work, use: InventoryKind(use_s3(use, ""), work),
     "parquet": lambda work, _: ParquetKind(LocalStore(work / "unused"), work),
+    "tar": lambda work, _: TarKind(LocalStore(work / "set"), work),
+    "tar on s3": lambda work, use: TarKind(use_s3(use, "set #1?/50%20of them/"), work),
+    "tar by fsspec": lambda work, _: FsspecTarKind(MemoryStore(), work),
 }
 
 ODD_NAMES = [
@@ -85,10 +91,10 @@ ODD_NAMES = [
     "control\x01\x1f\x7f",
     "right-to-left-\u202egpj.exe",
     "no extension",
-    "notes.txt",
+    "notes.abc",
     "archive.parquet",
     "-rf",
-    ".git/_deep/1/2/3/4/x.jpg",
+    ".github/_deep/1/2/3/4/x.jpg",
     "x" * 246 + ".jpg",
 ]
 
@@ -128,6 +134,7 @@ def read_all(source: Source, rows: pa.Table | None = None) -> dict[str, bytes | 
 
 def list_in_small_batches(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
     monkeypatch.setattr(source_module, "LISTING_BATCH_ROWS", num_rows)
+    monkeypatch.setattr(tar, "LARGE_READ_BYTES", tar.SMALL_READ_BYTES)
     monkeypatch.setattr(s3_prefix, "KeyLister", partial(KeyLister, page_keys=num_rows))
 
 
@@ -196,7 +203,78 @@ def test_filters_leave_keys_out_and_count_them(kind: SourceKind) -> None:
     listing = kind.open(include=("*.jpg", "*.png"), exclude=("*thumbs*",)).list_images()
     keys = [key for batch in listing.batches for key in batch.column("key").to_pylist()]
     assert sorted(keys) == [kind.key_of(name) for name in ("a.jpg", "c.png", "deep/d.jpg")]
-    assert +listing.left_out == {"excluded": 2}
+    # A folder with nothing to keep is not entered, where folders are listed one by one.
+    assert sum(listing.left_out.values()) == 2
+    assert set(+listing.left_out) <= {"excluded", "excluded folder"}
+
+
+def test_a_glob_that_matches_a_folder_holds_for_all_below_it(kind: SourceKind) -> None:
+    kind.put(*(Image(name, b"x") for name in ("a.jpg", "x/thumbs/deep/b.jpg", "y/c.jpg")))
+    listing = kind.open(exclude=("*/thumbs", "*y/")).list_images()
+    keys = [key for batch in listing.batches for key in batch.column("key").to_pylist()]
+    assert keys == [kind.key_of("a.jpg")]
+
+
+CLUTTER = {
+    "REAL/._a.jpg": "system file",
+    "REAL/.DS_Store": "system file",
+    "REAL/Thumbs.db": "system file",
+    "desktop.ini": "system file",
+    "REAL/a.txt": "sidecar",
+    "REAL/a.JSON": "sidecar",
+    "metadata.csv": "sidecar",
+    "annotations/a.xml": "sidecar",
+    "labels.csv.gz": "sidecar",
+    "README": "sidecar",
+    "__MACOSX/REAL/a.jpg": "system folder",
+    "REAL/@eaDir/a.jpg": "system folder",
+    "REAL/.ipynb_checkpoints/a.jpg": "system folder",
+    ".git/objects": "system folder",
+}
+
+
+def test_clutter_is_left_out_and_counted(kind: SourceKind) -> None:
+    need(kind, "clutter")
+    kind.put(*(Image(name, b"x") for name in ("REAL/a.jpg", "thumbs", "txt", "a.zip", *CLUTTER)))
+    listing = kind.open().list_images()
+    keys = [key for batch in listing.batches for key in batch.column("key").to_pylist()]
+    assert sorted(keys) == ["REAL/a.jpg", "a.zip", "thumbs", "txt"]
+    counts = {reason.removeprefix("in a "): n for reason, n in (+listing.left_out).items()}
+    assert counts == Counter(CLUTTER.values())
+
+
+@pytest.mark.parametrize(
+    ("glob", "key"),
+    [("*.txt", "REAL/a.txt"), ("*/.git/*", "REAL/.git/a.jpg"), ("*/._*.jpg", "REAL/._a.jpg")],
+)
+def test_clutter_is_an_image_when_it_is_asked_for(kind: SourceKind, glob: str, key: str) -> None:
+    need(kind, "clutter")
+    kind.put(*(Image(name, b"x") for name in ("REAL/a.jpg", key)))
+    assert list(read_all(kind.open(include=(glob,)))) == [key]
+
+
+def test_metadata_beside_images_is_used_or_said_to_be_there(kind: SourceKind) -> None:
+    need(kind, "clutter")
+    kind.put(Image("set/a.jpg", b"x"), Image("set/metadata.csv", b"file_name,label\na.jpg,1\n"))
+    listing = kind.open().list_images()
+    labels = [label for batch in listing.batches for label in batch.column("label").to_pylist()]
+    assert labels in ([FAKE], [None])
+    (note,) = listing.notes
+    assert "set/metadata.csv" in note
+    assert "source" in note
+
+
+def test_a_glob_of_images_does_not_ask_for_clutter(kind: SourceKind) -> None:
+    need(kind, "clutter")
+    kind.put(*(Image(name, b"x") for name in ("REAL/a.jpg", "REAL/._a.jpg", ".git/a.jpg")))
+    assert list(read_all(kind.open(include=("*.jpg", "*")))) == ["REAL/a.jpg"]
+
+
+def test_files_that_are_named_one_by_one_are_no_clutter(kind: SourceKind) -> None:
+    if not isinstance(kind, ListKind | ParquetKind):
+        pytest.skip("it lists whatever is there")
+    kind.put(*(Image(name, name.encode()) for name in CLUTTER))
+    assert read_all(kind.open()) == {kind.key_of(name): name.encode() for name in CLUTTER}
 
 
 def test_a_filter_that_keeps_nothing_is_nothing_to_do(kind: SourceKind, tmp_path: Path) -> None:
@@ -280,7 +358,7 @@ def test_what_changed_or_went_after_the_listing_is_the_error_of_its_row_alone(
 def test_an_image_above_the_limit_is_too_large_and_its_neighbours_are_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (folder, fsspec_prefix, parquet, prefetch):
+    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("exact", b"x" * 10), Image("large", b"x" * 11), Image("other", b""))
     source = kind.open()
@@ -295,7 +373,7 @@ def test_an_image_above_the_limit_is_not_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need(kind, "unread")
-    for module in (folder, fsspec_prefix, parquet, prefetch):
+    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("large", b"x" * 11))
     source = kind.open()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,10 +25,10 @@ from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
-from cifake_ray.storage.runs.run import RunPlan
+from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
+from cifake_ray.storage.sources import parquet
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.parquet import read_row_group
 from cifake_ray.storage.sources.source import Listing, Source
 
 Row = dict[str, Any]
@@ -244,6 +247,83 @@ def test_a_file_that_turned_into_a_pipe_does_not_block_reading(tmp_path: Path) -
     assert error_of(image) in {"changed", "not_an_image"}
 
 
+# --- folders: what real disks hold ---------------------------------------------------------------
+
+
+def list_folder(src: Path, **options: Any) -> tuple[set[str], dict[str, int], list[str]]:
+    """Keys, what was left out, and notes."""
+    listing = open_images(src, **options).list_images()
+    keys = {key for batch in listing.batches for key in batch.column("key").to_pylist()}
+    return keys, dict(+listing.left_out), listing.notes
+
+
+def test_folders_of_the_system_are_not_entered(tmp_path: Path) -> None:
+    put(tmp_path / "disk" / "REAL" / "a.jpg")
+    for name in ("lost+found", "REAL/@eaDir/a.jpg", ".Trash-1000", "REAL/.ipynb_checkpoints"):
+        put(tmp_path / "disk" / name / "b.jpg").parent.chmod(0)
+    assert list_folder(tmp_path / "disk") == ({"REAL/a.jpg"}, {"system folder": 4}, [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude": ("a/*", "*closed*")},
+        {"exclude": ("a",)},
+        {"exclude": ("a/",)},
+        {"include": ("b/*", "bb.jpg")},
+        {"include": ("b",)},
+    ],
+)
+def test_excluded_folders_are_not_entered(
+    tmp_path: Path, options: dict[str, tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "disk" / "a" / "deep" / "1.jpg")
+    put(tmp_path / "disk" / "b" / "2.jpg")
+    entered = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(str(path)) or scandir(path))
+    keys, left_out, _ = list_folder(tmp_path / "disk", source_kind="folder", **options)
+    assert (keys, left_out) == ({"b/2.jpg"}, {"excluded folder": 1})
+    assert entered == [str(tmp_path / "disk"), str(tmp_path / "disk" / "b")]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT])
+def test_a_folder_that_cannot_be_listed_is_counted_and_named_and_not_the_end(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("closed" * 20, "open"):
+        put(tmp_path / "disk" / name / "a.jpg")
+    refuse_scandir(monkeypatch, "closed", code)
+    keys, left_out, notes = list_folder(tmp_path / "disk")
+    assert (keys, left_out) == ({"open/a.jpg"}, {"unreadable folder": 1})
+    (note,) = notes
+    assert "closedclosed" in note
+    assert os.strerror(code) in note
+    assert len(note) < 160
+
+
+@pytest.mark.parametrize(("name", "code"), [("disk", errno.EACCES), ("closed", errno.EIO)])
+def test_a_root_that_cannot_be_listed_or_a_broken_disk_is_the_end(
+    tmp_path: Path, name: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "disk" / "closed" / "a.jpg")
+    put(tmp_path / "disk" / "a.jpg")
+    refuse_scandir(monkeypatch, name, code)
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        list_folder(tmp_path / "disk")
+
+
+def refuse_scandir(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    scandir = os.scandir
+
+    def scan(path: Path) -> Any:
+        if Path(path).name.startswith(name):
+            raise OSError(code, os.strerror(code))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+
+
 # --- folders: reading ----------------------------------------------------------------------------
 
 
@@ -304,23 +384,10 @@ def test_a_file_without_permission_is_denied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "label", "split", "source"),
     [
-        ("REAL/a.jpg", REAL, None, None),
-        ("fake/a.jpg", FAKE, None, None),
         ("ReAl/a.jpg", REAL, None, None),
-        ("0_real/a.jpg", REAL, None, None),
-        ("1_FAKE/a.jpg", FAKE, None, None),
-        ("train/REAL/a.jpg", REAL, "train", None),
-        ("test/FAKE/a.jpg", FAKE, "test", None),
-        ("val/REAL/a.jpg", REAL, "val", None),
-        ("valid/REAL/a.jpg", REAL, "val", None),
-        ("validation/REAL/a.jpg", REAL, "val", None),
-        ("TRAIN/REAL/a.jpg", REAL, "train", None),
-        ("holdout/REAL/a.jpg", REAL, None, None),
-        ("train/extra/REAL/a.jpg", REAL, None, None),  # only the folder just before is a split
-        ("fake/stable_diffusion/a.jpg", FAKE, None, "stable_diffusion"),
+        ("Training/extra/1_FAKE/a.jpg", FAKE, "train", "extra"),
         ("test/fake/SDXL 1.0/deep/a.jpg", FAKE, "test", "SDXL 1.0"),
-        ("real/fake/a.jpg", REAL, None, "fake"),  # the first class name decides
-        ("train/a.jpg", None, None, None),
+        ("train/a.jpg", None, "train", None),
         ("surreal/a.jpg", None, None, None),
         ("REAL", None, None, None),  # a file of that name lies in no class folder
         ("a.jpg", None, None, None),
@@ -358,6 +425,69 @@ def test_a_name_cannot_mean_both_classes(tmp_path: Path) -> None:
         open_images(tmp_path / "images", fake_name=("real",))
 
 
+# --- folders: metadata beside the images ---------------------------------------------------------
+
+
+def put_metadata(folder: Path, name: str, text: str) -> tuple[dict[str, Any], list[str]]:
+    """Label, split and source of each key of three images, and the notes."""
+    for key in ("train/x/a.jpg", "train/b.jpg", "REAL/c.jpg"):
+        put(folder / key)
+    put(folder / name, text.encode())
+    listing = open_images(folder).list_images()
+    rows = gather(listing).to_pylist()
+    return {r["key"]: (r["label"], r["split"], r["source"]) for r in rows}, listing.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "train/metadata.csv",
+            "file_name,text,label,source\nx/a.jpg,a cat,fake,sdxl\nb.jpg,a dog,0,\n",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "train/x/a.jpg", "label": 1, "source": "sdxl"}\n'
+            '{"file_name": "./train/b.jpg", "label": "REAL"}\n',
+        ),
+    ],
+)
+def test_metadata_beside_images_labels_them(tmp_path: Path, name: str, text: str) -> None:
+    facts, notes = put_metadata(tmp_path / "images", name, text)
+    assert facts == {
+        "train/x/a.jpg": (FAKE, "train", "sdxl"),
+        "train/b.jpg": (REAL, "train", None),
+        "REAL/c.jpg": (REAL, None, None),
+    }
+    assert any(name in note for note in notes)
+
+
+def test_names_of_classes_and_columns_hold_for_metadata(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.jpg")
+    put(tmp_path / "images" / "metadata.csv", b"file_name,kind\na.jpg,Nature\n")
+    rows = list_rows(tmp_path / "images", label_column="kind", real_name=("nature",))
+    assert rows["a.jpg"]["label"] == REAL
+
+
+def test_metadata_about_something_else_changes_nothing(tmp_path: Path) -> None:
+    facts, _ = put_metadata(tmp_path / "a", "metadata.csv", "file_name,label\nREAL/c.jpg,cat\n")
+    assert facts["REAL/c.jpg"] == (REAL, None, None)
+    for text in ("file_name,text\nREAL/c.jpg,a cat\n", "id,label\n1,FAKE\n", 'file_name\n"x\n'):
+        facts, notes = put_metadata(tmp_path / "b", "metadata.csv", text)
+        assert facts["REAL/c.jpg"] == (REAL, None, None)
+        assert len(notes) == 1
+        assert notes[0].startswith("not used: ")
+        assert "metadata.csv" in notes[0]
+
+
+def test_metadata_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path / "secret.csv", b"file_name,label\na.jpg,FAKE\n")
+    put(tmp_path / "images" / "a.jpg")
+    (tmp_path / "images" / "metadata.csv").symlink_to("../secret.csv")
+    assert list_rows(tmp_path / "images")["a.jpg"]["label"] is None
+    assert list_rows(tmp_path / "images", follow_symlinks=True)["a.jpg"]["label"] == FAKE
+
+
 # --- folders: filters and refusals ---------------------------------------------------------------
 
 
@@ -385,9 +515,13 @@ def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
         open_images(tmp_path / "nowhere")
 
 
-def test_a_file_of_another_kind_is_no_source(tmp_path: Path) -> None:
-    path = put(tmp_path / "images.zip")
-    with pytest.raises(ValueError, match=r"images\.zip"):
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(b"bytes", r"images\.zip is one file"), (b"PK\3\4", r"images\.zip is a ZIP archive.*unpack")],
+)
+def test_a_file_of_another_kind_is_no_source(tmp_path: Path, data: bytes, message: str) -> None:
+    path = put(tmp_path / "images.zip", data)
+    with pytest.raises(ValueError, match=message):
         open_images(path)
 
 
@@ -461,10 +595,12 @@ def test_an_empty_csv_is_refused(tmp_path: Path) -> None:
         list_rows(write_list(tmp_path, ""))
 
 
-def test_a_wrong_label_is_named_with_its_line(tmp_path: Path) -> None:
+def test_a_label_that_means_nothing_is_unknown_and_that_is_told(tmp_path: Path) -> None:
     path = write_list(tmp_path, "path,label\na.jpg,REAL\nb.jpg,maybe\n")
-    with pytest.raises(ValueError, match=r"list\.csv, line 3: label 'maybe'"):
-        list_rows(path)
+    assert [row["label"] for row in list_rows(path).values()] == [REAL, None]
+    listing = open_images(path).list_images()
+    gather(listing)
+    assert any("1 REAL, 1 unknown ('maybe')" in note for note in listing.notes)
 
 
 def test_a_line_without_a_path_is_named(tmp_path: Path) -> None:
@@ -535,7 +671,6 @@ def test_extra_columns_are_carried_with_their_types(tmp_path: Path) -> None:
         "path": pa.array(["a.jpg", "b.jpg"]),
         "score_of_others": pa.array([0.5, None], pa.float32()),
         "width_cm": pa.array([1, 2], pa.uint8()),
-        "tags": pa.array([["x"], None], pa.list_(pa.string())),
         "taken": pa.array([0, 1], pa.timestamp("us", "UTC")),
         "title": pa.array(["one", "two"], pa.large_string()),
     }
@@ -580,7 +715,193 @@ def test_a_damaged_parquet_list_is_named(tmp_path: Path) -> None:
         open_images(path)
 
 
+# --- lists as other people write them ------------------------------------------------------------
+
+FACTS = [("set/a b.jpg", REAL), ("set/c.jpg", FAKE)]
+AS_WRITTEN = {
+    "commas.csv": "path,label\nset/a b.jpg,REAL\nset/c.jpg,FAKE\n",
+    "spaces.csv": "path, label\nset/a b.jpg, REAL\nset/c.jpg, FAKE\n",
+    "spaces_around.csv": "label , path\nREAL , set/a b.jpg\nFAKE , set/c.jpg\n",
+    "quotes_after_spaces.csv": 'label, "path"\n0, "set/a b.jpg"\n1, "set/c.jpg"\n',
+    "spaces_in_values.csv": "path,label\nset/a b.jpg, REAL\nset/c.jpg, FAKE\n",
+    "semicolons.csv": "path;label\nset/a b.jpg;0\nset/c.jpg;1\n",
+    "tabs.tsv": "path\tlabel\nset/a b.jpg\treal\nset/c.jpg\tfake\n",
+    "tabs.csv": "id\tpath\tlabel\n1\tset/a b.jpg\t0\n2\tset/c.jpg\t1\n",
+    "bars.csv": "path|label\nset/a b.jpg|0\nset/c.jpg|1\n",
+    "header.txt": "path,label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "capitals.csv": "Path,Label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "metadata.csv": "file_name,label\nset/a b.jpg,0\nset/c.jpg,1\n",
+    "timm.txt": "set/a b.jpg 0\nset/c.jpg 1\n",
+    "windows.txt": "set/a b.jpg 0\r\nset/c.jpg 1\r\n",
+    "caffe.txt": "set/a b.jpg\t0\nset/c.jpg\t1",
+    "commas.txt": "set/a b.jpg,0\nset/c.jpg,1\n",
+    "names.txt": "set/a b.jpg real\nset/c.jpg fake\n",
+    "no_header.csv": "set/a b.jpg,0\nset/c.jpg,1\n",
+    "excel.csv": "sep=;\r\npath;label\r\nset/a b.jpg;0\r\nset/c.jpg;1\r\n",
+    "lines.jsonl": '{"path": "set/a b.jpg", "label": 0}\n{"path": "set/c.jpg", "label": "FAKE"}\n',
+    "metadata.jsonl": '{"file_name": "set/a b.jpg", "label": 0, "text": "x"}\n\n'
+    '{"label": 1, "file_name": "set/c.jpg", "other": {"a": [1]}}\n',
+    "backslashes.csv": "path,label\nset\\a b.jpg,0\nset\\c.jpg,1\n",
+    "backslashes.txt": ".\\set\\a b.jpg 0\r\n.\\set\\c.jpg 1\r\n",
+}
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_lists_are_read_as_people_write_them(tmp_path: Path, name: str, is_zipped: bool) -> None:
+    for path, _ in FACTS:
+        put(tmp_path / path, path.encode())
+    text = AS_WRITTEN[name].encode()
+    src = write_list(tmp_path, gzip.compress(text) if is_zipped else text, name + ".gz" * is_zipped)
+    labels = {k.replace("\\", "/"): row["label"] for k, row in list_rows(src).items()}
+    assert {os.path.normpath(key): label for key, label in labels.items()} == dict(FACTS)
+    assert list(read_all(src).values()) == [path.encode() for path, _ in FACTS]
+
+
+def test_spaces_in_values_are_kept_where_the_header_has_none(tmp_path: Path) -> None:
+    put(tmp_path / " a.jpg", b"a")
+    assert read_all(write_list(tmp_path, "label,path\n0, a.jpg\n")) == {" a.jpg": b"a"}
+
+
+def test_numbers_of_other_classes_are_no_labels_but_travel(tmp_path: Path) -> None:
+    """ImageNet's lists are sorted by class, so the first ones look like REAL and FAKE."""
+    lines = [f"n{number // 3}/{number}.JPEG {number // 3}" for number in range(30)]
+    table = gather(open_images(write_list(tmp_path, "\n".join(lines), "val.txt")).list_images())
+    assert table.column("label").null_count == 30
+    assert table.column("class").to_pylist()[::3] == [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize("names", [["a 1", "b 0"], ["a.b 1", "c.d 0"], ["x.jpg 1", "y.jpg 0"]])
+def test_files_whose_names_look_like_a_path_and_a_label_are_files(
+    tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        put(tmp_path / name, name.encode())
+    src = write_list(tmp_path, "\n".join(names), "list.txt")
+    assert read_all(src) == {name: name.encode() for name in names}
+
+
+def test_one_line_without_a_label_makes_all_of_them_paths(tmp_path: Path) -> None:
+    src = write_list(tmp_path, "a.jpg 1\nb c.jpg\n", "list.txt")
+    assert set(list_rows(src)) == {"a.jpg 1", "b c.jpg"}
+
+
+def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path: Path) -> None:
+    put(tmp_path / "set" / "a.jpg", b"other")
+    put(tmp_path / "set\\a.jpg", b"this")
+    assert read_all(write_list(tmp_path, "path\nset\\a.jpg\n")) == {"set\\a.jpg": b"this"}
+
+
+def test_backslashes_do_not_lead_out_of_the_folder_of_the_list(tmp_path: Path) -> None:
+    put(tmp_path / "secret.jpg")
+    src = write_list(tmp_path / "lists", "path\n..\\secret.jpg\n")
+    with pytest.raises(ValueError, match=r"line 2.*outside"):
+        list_rows(src)
+
+
+def test_a_path_of_another_windows_machine_is_told(tmp_path: Path) -> None:
+    image = read_all(write_list(tmp_path, "path\nC:\\set\\a.jpg\n"))["C:\\set\\a.jpg"]
+    assert error_of(image) == "not_found"
+    assert isinstance(image, ImageError)
+    assert "Windows" in image.detail
+
+
+def test_a_chosen_column_beats_one_of_the_usual_name(tmp_path: Path) -> None:
+    text = "id,label,label_str,source,path,generator\na,1,real,x,a.jpg,sdxl\n"
+    listing = open_images(
+        write_list(tmp_path, text), label_column="label_str", source_column="generator"
+    ).list_images()
+    (row,) = gather(listing).to_pylist()
+    assert (row["label"], row["source"], row["id"]) == (REAL, "sdxl", "a")
+    assert any(re.match("left out columns: label.*, source", note) for note in listing.notes)
+
+
+def test_folders_say_what_a_list_has_no_column_for(tmp_path: Path) -> None:
+    names = [str(tmp_path / "val/real/x.jpg"), "train/fake/sdxl/a.jpg", "./test/REAL/b.jpg"]
+    src = write_list(tmp_path, "path\n" + "\n".join(names))
+    facts = [(r["label"], r["split"], r["source"]) for r in list_rows(src).values()]
+    assert facts == [(REAL, "val", None), (FAKE, "train", "sdxl"), (REAL, "test", None)]
+    src = write_list(tmp_path, "path,label\ntrain/fake/a.jpg,REAL\ntrain/fake/b.jpg,\n")
+    facts = [(r["label"], r["split"], r["source"]) for r in list_rows(src).values()]
+    assert facts == [(REAL, "train", None), (None, "train", None)]
+
+
+def test_folders_above_the_list_say_nothing(tmp_path: Path) -> None:
+    src = write_list(tmp_path / "test" / "fake", "path\na.jpg\n")
+    (row,) = list_rows(src).values()
+    assert (row["label"], row["split"]) == (None, None)
+
+
+def test_long_fields_are_read_and_travel(tmp_path: Path) -> None:
+    src = write_list(tmp_path, f"path,workflow\na.jpg,{'x' * 2_000_000}\n")
+    assert [len(row["workflow"]) for row in list_rows(src).values()] == [2_000_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a b.jpg", "a%20b.jpg"), ("a%20b.jpg", "a%2520b.jpg"), ("100%.jpg", "100%.jpg")],
+)
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_a_file_uri_is_decoded(tmp_path: Path, name: str, written: str, host: str) -> None:
+    put(tmp_path / name, b"a")
+    uri = f"file://{host}{tmp_path}/{written}"
+    assert read_all(write_list(tmp_path, f"path\n{uri}\n")) == {uri: b"a"}
+
+
+def test_a_file_uri_that_is_not_encoded_is_that_file(tmp_path: Path) -> None:
+    put(tmp_path / "a%20b.jpg", b"a")
+    uri = f"file://{tmp_path}/a%20b.jpg"
+    assert read_all(write_list(tmp_path, f"path\n{uri}\n")) == {uri: b"a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("list.jsonl", b'{"path": "a.jpg"}\nno\n', r"line 2: no JSON"),
+        ("list.jsonl", b'["a.jpg"]\n', r"line 1: no JSON object"),
+        ("list.jsonl", b'{"file": "a.jpg"}\n', r"'path'.*file.*--path-column"),
+        ("list.csv.gz", gzip.compress(b"path\na.jpg\n" * 99)[:-9], r"gzip"),
+        ("list.csv.gz", b"path\na.jpg\n", r"gzip"),
+        ("list.csv", b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
+        ("list.tsv", b"path\tlabel\na.jpg\n", r"line 2: 1 values for 2 columns.*tab"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_list_that_cannot_be_read_is_told(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list_rows(write_list(tmp_path, data, name))
+
+
 # --- tables --------------------------------------------------------------------------------------
+
+
+def test_row_groups_are_joined_to_shards_by_rows_and_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_hub_table(tmp_path / "hub.parquet", [0] * 8, None)
+    group_bytes = pq.ParquetFile(path).metadata.row_group(0).total_byte_size
+    for max_bytes, sizes in ((2**30, [8]), (group_bytes * 3 // 2, [4, 4]), (1, [2, 2, 2, 2])):
+        monkeypatch.setattr(parquet, "MAX_SHARD_BYTES", max_bytes)
+        batches = open_images(path).list_images().batches
+        assert [batch.num_rows for batch in batches] == sizes
+
+
+def test_a_row_group_that_arrow_cannot_read_at_once_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than 2 GiB of images."""
+    path = write_hub_table(tmp_path / "hub.parquet", [0] * 4, None)
+    source = open_images(path)
+    rows = pa.Table.from_batches(source.list_images().batches)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    monkeypatch.setattr(parquet, "PIECE_ROWS", 1)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", refuse)
+    assert list(source.read_images(rows)) == [make_png(n) for n in range(4)]
 
 
 def write_hub_table(
@@ -627,21 +948,9 @@ def test_the_hub_label_of_an_unlabelled_row_is_no_label(tmp_path: Path) -> None:
     assert [row["label"] for row in list_rows(path).values()] == [None, REAL]
 
 
-def test_a_hub_label_beyond_its_names_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_hub_label_beyond_its_names_is_unknown(tmp_path: Path) -> None:
     path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 2], ["REAL", "FAKE"])
-    with pytest.raises((ValueError, StorageError), match=r"x\.parquet"):
-        list_rows(path)
-
-
-def test_hub_classes_about_something_else_leave_the_label_unknown(tmp_path: Path) -> None:
-    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["cat", "dog"])
-    assert [row["label"] for row in list_rows(path).values()] == [None, None]
-
-
-def test_hub_classes_that_are_ours_only_in_part_are_refused(tmp_path: Path) -> None:
-    path = write_hub_table(tmp_path / "hub" / "x.parquet", [0, 1], ["real", "cat"])
-    with pytest.raises(ValueError, match=r"x\.parquet.*cat"):
-        list_rows(path)
+    assert [row["label"] for row in list_rows(path).values()] == [REAL, None]
 
 
 @pytest.mark.parametrize(
@@ -678,19 +987,16 @@ def test_a_single_hub_file_is_a_source(tmp_path: Path) -> None:
     assert read_all(path) == {f"x.parquet#{n}": make_png(n) for n in range(3)}
 
 
-def test_a_row_group_is_read_and_its_file_closed(tmp_path: Path) -> None:
+def test_a_file_is_closed_when_its_images_are_read(tmp_path: Path) -> None:
     path = write_hub_table(tmp_path / "x.parquet", [0, 1, 0, 1, 0], None)
-    rows = read_row_group(path, 1, ["image", "label"])
-    assert rows.column("label").to_pylist() == [0, 1]
-    assert [image["bytes"] for image in rows.column("image").to_pylist()] == [
-        make_png(2),
-        make_png(3),
-    ]
+    source = open_images(path)
+    rows = gather(source.list_images())
+    assert list(source.read_images(rows.slice(2, 2))) == [make_png(2), make_png(3)]
     opened = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
     assert str(path) not in opened
     path.unlink()
     with pytest.raises(StorageError, match=r"x\.parquet"):
-        read_row_group(path, 1, ["image"])
+        list(source.read_images(rows))
 
 
 def test_neighbouring_row_groups_make_a_shard(tmp_path: Path) -> None:
@@ -705,17 +1011,17 @@ def test_extra_columns_of_a_table_are_carried(tmp_path: Path) -> None:
     assert [row["prompt"] for row in list_rows(path).values()] == ["a cat", None]
 
 
-def test_tables_with_other_columns_are_refused(tmp_path: Path) -> None:
+def test_a_column_that_one_file_lacks_is_null_there(tmp_path: Path) -> None:
     write_hub_table(tmp_path / "hub" / "a.parquet", [0], None)
     write_hub_table(tmp_path / "hub" / "b.parquet", [0], None, prompt=["a cat"])
-    with pytest.raises(StorageError, match=r"b\.parquet: other columns"):
-        list_rows(tmp_path / "hub")
+    assert [row["prompt"] for row in list_rows(tmp_path / "hub").values()] == [None, "a cat"]
 
 
 def test_a_row_without_bytes_is_not_found(tmp_path: Path) -> None:
-    images = pa.array([{"bytes": None, "path": "gone.png"}, None], SHARD_FIELDS[1].type)
+    values = [{"bytes": make_png(0), "path": None}, {"bytes": None, "path": "gone.png"}, None]
+    images = pa.array(values, SHARD_FIELDS[1].type)
     pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
-    assert [error_of(image) for image in read_all(tmp_path / "x.parquet").values()] == [
+    assert [error_of(image) for image in list(read_all(tmp_path / "x.parquet").values())[1:]] == [
         "not_found",
         "not_found",
     ]
@@ -769,5 +1075,5 @@ def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path) -> None:
 def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hub").mkdir()
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "hub" / "x.parquet")
-    with pytest.raises(StorageError, match="no column `image`"):
+    with pytest.raises(StorageError, match="no column with images, only text"):
         list_rows(tmp_path / "hub")

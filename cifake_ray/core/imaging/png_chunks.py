@@ -1,0 +1,57 @@
+"""Take out of a PNG what its pixels do not need: prompts and workflows can be larger than they."""
+
+from __future__ import annotations
+
+import zlib
+
+from cifake_ray.core.imaging.color_profile import MAX_PROFILE_BYTES
+from cifake_ray.core.imaging.limits import MAX_READS
+from cifake_ray.errors import ImageError
+
+_SIGNATURE_BYTES = 8
+_DROPPED = (b"zTXt", b"iTXt", b"iCCP")
+_EXIF = b"Raw profile type exif\0"  # ImageMagick's place for it
+MAX_EXIF_BYTES = 2**17
+
+
+def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
+    """Return a PNG without its compressed texts and its profile, and the profile, decompressed.
+
+    Raises ImageError (decode_failed) for more than MAX_READS chunks.
+    """
+    if not any(name in data for name in _DROPPED):
+        return data, None
+    kept, profile = [data[:_SIGNATURE_BYTES]], None
+    kept_from = start = _SIGNATURE_BYTES
+    for _ in range(MAX_READS):
+        body = start + 8
+        end = body + int.from_bytes(data[start : start + 4], "big") + 4
+        name = data[start + 4 : body]
+        if name == b"IEND" or end > len(data):
+            kept.append(data[kept_from:])
+            return b"".join(kept), profile
+        if name in _DROPPED:
+            if name == b"iCCP":
+                # Its name, a zero, the method.
+                packed = data[body : end - 4].partition(b"\0")[2][1:]
+                profile = profile or _decompress(packed, MAX_PROFILE_BYTES)
+            if name != b"zTXt" or not _is_small_exif(data[body : end - 4]):
+                kept.append(data[kept_from:start])
+                kept_from = end
+        start = end
+    raise ImageError("decode_failed", f"more than {MAX_READS} pieces")
+
+
+def _is_small_exif(text: bytes) -> bool:
+    packed = text[len(_EXIF) + 1 :]
+    return text.startswith(_EXIF) and _decompress(packed, MAX_EXIF_BYTES) is not None
+
+
+def _decompress(packed: bytes, most: int) -> bytes | None:
+    """Return what was compressed; None if it is broken or has more bytes than that."""
+    stream = zlib.decompressobj()
+    try:
+        plain = stream.decompress(packed, most)
+    except zlib.error:
+        return None
+    return None if stream.unconsumed_tail else plain

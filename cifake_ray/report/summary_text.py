@@ -1,0 +1,174 @@
+"""Say the result of a command in sentences, for a person at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cifake_ray.report.text import format_interval, format_share
+
+Record = Mapping[str, Any]
+# Names of BundleInfo.list_thresholds.
+TARGETS = {
+    "default": "at the bundle's own",
+    "fpr_0.01": "for 1% of REAL",
+    "fpr_0.001": "for 0.1% of REAL",
+}
+RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+# What the sentences on a batch say; `unlike_training` is a warning of its own.
+BATCH_FIELDS = {
+    "command",
+    "out",
+    "listed",
+    "done",
+    "failed",
+    "errors",
+    "unlike_training",
+    "left_out",
+    "shards_total",
+    "shards_resumed",
+    "shards_retried",
+    "elapsed_s",
+    "images_per_s",
+    "steady_images_per_s",
+    "threshold",
+    "thresholds",
+    "called_fake",
+    "metrics",
+    "report",
+}
+
+
+def split_summary(record: Record) -> tuple[list[str], dict[str, Any]]:
+    """Return sentences on a result, and its other fields that are not empty."""
+    command = str(record.get("command"))
+    if command in RESULTS and "done" in record:
+        sentences, said = _describe_batch(command, record), BATCH_FIELDS
+    elif describe := DESCRIBE.get(command):
+        sentences, said = describe(record), set(record)
+    else:
+        sentences, said = [], set()
+    empty: tuple[object, ...] = (None, {}, [], ())
+    return sentences, {n: v for n, v in record.items() if n not in said and v not in empty}
+
+
+def _describe_batch(command: str, record: Record) -> list[str]:
+    done, out = record["done"], record["out"].rstrip("/")
+    sentences = []
+    if command == "evaluate":
+        sentences += _describe_metrics(record.get("metrics") or {})
+    elif record.get("called_fake") and done:
+        sentences.append(_describe_verdicts(record))
+    verb = "converted" if command == "convert" else "scored"
+    errors = ", ".join(f"{count:,} {error}" for error, count in record["errors"].items())
+    failed = f"{record['failed']:,} unreadable: {errors}" if record["failed"] else "none unreadable"
+    sentences.append(f"{done:,} of {record['listed']:,} images {verb}; {failed}.")
+    if left_out := {reason: n for reason, n in record["left_out"].items() if n}:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
+        if command == "evaluate":  # it leaves out nothing else
+            reasons = f"{sum(left_out.values()):,} images of other splits or without a label"
+        sentences.append(f"Left out: {reasons}.")
+    sentences.append(
+        f"Rows in {out}/{RESULTS[command]}, {_count(record['shards_total'], 'shard')}."
+    )
+    sentences.append(_describe_speed(record))
+    if record.get("report"):
+        sentences.append(f"Report: {record['report']}")
+    return sentences
+
+
+def _describe_verdicts(record: Record) -> str:
+    called, thresholds = record["called_fake"], record["thresholds"]
+    shares = {name: format_share(called.get(name, 0) / record["done"]) for name in thresholds}
+    chosen = next(
+        (name for name, value in thresholds.items() if value == record["threshold"]), "default"
+    )
+    others = "; ".join(
+        f"{TARGETS.get(name, name)}, at {thresholds[name]:.3g}: {share}"
+        for name, share in shares.items()
+        if name != chosen
+    )
+    return (
+        f"{shares[chosen]} called FAKE at {record['threshold']:.3g}"
+        + (f" ({others})" if others else "")
+        + "."
+    )
+
+
+def _describe_metrics(metrics: Record) -> list[str]:
+    if not metrics:
+        return []
+    values = [
+        f"Accuracy {format_interval(metrics['accuracy'], percent=True)} at 0.5",
+        f"AUROC {format_interval(metrics['auroc'])}",
+        f"FAKE found at 1% false positives"
+        f" {format_interval(metrics['tpr_at_fpr_1pct'], percent=True)}",
+    ]
+    return [
+        f"{', '.join(values)}, on {metrics['num_real']:,} REAL and {metrics['num_fake']:,} FAKE"
+        " images (95% intervals)."
+    ]
+
+
+def _describe_speed(record: Record) -> str:
+    before = ""
+    if record["shards_resumed"]:
+        before = f"; {_count(record['shards_resumed'], 'shard')} had been done before"
+    if record["shards_retried"]:
+        before += f"; {_count(record['shards_retried'], 'shard')} started again after a crash"
+    if not record["images_per_s"]:
+        return f"{record['elapsed_s']:,.1f} s{before}."
+    return (
+        f"{record['elapsed_s']:,.1f} s, {record['images_per_s']:,.0f} images/s"
+        f" ({record['steady_images_per_s']:,.0f} once started){before}."
+    )
+
+
+def _describe_check(record: Record) -> list[str]:
+    files, rows, damaged = record["files"], record["rows"], record["damaged"]
+    checked = f"{_count(files, 'file')}, {_count(rows, 'row')} checked"
+    if not damaged:
+        nothing = "nothing to repair: " if record["command"] == "repair" else ""
+        return [f"{nothing}{checked}, all as they were committed."]
+    lost = [name for name in damaged if name.split("/")[0] in ("_manifest", "manifest")]
+    remedy = (
+        "the manifest cannot be repaired: start again in a new folder"
+        if lost
+        else f"run `cifake-ray repair {record['out']}`"
+    )
+    return [
+        f"{checked}, {len(damaged):,} damaged: {remedy}.",
+        *(f"{name}: {reason}" for name, reason in damaged.items()),
+    ]
+
+
+def _describe_pipeline(record: Record) -> list[str]:
+    accuracy, auroc = format_share(record["accuracy"]), record["auroc"]
+    sentences = [
+        f"Of {record['test_images']:,} test images {accuracy} are classified correctly at 0.5"
+        + ("." if auroc is None else f", AUROC {auroc:.3f}."),
+        f"Report: {record['report']}",
+        f"Scores: {record['scores']}",
+        f"Detector: {record['bundle']}",
+    ]
+    if record["command"] == "demo":
+        sentences += [
+            "The sample is made up, and its detector knows nothing else. Next:",
+            "cifake-ray score PHOTOS OUT (your images, the built-in detector)",
+            "cifake-ray pipeline LABELLED ROOT (your own detector, from folders REAL and FAKE)",
+        ]
+    return sentences
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
+    "verify": _describe_check,
+    "repair": _describe_check,
+    "pipeline": _describe_pipeline,
+    "demo": _describe_pipeline,
+    "export": lambda record: [f"{_count(record['rows'], 'row')} written to {record['out']}."],
+    "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
+}

@@ -1,0 +1,144 @@
+"""Count what the workers of a batch report, for its progress and its summary."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import MISSING, dataclass, field, fields
+
+from cifake_ray.errors import ExitCode, StorageError
+from cifake_ray.stages.batch.shard_worker import ShardReport
+from cifake_ray.storage.io.files import read_json
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.run import ShardStats
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a batch run."""
+
+    done: int  # images, including those of resumed shards
+    failed: int
+    listed: int
+    images_per_s: float  # in this process, since the first shard was started
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """Counts of a finished batch run: listed = done + failed."""
+
+    command: str
+    out: str
+    listed: int
+    done: int
+    failed: int
+    errors: dict[str, int]
+    unlike_training: dict[str, int]  # images by reason; empty if no domain is known
+    left_out: dict[str, int]
+    shards_total: int
+    shards_resumed: int
+    shards_retried: int  # an earlier attempt was lost with its worker
+    elapsed_s: float
+    images_per_s: float
+    steady_images_per_s: float
+    # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
+    threshold: float | None = None
+    called_fake: dict[str, int] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
+    splits: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+
+    def exit_code(self, max_error_rate: float) -> ExitCode:
+        too_many = self.failed > max_error_rate * self.listed
+        return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Plan of a run that was not started."""
+
+    command: str
+    out: str
+    listed: int
+    size_bytes: int
+    left_out: dict[str, int]
+    shards_total: int
+    labels: dict[str, int]
+    splits: dict[str, int]
+    sources: dict[str, int]
+
+    def exit_code(self, max_error_rate: float) -> ExitCode:
+        return ExitCode.OK
+
+
+@dataclass
+class Totals:
+    """Adds up the reports of the workers."""
+
+    listed: int
+    shards: list[ShardStats] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    unlike_training: Counter[str] = field(default_factory=Counter)
+    called_fake: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    resumed: int = 0
+    retried: int = 0
+    worked_rows: int = 0
+    first_s: float | None = None
+    last_s: float = 0.0
+
+    def add(self, report: ShardReport) -> None:
+        self.shards.append(report.stats)
+        self.errors.update(report.stats.errors)
+        self.unlike_training.update(report.stats.unlike_training)
+        self.called_fake.update(report.stats.called_fake)
+        self.rows += report.stats.rows
+        self.resumed += not report.worked
+        self.retried += report.retried
+        if report.worked:
+            self.worked_rows += report.worked
+            self.first_s = min(self.first_s or report.started_s, report.started_s)
+            self.last_s = max(self.last_s, report.finished_s)
+
+    @property
+    def failed(self) -> int:
+        return sum(self.errors.values())
+
+    def rate(self, until_s: float) -> float:
+        """Return images per second since the first shard was started; 0 before that."""
+        if self.first_s is None or until_s <= self.first_s:
+            return 0.0
+        return self.worked_rows / (until_s - self.first_s)
+
+    def progress(self) -> Progress:
+        rate = self.rate(time.time())
+        left = self.listed - self.rows
+        return Progress(
+            done=self.rows - self.failed,
+            failed=self.failed,
+            listed=self.listed,
+            images_per_s=rate,
+            eta_s=left / rate if rate else None,
+        )
+
+
+def read_summary(out: AnyPath) -> BatchSummary:
+    """Return the summary of a run that has finished. StorageError when it lacks something."""
+    path = out / "_SUCCESS"
+    record = read_json(path)
+    try:
+        return BatchSummary(
+            **{
+                f.name: record[f.name]
+                for f in fields(BatchSummary)
+                # One with a default may be newer than the run.
+                if f.name in record or f.default is f.default_factory is MISSING
+            }
+        )
+    except KeyError as error:
+        raise StorageError(
+            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
+            " repair` restores it"
+        ) from error

@@ -1,0 +1,123 @@
+"""Run the workers of a training with Ray Train, which restarts those that are lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.errors import CacheError, CifakeError, StorageError
+from cifake_ray.stages.cluster import (
+    Placement,
+    Resources,
+    choose_gpu,
+    connect_cluster,
+    find_cause,
+    place_workers,
+)
+from cifake_ray.stages.train.prepare import Prepared
+from cifake_ray.stages.train.worker import RankTask, start_rank
+from cifake_ray.storage.io.paths import to_arrow
+from cifake_ray.storage.runs.train_run import TrainRun
+
+MIN_SHARE = 8  # images of a batch for each GPU, unless --num-workers asks for more workers
+
+
+def place_training(config: TrainConfig, resources: Resources) -> Placement:
+    """Return the smallest placement that starts.
+
+    ResourceError, with the numbers, when the cluster is too small.
+    """
+    least, most = config.worker_range or (None, None)
+    use_gpu = choose_gpu(config.device, resources)
+    return place_workers(
+        resources,
+        # Small shares of a batch are slow, and too few for batch norms.
+        num_workers=least
+        or (min(resources.num_gpus, max(1, config.batch_size // MIN_SHARE)) if use_gpu else 1),
+        use_gpu=use_gpu,
+        # Workers that join later must get as many as the first ones.
+        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
+    )
+
+
+def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
+    """Train in workers of Ray Train. CifakeError when it fails."""
+    config = prepared.config
+    filesystem, storage_path = to_arrow(run.path)
+    # Ray Train takes one report per worker and check: every 2 s by default, for which an epoch of a
+    # small run would wait.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    threads = ThreadPoolExecutor(1)  # in the main thread, Ray Train would handle Ctrl-C
+    least, most = config.worker_range or (None, None)
+    room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
+    with connect_cluster(config, room, log) as resources:
+        placement = place_training(config, resources)
+        # In a range, Ray Train restarts with another number of workers as nodes come or go.
+        workers: Any = placement.num_workers if least == most else (placement.num_workers, most)
+        task = RankTask(
+            config=config,
+            rows_hash=prepared.rows_hash,
+            use_gpu=placement.gpus_per_worker > 0,
+            num_threads=placement.cpus_per_worker,
+        )
+        trainer = TorchTrainer(
+            start_rank,
+            train_loop_config={"task": task},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=task.use_gpu,
+                resources_per_worker={
+                    "CPU": placement.cpus_per_worker,
+                    **({"GPU": placement.gpus_per_worker} if task.use_gpu else {}),
+                },
+            ),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=storage_path,
+                storage_filesystem=filesystem,
+                # Announced node removals are not counted: Ray Train allows any number.
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                callbacks=[_EndAtOnce()],  # type: ignore[list-item]
+            ),
+        )
+        try:
+            threads.submit(trainer.fit).result()
+        except ray.train.TrainingFailedError as error:
+            if (failure := _find_failure(error)) is not None:
+                raise failure from error
+            raise CifakeError(
+                f"training failed: {find_cause(error)}; run the same command again to resume from"
+                " the last epoch, with --debug for the whole traceback"
+            ) from error
+        finally:
+            threads.shutdown(wait=False)
+
+
+class _EndAtOnce(ray.train.UserCallback):
+    """Ends a training, instead of starting it again, for what every attempt would meet."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in map(_unwrap, worker_exceptions.values()):
+            may_pass = isinstance(failure, StorageError) and not isinstance(failure, CacheError)
+            if isinstance(failure, CifakeError) and not may_pass:
+                raise failure  # Ray Train repeats no attempt that a callback ended
+
+
+def _find_failure(error: ray.train.TrainingFailedError) -> CifakeError | None:
+    """Return the first error for the user among those that ended a training."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        failures: list[object] = [_unwrap(failure) for failure in error.worker_failures.values()]
+    else:
+        failures = [getattr(error, "controller_failure", None)]
+    return next((failure for failure in failures if isinstance(failure, CifakeError)), None)
+
+
+def _unwrap(failure: Exception) -> BaseException:
+    """Return what a worker raised; Ray Train wraps it to keep the text of its traceback."""
+    return getattr(failure, "_base_exc", failure)

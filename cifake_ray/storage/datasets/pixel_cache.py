@@ -1,0 +1,175 @@
+"""Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
+
+`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode, `KEY.lock` whoever
+decodes them now. The key is that of all that the pixels follow from, so files of one key are equal.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cifake_ray.errors import CacheError, ImageError
+from cifake_ray.storage.io.files import write_json
+from cifake_ray.storage.io.paths import resolve_local
+
+Decoded = Iterator[tuple[int, "np.ndarray | ImageError"]]
+
+
+def locate_cache(cache_dir: str | None) -> Path:
+    """Return `--cache-dir`, else the user's cache folder."""
+    if cache_dir is not None:
+        return resolve_local(cache_dir, "--cache-dir")
+    return resolve_local(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "cifake_ray"
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """The files of one key."""
+
+    path: Path  # without a suffix
+    shape: tuple[int, ...] | None  # of the pixels, uint8[M, S, S, 3]; None keeps the errors only
+
+    def fill(self, decode: Callable[[], Decoded], log: Callable[[str], None]) -> None:
+        """Store what `decode` yields unless it is there. CacheError when the folder is unusable."""
+        with self._explain_errors():
+            if self._is_filled():  # another user's files serve too, whose lock may not be ours
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _hold_lock(self.path.with_suffix(".lock"), log):
+                if self._is_filled():
+                    return
+                errors = self._store(decode())
+                write_json(self._errors_path, {"unusable": errors})
+
+    def read_errors(self) -> dict[int, str]:
+        """Return the error of each image that does not decode, by its number."""
+        with self._explain_errors():
+            errors = json.loads(self._errors_path.read_bytes())["unusable"]
+        return {int(number): error for number, error in errors.items()}
+
+    def map_pixels(self) -> np.ndarray:
+        """Return the pixels, mapped into memory. CacheError when the file is damaged."""
+        with self._explain_errors():
+            try:
+                array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
+                if array.shape != self.shape or array.dtype != np.uint8:
+                    raise ValueError(f"{array.dtype}{list(array.shape)}")
+            except ValueError as error:
+                raise CacheError(f"{self._pixels_path}: damaged ({error}); delete it") from error
+        return array
+
+    @property
+    def _pixels_path(self) -> Path:
+        return self.path.with_suffix(".npy")
+
+    @property
+    def _errors_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def _is_filled(self) -> bool:
+        return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
+
+    def _store(self, decoded: Decoded) -> dict[int, str]:
+        """Write the pixels, whole or not at all; return the errors."""
+        if self.shape is None:
+            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
+        errors: dict[int, str] = {}
+        with _create_unnamed(self._pixels_path) as (file, name):
+            array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
+            _allocate(file)
+            for number, image in decoded:
+                if isinstance(image, ImageError):
+                    errors[number] = image.error
+                else:
+                    array[number] = image
+            array.flush()
+        return errors
+
+    @contextmanager
+    def _explain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _explain_error(error, self.path.parent) from error
+
+
+def _explain_error(error: OSError, folder: Path) -> CacheError:
+    reason = str(error.strerror or error).rstrip(".")
+    if isinstance(error, PermissionError):
+        places = (Path(error.filename or folder), folder, *folder.parents)
+        path = next(path for path in places if os.path.exists(path))
+        if path.stat().st_uid != os.getuid():
+            reason += f" ({path} belongs to another user)"
+    return CacheError(
+        f"decoded images cannot be kept in {folder}: {reason}; choose another folder with"
+        " --cache-dir or XDG_CACHE_HOME"
+    )
+
+
+@contextmanager
+def _hold_lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a file; its owner's death releases it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what can be written
+    except PermissionError:
+        file = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log("train: waiting for another process that decodes the same images")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _create_unnamed(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield an empty file and a name to open it by; at the end it is published as `path`.
+
+    A process that is killed leaves nothing behind, or, where files need a name, one file that the
+    next decoding of the same images removes. The caller holds the lock.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    named = path.with_suffix(".writing")
+    named.unlink(missing_ok=True)
+    try:
+        file = os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+        name = f"/proc/self/fd/{file}"
+        is_unnamed = os.path.exists(name)
+    except (AttributeError, OSError):  # macOS, NFS
+        is_unnamed = False
+    if not is_unnamed:
+        file, name = os.open(named, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), str(named)
+    try:
+        yield file, name
+        if is_unnamed:
+            with suppress(FileExistsError):  # its sibling was lost: the same pixels are there
+                os.link(name, path.name, dst_dir_fd=folder)  # with a folder, it follows the link
+        else:
+            os.replace(name, path)
+    finally:
+        if not is_unnamed:
+            named.unlink(missing_ok=True)
+        os.close(file)
+        os.close(folder)
+
+
+def _allocate(file: int) -> None:
+    """Take the space of a sparse file: on a full disk, writing to it would kill the process."""
+    size_bytes = os.fstat(file).st_size
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size_bytes)
+    elif shutil.disk_usage(file).free < size_bytes:  # macOS
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,157 @@
+"""Find the run of an output folder, or freeze a new one there."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cifake_ray.errors import RunMismatch, UsageError
+from cifake_ray.storage.io.files import (
+    TEMPORARY_PREFIX,
+    check_writable,
+    discard,
+    hash_json,
+    list_folder,
+    write_json,
+)
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.manifest import write_manifest
+from cifake_ray.storage.runs.run import (
+    MANIFEST_NAME,
+    PRIVATE_PREFIX,
+    RESULTS,
+    Run,
+    check_settings,
+    claim_folder,
+    describe_difference,
+    identify_run,
+    is_finished,
+    read_record,
+    read_run,
+    reopen_run,
+)
+from cifake_ray.storage.sources.source import Listing
+from cifake_ray.version import __version__
+
+VERDICT_SETTINGS = ("target_fpr",)  # they decide `is_fake` of a stored p_fake, and nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The settings of a run before it is frozen."""
+
+    out: AnyPath
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    list_source: Callable[[], Listing]
+    shard_rows: int | None
+    log: Callable[[str], None] = lambda message: None
+
+    def find(self) -> Run | None:
+        """Return the run of `out`, if any. RunMismatch when it has other settings.
+
+        It may have other VERDICT_SETTINGS if it has finished: see `change_verdicts`.
+        """
+        run = read_run(self.out)
+        if run is None:
+            return None
+        if not self.changes_verdicts(run):
+            check_settings(self.out, run.settings, self._settings)
+        elif not is_finished(run):
+            raise RunMismatch(
+                f"{self.out}: this run has not finished"
+                f" ({describe_difference(run.settings, self._settings)}); finish it with its own"
+                " settings first, then the verdicts can be changed without scoring again"
+            )
+        return run
+
+    def changes_verdicts(self, run: Run) -> bool:
+        """Return whether this plan differs from a run in VERDICT_SETTINGS, and in nothing else."""
+        verdicts = {n: value for n, value in self._settings.items() if n in VERDICT_SETTINGS}
+        settings = run.settings | verdicts
+        with suppress(RunMismatch):
+            check_settings(self.out, settings, self._settings)
+            return settings != run.settings
+        return False
+
+    def change_verdicts(self, run: Run) -> Run:
+        """Give a run the VERDICT_SETTINGS of this plan, if it has others; its shards follow.
+
+        `_run.json` is replaced first. It names the run before, so that nothing of it is taken for
+        this one, wherever a kill comes.
+        """
+        if not self.changes_verdicts(run):
+            return run
+        record = read_record(self.out) | {
+            "tool_version": __version__,
+            "fingerprint": hash_json(self._settings),
+            "settings": self._settings,
+            "config": self.config,
+            "earlier_identities": [*run.earlier_identities, run.identity],
+        }
+        write_json(self.out / "_run.json", record)
+        reopen_run(run)
+        changed = read_run(self.out)
+        assert changed is not None
+        return changed
+
+    def check_new(self) -> None:
+        """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
+        if str(self.out).startswith("memory://"):
+            raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
+        names = (f"{PRIVATE_PREFIX}manifest", f"{PRIVATE_PREFIX}attempts", RESULTS[self.command])
+        folders = [self.out / name for name in names]
+        foreign = [
+            path
+            for folder in folders
+            for path in list_folder(folder)
+            if not path.name.startswith(TEMPORARY_PREFIX)
+            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(path.name))
+        ]
+        if foreign and self.find() is None:  # else another process has just frozen it
+            raise RunMismatch(
+                f"{foreign[0]} is where a run would write, but the folder holds no run; choose a"
+                " new output folder"
+            )
+        check_writable(self.out)
+
+    def freeze(self) -> Run:
+        """List the source and freeze the run, or return one that was frozen meanwhile."""
+        listing = self.list_source()
+        folder = self.out / f"{PRIVATE_PREFIX}manifest"
+        manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
+        for note in listing.notes:
+            self.log(f"{self.command}: {note}")
+        plan = {
+            "manifest": {
+                "num_rows": manifest.num_rows,
+                "size_bytes": manifest.size_bytes,
+                "files": [asdict(file) for file in manifest.files],
+            },
+            "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+            "counts": listing.counts.to_dict(),
+            "has_private_folders": True,
+        }
+        claim_folder(self.out, self._settings, self.config, plan)
+        run = read_run(self.out)
+        assert run is not None
+        if run.manifest != manifest:  # another process was first
+            for file in manifest.files:
+                discard(folder / file.name)
+        return run
+
+    def open(self) -> Run:
+        """Resume the run of `out`, or list the source and freeze a new one."""
+        run = self.find()
+        if run is None:
+            self.check_new()
+            run = self.freeze()
+        return run
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return identify_run(self.command, self.settings)

@@ -1,0 +1,61 @@
+"""What lies beside images on real disks and is no image: the names that a listing leaves out.
+
+The names alone decide, since nothing that is listed is read. Lists are not asked: they name each
+image. Archives and other files that may hold images are no clutter: they become rows that say so.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+# Of macOS; Synology, QNAP and other NAS; Windows; Linux; tools.
+_FOLDERS = """
+__macosx .appledouble .fseventsd .spotlight-v100 .temporaryitems .trashes .documentrevisions-v100
+@eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb .snapshot .zfs
+$recycle.bin recycler lost+found .thumbnails .cache
+.ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv node_modules
+.pytest_cache .mypy_cache .ruff_cache
+"""
+_FILES = """
+.ds_store .localized .apdisk .volumeicon.icns thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini
+.directory .picasa.ini picasa.ini .gitignore .gitattributes .gitkeep .gitmodules .keep .dockerignore
+"""
+# Captions, metadata and labels; checksums, code and notes; what cameras, editors and maps add;
+# weights of networks.
+_SIDECARS = """
+txt json jsonl ndjson xml csv tsv md rst yaml yml toml ini cfg log npy npz mat pkl pickle html htm
+css js py ipynb sh caption tags sha1 sha256 sha512 md5 sfv url lnk lock db sqlite xls xlsx ods doc
+docx odt xmp aae pp3 dop gpx srt jgw tfw pgw prj geojson pt pth ckpt onnx safetensors
+"""
+_SIDECAR_FILES = "readme license licence copying notice sha256sums md5sums"
+
+SYSTEM_FOLDERS = frozenset({*_FOLDERS.split(), "system volume information"})
+SYSTEM_FILES = frozenset({*_FILES.split(), "icon\r"})
+SYSTEM_PREFIXES = ("._", "~$", ".nfs0", ".fuse_hidden")  # of files
+SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # sidecars with labels, by `imagefolder`
+SIDECAR_FILES = frozenset(_SIDECAR_FILES.split())
+
+
+def find_clutter(key: str) -> str | None:
+    """Return why the name of a file is that of no image, or None."""
+    folder, _, name = key.rpartition("/")
+    if folder and is_system_folder(folder):
+        return "in a system folder"
+    name = name.lower()
+    if name in SYSTEM_FILES or name.startswith(SYSTEM_PREFIXES):
+        return "system file"
+    stem, dot, suffix = name.rpartition(".")
+    if suffix == "gz":
+        stem, dot, suffix = stem.rpartition(".")
+    if (dot and suffix in SIDECAR_SUFFIXES) or name in SIDECAR_FILES:
+        return "sidecar"
+    return None
+
+
+@lru_cache(maxsize=1024)  # neighbours lie in the same folder
+def is_system_folder(folder: str) -> bool:
+    """Return whether a path of folders leads through one of the system or of a tool."""
+    return any(
+        name in SYSTEM_FOLDERS or name.startswith(".trash-") for name in folder.lower().split("/")
+    )

@@ -1,0 +1,128 @@
+"""The columns of lists and Parquet files: which mean something, and which travel with the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from cifake_ray.config import SourceConfig
+from cifake_ray.core.labels import make_class_names
+from cifake_ray.core.schema import HEADER_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
+from cifake_ray.errors import UsageError
+from cifake_ray.storage.io.paths import AnyPath
+
+RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *SCORE_FIELDS]}
+# What convert and score measure themselves; the others of one of these names are left out.
+MEASURED_COLUMNS = {field.name for field in HEADER_FIELDS} | {"sha256"}
+REPLACED = "(the output has its own)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnChoice:
+    """The columns that a command names, and what class names mean in them."""
+
+    image: str | None = None
+    path: str = "path"
+    label: str = "label"
+    source: str = "source"
+    drop: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    class_names: Mapping[str, int] = field(default_factory=make_class_names)
+
+    @classmethod
+    def from_config(cls, config: SourceConfig) -> ColumnChoice:
+        return cls(
+            image=config.image_column,
+            path=config.path_column,
+            label=config.label_column,
+            source=config.source_column,
+            drop=config.drop_columns,
+            keep=config.keep_column,
+            class_names=make_class_names(config.real_name, config.fake_name),
+        )
+
+    def check_names(self, names: Iterable[str], place: AnyPath) -> None:
+        """Raise UsageError for an option that names a column that is not there."""
+        names = list(names)
+        options = [("--image-column", self.image)]
+        options += [("--label-column", self.label)] if self.label != "label" else []
+        options += [("--source-column", self.source)] if self.source != "source" else []
+        options += [("--drop-columns", name) for name in self.drop]
+        options += [("--keep-column", name) for name in self.keep]
+        for option, name in options:
+            if name is not None and name not in names:
+                raise UsageError(
+                    f"{place}: {option} {name}: no such column, only {', '.join(names) or 'none'}"
+                )
+
+    def choose_extra(
+        self, fields: Iterable[pa.Field], place: AnyPath, replaced: set[str]
+    ) -> tuple[list[pa.Field], list[str]]:
+        """Return the columns that travel with the rows, and why others do not: `mask (binary)`.
+
+        Those of simple values travel, and what `--keep-column` names. A name in `replaced` is one
+        that the output fills itself. UsageError for other names that the output uses.
+        """
+        kept, left_out = [], []
+        for column in fields:
+            if column.name in self.drop:
+                continue
+            if column.name in replaced | {"label", "source"}:  # these: options name others
+                left_out.append(f"{column.name} {REPLACED}")
+            elif column.name in RESERVED_COLUMNS:
+                raise UsageError(
+                    f"{place}: the column {column.name!r} has a name that the output uses; rename"
+                    f" it, or leave it out with --drop-columns {column.name}"
+                )
+            elif column.name in self.keep or is_simple(column.type):
+                kept.append(pa.field(column.name, find_value_type(column.type)))
+            else:
+                left_out.append(f"{column.name} ({describe_type(column.type)})")
+        return kept, left_out
+
+
+def describe_left_out(left_out: Collection[str]) -> str:
+    """Return a line that names columns which do not travel."""
+    line = f"left out columns: {', '.join(left_out)}"
+    is_all_replaced = all(reason.endswith(REPLACED) for reason in left_out)
+    return line if is_all_replaced else f"{line}; --keep-column NAME keeps one of another type"
+
+
+def find_value_type(column_type: pa.DataType) -> pa.DataType:
+    """Return the type of the values of a column, which may be written as a dictionary."""
+    return column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+
+
+def is_binary(column_type: pa.DataType) -> bool:
+    """Return whether a type is one of bytes."""
+    kinds = ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")
+    return any(getattr(pa.types, kind)(column_type) for kind in kinds)
+
+
+def is_text(column_type: pa.DataType) -> bool:
+    """Return whether a type is one of text."""
+    kinds = ("is_string", "is_large_string", "is_string_view")
+    return any(getattr(pa.types, kind)(column_type) for kind in kinds)
+
+
+def is_simple(column_type: pa.DataType) -> bool:
+    """Return whether a type is one of numbers, words or times: no bytes, and nothing nested."""
+    value_type = find_value_type(column_type)
+    is_extension = isinstance(value_type, pa.BaseExtensionType)
+    return not (pa.types.is_nested(value_type) or is_binary(value_type) or is_extension)
+
+
+def describe_type(column_type: pa.DataType) -> str:
+    """Return a short name of a type: `binary`, `struct`, `list`, `int64`."""
+    return str(column_type).partition("<")[0]
+
+
+def check_text(column: pa.Field, place: AnyPath) -> None:
+    """Raise UsageError when the values of a column cannot be written as text."""
+    if not is_simple(column.type):
+        raise UsageError(
+            f"{place}: the column {column.name!r} holds {describe_type(column.type)}, no text;"
+            f" leave it out with --drop-columns {column.name}"
+        )

@@ -1,0 +1,367 @@
+"""One Parquet file with images: our shards, and those that other programs write.
+
+Others hold images as bytes, as the Hugging Face struct of bytes and path, or as Spark's raw pixels,
+in a column of any name. Only in our own shards, which their footer tells, `error` and `sha256` mean
+what they mean here.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, inspect_image, map_images
+from cifake_ray.core.imaging.raw_pixels import RAW_FIELDS, encode_pixels
+from cifake_ray.core.labels import find_split, parse_split
+from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY, IMAGE_ERRORS
+from cifake_ray.errors import ImageError, StorageError, UsageError
+from cifake_ray.storage.io.files import open_file, open_ranges
+from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.sources.columns import (
+    ColumnChoice,
+    check_text,
+    describe_type,
+    find_value_type,
+    is_binary,
+    is_simple,
+    is_text,
+)
+
+LFS_POINTER = b"version https://git-lfs"
+PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
+MAX_HELD_BYTES = 2**30  # of a row group; what follows is read again from its start
+GLANCE_ROWS = 16  # from which is seen what a column holds
+GLANCE_BUFFER_BYTES = 2**20
+
+# Encoded images, raw pixels, or the paths of files.
+Content = Literal["bytes", "pixels", "paths"]
+
+
+class ImageColumn(NamedTuple):
+    name: str
+    content: Content
+
+
+class Facts(NamedTuple):
+    """What the columns of some rows say of their images; parallel lists."""
+
+    labels: list[Any]  # as written
+    splits: list[str | None]
+    sources: list[str | None]
+    errors: list[str | None]
+
+
+def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
+    """Open any Parquet file; from a store, only what is read is fetched. StorageError otherwise.
+
+    For a glance at its first rows it reads page by page.
+    """
+    reading: dict[str, Any] = (
+        {"buffer_size": GLANCE_BUFFER_BYTES} if glance else {"pre_buffer": True}
+    )
+    with explain_errors(path):
+        try:
+            # pyarrow opens local files itself; from a store it merges ranges into few reads.
+            file = path if isinstance(path, Path) else open_ranges(path)
+            table = pq.ParquetFile(file, page_checksum_verification=True, **reading)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowException) as error:
+            with open_file(path) as opened:
+                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise StorageError(
+                        f"{path}: a Git LFS pointer in place of the file; run `git lfs pull`"
+                    ) from error
+            raise StorageError(
+                f"{path}: not a readable Parquet file ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+    if len(set(table.schema_arrow.names)) != len(table.schema_arrow.names):
+        raise UsageError(f"{path}: two columns have the same name; rename one")
+    return table
+
+
+def read_columns(
+    table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: Sequence[str]
+) -> pa.Table:
+    """Read some columns of some row groups. StorageError when the file is damaged."""
+    with explain_errors(path):
+        try:
+            return table.read_row_groups(groups, columns=list(columns))
+        except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
+            pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=list(columns))
+            return pa.Table.from_batches(pieces)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+
+
+def read_pieces(
+    table: pq.ParquetFile, path: AnyPath, group: int, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield a row group a few rows at a time: its pages may be a thousand times smaller.
+
+    StorageError when the file is damaged.
+    """
+    with explain_errors(path):
+        try:
+            yield from table.iter_batches(
+                PIECE_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+            )
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
+                " damaged shard"
+            ) from error
+
+
+def read_label_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return class names in the order of their numbers, if a Hugging Face footer has them."""
+    feature = _read_features(schema).get(column)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None
+
+
+def _read_features(schema: pa.Schema) -> dict[str, Any]:
+    """Return the features of a Hugging Face footer; none when it is not what they write."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_content(column_type: pa.DataType) -> Content | None:
+    """Return what a column of this type may hold in place of an image; None for nothing."""
+    value_type = find_value_type(column_type)
+    if pa.types.is_struct(value_type):
+        children = {child.name: child.type for child in value_type}
+        if children.keys() >= RAW_FIELDS:
+            return "pixels"
+        if "bytes" in children and is_binary(children["bytes"]):
+            return "bytes"
+        return "paths" if "path" in children and is_text(children["path"]) else None
+    if is_binary(value_type):
+        return "bytes"
+    return "paths" if is_text(value_type) else None
+
+
+def find_image_column(path: AnyPath, choice: ColumnChoice) -> ImageColumn | None:
+    """Return the column that holds the images of a file, or their paths; None if there is none.
+
+    It is the one that is named, else `image` in any case, else the only one with images in its
+    first rows, else that of the paths of a list. UsageError when the named one cannot be it, or
+    several can.
+    """
+    with open_parquet(path, glance=True) as table:
+        schema = table.schema_arrow
+        contents = {f.name: content for f in schema if (content := find_content(f.type))}
+        if choice.image in schema.names and choice.image not in contents:
+            held = describe_type(schema.field(choice.image).type)
+            raise UsageError(f"{path}: --image-column {choice.image} holds {held}, no images")
+        named = [name for name in contents if name.lower() == "image"]
+        if choice.image is not None or "image" in named:
+            named = [name for name in contents if name == (choice.image or "image")]
+        found = [ImageColumn(n, _look_into(table, path, n, contents[n])) for n in named]
+        if choice.image is None and not named:
+            found = [
+                ImageColumn(name, content)
+                for name, content in contents.items()
+                if _has_images(table, path, name, content)
+            ]
+    if len(found) > 1:
+        raise UsageError(
+            f"{path}: several columns hold images: {', '.join(column.name for column in found)};"
+            " choose one with --image-column"
+        )
+    is_list = choice.image is None and choice.path in schema.names
+    if is_list and not any(column.content != "paths" for column in found):
+        return ImageColumn(choice.path, "paths")
+    return found[0] if found else None
+
+
+def _glance(table: pq.ParquetFile, path: AnyPath, column: str) -> list[Any]:
+    """Return the first values of a column. StorageError when the file is damaged."""
+    with explain_errors(path):
+        try:
+            batches = table.iter_batches(GLANCE_ROWS, columns=[column], use_threads=False)
+            batch = next(iter(batches), None)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"{path}: damaged, or not read by pyarrow ({error})") from error
+    values = [] if batch is None else batch.column(column).to_pylist()
+    return [value for value in values if value is not None]
+
+
+def _look_into(table: pq.ParquetFile, path: AnyPath, column: str, content: Content) -> Content:
+    """Return what a column of images holds: a struct with bytes may have only paths in it."""
+    if content != "bytes" or FOOTER_KEY in (table.schema_arrow.metadata or {}):
+        return content
+    values = [value for value in _glance(table, path, column) if isinstance(value, dict)]
+    has_bytes = any(value["bytes"] is not None for value in values)
+    has_paths = any(value.get("path") for value in values)
+    return "paths" if has_paths and not has_bytes else content
+
+
+def _has_images(table: pq.ParquetFile, path: AnyPath, column: str, content: Content) -> bool:
+    """Return whether the first values of a column are images."""
+    if content != "bytes":
+        return content == "pixels"
+    images = [get_bytes(value) or b"" for value in _glance(table, path, column)]
+    headers = map_images(inspect_image, images)
+    unlike = ("not_an_image", "empty")
+    return any(not isinstance(each, ImageError) or each.error not in unlike for each in headers)
+
+
+def get_bytes(value: Any) -> bytes | None:
+    """Return the encoded image in a value of a column of images. ImageError for raw pixels."""
+    if not isinstance(value, dict):
+        return value  # type: ignore[no-any-return]
+    return value["bytes"] if "bytes" in value else encode_pixels(value)
+
+
+class ImageTable:
+    """An open Parquet file with a column of images."""
+
+    def __init__(self, path: AnyPath, name: str, choice: ColumnChoice) -> None:
+        """Open a file whose path below the root of its data set is `name`."""
+        self.path, self.name, self.choice = path, name, choice
+        self.file = open_parquet(path)
+        self.schema = self.file.schema_arrow
+        self.is_ours = FOOTER_KEY in (self.schema.metadata or {})
+        self.columns = set(self.schema.names) - set(choice.drop)
+        self.image = choice.image or "image"
+
+    def __enter__(self) -> ImageTable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close(force=True)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the column of images is there. StorageError if another one may hold them."""
+        if self.image in self.schema.names:
+            if find_content(self.schema.field(self.image).type) in ("bytes", "pixels"):
+                return True
+        elif not any(find_content(f.type) in ("bytes", "pixels") for f in self.schema):
+            return False
+        raise StorageError(
+            f"{self.path}: no images in a column {self.image!r}; its columns are"
+            f" {', '.join(self.schema.names)}: take files with different columns one by one, with"
+            " --image-column"
+        )
+
+    def read(self, groups: list[int], columns: Sequence[str]) -> pa.Table:
+        """Read some columns of some row groups."""
+        return read_columns(self.file, self.path, groups, columns)
+
+    def read_text(self, rows: pa.Table, column: str) -> list[str | None]:
+        """Return a column of simple values as text. UsageError, with its name, for others."""
+        check_text(self.schema.field(column), self.path)
+        values = rows.column(column)
+        try:
+            values = values.cast(find_value_type(values.type)).cast(pa.string())
+        except pa.ArrowException as error:
+            raise StorageError(f"{self.path}: the column {column!r} is no text: {error}") from error
+        texts: list[str | None] = values.to_pylist()
+        return texts
+
+    def read_facts(self, groups: list[int]) -> Facts:
+        """Read what is known of the images of some row groups, in the order of the rows."""
+        wanted = [self.choice.label, "split", self.choice.source]
+        wanted += [f.name for f in ERROR_FIELDS if self.is_ours]
+        names = [name for name in wanted if name in self.columns]
+        rows = self.read(groups, names) if names else None
+        num_rows = sum(self.file.metadata.row_group(group).num_rows for group in groups)
+
+        def texts(name: str) -> list[str | None]:
+            return [None] * num_rows if name not in names else self.read_text(rows, name)
+
+        file_split = find_split(self.name)
+        return Facts(
+            labels=self._read_labels(rows) if self.choice.label in names else [None] * num_rows,
+            splits=[parse_split(split) or file_split for split in texts("split")],
+            sources=texts(self.choice.source),
+            errors=texts("error") if self.is_ours else [None] * num_rows,
+        )
+
+    def _read_labels(self, rows: pa.Table) -> list[Any]:
+        """Return the values of the label column; one that cannot be a label is its type."""
+        column = rows.column(self.choice.label)
+        value_type = find_value_type(column.type)
+        if pa.types.is_temporal(value_type) or not (is_simple(value_type) or is_binary(value_type)):
+            return [describe_type(column.type)] * len(column)
+        values: list[Any] = column.cast(value_type).to_pylist()
+        return values
+
+    @property
+    def label_names(self) -> list[str] | None:
+        return read_label_names(self.schema, self.choice.label)
+
+    def hold_images(self, row: int) -> HeldImages:
+        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES."""
+        counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        ends = np.cumsum(counts)
+        number = int(np.searchsorted(ends, row, side="right"))
+        columns = [self.image]
+        if self.is_ours:
+            columns += [f.name for f in ERROR_FIELDS if f.name in self.schema.names]
+        pieces, starts, size_bytes = [], [], 0
+        stop = int(ends[number]) - counts[number]
+        for piece in read_pieces(self.file, self.path, number, columns):
+            start, stop = stop, stop + piece.num_rows
+            if stop <= row:
+                continue
+            pieces.append(piece)
+            starts.append(start)
+            size_bytes += piece.nbytes
+            if size_bytes > MAX_HELD_BYTES:
+                break
+        return HeldImages(self.name, starts, stop, pieces, self.image)
+
+
+class HeldImages(NamedTuple):
+    """Neighbouring rows of a file in memory."""
+
+    location: str
+    starts: list[int]  # rows of the file at which the pieces start
+    stop: int
+    pieces: list[pa.RecordBatch]
+    image: str
+
+    def covers(self, location: str, row: int) -> bool:
+        return location == self.location and bool(self.starts) and self.starts[0] <= row < self.stop
+
+    def get_image(self, row: int) -> bytes | ImageError:
+        """Return the image in a row of the file, or what is wrong with it."""
+        number = bisect_right(self.starts, row) - 1
+        piece, index = self.pieces[number], row - self.starts[number]
+        values = {name: piece.column(name)[index].as_py() for name in piece.schema.names}
+        value, error = values[self.image], values.get("error")
+        if error in IMAGE_ERRORS:
+            return ImageError(error, values["error_detail"] or "")
+        try:
+            data = get_bytes(value)
+        except ImageError as problem:
+            return problem
+        if data is None:
+            path = value.get("path") if isinstance(value, dict) else None
+            beside = f", only the path {path!r}" if path else ""
+            return ImageError("not_found", f"the row holds no image bytes{beside}")
+        if len(data) > MAX_IMAGE_BYTES:
+            return ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
+        return data

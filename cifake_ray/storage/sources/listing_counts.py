@@ -1,0 +1,82 @@
+"""Count labels, splits and sources while images are listed, and notice what goes unused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cifake_ray.core.labels import find_split_like
+from cifake_ray.core.schema import LABEL_NAMES
+
+MAX_NAMES = 1000  # that are counted one by one; a list may have a source for each image
+SHOWN_NAMES = 5
+MORE, NONE, UNLABELLED = "(more)", "none", "unlabelled"
+
+
+class ListingCounts:
+    """Images by label, split and source; memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self.labels: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.unlabelled: Counter[str] = Counter()  # by name of the folder
+        self.split_like: dict[str, None] = {}  # names of folders of images without a split
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        for row in pc.value_counts(batch.column("label")).to_pylist():
+            label = row["values"]
+            self.labels[UNLABELLED if label is None else LABEL_NAMES[label]] += row["counts"]
+        _count(self.splits, batch.column("split"))
+        _count(self.sources, batch.column("source"))
+        _count(self.unlabelled, _find_folders(batch, "label", r"(?:^|/)(?P<name>[^/]+)/[^/]*$"))
+        for folder in _find_folders(batch, "split", r"(?s)^(?P<name>.*)/").unique().to_pylist():
+            if len(self.split_like) < SHOWN_NAMES and (name := find_split_like(folder or "")):
+                self.split_like[name] = None
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Return the counts of each column, largest first; {} for one that is empty throughout."""
+        return {
+            "labels": dict(self.labels.most_common()),
+            **{
+                name: dict(counter.most_common()) if counter.keys() - {NONE} else {}
+                for name, counter in (("splits", self.splits), ("sources", self.sources))
+            },
+        }
+
+    def describe_unused(self) -> list[str]:
+        """Say which images have no label, and which names look like splits but are not used."""
+        notes = []
+        missing = [name for name in LABEL_NAMES if not self.labels[name]]
+        if num_unlabelled := self.labels[UNLABELLED]:
+            folders = [(n, c) for n, c in self.unlabelled.most_common() if n not in (NONE, MORE)]
+            places = ", ".join(f"{name!r} ({n:,})" for name, n in folders[:SHOWN_NAMES])
+            notes.append(
+                f"{num_unlabelled:,} of {self.labels.total():,} images have no label"
+                + f" and none is labelled {' or '.join(missing)}" * bool(missing)
+                + f"; their folders: {places}" * bool(places)
+                + ("..." if len(folders) > SHOWN_NAMES else "")
+                + "; name the folders that mean a class with --real-name and --fake-name, or the"
+                " column of a table with --label-column"
+            )
+        if self.split_like:
+            notes.append(
+                f"folders named {', '.join(map(repr, self.split_like))} look like splits but are"
+                " not used as such: their images have no split, so `train` may use them; rename"
+                " the folders (train, val, test)"
+            )
+        return notes
+
+
+def _count(counter: Counter[str], values: pa.Array) -> None:
+    for row in pc.value_counts(values).to_pylist():
+        name = NONE if row["values"] is None else row["values"]
+        counter[name if name in counter or len(counter) < MAX_NAMES else MORE] += row["counts"]
+
+
+def _find_folders(batch: pa.RecordBatch, column: str, pattern: str) -> pa.Array:
+    """Return what `name` matches in the keys of the rows where a column is null."""
+    keys = batch.column("key").filter(pc.is_null(batch.column(column)))
+    return pc.struct_field(pc.extract_regex(keys, pattern=pattern), "name")

@@ -1,0 +1,248 @@
+"""score with another --target-fpr on finished scores: other verdicts, nothing scored again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import ScoreConfig
+from cifake_ray.core.evaluation.calibration import compute_p_fake
+from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.errors import RunMismatch, StorageError
+from cifake_ray.stages import score
+from cifake_ray.stages.batch import driver
+from cifake_ray.stages.batch.summary import BatchSummary
+from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.runs.manifest import read_manifest_shard
+from cifake_ray.storage.runs.run import read_run
+from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard
+from cifake_ray.storage.runs.verify import verify_files
+
+NUM_IMAGES = 10
+CALLED_FAKE = {"default": 5, "fpr_0.01": 3, "fpr_0.001": 2}
+BUNDLE = read_bundle_info(locate_bundle(None))
+CALIBRATION = replace(
+    BUNDLE.calibration, temperature=1.0, threshold=0.5, threshold_fpr_1=0.75, threshold_fpr_01=0.9
+)
+
+
+class Stopped(Exception):
+    """The command ends here, as if it was killed."""
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score without Ray: one worker here, which gives `N.jpg` the logit N - 5."""
+
+    def read_bundle(path: Path, **options: Any) -> BundleInfo:
+        return replace(BUNDLE, calibration=CALIBRATION)
+
+    def stream(run: Any, plan: Any, placement: Any, options: Any) -> Any:
+        for shard in range(run.manifest.num_shards):
+            rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
+            keys = rows.column("key").to_pylist()
+            logit = np.array([int(key[0]) - 5 for key in keys], np.float32)
+            p_fake = compute_p_fake(logit, 1.0)
+            error = np.array([key == "3.jpg" for key in keys])
+            known = {
+                "key": pa.array(keys),
+                "logit": pa.array(logit, mask=error),
+                "p_fake": pa.array(p_fake, mask=error),
+                "is_fake": pa.array(p_fake >= plan.threshold, mask=error),
+                "error": pa.array(["empty"] * len(keys), mask=~error),
+            }
+            columns = [known.get(f.name, pa.nulls(len(keys), f.type)) for f in SCORE_FIELDS]
+            table = pa.table(columns, schema=pa.schema(SCORE_FIELDS))
+            extra = {
+                "bundle": BUNDLE.fingerprint,
+                "preprocessing": "{}",
+                "threshold": str(plan.threshold),
+                "thresholds": json.dumps(plan.thresholds),
+            }
+            stats = commit_shard(run, shard, table, extra, {"any": 0})
+            yield driver.ShardReport(stats=stats, worked=len(keys), retried=False)
+
+    monkeypatch.setattr(score, "read_bundle_info", read_bundle)
+    monkeypatch.setattr(driver, "connect_cluster", lambda *args: _NoCluster())
+    monkeypatch.setattr(driver, "choose_placement", lambda *args: None)
+    monkeypatch.setattr(driver, "_stream_shards", stream)
+    monkeypatch.setattr(driver, "watch_progress", lambda reports, *args: reports)
+
+
+class _NoCluster:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    folder = tmp_path / "src"
+    folder.mkdir()
+    for number in range(NUM_IMAGES):
+        (folder / f"{number}.jpg").write_bytes(b"x")
+    return folder
+
+
+def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
+    config = ScoreConfig(src=str(src), out=str(out), shard_size=4, **options)
+    bundle = locate_bundle(None)
+    result = score.score_images(config, src, out, bundle, lambda _: None, time.time())
+    assert isinstance(result, BatchSummary)
+    return result
+
+
+def forbid_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*args: Any) -> Any:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(driver, "_stream_shards", stream)
+    monkeypatch.setattr(driver, "connect_cluster", stream)
+
+
+def read_verdicts(out: Path) -> dict[str, bool | None]:
+    rows = pq.read_table(out / "scores").to_pylist()
+    assert len(rows) == NUM_IMAGES
+    return {row["key"]: row["is_fake"] for row in rows}
+
+
+@pytest.mark.parametrize("targets", [(None, 0.01), (0.01, None), (None, 0.01, 0.001, None)])
+def test_it_leaves_what_scoring_with_that_target_leaves(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: tuple[float | None, ...]
+) -> None:
+    expected = run_score(src, tmp_path / "a", target_fpr=targets[-1])
+    first = run_score(src, tmp_path / "b", target_fpr=targets[0])
+    forbid_scoring(monkeypatch)
+    for target in targets[1:]:
+        summary = run_score(src, tmp_path / "b", target_fpr=target)
+        assert verify_files(tmp_path / "b") == []
+    assert read_verdicts(tmp_path / "b") == read_verdicts(tmp_path / "a")
+    assert (summary.errors, summary.done) == (first.errors, first.done)
+    assert summary.called_fake == expected.called_fake == CALLED_FAKE
+    assert summary.threshold == expected.threshold
+    assert run_score(src, tmp_path / "b", target_fpr=targets[-1]) == summary
+
+
+def test_only_verdicts_and_footers_change(src: Path, tmp_path: Path) -> None:
+    def read_rest() -> tuple[pa.Table, dict[str, Any]]:
+        table = pq.read_table(tmp_path / "out" / "scores" / "part-00001.parquet")
+        footer = json.loads(table.schema.metadata[FOOTER_KEY])
+        return table.drop_columns("is_fake").replace_schema_metadata(None), footer
+
+    run_score(src, tmp_path / "out")
+    rows, footer = read_rest()
+    run_score(src, tmp_path / "out", target_fpr=0.01)
+    new_rows, new_footer = read_rest()
+    run = read_run(tmp_path / "out")
+    assert run is not None
+    assert new_rows == rows
+    changed = {"threshold": "0.75", "run": run.identity, "fingerprint": run.fingerprint}
+    assert new_footer == footer | changed
+    assert footer["fingerprint"] != run.fingerprint
+    assert (run.settings["target_fpr"], run.config["target_fpr"]) == (0.01, 0.01)
+
+
+def test_it_may_be_killed_before_any_change_and_is_repeated(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_score(src, tmp_path / "first")
+    wanted = run_score(src, tmp_path / "wanted", target_fpr=0.01)
+    forbid_scoring(monkeypatch)
+    for number in range(100):
+        out = tmp_path / f"{number}"
+        shutil.copytree(tmp_path / "first", out)
+        before = read_verdicts(out)
+        with monkeypatch.context() as patch:
+            is_killed = kill_at_change(patch, number)
+            try:
+                run_score(src, out, target_fpr=0.01)
+            except Stopped:
+                assert is_killed
+        try:
+            is_verified = verify_files(out) == []
+        except StorageError:
+            is_verified = False
+        is_told_old = json.loads((out / "_run.json").read_text())["settings"]["target_fpr"] is None
+        if is_verified:  # then it is one or the other, and `_run.json` says which
+            assert read_verdicts(out) == (
+                before if is_told_old else read_verdicts(tmp_path / "wanted")
+            )
+        assert run_score(src, out, target_fpr=0.01).called_fake == wanted.called_fake
+        assert read_verdicts(out) == read_verdicts(tmp_path / "wanted")
+        assert verify_files(out) == []
+        if not is_killed:
+            assert number > 6
+            return
+    raise AssertionError("it never ended")
+
+
+def kill_at_change(patch: pytest.MonkeyPatch, number: int) -> list[None]:
+    """Let nothing be renamed or removed from the given change on; the list is filled by then."""
+    is_killed: list[None] = []
+    counter = itertools.count()
+
+    def guard(change: Any) -> Any:
+        def do(*args: Any, **options: Any) -> Any:
+            if next(counter) >= number:
+                is_killed.append(None)
+                raise Stopped
+            return change(*args, **options)
+
+        return do
+
+    patch.setattr(os, "replace", guard(os.replace))
+    patch.setattr(Path, "unlink", guard(Path.unlink))
+    return is_killed
+
+
+def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Path) -> None:
+    run_score(src, tmp_path / "out")
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    with pytest.raises(
+        RunMismatch, match=r"target_fpr: None there, 0\.01 here.*finish it with its own"
+    ):
+        run_score(src, tmp_path / "out", target_fpr=0.01)
+    with pytest.raises(RunMismatch, match="belongs to another run"):
+        run_score(src, tmp_path / "out", target_fpr=0.01, exclude=("1*",))
+
+
+def test_a_shard_that_is_damaged_is_scored_again(src: Path, tmp_path: Path) -> None:
+    run_score(src, tmp_path / "wanted", target_fpr=0.01)
+    run_score(src, tmp_path / "out")
+    (tmp_path / "out" / "scores" / "part-00001.parquet").write_bytes(b"PAR1")
+    run_score(src, tmp_path / "out", target_fpr=0.01)
+    assert read_verdicts(tmp_path / "out") == read_verdicts(tmp_path / "wanted")
+    assert verify_files(tmp_path / "out") == []
+
+
+def test_scores_of_an_earlier_version_too(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BundleInfo, "list_thresholds", lambda bundle: {})
+    run_score(src, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "_SUCCESS").read_text())
+    for name in ("run", "finished_at", "threshold", "thresholds", "called_fake"):
+        del record[name]
+    (tmp_path / "out" / "_SUCCESS").write_text(json.dumps(record))
+    forbid_scoring(monkeypatch)
+    assert run_score(src, tmp_path / "out").called_fake == {}
+    assert run_score(src, tmp_path / "out", target_fpr=0.01).called_fake == {}
+    assert [key for key, is_fake in sorted(read_verdicts(tmp_path / "out").items()) if is_fake] == [
+        "7.jpg",
+        "8.jpg",
+        "9.jpg",
+    ]
+    assert verify_files(tmp_path / "out") == []

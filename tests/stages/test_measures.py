@@ -1,0 +1,125 @@
+"""What evaluate measures of predictions, and what it refuses before Ray is started."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cifake_ray.config import EvaluateConfig
+from cifake_ray.core.evaluation.calibration import compute_p_fake
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import NothingToDo
+from cifake_ray.stages import evaluate
+from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.sources.source import Listing, batch_rows
+
+REAL, FAKE = 0, 1
+
+
+@pytest.fixture(scope="module")
+def bundle() -> BundleInfo:
+    info = read_bundle_info(locate_bundle(None))
+    return replace(info, calibration=replace(info.calibration, temperature=1.0))
+
+
+def make_predictions(logit: list[float], label: list[int], source: list[str]) -> pa.Table:
+    values = np.array(logit, np.float32)
+    return pa.table(
+        {
+            "key": [f"{n}" for n in range(len(logit))],
+            "logit": values,
+            "p_fake": compute_p_fake(values, 1.0),
+            "label": label,
+            "source": source,
+        }
+    )
+
+
+def test_a_generator_is_ranked_against_all_real_images(bundle: BundleInfo) -> None:
+    logit = [0.0] * 30 + [2.0] * 30 + [-2.0] * 15 + [3.0] * 15
+    label = [REAL] * 30 + [FAKE] * 60
+    source = ["camera"] * 30 + ["good"] * 30 + ["odd"] * 30
+    slices = evaluate.measure_slices(make_predictions(logit, label, source), bundle)
+    assert {name: found["auroc"]["value"] for name, found in slices.items()} == {
+        "camera": 0.75,
+        "good": 1.0,
+        "odd": 0.5,
+    }
+    assert {name: found["num_images"] for name, found in slices.items()} == dict.fromkeys(
+        slices, 30
+    )
+    assert slices["odd"]["accuracy"]["value"] == 0.5, "decisions are those of its own images"
+
+
+def test_images_of_one_class_alone_have_no_rank(bundle: BundleInfo) -> None:
+    table = make_predictions([1.0] * 60, [FAKE] * 60, ["a"] * 30 + ["b"] * 30)
+    slices = evaluate.measure_slices(table, bundle)
+    assert [found["auroc"]["value"] for found in slices.values()] == [None, None]
+
+
+class NoImages:
+    def read_images(self, rows: pa.Table) -> Any:
+        return (b"%d" % n for n in range(rows.num_rows))
+
+
+def test_mistakes_are_those_that_accuracy_counts(
+    bundle: BundleInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logit of 0, and one that is 0.5 after rounding, is called FAKE."""
+    logit, label = [0.0, 0.0, -1e-9, 1.0, -1.0, -1.0], [REAL, FAKE, FAKE, REAL, FAKE, REAL]
+    table = make_predictions(logit, label, [""] * 6)
+    monkeypatch.setattr(evaluate, "make_thumbnail", lambda data: data)
+    rows = [(f"{n}", None, None, 1, *[None] * 6) for n in range(6)]
+    run = RunPlan(
+        out=tmp_path,
+        command="evaluate",
+        settings={},
+        config={},
+        list_source=lambda: Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS))),
+        shard_rows=None,
+    ).open()
+    source: Any = NoImages()
+    found = {mistake.key for mistake in evaluate.find_mistakes(run, source, table)}
+    assert found == {"0", "3", "4"}
+    counted = evaluate.measure(table, bundle, 0)["at_0.5"]["confusion"]
+    assert counted[REAL][FAKE] + counted[FAKE][REAL] == len(found)
+
+
+@pytest.mark.parametrize(
+    ("label", "split", "expected"),
+    [
+        ([None, None], None, "shards: no labelled image in the split test; give"),
+        ([None, 1], "val", "no labelled image in the split val; give"),
+        ([None, 1], "validation", "no labelled image in the split val; give"),
+    ],
+)
+def test_shards_without_labels_are_named_before_anything_starts(
+    tmp_path: Path, label: list[int | None], split: str | None, expected: str
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    image = [{"bytes": b"", "path": None}] * 2
+    table = {"key": ["a", "b"], "image": image, "label": label, "split": ["val", "test"]}
+    pq.write_table(pa.table(table), shards / "part-00000.parquet")
+    config = EvaluateConfig(shards=str(shards), out=str(tmp_path / "out"), split=split)
+    said: list[str] = []
+    with pytest.raises(NothingToDo, match=expected):
+        evaluate.evaluate_detector(
+            config,
+            shards,
+            tmp_path / "out",
+            locate_bundle(None),
+            lambda _: None,
+            time.time(),
+            said.append,
+        )
+    assert said == []
+    assert not (tmp_path / "out").exists()
