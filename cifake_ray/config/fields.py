@@ -94,9 +94,9 @@ S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
 
 
 def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
-    """Raise UsageError, without the URL in it, for a URL that is not a bare server address."""
+    """Raise UsageError, without the URL in it, for one that is no server, with or without a path."""
     check(
-        url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
+        url is None or re.fullmatch(r"https?://[^@?#/\s]+(/[^@?#\s]*)?", url) is not None,
         f"{name}: give http://HOST:PORT or https://HOST, {what}",
     )
 
@@ -115,6 +115,9 @@ class StoreConfig:
         str | None, RuntimeDoc("Profile in the AWS configuration (default: AWS_PROFILE)")
     ] = None
     s3_anonymous: Annotated[bool, RuntimeDoc("Use no credentials, for public buckets")] = False
+    s3_requester_pays: Annotated[
+        bool, RuntimeDoc("Pay for the requests to a bucket whose readers pay")
+    ] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
