@@ -124,9 +124,24 @@ def format_record(record: dict[str, Any]) -> str:
     )
 
 
+def format_checks(found: dict[str, Any]) -> str:
+    """Format what doctor found: a tick before each finding, a cross before each problem."""
+    try:
+        tick, cross = "\u2713", "\u2717"
+        (tick + cross).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        tick, cross = "ok", "!!"
+    facts = {name.replace("_", " "): v for name, v in found.items() if name != "problems"}
+    lines = [f"{tick} {line}" for line in format_record(facts).splitlines()]
+    lines += [f"{cross} {clean_text(problem)}" for problem in found["problems"]]
+    return "\n".join(lines)
+
+
 def _format_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_format_value(v)}" for name, v in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_format_value, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):

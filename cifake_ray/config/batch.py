@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 
@@ -14,6 +14,8 @@ SourceKind = Literal["auto", "folder", "list", "inventory", "shards"]
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(ClusterConfig):
     """Options of the verbs that run as a batch."""
+
+    PANEL: ClassVar[str] = "Run"
 
     num_workers: Annotated[
         int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
@@ -45,6 +47,9 @@ class BatchConfig(ClusterConfig):
 class SourceConfig(BatchConfig):
     """Options for finding and labelling images."""
 
+    PANEL: ClassVar[str] = "Images and labels"
+    PANELS: ClassVar[dict[str, str]] = {"Images and labels": "allow_prefix"}
+
     src: Annotated[
         str, Doc("Folder, bucket prefix, list, S3 Inventory or Parquet of images", positional=True)
     ]
@@ -75,6 +80,9 @@ class SourceConfig(BatchConfig):
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig(BatchConfig):
     """Options for loading and running a detector."""
+
+    PANEL: ClassVar[str] = "Detector"
+    PANELS: ClassVar[dict[str, str]] = {"Detector": "expect_sha256 allow_pickle"}
 
     bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
     expect_sha256: Annotated[

@@ -66,7 +66,7 @@ class TooLarge(Exception):
     """The body has more bytes than were asked for."""
 
 
-class CredentialsError(BotoCoreError):
+class CredentialsError(BotoCoreError):  # type: ignore[misc]
     """The AWS chain names credentials, but they cannot be had: every request would fail alike."""
 
     fmt = "no AWS credentials from profile {profile} ({reason}); {remedy}"

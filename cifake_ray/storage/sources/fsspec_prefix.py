@@ -138,7 +138,7 @@ def read_fsspec_file(
         return ImageError("not_found", "the file is gone")
     except PermissionError:
         return ImageError("denied", "the store refused to give the file")
-    except (OSError, *list_store_errors()) as error:
+    except (OSError, *list_store_errors()) as error:  # type: ignore[misc]
         return ImageError("io_network", f"{type(error).__name__}: {error}")
     if size is not None and len(data) != size:
         return ImageError("changed", "the file changed while it was read")

@@ -112,7 +112,8 @@ ROLE = "role_arn = arn:aws:iam::123456789012:role/r\n"
     ("text", "remedy"),
     [
         (
-            f"[profile corp]\nsso_session = s\n{SSO}[sso-session s]\nsso_region = eu-west-1\n{START}",
+            f"[profile corp]\nsso_session = s\n{SSO}"
+            f"[sso-session s]\nsso_region = eu-west-1\n{START}",
             "aws sso login --profile corp",
         ),
         (f"[profile corp]\n{SSO}{START}", "aws sso login --profile corp"),
@@ -122,7 +123,8 @@ ROLE = "role_arn = arn:aws:iam::123456789012:role/r\n"
         ("[profile corp]\ncredential_process = echo 'x", "profile corp"),
         ("[profile corp]\ncredential_process = false", "profile corp"),
         (
-            f"[profile corp]\n{ROLE}mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = base\n{SOURCE}",
+            f"[profile corp]\n{ROLE}mfa_serial = arn:aws:iam::1:mfa/me\n"
+            f"source_profile = base\n{SOURCE}",
             "aws configure export-credentials --profile corp",
         ),
         (f"[profile corp]\n{ROLE}source_profile = gone\n", "profile corp"),
