@@ -48,19 +48,18 @@ def examine_machine(
             f"memory: {free_gb} GB are free; end other programs, or give --num-workers 1"
         )
     folders = {
-        "temporary": tempfile.gettempdir(),
-        "cache": str(locate_cache(None)),
-        "output": config.out,
+        "temporary": (tempfile.gettempdir(), "set TMPDIR"),
+        "cache": (str(locate_cache(None)), "set XDG_CACHE_HOME"),
+        "output": (config.out, "choose an output"),
     }
-    for name, folder in folders.items():
-        remedy = {"temporary": "set TMPDIR", "cache": "set XDG_CACHE_HOME", "output": "choose OUT"}
+    for name, (folder, remedy) in folders.items():
         try:
             found[f"{name}_disk_free_gb"] = free = _measure_disk(folder)
         except (OSError, CifakeError) as error:
-            problems.append(f"{folder}: {error}; {remedy[name]} to a folder that you may write")
+            problems.append(f"{folder}: {error}; {remedy} where you may write")
             continue
         if free < LEAST_DISK_GB:
-            problems.append(f"{folder}: {free} GB are free; free some, or {remedy[name]} elsewhere")
+            problems.append(f"{folder}: {free} GB are free; free some, or {remedy} elsewhere")
     checks: dict[str, Callable[[], str]] = {"built_in_detector": _check_detector}
     if config.store is not None:
         checks["store"] = partial(_check_store, config.store, store)
