@@ -30,7 +30,7 @@ from cifake_ray.config import (
     doc_of,
     find_panel,
 )
-from cifake_ray.console import LogFormat, choose_log_format
+from cifake_ray.console import LogFormat, choose_log_format, log
 from cifake_ray.errors import UsageError, suggest_word
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe
 
@@ -73,6 +73,7 @@ def _set_defaults(context: typer.Context) -> None:
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
             values = {**_read_values(context, path), **values}
+            context.meta["recipe_in_use"] = name
     for key, value in values.items():
         if getattr(parameters[key], "multiple", False) and not isinstance(value, list | None):
             if isinstance(value, dict):
@@ -230,15 +231,18 @@ def make_command(
         "debug": (DebugOption, False),
         "log_format": (LogFormatOption, "text"),  # used by its callback, as the two below
         "config_file": (ConfigOption, None),
+        "context": (typer.Context, inspect.Parameter.empty),
     }
     if config_class is TrainConfig:
         options["recipe"] = (RecipeOption, None)
 
-    def command(*, json_output: bool, debug: bool, **values: Any) -> None:
+    def command(*, json_output: bool, debug: bool, context: typer.Context, **values: Any) -> None:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
         def make() -> Any:
             check_variables()
+            if name := context.meta.get("recipe_in_use"):
+                log(f"{context.command.name}: recipe {name}")
             made = [
                 owner(**{name: values[name] for name in owners if owners[name] is owner})
                 for owner in classes

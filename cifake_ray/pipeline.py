@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cifake_ray.config import (
+    VERBS,
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
@@ -19,7 +20,7 @@ from cifake_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
-from cifake_ray.console import ProgressLine, log, show_epoch
+from cifake_ray.console import ProgressLine, StepLine, log, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path
@@ -30,13 +31,15 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "w
 
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     """Run the verb that a config belongs to; return its result and exit code."""
+    verb = next(name for name, kind in VERBS.items() if kind is type(config))
+    log(f"{verb}: starting ...")
     return RUNNERS[type(config)](config, started_s)
 
 
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.driver import place_training
+    from cifake_ray.stages.train.placement import place_training
     from cifake_ray.stages.train.prepare import build_checked
     from cifake_ray.storage.io.files import exists, read_json
 
@@ -108,7 +111,7 @@ def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.train.driver import train_detector
 
-    return train_detector(config, show_epoch, started_s, log), ExitCode.OK
+    return train_detector(config, show_epoch, started_s, log, StepLine()), ExitCode.OK
 
 
 def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, Progress, run_batch
+from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source

@@ -22,7 +22,8 @@ from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, DryRun, Progress, run_batch
+from cifake_ray.stages.batch.driver import BatchPlan, BatchSummary, Progress, run_batch
+from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import write_bytes, write_json
@@ -71,6 +72,7 @@ def evaluate_detector(
         source=source,
         paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
         inputs={"split": split, "bundle": bundle.fingerprint},
+        facts={"bundle": str(bundle.path), "threshold": bundle.threshold(None)},
         device=config.device,
         make_processor=MakeScoreProcessor(bundle, bundle.threshold(None), config.batch_size),
         on_progress=on_progress,

@@ -12,19 +12,25 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.errors import CifakeError, ExitCode, NothingToDo, StorageError
+from cifake_ray.stages.batch.plan import (
+    DryRun,
+    choose_placement,
+    count_listing,
+    guess_placement,
+)
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
     ShardWorker,
@@ -34,17 +40,14 @@ from cifake_ray.stages.batch.shard_worker import (
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
     Placement,
-    Resources,
-    choose_gpu,
     connect_cluster,
-    place_workers,
 )
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import Run, RunPlan, ShardStats, finish_run, reopen_run
-from cifake_ray.storage.sources.source import Source
+from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
 BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
@@ -88,21 +91,6 @@ class BatchSummary:
         return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """Plan of a run that was not started."""
-
-    command: str
-    out: str
-    listed: int
-    size_bytes: int
-    left_out: dict[str, int]
-    shards_total: int
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        return ExitCode.OK
-
-
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """All that a verb defines of its run."""
@@ -118,6 +106,7 @@ class BatchPlan:
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
+    facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
 
     @property
@@ -130,30 +119,47 @@ class BatchPlan:
             command=self.command,
             settings={**settings, **self.inputs},
             config={**settings, **kept},
-            list_source=self.source.list_images,
+            list_source=self._list_source,
             shard_rows=self.config.shard_size,
         )
+
+    def _list_source(self) -> Listing:
+        """List the source, and log how far that is."""
+        listing = self.source.list_images()
+
+        def count() -> Iterator[pa.RecordBatch]:
+            listed = 0
+            for batch in listing.batches:
+                listed += batch.num_rows
+                self.log(f"{self.command}: listing, {listed:,} keys ...")
+                yield batch
+            self.log(f"{self.command}: listed {listed:,} keys; starting workers ...")
+
+        return replace(listing, batches=count())
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
-    listing = plan.source.list_images()
-    listed = size_bytes = num_batches = 0
-    for batch in listing.batches:
-        listed += batch.num_rows
-        size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
-        num_batches += 1
-    if not listed:
+    listing = plan._list_source()
+    counts = count_listing(listing)
+    if not counts.listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
-    rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
+    num_workers, device = guess_placement(plan.config, plan.device)
+    rows = plan.config.shard_size or choose_shard_rows(counts.listed, counts.size_bytes)
+    is_dealt = not listing.keeps_order
     return DryRun(
         command=plan.command,
         out=str(plan.out),
-        listed=listed,
-        size_bytes=size_bytes,
+        listed=counts.listed,
+        size_bytes=counts.size_bytes,
         left_out=dict(listing.left_out),
-        shards_total=num_batches if listing.keeps_order else -(-listed // rows),
+        shards_total=-(-counts.listed // rows) if is_dealt else counts.num_batches,
+        labels=dict(counts.labels),
+        splits=dict(counts.splits),
+        num_workers=num_workers,
+        device=device,
+        **plan.facts,
     )
 
 
@@ -231,6 +237,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
+        plan.log(f"{plan.command}: starting {placement.num_workers} workers ...")
         if (summary := find_result(plan)) is not None:  # another process has finished it meanwhile
             return summary
         if plan.config.retry_errors:
@@ -264,22 +271,6 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         clear_attempts(run)
         finish_run(run, totals.shards, asdict(summary))
     return summary
-
-
-def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
-    """Return a placement of a worker per CPU, or per GPU with tasks on all other CPUs to feed it.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    use_gpu = choose_gpu(device, resources)
-    placement = place_workers(
-        resources,
-        num_workers=num_workers or max(1, resources.num_gpus if use_gpu else resources.num_cpus),
-        use_gpu=use_gpu,
-        cpus_per_worker=1,
-    )
-    spare = resources.num_cpus - placement.num_workers if use_gpu else 0
-    return replace(placement, num_feeders=-(-spare // placement.num_workers))
 
 
 def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:

@@ -16,19 +16,21 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
-from cifake_ray.config import Device, TrainConfig
+from cifake_ray.config import TrainConfig
 from cifake_ray.core.training.early_stopping import explain_end
-from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.errors import CifakeError
 from cifake_ray.stages.cluster import (
     Placement,
-    Resources,
-    choose_gpu,
     connect_cluster,
     count_local_cpus,
     find_cause,
-    place_workers,
+)
+from cifake_ray.stages.train.placement import (
+    choose_gpu_here,
+    describe_plan,
+    describe_start,
+    describe_workers,
+    place_training,
 )
 from cifake_ray.stages.train.prepare import (
     Prepared,
@@ -36,6 +38,7 @@ from cifake_ray.stages.train.prepare import (
     describe_options,
     prepare_training,
 )
+from cifake_ray.stages.train.progress import receive
 from cifake_ray.stages.train.worker import RankTask, start_rank, train_rank
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
@@ -83,10 +86,12 @@ def train_detector(
     on_epoch: Callable[[dict[str, Any], int], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    Call `on_epoch(row, epochs)` once per finished epoch, and `log` for other messages. With
+    Call `on_epoch(row, epochs)` once per finished epoch, `on_step(row)` now and then within one,
+    and `log` for other messages. With
     `config.track`, log to the trackers of a finished run the rows that they lack.
     """
     check_trackers(config.track)
@@ -102,6 +107,7 @@ def train_detector(
     run = TrainRun(resolve_path(config.run, config.store))
     if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:
         return summary
+    log(f"train: reading {config.shards} ...")
     prepared = prepare_training(
         config
     )  # fails here, not in every worker, if options do not fit together
@@ -114,23 +120,34 @@ def train_detector(
             "train_images": int((~prepared.rows.is_val).sum()),
             "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
+            **describe_plan(prepared),
         }
     run.open(prepared.settings, asdict(config))
     with Tracking(config.track, run, prepared.settings, log) as tracking:
-        if prepared.weights:
-            log(f"train: starting from {prepared.weights}")
+        for line in describe_start(prepared, run, tracking.resumed):
+            log(f"train: {line}")
+
+        def show(row: dict[str, Any]) -> None:
+            if message := row.get("message"):
+                log(message)
+            else:
+                on_step(row)
 
         def report_epoch(row: dict[str, Any], epochs: int) -> None:
             tracking.log_epoch(row)
             on_epoch(row, epochs)
 
-        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch)
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, show)
         if config.worker_range == (0, 0):
+            use_gpu = choose_gpu_here(config.device)
+            num_threads = config.cpus_per_worker or count_local_cpus()
+            log(f"train: {describe_workers(config, 1, num_threads, use_gpu)}, without Ray")
             train_rank(
                 prepared,
-                use_gpu=_choose_gpu_here(config.device),
-                num_threads=config.cpus_per_worker or count_local_cpus(),
+                use_gpu=use_gpu,
+                num_threads=num_threads,
                 on_save=watch.look,
+                send=show,
             )
         else:
             with watch:
@@ -163,22 +180,6 @@ def _find_finished(
         return {**summary, "untracked": tracking.finish(summary)}
 
 
-def place_training(config: TrainConfig, resources: Resources) -> Placement:
-    """Return the smallest placement that starts.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    least, most = config.worker_range or (None, None)
-    use_gpu = choose_gpu(config.device, resources)
-    return place_workers(
-        resources,
-        num_workers=least or (resources.num_gpus if use_gpu else 1),
-        use_gpu=use_gpu,
-        # Workers that join later must get as many as the first ones.
-        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
-    )
-
-
 def finish_training(config: TrainConfig, use_gpu: bool) -> None:
     """Write the bundle of a run that was stopped between two epochs, from its checkpoint."""
     train_rank(
@@ -187,16 +188,6 @@ def finish_training(config: TrainConfig, use_gpu: bool) -> None:
         num_threads=config.cpus_per_worker or count_local_cpus(),
         is_over=True,
     )
-
-
-def _choose_gpu_here(device: Device) -> bool:
-    """Return whether this process uses a GPU. ResourceError when --device cuda finds none."""
-    is_there = torch.cuda.is_available()
-    if device == "cuda" and not is_there:
-        raise ResourceError(
-            f"--device cuda: torch {torch.__version__} sees no GPU here; use --device cpu"
-        )
-    return device != "cpu" and is_there
 
 
 def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
@@ -215,10 +206,18 @@ def _train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None])
         placement = place_training(config, resources)
         # In a range, Ray Train restarts with another number of workers as nodes come or go.
         workers: Any = placement.num_workers if least == most else (placement.num_workers, most)
+        use_gpu = placement.gpus_per_worker > 0
+        at_most = "" if least == most else f", up to {most}"
+        log(
+            "train: "
+            + describe_workers(config, placement.num_workers, placement.cpus_per_worker, use_gpu)
+            + at_most
+        )
+        log("train: starting workers ...")
         task = RankTask(
             config=config,
             rows_hash=prepared.rows_hash,
-            use_gpu=placement.gpus_per_worker > 0,
+            use_gpu=use_gpu,
             num_threads=placement.cpus_per_worker,
         )
         trainer = TorchTrainer(
@@ -290,8 +289,10 @@ class _HistoryWatch:
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],
+        show: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
         self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
+        self.show = show
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -304,6 +305,8 @@ class _HistoryWatch:
         while not self.ended.wait(POLL_S):
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
                 self.look()
+            if (row := receive(str(self.run.path))) is not None:
+                self.show(row)
 
     def __enter__(self) -> None:
         self.thread.start()

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.stages.train.prepare import Prepared, describe_options, prepare_training
+from cifake_ray.stages.train.progress import Send, StepMeter, send_to_driver
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
@@ -54,7 +56,8 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
             f"{task.config.shards}: the shards changed while the training started; run the same"
             " command again once they are complete"
         )
-    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads)
+    send = partial(send_to_driver, task.config.run)
+    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads, send=send)
 
 
 def train_rank(
@@ -64,8 +67,11 @@ def train_rank(
     num_threads: int,
     is_over: bool = False,
     on_save: Callable[[], None] = lambda: None,
+    send: Send = lambda row: None,
 ) -> None:
     """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
+
+    Rank 0 sends its progress.
 
     With `is_over` only write the bundle, and train no further.
     """
@@ -76,6 +82,7 @@ def train_rank(
     device = "cuda" if use_gpu else "cpu"
     if config.compile:
         detector.network.compile()
+    send({"message": f"train: opening {len(prepared.rows.label):,} images ..."})
     data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads)
     wrapped, report = _join_group(config, detector, device)
     trainer = Trainer(
@@ -87,6 +94,8 @@ def train_rank(
         choose_precision(device, config.precision),
         config.policy,
     )
+    if trainer.rank == 0:
+        trainer.on_step = StepMeter(trainer, send)
     domain = read_domain(data.train) if trainer.rank == 0 else None
     if (checkpoint := run.read_checkpoint()) is not None:
         trainer.resume(checkpoint)
@@ -106,6 +115,7 @@ def train_rank(
             trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
+        send({"message": "train: writing the bundle ..."})
         _write_best(config, run, trainer, data, domain, best, averaged)
 
 

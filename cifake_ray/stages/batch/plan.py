@@ -1,0 +1,101 @@
+"""What a run will be before it starts: its workers and, for --dry-run, what the listing knows."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow.compute as pc
+
+from cifake_ray.config import BatchConfig, Device
+from cifake_ray.core.schema import LABEL_NAMES
+from cifake_ray.errors import ExitCode
+from cifake_ray.stages.cluster import (
+    Node,
+    Placement,
+    Resources,
+    choose_gpu,
+    count_local_cpus,
+    place_workers,
+)
+from cifake_ray.storage.sources.source import Listing
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Plan of a run that was not started."""
+
+    command: str
+    out: str
+    listed: int
+    size_bytes: int
+    left_out: dict[str, int]
+    shards_total: int
+    labels: dict[str, int]  # images, as far as the listing knows labels and splits
+    splits: dict[str, int]
+    num_workers: int | None  # None where a cluster decides
+    device: str
+    bundle: str | None = None
+    threshold: float | None = None
+
+    def exit_code(self, max_error_rate: float) -> ExitCode:
+        return ExitCode.OK
+
+
+@dataclass
+class Counts:
+    """What a listing holds."""
+
+    listed: int = 0
+    size_bytes: int = 0
+    num_batches: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+
+
+def count_listing(listing: Listing) -> Counts:
+    """Read a listing to its end and count."""
+    counts = Counts()
+    for batch in listing.batches:
+        counts.listed += batch.num_rows
+        counts.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
+        counts.num_batches += 1
+        for item in pc.value_counts(batch.column("label")).to_pylist():
+            label = item["values"]
+            word = "unknown" if label not in (0, 1) else LABEL_NAMES[label]
+            counts.labels[word] += item["counts"]
+        for item in pc.value_counts(batch.column("split")).to_pylist():
+            counts.splits[item["values"] or "unknown"] += item["counts"]
+    return counts
+
+
+def guess_placement(config: BatchConfig, wanted: Device) -> tuple[int | None, str]:
+    """Return how many workers would run, on what, without asking Ray; None and auto elsewhere."""
+    if config.address or os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
+        return config.num_workers, wanted
+    num_gpus = 0
+    if wanted != "cpu":
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    here = Resources((Node(count_local_cpus(), num_gpus),))
+    placement = choose_placement(here, config.num_workers, wanted)
+    return placement.num_workers, "cuda" if placement.gpus_per_worker else "cpu"
+
+
+def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
+    """Return a placement of a worker per CPU, or per GPU with tasks on all other CPUs to feed it.
+
+    ResourceError, with the numbers, when the cluster is too small.
+    """
+    use_gpu = choose_gpu(device, resources)
+    placement = place_workers(
+        resources,
+        num_workers=num_workers or max(1, resources.num_gpus if use_gpu else resources.num_cpus),
+        use_gpu=use_gpu,
+        cpus_per_worker=1,
+    )
+    spare = resources.num_cpus - placement.num_workers if use_gpu else 0
+    return replace(placement, num_feeders=-(-spare // placement.num_workers))
