@@ -137,7 +137,11 @@ def train_detector(
             tracking.log_epoch(row)
             on_epoch(row, epochs)
 
-        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, show)
+        def look_within() -> None:
+            if (row := receive(config.run)) is not None:
+                show(row)
+
+        watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, look_within)
         if config.worker_range == (0, 0):
             use_gpu = choose_gpu_here(config.device)
             num_threads = config.cpus_per_worker or count_local_cpus()
@@ -289,10 +293,10 @@ class _HistoryWatch:
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],
-        show: Callable[[dict[str, Any]], None] = lambda row: None,
+        look_within: Callable[[], None] = lambda: None,  # an epoch
     ) -> None:
         self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
-        self.show = show
+        self.look_within = look_within
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -305,8 +309,7 @@ class _HistoryWatch:
         while not self.ended.wait(POLL_S):
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
                 self.look()
-            if (row := receive(str(self.run.path))) is not None:
-                self.show(row)
+            self.look_within()
 
     def __enter__(self) -> None:
         self.thread.start()

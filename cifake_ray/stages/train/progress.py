@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -63,13 +64,17 @@ def _make_key(run: str) -> bytes:
 
 def send_to_driver(run: str, row: dict[str, Any]) -> None:
     """Leave a message for the driver of the training in folder `run`."""
-    _internal_kv_put(_make_key(run), json.dumps(row).encode(), overwrite=True)
+    with suppress(ray.exceptions.RayError):  # training does not depend on it
+        _internal_kv_put(_make_key(run), json.dumps(row).encode(), overwrite=True)
 
 
 def receive(run: str) -> dict[str, Any] | None:
     """Return the latest message, once; None when there is none, or Ray is not connected."""
-    if not ray.is_initialized() or (data := _internal_kv_get(_make_key(run))) is None:
+    if not ray.is_initialized():
         return None
-    _internal_kv_del(_make_key(run))
-    row: dict[str, Any] = json.loads(data)
-    return row
+    with suppress(ray.exceptions.RayError):
+        if (data := _internal_kv_get(_make_key(run))) is not None:
+            _internal_kv_del(_make_key(run))
+            row: dict[str, Any] = json.loads(data)
+            return row
+    return None
