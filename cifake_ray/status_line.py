@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 FIRST_S = 0.8  # a command that ends sooner shows no line
-PLAIN_INTERVAL_S = 5.0  # between two lines of progress where there is no terminal
-REPEAT_S = 4.0  # of silence: then what is being done is said again
+PLAIN_INTERVAL_S = 4.0  # between two lines of progress where there is no terminal
+REPEAT_S = 4.7  # of silence: then what is being done is said again
 TERMINAL_INTERVAL_S = 0.2
 NOISE = "(raylet)"  # Ray's messages about lost workers, which are retried, and in its logs
 CLEAR = "\r\x1b[K"
@@ -99,7 +99,8 @@ class StatusLine:
                 self.tick()
 
         stderr = sys.stderr
-        sys.stderr = _ForeignOutput(sys.stderr, self)
+        own = _open_again(stderr)
+        sys.stderr = _ForeignOutput(own, self)
         self.is_open = False
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
@@ -109,7 +110,17 @@ class StatusLine:
             ended.set()
             thread.join()
             sys.stderr = stderr
+            if own is not stderr:
+                own.close()
             self.texts = ()
+
+
+def _open_again(stderr: TextIO) -> TextIO:
+    """Return a stream of its own to the terminal: Ray's native output is held back in the other."""
+    try:
+        return os.fdopen(os.dup(stderr.fileno()), "w", encoding=stderr.encoding, errors="replace")
+    except OSError:  # not a file, such as in a test
+        return stderr
 
 
 def _find_stderr() -> TextIO:

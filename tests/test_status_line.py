@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +138,23 @@ def test_a_closed_pipe_ends_no_command(tmp_path: object) -> None:
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
         StatusLine().write("x" * 100_000, stream)
+
+
+def test_the_line_is_seen_while_native_output_is_held_back(tmp_path: Path) -> None:
+    """As it is while Ray starts: the file behind stderr is another one."""
+    script = """
+import os, time
+from cifake_ray.console import log, run_command
+def body():
+    terminal, held = os.dup(2), os.open("held", os.O_CREAT | os.O_WRONLY)
+    log("starting Ray ...")
+    os.dup2(held, 2)
+    time.sleep(2)
+    os.dup2(terminal, 2)
+    return {"command": "x"}, 0
+run_command(body, json_output=False, debug=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.startswith("starting Ray ...")

@@ -307,9 +307,9 @@ class _HistoryWatch:
 
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
+            self.look_within()
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
                 self.look()
-            self.look_within()
 
     def __enter__(self) -> None:
         self.thread.start()
