@@ -130,6 +130,7 @@ def _add_submission(verb: str) -> None:
     def run(make_configs: Any, *, json_output: bool, debug: bool) -> None:
         def body() -> tuple[Any, int]:
             config, job = make_configs()
+            log("submit: waiting for the cluster ...")
             from cifake_ray.stages.submit import submit_job
 
             flags = ["--json"] * json_output + ["--debug"] * debug

@@ -32,7 +32,7 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "w
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     """Run the verb that a config belongs to; return its result and exit code."""
     verb = next(name for name, kind in VERBS.items() if kind is type(config))
-    log(f"{verb}: starting ...")
+    log(f"{verb}: working ...")
     return RUNNERS[type(config)](config, started_s)
 
 

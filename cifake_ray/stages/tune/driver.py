@@ -120,6 +120,7 @@ def tune_detector(
             }
         search.open(settings, asdict(config))
         trials = _prepare_trials(plan, space, log)
+        log("tune: running trials ...")
         watch = TrialCallback(plan, log)
         _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
         return _finish(plan, watch, use_gpu, started_s)
