@@ -10,22 +10,91 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from importlib.metadata import version as find_version
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cifake_ray.config import VERBS, Config, SubmitConfig
-from cifake_ray.console import get_log_format, log, run_command, show_line
-from cifake_ray.errors import ExitCode
-from cifake_ray.options import DebugOption, JsonOption, make_command
+from cifake_ray.command import Command, Group
+from cifake_ray.config import VERBS, DoctorConfig, StoreConfig, SubmitConfig
+from cifake_ray.console import format_checks, get_log_format, log, run_command, show_line
+from cifake_ray.errors import ExitCode, UsageError, suggest_word
+from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 STARTED_S = time.time()
 
+EXAMPLES = {  # of each command, without `cifake-ray`
+    "": ("demo", "score PHOTOS SCORES", "train --help"),
+    "sample": ("sample images --images 500",),
+    "convert": (
+        "convert CIFAKE shards",
+        "convert photos.csv shards --include '*.jpg' --dry-run",
+        "convert s3://photos/2026 s3://shards/2026 --num-workers 8",
+    ),
+    "train": (
+        "train shards run --recipe fast",
+        "train shards run --model resnet18 --image-size 64 --epochs 20",
+        "train shards run --weights folder --freeze-epochs 2 --device cuda",
+    ),
+    "tune": (
+        "tune shards search --trials 16",
+        "tune shards search --search early-stopping --search mine.yaml --scheduler asha",
+    ),
+    "evaluate": (
+        "evaluate shards --bundle run --out report",
+        "evaluate shards --split validation --out report",
+    ),
+    "score": (
+        "score photos scores",
+        "score photos scores --bundle run --target-fpr 0.01",
+        "score s3://photos/2026 s3://scores/2026 --s3-profile work",
+    ),
+    "pipeline": ("pipeline CIFAKE out --epochs 8",),
+    "verify": ("verify scores",),
+    "repair": ("repair scores",),
+    "export": ("export scores scores.csv",),
+    "submit": ("submit score s3://photos s3://scores --address http://HEAD:8265",),
+    "demo": ("demo", "demo --out elsewhere --images 1000"),
+    "models": ("models", "models 'resnet*' --image-size 64 --measure"),
+    "doctor": ("doctor", "doctor --ray --store s3://photos/2026"),
+    "config": ("config score > score.yaml", "config convert train score > project.yaml"),
+    "version": ("version --json",),
+}
+
+
+def _list_examples(name: str, prefix: str = "cifake-ray") -> str:
+    return "\n".join(f"  {prefix} {example}" for example in EXAMPLES[name])
+
+
 app = typer.Typer(
+    cls=Group,
     help="Tells AI-generated images from real ones, in bulk, on Ray.",
+    epilog=_list_examples(""),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        show_line(f"cifake-ray {find_version('cifake-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _take_version(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    pass
+
+
+def _add_command(name: str) -> Callable[[Function], Function]:
+    return app.command(name=name, cls=Command, epilog=_list_examples(name))
 
 
 def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
@@ -38,15 +107,19 @@ def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
     run_command(body, json_output=json_output, debug=debug)
 
 
-def _describe(config_class: type[Config]) -> str:
+def _describe(config_class: type) -> str:
     doc = (config_class.__doc__ or "").partition(": ")[2]
     return doc[:1].upper() + doc[1:]
 
 
 for _name, _class in VERBS.items():
-    app.command(name=_name, help=_describe(_class))(make_command(_class, _run_verb))
+    app.command(name=_name, cls=Command, help=_describe(_class), epilog=_list_examples(_name))(
+        make_command(_class, _run_verb)
+    )
 
 submit = typer.Typer(
+    cls=Group,
+    epilog=_list_examples("submit"),
     help="Run a verb as a job of a Ray cluster; the command ends with the job's own exit code.",
     no_args_is_help=True,
 )
@@ -57,6 +130,7 @@ def _add_submission(verb: str) -> None:
     def run(make_configs: Any, *, json_output: bool, debug: bool) -> None:
         def body() -> tuple[Any, int]:
             config, job = make_configs()
+            log("submit: waiting for the cluster ...")
             from cifake_ray.stages.submit import submit_job
 
             flags = ["--json"] * json_output + ["--debug"] * debug
@@ -66,7 +140,8 @@ def _add_submission(verb: str) -> None:
 
         run_command(body, json_output=json_output, debug=debug)
 
-    submit.command(name=verb, help=_describe(VERBS[verb]))(
+    examples = _list_examples(verb, "cifake-ray submit")
+    submit.command(name=verb, cls=Command, help=_describe(VERBS[verb]), epilog=examples)(
         make_command(VERBS[verb], run, SubmitConfig)
     )
 
@@ -75,11 +150,11 @@ for _name in ("convert", "train", "tune", "evaluate", "score", "pipeline"):
     _add_submission(_name)
 
 
-@app.command()
+@_add_command("demo")
 def demo(
     out: Annotated[str, typer.Option(help="Folder for everything the demo makes")] = "demo",
-    images: Annotated[int, typer.Option(help="Images in the sample")] = 3000,
-    seed: Annotated[int, typer.Option(help="Same seed, same result")] = 0,
+    images: Annotated[int, typer.Option(help="Images in the sample", metavar="N")] = 3000,
+    seed: Annotated[int, typer.Option(help="Same seed, same result", metavar="N")] = 0,
     json_output: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -91,7 +166,7 @@ def demo(
     )
 
 
-@app.command()
+@_add_command("models")
 def models(
     pattern: Annotated[
         str | None,
@@ -101,7 +176,9 @@ def models(
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="Side of the input in pixels (default: each one's own)", min=1),
+        typer.Option(
+            help="Side of the input in pixels (default: each one's own)", min=1, metavar="N"
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time training and scoring on this machine")
@@ -129,25 +206,47 @@ def models(
     run_command(body, json_output=json_output, debug=debug, show=show)
 
 
-@app.command()
-def doctor(json_output: JsonOption = False, debug: DebugOption = False) -> None:
-    """Check this machine: versions, cores, GPUs, memory, disk, Ray and the built-in detector."""
-
+def _examine(make_configs: Any, *, json_output: bool, debug: bool) -> None:
     def body() -> tuple[Any, int]:
+        config, store = make_configs()
+        log("doctor: looking at this machine")
         from cifake_ray.stages.doctor import examine_machine
 
-        return examine_machine()
+        return examine_machine(config, store, log)
 
-    run_command(body, json_output=json_output, debug=debug)
+    run_command(body, json_output=json_output, debug=debug, show=format_checks)
 
 
-@app.command()
+app.command(
+    name="doctor", cls=Command, help=_describe(DoctorConfig), epilog=_list_examples("doctor")
+)(make_command(DoctorConfig, _examine, StoreConfig))
+
+
+@_add_command("config")
+def config(
+    verbs: Annotated[
+        list[str], typer.Argument(help="Verbs; of several, each gets a section", metavar="VERB...")
+    ],
+) -> None:
+    """Print a YAML file of all options of a verb with their defaults, for `--config`."""
+
+    def body() -> tuple[Any, int]:
+        for verb in verbs:
+            if verb not in SECTIONS:
+                raise UsageError(
+                    f"{verb}: no such verb{suggest_word(verb, SECTIONS)}; there are"
+                    f" {', '.join(SECTIONS)}"
+                )
+        return {"config": format_config(verbs)}, ExitCode.OK
+
+    run_command(body, json_output=False, debug=False, show=lambda found: found["config"].rstrip())
+
+
+@_add_command("version")
 def version(json_output: JsonOption = False, debug: DebugOption = False) -> None:
     """Print the versions of this program and of its main dependencies."""
 
     def body() -> tuple[Any, int]:
-        from importlib.metadata import version as find_version
-
         names = ("cifake-ray", "ray", "torch", "torchvision", "timm", "pyarrow")
         return {name: find_version(name) for name in names}, ExitCode.OK
 

@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
+from cifake_ray.status_line import PLAIN_INTERVAL_S, TERMINAL_INTERVAL_S, StatusLine
 
 if TYPE_CHECKING:
     from cifake_ray.stages.batch.summary import Progress
@@ -29,10 +31,9 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"
 
-PLAIN_INTERVAL_S = 5.0  # between two progress lines where there is no terminal
-TERMINAL_INTERVAL_S = 0.2
 SAME_SIGNAL_S = 1.0  # a signal to a group of processes comes twice, the second time from a parent
 INTERRUPTED = "interrupted; run the same command again to resume"
+_status = StatusLine()
 
 
 class Terminated(KeyboardInterrupt):
@@ -86,7 +87,8 @@ def run_command(
     error = ""
     result: Any = None
     try:
-        result, code = body()
+        with _status.keep_alive() if _log_format == "text" else nullcontext():
+            result, code = body()
     except CifakeError as failure:
         error, code = str(failure), failure.exit_code
         if debug:
@@ -109,12 +111,8 @@ def run_command(
     sys.exit(int(code))
 
 
-def _put(text: str, stream: TextIO, end: str = "\n") -> None:
-    """Print; after a broken pipe (`| head`) discard output."""
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def _put(text: str, stream: TextIO) -> None:
+    _status.write(text, stream)
 
 
 def _encode(record: dict[str, Any]) -> str:
@@ -158,13 +156,38 @@ def format_record(record: dict[str, Any]) -> str:
     """Format a record as `name  value` lines."""
     width = max(len(name) for name in record)
     return "\n".join(
-        f"{name.ljust(width)}  {clean_text(_format_value(value))}" for name, value in record.items()
+        f"{name.ljust(width)}  "
+        + clean_text(_format_size(value) if name.endswith("_bytes") else _format_value(value))
+        for name, value in record.items()
     )
+
+
+def format_checks(found: dict[str, Any]) -> str:
+    """Format what doctor found: a tick before each finding, a cross before each problem."""
+    try:
+        tick, cross = "\u2713", "\u2717"
+        (tick + cross).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        tick, cross = "ok", "!!"
+    facts = {name.replace("_", " "): v for name, v in found.items() if name != "problems"}
+    lines = [f"{tick} {line}" for line in format_record(facts).splitlines()]
+    lines += [f"{cross} {clean_text(problem)}" for problem in found["problems"]]
+    return "\n".join(lines)
+
+
+def _format_size(num_bytes: float) -> str:
+    """Format bytes as `122.9 MB`."""
+    if num_bytes < 1000:
+        return f"{num_bytes:,} bytes"
+    power = min(int(math.log10(num_bytes) // 3), 4)
+    return f"{num_bytes / 1000**power:,.1f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _format_value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_format_value(v)}" for name, v in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_format_value, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
@@ -180,8 +203,14 @@ def choose_log_format(log_format: LogFormat) -> LogFormat:
 
 
 def log(message: str, **fields: Any) -> None:
-    """Write a line to stderr: the message, or with `--log-format json` also `fields`."""
-    if _log_format == "json":
+    """Write a line to stderr: the message, or with `--log-format json` also `fields`.
+
+    A message that ends with `...` says what begins now: it is shown while it lasts, and not written
+    if that is soon over.
+    """
+    if message.endswith("..."):
+        _status.set(clean_text(message))
+    elif _log_format == "json":
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
         _put(_encode({"time": time_utc, "message": message, **fields}), sys.stderr)
     else:
@@ -208,30 +237,54 @@ def show_bytes(chunks: Iterable[bytes]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@dataclass
-class ProgressLine:
-    """Show progress with rate and time left: one updated line on a terminal, else one every 5 s."""
+class _Repeated:
+    """Show progress now and then: in place on a terminal, else as a line every 5 s."""
 
-    verb: str
-    shown_s: float = 0.0
+    shown_s = 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def show(self, texts: Sequence[str], *, is_last: bool = False, **fields: Any) -> None:
+        """Show `texts`, which say the same with ever fewer words, unless it was just shown."""
         is_terminal = sys.stderr.isatty() and _log_format == "text"
-        is_last = progress.done + progress.failed == progress.listed
         interval_s = TERMINAL_INTERVAL_S if is_terminal else PLAIN_INTERVAL_S
         if time.monotonic() - self.shown_s < interval_s and not is_last:
             return
         self.shown_s = time.monotonic()
-        eta = "" if progress.eta_s is None else f", {format_time(progress.eta_s)} left"
+        is_in_place = is_terminal and not is_last
+        _status.set(*texts, at_once=is_in_place)
+        if not is_in_place:
+            log(texts[0], **fields)
+
+
+def _drop_parts(head: str, short_head: str, parts: Sequence[str]) -> list[str]:
+    """Return `head` with all parts, with ever fewer of them (the first go first), and alone."""
+    parts = [part for part in parts if part]
+    texts = [", ".join([head, *parts[n:]]) for n in range(len(parts) + 1)]
+    return [*texts, short_head]
+
+
+@dataclass
+class ProgressLine(_Repeated):
+    """Show the progress of a batch with its rate and the time left."""
+
+    verb: str = ""
+
+    def __call__(self, progress: Progress) -> None:
         done = progress.done + progress.failed
-        text = (
-            f"{self.verb}: {done:,} of {progress.listed:,} images ({done / progress.listed:.0%}),"
-            f" {progress.failed:,} failed, {progress.images_per_s:,.0f} images/s{eta}"
+        share = f"{done / progress.listed:.0%}"
+        parts = (
+            f"{progress.failed:,} failed",
+            f"{progress.images_per_s:,.0f} images/s",
+            "" if progress.eta_s is None else f"{format_time(progress.eta_s)} left",
         )
-        if is_terminal:
-            _put(f"\r\x1b[K{text}", sys.stderr, end="\n" if is_last else "")
-        else:
-            log(text, verb=self.verb, **asdict(progress))
+        texts = _drop_parts(
+            f"{self.verb}: {done:,} of {progress.listed:,} images ({share})",
+            f"{self.verb}: {done:,}/{progress.listed:,}",
+            parts,
+        )
+        is_last = done == progress.listed
+        self.show(texts, is_last=is_last, verb=self.verb, **asdict(progress))
+        if is_last:
+            _status.set(f"{self.verb}: finishing ...")
 
 
 def format_time(seconds: float) -> str:
@@ -239,6 +292,20 @@ def format_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class StepLine(_Repeated):
+    """Show the progress within an epoch of training."""
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        head = f"train: epoch {row['epoch']} of {row['epochs']}"
+        parts = (
+            f"loss {row['loss']:.4f}",
+            f"{row['images_per_s']:,.0f} images/s",
+            f"{format_time(row['eta_s'])} left",
+        )
+        batch = f"batch {row['batch']:,} of {row['batches']:,}"
+        self.show(_drop_parts(f"{head}, {batch}", head, parts), **row)
 
 
 def show_epoch(row: dict[str, Any], epochs: int) -> None:
@@ -250,3 +317,5 @@ def show_epoch(row: dict[str, Any], epochs: int) -> None:
         f" {row['images_per_s']:,.0f} images/s, {format_time(left)} left",
         **row,
     )
+    if row["epoch"] < epochs:
+        _status.set(f"train: epoch {row['epoch'] + 1} of {epochs} ...")

@@ -15,6 +15,8 @@ Anything else, such as a ValueError that numpy, pyarrow, torch or json raise, is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import IntEnum
 
 
@@ -88,3 +90,9 @@ class ImageError(Exception):
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
         return type(self), (self.error, self.detail)
+
+
+def suggest_word(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean WORD?` for the nearest known word, or nothing when none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

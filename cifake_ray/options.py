@@ -7,24 +7,45 @@ click's own: `--recipe` < `--config FILE.yaml` < `CIFAKE_RAY_*` < flags.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+import os
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from cifake_ray.config import Augmentation, Config, Doc, TrainConfig, doc_of
-from cifake_ray.console import LogFormat, choose_log_format
+from cifake_ray.command import OUTPUT_PANEL
+from cifake_ray.config import (
+    LAST_PANELS,
+    VERBS,
+    Augmentation,
+    Doc,
+    DoctorConfig,
+    SubmitConfig,
+    TrainConfig,
+    doc_of,
+    find_panel,
+)
+from cifake_ray.console import LogFormat, choose_log_format, log
+from cifake_ray.errors import UsageError, suggest_word
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe
 
 PREFIX = "CIFAKE_RAY_"
+# Of a project file; `submit` and `doctor` have options of a verb or a store besides.
+SECTIONS: dict[str, type] = {**VERBS, "submit": SubmitConfig, "doctor": DoctorConfig}
+LOG_FORMAT = "log_format"  # an option of every verb that is no field of its config
+METAVARS = {int: "N", float: "X", bool: ""}
 
 
 def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
     """Use a YAML mapping as defaults of the command. BadParameter for unknown keys."""
     if path is not None:
-        context.default_map = {**(context.default_map or {}), **_read_values(context, path)}
+        context.meta["config"] = _read_values(context, path)
+        _set_defaults(context)
     return path
 
 
@@ -34,45 +55,144 @@ def load_recipe(context: typer.Context, name: str | None) -> str | None:
     BadParameter when there is no such recipe.
     """
     if name is not None:
-        try:
-            path = find_preset(name, RECIPES)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-        context.default_map = {**_read_values(context, path), **(context.default_map or {})}
+        context.meta["recipe"] = name
+        _set_defaults(context)
     return name
 
 
+def _set_defaults(context: typer.Context) -> None:
+    """Set the defaults to the file's values over those of the recipe, which the file may name."""
+    values = dict(context.meta.get("config", {}))
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    if "recipe" in parameters and parameters["recipe"].is_eager:  # of train; tune's is another
+        name = context.meta.get("recipe") or values.get("recipe")
+        values.pop("recipe", None)
+        if name is not None:
+            try:
+                path = find_preset(str(name), RECIPES)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+            values = {**_read_values(context, path), **values}
+            context.meta["recipe_in_use"] = name
+    for key, value in values.items():
+        if getattr(parameters[key], "multiple", False) and not isinstance(value, list | None):
+            if isinstance(value, dict):
+                raise typer.BadParameter(f"{key}: give a list, such as [a, b]")
+            values[key] = [value]
+    context.default_map = values
+
+
 def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
+    """Return the values for the command: those of its section over those above all sections.
+
+    BadParameter for an unknown key, also in the sections of other verbs.
+    """
+    verb = context.command.name or ""
+    known = {parameter.name for parameter in context.command.params}
+    known -= {"json_output", "debug", "config_file", "help", None}
     try:
         values = read_recipe(path)
+        sections = {
+            name: {str(key).replace("-", "_"): value for key, value in values.pop(name).items()}
+            for name in SECTIONS
+            if isinstance(values.get(name), dict)
+        }
+        for name, section in sections.items():
+            _check_keys(section, _list_keys(name), f"{path}: section {name}", name)
+        if not sections:
+            _check_keys(values, known, str(path), verb)
+        else:
+            everywhere = set().union(*map(_list_keys, SECTIONS))
+            _check_keys(values, everywhere, f"{path}: above the sections", "any verb")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    known = {parameter.name for parameter in context.command.params if not parameter.is_eager}
-    if unknown := sorted(values.keys() - known):
-        raise typer.BadParameter(
-            f"{path}: {', '.join(unknown)}: no such option of `{context.command.name}`;"
-            f" it has {', '.join(sorted(name for name in known if name))}"
-        )
-    return values
+    is_job = context.parent is not None and context.parent.info_name == "submit"
+    for name in [verb, "submit"] if is_job else [verb]:
+        section = sections.get(name, {})
+        values |= {key: value for key, value in section.items() if value is not None}
+    return {key: value for key, value in values.items() if key in known}
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object")]
+def _list_keys(section: str) -> set[str]:
+    names = {field.name for field in fields(SECTIONS[section])} | {LOG_FORMAT}
+    return names | ({"recipe"} if section == "train" else set())
+
+
+def _check_keys(values: Iterable[str], known: Iterable[Any], place: str, verb: str) -> None:
+    for key in values:
+        if key not in known:
+            hint = suggest_word(key, known) or f"; there are {', '.join(sorted(known))}"
+            raise UsageError(f"{place}: {verb} has no option {key}{hint}")
+
+
+def check_variables() -> None:
+    """Raise UsageError for a CIFAKE_RAY_* variable that no verb has: it would be ignored."""
+    known = {PREFIX + key.upper() for section in SECTIONS for key in _list_keys(section)}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            raise UsageError(
+                f"{name} is set, but no option has this variable"
+                + (suggest_word(name, known) or "; unset it")
+            )
+
+
+def format_config(verbs: Iterable[str]) -> str:
+    """Return a YAML file of all options of these verbs with their defaults, for `--config`."""
+    verbs = list(verbs)
+    lines = [
+        f"# Options of {', '.join(verbs)}, for --config FILE. Variables and flags take precedence.",
+        "# These lines win over those of --recipe: delete what you do not change.",
+    ]
+    for verb in verbs:
+        lines += ["", f"{verb}:"] if len(verbs) > 1 else []
+        indent = "  " * (len(verbs) > 1)
+        lines += [indent + line if line else "" for line in _list_config_lines(SECTIONS[verb])]
+    return "\n".join(lines) + "\n"
+
+
+def _list_config_lines(config_class: type) -> list[str]:
+    lines, panel = [], None
+    for name, field in _sort_fields([config_class]).items():
+        doc = doc_of(config_class, name)
+        if (title := find_panel(config_class, name)[1]) != panel:
+            panel = title
+            lines += ["", f"# --- {title}"]
+        hint = get_type_hints(config_class)[name]
+        lines += [f"# {line}" for line in textwrap.wrap(_describe_option(doc, hint), 96)]
+        value = "..." if field.default is MISSING else json.dumps(field.default)
+        lines.append(f"{'# ' * (field.default is MISSING)}{name}: {value}")
+    return lines
+
+
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print the result as one JSON object", rich_help_panel=OUTPUT_PANEL
+    ),
+]
 LogFormatOption = Annotated[
     LogFormat,
     typer.Option(
         "--log-format",
-        help="Format of log lines on stderr; json: objects with time, message and numbers",
+        help="Format of log lines on stderr, text or json: objects with time, message and numbers",
+        metavar="WORD",
+        rich_help_panel=OUTPUT_PANEL,
         envvar=f"{PREFIX}LOG_FORMAT",
         show_envvar=False,
         callback=choose_log_format,
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=OUTPUT_PANEL),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="YAML file with defaults for these options",
+        help="YAML file with defaults for these options, see `cifake-ray config`",
+        metavar="FILE",
+        rich_help_panel=OUTPUT_PANEL,
         is_eager=True,
         callback=load_config_file,
     ),
@@ -81,7 +201,9 @@ RecipeOption = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="Built-in recipe or YAML file with defaults for these options",
+        help="Built-in recipe (fast, best, ...) or YAML file with defaults for these options",
+        metavar="NAME",
+        rich_help_panel=OUTPUT_PANEL,
         is_eager=True,
         callback=load_recipe,
     ),
@@ -89,7 +211,7 @@ RecipeOption = Annotated[
 
 
 def make_command(
-    config_class: type[Config], run: Callable[..., None], job_class: type | None = None
+    config_class: type, run: Callable[..., None], job_class: type | None = None
 ) -> Callable[..., None]:
     """Return a function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
@@ -97,27 +219,32 @@ def make_command(
     adds its fields, replaces those of the same name, and makes `make()` return both configs.
     """
     classes = [config_class] if job_class is None else [config_class, job_class]
-    owners = {field.name: (owner, field) for owner in classes for field in fields(owner)}
-    docs = {name: doc_of(owner, name) for name, (owner, _) in owners.items()}
+    owners = {field.name: owner for owner in classes for field in fields(owner)}
+    sorted_fields = _sort_fields(classes)
+    docs = {name: doc_of(owners[name], name) for name in sorted_fields}
     options = {
-        name: _make_option(docs[name], get_type_hints(owners[name][0])[name], owners[name][1])
-        for name in sorted(owners, key=lambda name: not docs[name].positional)
+        name: _make_option(owners[name], sorted_fields[name])
+        for name in sorted(sorted_fields, key=lambda name: not docs[name].positional)
     }
     options |= {
         "json_output": (JsonOption, False),
         "debug": (DebugOption, False),
         "log_format": (LogFormatOption, "text"),  # used by its callback, as the two below
         "config_file": (ConfigOption, None),
+        "context": (typer.Context, inspect.Parameter.empty),
     }
     if config_class is TrainConfig:
         options["recipe"] = (RecipeOption, None)
 
-    def command(*, json_output: bool, debug: bool, **values: Any) -> None:
+    def command(*, json_output: bool, debug: bool, context: typer.Context, **values: Any) -> None:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
         def make() -> Any:
+            check_variables()
+            if name := context.meta.get("recipe_in_use"):
+                log(f"{context.command.name}: recipe {name}")
             made = [
-                owner(**{name: values[name] for name in owners if owners[name][0] is owner})
+                owner(**{name: values[name] for name in owners if owners[name] is owner})
                 for owner in classes
             ]
             return made[0] if job_class is None else made
@@ -137,17 +264,47 @@ def make_command(
     return command
 
 
-def _make_option(doc: Doc, hint: Any, field: Field[Any]) -> tuple[Any, Any]:
+def _sort_fields(classes: list[type]) -> dict[str, Field[Any]]:
+    """Return the fields as help shows them: a verb's own first, then how it runs, S3, the cluster.
+
+    Of two fields of the same name the one of the last class counts.
+    """
+    found = {field.name: (owner, field) for owner in classes for field in fields(owner)}
+    last = ("", *LAST_PANELS)  # "" stands for all panels that come before
+
+    def rank(name: str) -> tuple[int, int, int]:
+        distance, panel = find_panel(found[name][0], name)
+        owner_panels = list(vars(found[name][0]).get("PANELS", {}))
+        place = owner_panels.index(panel) + 1 if panel in owner_panels else 0
+        return last.index(panel) if panel in last else 0, distance, place
+
+    return {name: found[name][1] for name in sorted(found, key=rank)}
+
+
+def _describe_option(doc: Doc, hint: Any) -> str:
+    """Return the help of a field with the words that it takes."""
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, tuple) else (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    missing = [word for word in words if word not in doc.help]
+    return f"{doc.help} ({', '.join(words)})" if missing else doc.help
+
+
+def _make_option(config_class: type, field: Field[Any]) -> tuple[Any, Any]:
     """Return the annotation and the default of the parameter that typer makes an option."""
+    doc, hint = doc_of(config_class, field.name), get_type_hints(config_class)[field.name]
+    text = _describe_option(doc, hint)
     default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words
         hint, default = list[str], list(default)
     if hint == str | Augmentation:  # on the command line it is text
         hint = str
     if doc.positional:
-        return Annotated[hint, typer.Argument(help=doc.help, show_default=False)], default
+        return Annotated[hint, typer.Argument(help=text, show_default=False)], default
+    kind = next(iter(get_args(hint)), hint) if get_origin(hint) is UnionType else hint
     option = typer.Option(
-        help=doc.help,
+        help=text,
+        metavar=METAVARS.get(kind, "WORD" if get_origin(kind) is Literal else "TEXT") or None,
+        rich_help_panel=find_panel(config_class, field.name)[1],
         envvar=PREFIX + field.name.upper(),
         show_envvar=False,
         show_default=default not in (None, []),

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
+    VERBS,
     BatchConfig,
     ConvertConfig,
     EvaluateConfig,
@@ -22,7 +23,7 @@ from cifake_ray.config import (
     VerifyConfig,
 )
 from cifake_ray.config.export import STDOUT
-from cifake_ray.console import ProgressLine, log, show_bytes, show_epoch
+from cifake_ray.console import ProgressLine, StepLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.storage.io.paths import AnyPath, link_path, resolve_path
 from cifake_ray.storage.s3.location import open_path
@@ -36,14 +37,16 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 12, "batch_size": 32, "lr": 0.001, "w
 
 def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
     """Run the verb that a config belongs to; return its result and exit code."""
+    verb = next(name for name, kind in VERBS.items() if kind is type(config))
+    log(f"{verb}: working ...")
     return RUNNERS[type(config)](config, started_s)
 
 
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
+    from cifake_ray.stages.train.placement import place_training
     from cifake_ray.stages.train.prepare import build_checked
-    from cifake_ray.stages.train.ray_train import place_training
     from cifake_ray.storage.io.files import exists, read_json
 
     root = resolve_path(config.root, config.store)
@@ -127,7 +130,7 @@ def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.train.driver import train_detector
 
-    return train_detector(config, show_epoch, started_s, log), ExitCode.OK
+    return train_detector(config, show_epoch, started_s, log, StepLine()), ExitCode.OK
 
 
 def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:

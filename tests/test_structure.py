@@ -32,7 +32,9 @@ MODULES = {
 JOBS = sorted((PROJECT / "jobs").glob("*.py"))
 
 RANKS = {"core": 0, "config": 0, "errors": 0, "version": 0, "report": 1, "storage": 2, "stages": 3}
-DOORS = {"api", "timm", "cli", "options", "console", "pipeline", "__main__"}
+DOORS = {
+    *("api", "timm", "cli", "command", "options", "console", "status_line", "pipeline", "__main__")
+}
 DOOR_RANK = 4
 
 # The rooms of a floor, lowest first: a room imports from those before it and from itself, those of

@@ -9,9 +9,11 @@ from __future__ import annotations
 from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
 from cifake_ray.config.convert import ConvertConfig
+from cifake_ray.config.doctor import DoctorConfig
 from cifake_ray.config.evaluate import EvaluateConfig
 from cifake_ray.config.export import ExportConfig
 from cifake_ray.config.fields import (
+    LAST_PANELS,
     MAX_IMAGE_SIZE,
     ClusterConfig,
     Device,
@@ -21,6 +23,7 @@ from cifake_ray.config.fields import (
     check_endpoint,
     doc_of,
     find_misfit,
+    find_panel,
     fingerprint_settings,
     list_options,
 )

@@ -15,6 +15,8 @@ SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 class BatchConfig(ClusterConfig):
     """Options of the verbs that run as a batch."""
 
+    PANEL: ClassVar[str] = "Run"
+
     num_workers: Annotated[
         int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
     ] = None
@@ -53,6 +55,8 @@ class SourceConfig(BatchConfig):
     """Options for finding and labelling images."""
 
     needs_labels: ClassVar[bool] = False  # labels of which none is understood are an error
+    PANEL: ClassVar[str] = "Images and labels"
+    PANELS: ClassVar[dict[str, str]] = {"Images and labels": "allow_prefix"}
 
     src: Annotated[
         str,
@@ -108,6 +112,9 @@ class SourceConfig(BatchConfig):
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig(BatchConfig):
     """Options for loading and running a detector."""
+
+    PANEL: ClassVar[str] = "Detector"
+    PANELS: ClassVar[dict[str, str]] = {"Detector": "expect_sha256 allow_pickle"}
 
     bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
     expect_sha256: Annotated[

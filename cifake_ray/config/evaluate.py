@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from cifake_ray.config.batch import BundleConfig
 from cifake_ray.config.fields import Doc, RuntimeDoc, check_least
@@ -12,6 +12,8 @@ from cifake_ray.config.fields import Doc, RuntimeDoc, check_least
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(BundleConfig):
     """evaluate: measure a detector on labelled shards and write a report."""
+
+    PANEL: ClassVar[str] = "Evaluation"
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     out: Annotated[str, RuntimeDoc("Folder for the report")]

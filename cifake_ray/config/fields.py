@@ -7,9 +7,9 @@ import re
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from cifake_ray.errors import UsageError
+from cifake_ray.errors import UsageError, suggest_word
 
 Device = Literal["auto", "cpu", "cuda"]
 Fit = Literal["resize", "crop"]
@@ -62,7 +62,9 @@ def find_misfit(config_class: type, name: str, value: object) -> str | None:
             get_args(kind) if get_origin(kind) is Literal else [TYPE_WORDS.get(kind, "a tuple")]
         )
     ]
-    return f"is {value!r}; give {' or '.join(words)}"
+    given = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    guess = suggest_word(str(given), set(words) - set(TYPE_WORDS.values()))
+    return f"is {given!r}; give {' or '.join(words)}{guess}"
 
 
 @cache
@@ -94,9 +96,9 @@ S3_SERVER = "the server; credentials come from the AWS chain, never from a URL"
 
 
 def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
-    """Raise UsageError, without the URL in it, for a URL that is not a bare server address."""
+    """Raise UsageError, without the URL in it, for a URL that is not a server, or a path on one."""
     check(
-        url is None or re.fullmatch(r"https?://[^@?#/\s]+/?", url) is not None,
+        url is None or re.fullmatch(r"https?://[^@?#/\s]+(/[^@?#\s]*)?", url) is not None,
         f"{name}: give http://HOST:PORT or https://HOST, {what}",
     )
 
@@ -104,6 +106,8 @@ def check_endpoint(url: str | None, name: str, what: str = S3_SERVER) -> None:
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """Options for reaching buckets. Credentials come from the AWS chain, never from options."""
+
+    PANEL: ClassVar[str] = "S3"  # on the help page
 
     s3_endpoint_url: Annotated[
         str | None, RuntimeDoc("Server of s3:// (default: AWS_ENDPOINT_URL, else AWS)")
@@ -115,6 +119,9 @@ class StoreConfig:
         str | None, RuntimeDoc("Profile in the AWS configuration (default: AWS_PROFILE)")
     ] = None
     s3_anonymous: Annotated[bool, RuntimeDoc("Use no credentials, for public buckets")] = False
+    s3_requester_pays: Annotated[
+        bool, RuntimeDoc("Pay for the requests to a bucket whose readers pay")
+    ] = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -131,6 +138,8 @@ class StoreConfig:
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig(StoreConfig):
     """Options for where a command runs."""
+
+    PANEL: ClassVar[str] = "Cluster"
 
     address: Annotated[
         str | None,
@@ -154,6 +163,26 @@ def doc_of(config_class: type, name: str) -> Doc:
     """Return the `Doc` of a field."""
     doc: Doc = get_type_hints(config_class, include_extras=True)[name].__metadata__[0]
     return doc
+
+
+def find_panel(config_class: type, name: str) -> tuple[int, str]:
+    """Return where a field stands on the help page: its class's distance, and the panel's title.
+
+    A class may sort its fields into `PANELS`; what does not change the result is in `Run`.
+    """
+    for distance, owner in enumerate(config_class.__mro__):
+        if name in vars(owner).get("__annotations__", {}):
+            panels: dict[str, str] = vars(owner).get("PANELS", {})
+            for title, names in panels.items():
+                if name in names.split():
+                    return distance, title
+            title = vars(owner).get("PANEL", "Options")
+            is_run = not doc_of(config_class, name).in_fingerprint and title not in LAST_PANELS
+            return distance, "Run" if is_run else title
+    raise KeyError(name)
+
+
+LAST_PANELS = ("Run", "S3", "Cluster")  # behind a verb's own, in this order
 
 
 def fingerprint_settings(config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from cifake_ray.config.batch import BundleConfig, SourceConfig
 from cifake_ray.config.fields import Doc, check
@@ -12,6 +12,8 @@ from cifake_ray.config.fields import Doc, check
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(SourceConfig, BundleConfig):
     """score: score images with a detector."""
+
+    PANEL: ClassVar[str] = "Detector"
 
     target_fpr: Annotated[
         float | None, Doc("Use the bundle's threshold for this false-positive rate: 0.01 or 0.001")

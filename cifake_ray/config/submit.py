@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
@@ -20,6 +20,8 @@ JOBS_API = "the Jobs API of the cluster, usually at port 8265 of its head"
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig:
     """submit: run a verb as a job of a Ray cluster, and exit with the job's exit code."""
+
+    PANEL: ClassVar[str] = "Job"
 
     address: Annotated[
         str | None, Doc("The cluster's Jobs API, such as http://HEAD:8265 (default: RAY_ADDRESS)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
@@ -28,7 +28,17 @@ TrackerName = Literal["tensorboard", "mlflow"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ClusterConfig):
-    """train: shards -> RUN/bundle, the best epoch by validation."""
+    """train: train a detector on shards; its best epoch by validation becomes RUN/bundle."""
+
+    PANEL: ClassVar[str] = "Training"
+    PANELS: ClassVar[dict[str, str]] = {
+        "Model": "model weights pretrained image_size fit drop_path test_time_flip",
+        "Augmentation": "augment mixup cutmix label_smoothing",
+        "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
+        " grad_accum",
+        "Validation and the epoch that is kept": "val_fraction val_split monitor patience min_delta"
+        " keep_epochs ema_decay",
+    }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[str, RuntimeDoc("Folder of this run; the same folder resumes", positional=True)]

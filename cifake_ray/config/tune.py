@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
 from cifake_ray.config.train import Monitor, TrackerName
@@ -14,7 +14,9 @@ Searcher = Literal["random", "grid", "tpe"]
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(ClusterConfig):
-    """tune: shards -> RUN/bundle of the best trial, RUN/recipe.yaml and a table of all trials."""
+    """tune: search options of train; RUN gets the best trial's bundle and recipe, and a table."""
+
+    PANEL: ClassVar[str] = "Search"
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     run: Annotated[

@@ -121,6 +121,7 @@ def connect_cluster(
         place_workers(here, num_workers=least.num_workers, use_gpu=False, cpus_per_worker=1)
     _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log("starting Ray ..." if address == "local" else f"connecting to Ray at {address} ...")
     try:
         with _hold_stderr():
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)

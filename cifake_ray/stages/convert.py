@@ -7,7 +7,8 @@ from collections.abc import Callable
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
+from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source

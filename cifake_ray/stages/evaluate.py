@@ -27,7 +27,8 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.report.text import KEY_METRICS, format_threshold
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
+from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import read_if_exists, write_bytes, write_json
@@ -97,6 +98,7 @@ def evaluate_detector(
         source=source,
         paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
         inputs={"split": split, "bundle": bundle.fingerprint},
+        facts={"bundle": str(bundle.path), "threshold": bundle.threshold(None)},
         device=config.device,
         make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size),
         threshold=threshold,

@@ -15,7 +15,8 @@ from cifake_ray.config import ScoreConfig
 from cifake_ray.errors import ResourceError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.summary import BatchSummary, DryRun, Progress
+from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
@@ -102,6 +103,7 @@ def score_images(
         source=source,
         paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
         inputs={"bundle": bundle.fingerprint},
+        facts={"bundle": str(bundle.path), "threshold": bundle.threshold(config.target_fpr)},
         device=config.device,
         make_processor=MakeScoreProcessor(
             bundle=bundle, threshold=threshold, batch_size=config.batch_size

@@ -33,7 +33,8 @@ def run_score(
 ) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), **options)
     bundle = locate_bundle(config.bundle)
-    summary = score_images(config, src, out, bundle, lambda _: None, time.time(), log)
+    log_end = lambda line: line.endswith("...") or log(line)  # noqa: E731
+    summary = score_images(config, src, out, bundle, lambda _: None, time.time(), log_end)
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary

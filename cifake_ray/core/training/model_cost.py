@@ -184,6 +184,7 @@ def list_models(
         rows.append(row)
         if not is_counted:
             continue
+        log(f"models: counting {name}, {number} of {len(names)} ...")
         try:
             row.update(asdict(count_cost(name, image_size)))
             if measure:

@@ -92,6 +92,7 @@ class Trainer:
             detector.network, detector.preprocessing.image_size, precision.device
         )
         self.state = TrainState()
+        self.on_step: Callable[[torch.Tensor], None] = lambda total: None  # see `_train_epoch`
 
     def fit(self, save: Callable[[], None]) -> None:
         """Train the epochs that are left.
@@ -133,6 +134,7 @@ class Trainer:
         for batch in self.batches.draw(state.epoch, state.batch):
             total += self.train_step(batch)
             state.batch += 1
+            self.on_step(total)  # the sum of this rank's losses in this epoch
             is_last = state.batch == self.batches.steps_per_epoch
             if is_last or self._is_time_to_save():
                 state.loss_sum = self._add_up(total)

@@ -11,23 +11,21 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
-from cifake_ray.core.schema import SPLITS
 from cifake_ray.errors import CifakeError, NothingToDo
+from cifake_ray.stages.batch.plan import DryRun, choose_placement, count_listing, guess_placement
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
     ShardWorker,
@@ -36,7 +34,6 @@ from cifake_ray.stages.batch.shard_worker import (
 )
 from cifake_ray.stages.batch.summary import (
     BatchSummary,
-    DryRun,
     Progress,
     Totals,
     read_summary,
@@ -44,10 +41,7 @@ from cifake_ray.stages.batch.summary import (
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import (
     Placement,
-    Resources,
-    choose_gpu,
     connect_cluster,
-    place_workers,
 )
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
@@ -88,6 +82,7 @@ class BatchPlan:
     on_progress: Callable[[Progress], None]
     started_s: float  # time.time() when the process began
     log: Callable[[str], None]
+    facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
     threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
     thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
@@ -108,40 +103,49 @@ class BatchPlan:
         )
 
     def list_images(self) -> Listing:
-        """List the source, or what `--limit` and `--sample` choose of it, and count."""
+        """List the source, or what `--limit` and `--sample` choose of it; count and log."""
         listing = self.source.list_images()
         choose_rows(listing, self.config)
         listing.count_rows(describe=self.needs_labels)
+        listing.change_batches(self._log_listing)
         return listing
+
+    def _log_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        listed = 0
+        for batch in batches:
+            listed += batch.num_rows
+            self.log(f"{self.command}: listing, {listed:,} keys ...")
+            yield batch
+        self.log(f"{self.command}: listed {listed:,} keys; starting workers ...")
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
     listing = plan.list_images()
-    by_split: Counter[str | None] = Counter()
-    size_bytes = num_batches = 0
-    for batch in listing.batches:
-        for row in pc.value_counts(batch.column("split")).to_pylist():
-            by_split[row["values"] if row["values"] in SPLITS else None] += row["counts"]
-        size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
-        num_batches += 1
-    listed = by_split.total()
-    if not listed:
+    size = count_listing(listing)
+    if not size.listed:
         raise NothingToDo("the source holds no file; check the path, --include and --exclude")
     for note in listing.notes:
         plan.log(f"{plan.command}: {note}")
-    rows = plan.config.shard_size or choose_shard_rows(listed, size_bytes)
+    counts = listing.counts.to_dict()
+    num_workers, device = guess_placement(plan.config, plan.device)
+    rows = plan.config.shard_size or choose_shard_rows(size.listed, size.size_bytes)
     return DryRun(
         command=plan.command,
         out=str(plan.out),
-        listed=listed,
-        size_bytes=size_bytes,
+        listed=size.listed,
+        size_bytes=size.size_bytes,
         left_out=dict(+listing.left_out),
-        **listing.counts.to_dict(),
-        shards_total=num_batches
+        labels=counts["labels"],
+        splits=counts["splits"],
+        sources=counts["sources"],
+        shards_total=size.num_batches
         if listing.keeps_order
-        else sum(-(-count // rows) for count in by_split.values()),
+        else sum(-(-count // rows) for count in size.by_split.values()),
+        num_workers=num_workers,
+        device=device,
+        **plan.facts,
     )
 
 
@@ -181,6 +185,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
         run = opening.result()
+        plan.log(f"{plan.command}: starting {placement.num_workers} workers ...")
         if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
@@ -245,22 +250,6 @@ def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
     is_whole = len(totals.shards) == run.manifest.num_shards
     has_work = plan.config.retry_errors and count_retryable(totals.errors)
     return finish_batch(plan, run, totals) if is_whole and not has_work else None
-
-
-def choose_placement(resources: Resources, num_workers: int | None, device: Device) -> Placement:
-    """Return a placement of a worker per CPU, or per GPU with tasks on all other CPUs to feed it.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    use_gpu = choose_gpu(device, resources)
-    placement = place_workers(
-        resources,
-        num_workers=num_workers or max(1, resources.num_gpus if use_gpu else resources.num_cpus),
-        use_gpu=use_gpu,
-        cpus_per_worker=1,
-    )
-    spare = resources.num_cpus - placement.num_workers if use_gpu else 0
-    return replace(placement, num_feeders=-(-spare // placement.num_workers))
 
 
 def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:

@@ -55,24 +55,6 @@ class BatchSummary:
         return ExitCode.TOO_MANY_ERRORS if too_many else ExitCode.OK
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """Plan of a run that was not started."""
-
-    command: str
-    out: str
-    listed: int
-    size_bytes: int
-    left_out: dict[str, int]
-    shards_total: int
-    labels: dict[str, int]
-    splits: dict[str, int]
-    sources: dict[str, int]
-
-    def exit_code(self, max_error_rate: float) -> ExitCode:
-        return ExitCode.OK
-
-
 @dataclass
 class Totals:
     """Adds up the reports of the workers."""

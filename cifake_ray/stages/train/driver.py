@@ -14,14 +14,18 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
-from cifake_ray.config import Device, TrainConfig
+from cifake_ray.config import TrainConfig
 from cifake_ray.core.training.device_limits import check_batch_share
 from cifake_ray.core.training.early_stopping import explain_end
-from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.errors import CifakeError
 from cifake_ray.stages.cluster import (
     count_local_cpus,
+)
+from cifake_ray.stages.train.placement import (
+    choose_gpu_here,
+    describe_plan,
+    describe_start,
+    describe_workers,
 )
 from cifake_ray.stages.train.prepare import (
     Prepared,
@@ -29,6 +33,7 @@ from cifake_ray.stages.train.prepare import (
     describe_options,
     prepare_training,
 )
+from cifake_ray.stages.train.progress import receive
 from cifake_ray.stages.train.worker import train_rank
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
@@ -82,10 +87,12 @@ def train_detector(
     on_epoch: Callable[[dict[str, Any], int], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Train to `config.run`/bundle. The same call again resumes; a finished run is left untouched.
 
-    Call `on_epoch(row, epochs)` once per finished epoch, and `log` for other messages. With
+    Call `on_epoch(row, epochs)` once per finished epoch, `on_step(row)` now and then within one,
+    and `log` for other messages. With
     `config.track`, log to the trackers of a finished run the rows that they lack.
     """
     check_trackers(config.track)
@@ -101,6 +108,7 @@ def train_detector(
     run = TrainRun(resolve_path(config.run, config.store))
     if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:
         return summary
+    log(f"train: reading {config.shards} ...")
     prepared = prepare_training(
         config
     )  # fails here, not in every worker, if options do not fit together
@@ -129,29 +137,39 @@ def train_detector(
             "train_images": num_train,
             "val_images": int(prepared.rows.is_val.sum()),
             "epochs": config.epochs,
+            **describe_plan(prepared),
         }
     with run.lock():
         run.open(prepared.settings, asdict(config))
         with Tracking(config.track, run, prepared.settings, log) as tracking:
-            if prepared.weights:
-                log(f"train: starting from {prepared.weights}")
+            for line in describe_start(prepared, run, tracking.resumed):
+                log(f"train: {line}")
+
+            def show(row: dict[str, Any]) -> None:
+                if message := row.get("message"):
+                    log(message)
+                else:
+                    on_step(row)
 
             def report_epoch(row: dict[str, Any], epochs: int) -> None:
                 tracking.log_epoch(row)
                 on_epoch(row, epochs)
 
-            def show_progress() -> None:
-                if line := run.take_progress():
-                    log(line)
+            def look_within() -> None:
+                if (row := receive(config.run)) is not None:
+                    show(row)
 
-            watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, show_progress)
+            watch = _HistoryWatch(run, tracking.resumed, config.epochs, report_epoch, look_within)
             if config.worker_range == (0, 0):
+                use_gpu = choose_gpu_here(config.device)
+                num_threads = config.cpus_per_worker or count_local_cpus()
+                log(f"train: {describe_workers(config, 1, num_threads, use_gpu)}, without Ray")
                 train_rank(
                     prepared,
-                    use_gpu=_choose_gpu_here(config.device),
-                    num_threads=config.cpus_per_worker or count_local_cpus(),
+                    use_gpu=use_gpu,
+                    num_threads=num_threads,
                     on_save=watch.look,
-                    log=log,
+                    send=show,
                 )
             else:
                 from cifake_ray.stages.train.ray_train import train_on_ray
@@ -202,16 +220,6 @@ def finish_training(config: TrainConfig, use_gpu: bool) -> None:
     )
 
 
-def _choose_gpu_here(device: Device) -> bool:
-    """Return whether this process uses a GPU. ResourceError when --device cuda finds none."""
-    is_there = torch.cuda.is_available()
-    if device == "cuda" and not is_there:
-        raise ResourceError(
-            f"--device cuda: torch {torch.__version__} sees no GPU here; use --device cpu"
-        )
-    return device != "cpu" and is_there
-
-
 def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float) -> TrainSummary:
     config = prepared.config
     history = run.read_history()
@@ -256,10 +264,10 @@ class _HistoryWatch:
         seen: int,
         epochs: int,
         on_epoch: Callable[[dict[str, Any], int], None],
-        on_poll: Callable[[], None] = lambda: None,
+        look_within: Callable[[], None] = lambda: None,  # an epoch
     ) -> None:
-        self.on_poll = on_poll
         self.run, self.seen, self.epochs, self.on_epoch = run, seen, epochs, on_epoch
+        self.look_within = look_within
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._poll, daemon=True)
 
@@ -270,8 +278,8 @@ class _HistoryWatch:
 
     def _poll(self) -> None:
         while not self.ended.wait(POLL_S):
+            self.look_within()
             with suppress(CifakeError):  # a short failure of the store: the next look reports it
-                self.on_poll()
                 self.look()
 
     def __enter__(self) -> None:
@@ -281,5 +289,5 @@ class _HistoryWatch:
         self.ended.set()
         self.thread.join()
         with suppress(CifakeError) if kind else nullcontext():
-            self.on_poll()
+            self.look_within()
             self.look()

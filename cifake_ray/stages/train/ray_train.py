@@ -10,40 +10,17 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from cifake_ray.config import TrainConfig
 from cifake_ray.errors import CacheError, CifakeError, StorageError
 from cifake_ray.stages.cluster import (
     Placement,
-    Resources,
-    choose_gpu,
     connect_cluster,
     find_cause,
-    place_workers,
 )
+from cifake_ray.stages.train.placement import describe_workers, place_training
 from cifake_ray.stages.train.prepare import Prepared
 from cifake_ray.stages.train.worker import RankTask, start_rank
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.train_run import TrainRun
-
-MIN_SHARE = 8  # images of a batch for each GPU, unless --num-workers asks for more workers
-
-
-def place_training(config: TrainConfig, resources: Resources) -> Placement:
-    """Return the smallest placement that starts.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    least, most = config.worker_range or (None, None)
-    use_gpu = choose_gpu(config.device, resources)
-    return place_workers(
-        resources,
-        # Small shares of a batch are slow, and too few for batch norms.
-        num_workers=least
-        or (min(resources.num_gpus, max(1, config.batch_size // MIN_SHARE)) if use_gpu else 1),
-        use_gpu=use_gpu,
-        # Workers that join later must get as many as the first ones.
-        cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
-    )
 
 
 def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) -> None:
@@ -60,10 +37,15 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
         placement = place_training(config, resources)
         # In a range, Ray Train restarts with another number of workers as nodes come or go.
         workers: Any = placement.num_workers if least == most else (placement.num_workers, most)
+        use_gpu = placement.gpus_per_worker > 0
+        at_most = "" if least == most else f", up to {most}"
+        num_workers, num_threads = placement.num_workers, placement.cpus_per_worker
+        log(f"train: {describe_workers(config, num_workers, num_threads, use_gpu)}{at_most}")
+        log("train: starting workers ...")
         task = RankTask(
             config=config,
             rows_hash=prepared.rows_hash,
-            use_gpu=placement.gpus_per_worker > 0,
+            use_gpu=use_gpu,
             num_threads=placement.cpus_per_worker,
         )
         trainer = TorchTrainer(

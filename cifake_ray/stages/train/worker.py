@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.stages.train.prepare import Prepared, describe_options, prepare_training
+from cifake_ray.stages.train.progress import Send, StepMeter, send_to_driver
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
@@ -46,7 +48,6 @@ class RankTask:
 
 def start_rank(loop_config: dict[str, RankTask]) -> None:
     """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
-    import ray.train
 
     task = loop_config["task"]
     torch.set_num_threads(task.num_threads)
@@ -56,14 +57,8 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
             f"{task.config.shards}: the shards changed while the training started; run the same"
             " command again once they are complete"
         )
-    run = TrainRun(resolve_path(task.config.run, task.config.store))
-    is_first = ray.train.get_context().get_world_rank() == 0
-    train_rank(
-        prepared,
-        use_gpu=task.use_gpu,
-        num_threads=task.num_threads,
-        log=run.write_progress if is_first else lambda message: None,
-    )
+    send = partial(send_to_driver, task.config.run)
+    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads, send=send)
 
 
 def train_rank(
@@ -73,9 +68,11 @@ def train_rank(
     num_threads: int,
     is_over: bool = False,
     on_save: Callable[[], None] = lambda: None,
-    log: Callable[[str], None] = lambda message: None,
+    send: Send = lambda row: None,
 ) -> None:
     """Resume and train as one rank; rank 0 writes, and calls `on_save` for a new history.
+
+    Rank 0 sends its progress.
 
     With `is_over` only write the bundle, and train no further.
     """
@@ -86,7 +83,14 @@ def train_rank(
     device = "cuda" if use_gpu else "cpu"
     if config.compile:
         detector.network.compile()
-    data = open_training_data(prepared.rows, detector.preprocessing, config, num_threads, log)
+    send({"message": f"train: opening {len(prepared.rows.label):,} images ..."})
+    data = open_training_data(
+        prepared.rows,
+        detector.preprocessing,
+        config,
+        num_threads,
+        log=lambda message: send({"message": message}),
+    )
     wrapped, report = _join_group(config, detector, device)
     checkpoint = run.read_checkpoint()
     wanted: str = config.precision
@@ -102,6 +106,8 @@ def train_rank(
         num_images=len(data.train.labels),
         num_ranks=trainer.num_ranks,
     )
+    if trainer.rank == 0:
+        trainer.on_step = StepMeter(trainer, send)
     domain = read_domain(data.train) if trainer.rank == 0 else None
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -121,6 +127,7 @@ def train_rank(
             trainer.fit(save)
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
+        send({"message": "train: writing the bundle ..."})
         _write_best(config, run, trainer, data, domain, best, averaged)
 
 

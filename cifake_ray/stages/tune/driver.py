@@ -142,6 +142,7 @@ def tune_detector(
                 )
                 search.withdraw_success()
             trials = _prepare_trials(plan, space, log)
+            log("tune: running trials ...")
             watch = TrialCallback(plan, list(space), log)
             _run_trials(plan, space, trials, num_at_once, use_gpu, watch)
             return _finish(plan, plan.find_baseline(space), watch, use_gpu, rows, started_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,16 @@ REMEDIES: dict[type[Exception], str] = {
     EndpointConnectionError: "check --s3-endpoint-url and the network",
     ConnectTimeoutError: "check --s3-endpoint-url and the network",
 }
+# What the libraries below fsspec raise besides OSError, by name: few of them are installed.
+STORE_ERRORS = (
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+    ("huggingface_hub.errors", "HFValidationError"),
+    ("aiohttp", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+    ("azure.core.exceptions", "AzureError"),
+)
 # Retries with growing pauses are botocore's; s3fs tries again on top of them.
 S3_CONFIG = {
     "connect_timeout": 5,
@@ -86,6 +97,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
         store = store or StoreConfig()
         options = {
             "anon": store.s3_anonymous,
+            "requester_pays": store.s3_requester_pays,
             "endpoint_url": store.s3_endpoint_url,
             "profile": store.s3_profile,
             "client_kwargs": {"region_name": store.s3_region} if store.s3_region else {},
@@ -158,6 +170,15 @@ def explain_errors(path: AnyPath) -> Iterator[None]:
         raise explain_os_error(error, path) from error
     except (BotoCoreError, ClientError) as error:
         raise explain_store_error(error, path) from error
+    except list_store_errors() as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"{path}: {reason}; check the network and the path") from error
+
+
+def list_store_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions of STORE_ERRORS whose library has been imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in STORE_ERRORS)
+    return tuple(kind for kind in found if kind is not None)
 
 
 def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cifake_ray.errors import UsageError
+from cifake_ray.errors import UsageError, suggest_word
 
 PACKAGE = Path(__file__).parents[2]
 RECIPES, SEARCHES = PACKAGE / "recipes", PACKAGE / "searches"
@@ -60,7 +60,10 @@ def find_preset(name: str, folder: Path) -> Path:
     if not path.is_file():
         stems = [file.stem for file in folder.glob("*.yaml")]
         known = ", ".join(sorted(stems + [EVERYTHING] * (folder == SEARCHES)))
-        raise UsageError(f"{name}: no such file, and not among the built-in {folder.name}: {known}")
+        raise UsageError(
+            f"{name}: no such file, and not among the built-in {folder.name}: {known}"
+            + suggest_word(name, stems)
+        )
     return path
 
 

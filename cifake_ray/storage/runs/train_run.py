@@ -145,17 +145,6 @@ class TrainRun(RunFolder):
         """Commit a checkpoint."""
         write_bytes(self.checkpoint_path, data)
 
-    def write_progress(self, text: str) -> None:
-        """Leave a line for the driver to log; it is not kept."""
-        write_volatile(self.path / "progress.txt", text.encode())
-
-    def take_progress(self) -> str | None:
-        """Return the line that a worker left last, and remove it."""
-        text = read_if_exists(self.path / "progress.txt")
-        if text is not None:
-            discard(self.path / "progress.txt")
-        return None if text is None else text.decode()
-
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""
         write_bytes(self.path / "history.jsonl", encode_json_lines(history))

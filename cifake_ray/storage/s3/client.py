@@ -28,16 +28,27 @@ from botocore import UNSIGNED
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, NoCredentialsError
+from botocore.credentials import ReadOnlyCredentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigParseError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.storage.s3.errors import (
     MOVED,
+    CredentialsError,
+    MfaNeeded,
     S3Error,
     TooLarge,
     describe_break,
+    explain_credentials,
     explain_s3_error,
     parse_error_body,
 )
@@ -49,6 +60,13 @@ DEFAULT_REGION = "us-east-1"  # answers for every bucket with the region where i
 CHUNK_BYTES = 2**18
 MAX_ANSWER_BYTES = 2**24  # a page of 1,000 keys of 1,024 bytes, escaped, is below 8 MiB
 
+# What botocore says of the configuration itself is explained as it is, see `explain_store_error`.
+CONFIGURATION_ERRORS = (
+    ConfigParseError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -107,6 +125,7 @@ class S3Client:
         self.limits = limits
         self.throttle = Throttle(limits.max_in_flight)
         self._session = botocore.session.Session(profile=store.s3_profile)
+        self._credentials: Any = None
         self._addresses: dict[str, _Address] = {}
         self._lock = threading.Lock()
 
@@ -115,14 +134,24 @@ class S3Client:
         """Return the threads that fetch; they start when they are needed."""
         return ThreadPoolExecutor(self.limits.max_in_flight, "s3")
 
-    @cached_property
-    def _credentials(self) -> Any:
+    def _find_credentials(self) -> ReadOnlyCredentials | None:
+        """Return what to sign with now; None without signing. BotoCoreError when there is none."""
         if self.store.s3_anonymous:
             return None
-        credentials = self._session.get_credentials()
-        if credentials is None:
-            raise NoCredentialsError
-        return credentials
+        try:
+            with self._lock:  # one thread asks; botocore locks the renewal itself
+                if self._credentials is None:
+                    chain = self._session.get_component("credential_provider")
+                    chain.get_provider("assume-role")._prompter = _refuse_mfa
+                    self._credentials = self._session.get_credentials()
+            if self._credentials is None:
+                raise NoCredentialsError
+            frozen: ReadOnlyCredentials = self._credentials.get_frozen_credentials()
+        except CONFIGURATION_ERRORS:
+            raise
+        except (BotoCoreError, ClientError, OSError, ValueError, RuntimeError) as error:
+            raise explain_credentials(error, self._session.profile or "default") from error
+        return frozen
 
     def list_page(
         self, bucket: str, query: Mapping[str, str], stop: threading.Event | None = None
@@ -169,7 +198,7 @@ class S3Client:
                     answer = self._try(request, parse, deadline_s)
                 self.throttle.speed_up()
                 return answer
-            except S3Error as error:
+            except (S3Error, CredentialsError) as error:
                 if error.is_throttled:
                     self.throttle.slow_down()
                 if error.is_transient:
@@ -186,9 +215,11 @@ class S3Client:
         """Send one request and return its parsed answer. S3Error when that fails."""
         address = self._find_address(request.bucket)
         target = request.make_target(address)
-        signed = AWSRequest("GET", address.origin + target, headers=dict(request.headers))
-        if self._credentials is not None:
-            frozen = self._credentials.get_frozen_credentials()  # renews what expires
+        headers = dict(request.headers)
+        if self.store.s3_requester_pays:
+            headers["x-amz-request-payer"] = "requester"
+        signed = AWSRequest("GET", address.origin + target, headers=headers)
+        if (frozen := self._find_credentials()) is not None:
             S3SigV4Auth(frozen, "s3", address.region).add_auth(signed)
         left_s = max(deadline_s - time.monotonic(), 0.001)
         timeout = urllib3.Timeout(
@@ -268,6 +299,10 @@ class S3Client:
             urlsplit(bucket_url).path or "/",
             parts.path.removesuffix("x"),
         )
+
+
+def _refuse_mfa(prompt: str) -> str:
+    raise MfaNeeded(f"the role asks: {prompt.strip().rstrip(':')}")
 
 
 def _ask_urls(

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from botocore.exceptions import BotoCoreError, ParamValidationError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    LoginError,
+    MetadataRetrievalError,
+    ParamValidationError,
+    SSOError,
+    TokenRetrievalError,
+)
 
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.paths import explain_store_error
@@ -55,6 +66,60 @@ class TooLarge(Exception):
     """The body has more bytes than were asked for."""
 
 
+class CredentialsError(BotoCoreError):  # type: ignore[misc]
+    """The AWS chain names credentials, but they cannot be had: every request would fail alike."""
+
+    fmt = "no AWS credentials from profile {profile} ({reason}); {remedy}"
+    pause_s = 0.0
+    is_throttled = False
+    code = ""
+
+    def __init__(self, *, is_transient: bool, **words: str) -> None:
+        super().__init__(**words)
+        self.is_transient = is_transient
+
+
+class MfaNeeded(ValueError):
+    """A role asks for a code, which nobody can type into a worker."""
+
+
+NO_CREDENTIALS_NOW = (  # a service that is asked over the network did not answer well
+    ConnectionError,
+    HTTPClientError,
+    MetadataRetrievalError,
+    CredentialRetrievalError,
+    RuntimeError,  # botocore's: "refreshed, but still expired"
+)
+
+
+def explain_credentials(error: Exception, profile: str) -> CredentialsError:
+    """Return why the credentials of a profile cannot be had, with the remedy."""
+    is_transient = isinstance(error, NO_CREDENTIALS_NOW)
+    reason = " ".join(str(error).split())[:MAX_DETAIL_CHARS] or type(error).__name__
+    remedy = f"check profile {profile} in the AWS configuration"
+    if isinstance(error, SSOError | TokenRetrievalError):
+        remedy = f"run `aws sso login --profile {profile}`"
+    elif isinstance(error, LoginError):
+        remedy = f"run `aws login --profile {profile}`"
+    elif isinstance(error, MfaNeeded):
+        remedy = (
+            f'run `eval "$(aws configure export-credentials --profile {profile} --format env)"`,'
+            " which asks for it, and leave --s3-profile and AWS_PROFILE out"
+        )
+    elif isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        is_transient = status >= 500 or "Throttl" in reason
+        remedy = "check the role and who may assume it"
+    elif isinstance(error, OSError):
+        reason = f"{error.filename}: {error.strerror}" if error.filename else reason
+        remedy = f"install it, or fix profile {profile} in the AWS configuration"
+    elif is_transient:
+        remedy = f"check the network and profile {profile} in the AWS configuration"
+    return CredentialsError(
+        is_transient=is_transient, profile=profile, reason=reason, remedy=remedy
+    )
+
+
 def parse_error_body(data: bytes) -> dict[str, str]:
     """Return the fields of an XML error, such as Code, Message and Region; {} if it is none."""
     try:
@@ -77,6 +142,8 @@ def explain_s3_error(error: S3Error | BotoCoreError, place: str) -> StorageError
     """Return a one-line error for a request that failed for good: path, reason, remedy."""
     if isinstance(error, ParamValidationError):
         return StorageError(f"{place}: not a valid name of a bucket; give s3://BUCKET/PREFIX")
+    if isinstance(error, CredentialsError):
+        return StorageError(f"{place}: {error}")
     if isinstance(error, BotoCoreError):
         return explain_store_error(error, place)
     reason, remedy = error.detail or str(error), "run the same command again"
@@ -91,7 +158,7 @@ def explain_s3_error(error: S3Error | BotoCoreError, place: str) -> StorageError
         reason = f"access denied ({error.code or error.status})"
         remedy = (
             "the credentials need s3:ListBucket and s3:GetObject; a public bucket needs"
-            " --s3-anonymous"
+            " --s3-anonymous, one whose readers pay --s3-requester-pays"
         )
     elif error.is_throttled:
         reason = f"the store kept asking to slow down ({error.code or error.status})"

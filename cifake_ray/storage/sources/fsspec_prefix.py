@@ -21,7 +21,7 @@ from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.io.paths import explain_errors, resolve_path
+from cifake_ray.storage.io.paths import explain_errors, list_store_errors, resolve_path
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -157,7 +157,7 @@ def read_fsspec_file(
         return ImageError("not_found", "the file is gone")
     except PermissionError:
         return ImageError("denied", "the store refused to give the file")
-    except OSError as error:
+    except (OSError, *list_store_errors()) as error:  # type: ignore[misc]
         return ImageError("io_network", f"{type(error).__name__}: {error}")
     if size is not None and len(data) != size:
         return ImageError("changed", "the file changed while it was read")

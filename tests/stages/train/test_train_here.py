@@ -233,22 +233,3 @@ def test_more_epochs_on_a_run_are_refused_with_the_way_to_train_on(
         run_train(shards, run, epochs=3)
     longer = run_train(shards, tmp_path / "longer", epochs=3, weights=str(run / "bundle"))
     assert longer["epochs"] == 3
-
-
-def test_what_a_worker_says_is_logged_and_leaves_no_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "POLL_S", 0.01)
-    run, said = TrainRun(tmp_path), list[str]()
-
-    def show() -> None:
-        if line := run.take_progress():
-            said.append(line)
-
-    with driver._HistoryWatch(run, 0, 1, lambda row, epochs: None, show):
-        for number in range(3):
-            run.write_progress(f"line {number}")
-            time.sleep(0.1)
-        run.write_progress("the last")
-    assert said == ["line 0", "line 1", "line 2", "the last"]
-    assert list(tmp_path.iterdir()) == []

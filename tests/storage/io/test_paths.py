@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import s3fs
 from s3_server import S3Server, find_ports
+from upath import UPath
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.files import (
     check_writable,
     create_bytes,
@@ -26,7 +29,15 @@ from cifake_ray.storage.io.files import (
     stamp_file,
     write_bytes,
 )
-from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_local, resolve_path
+from cifake_ray.storage.io.paths import (
+    STORE_ERRORS,
+    AnyPath,
+    explain_errors,
+    is_inside,
+    resolve_local,
+    resolve_path,
+)
+from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_file
 
 ODD_NAMES = ["a b.txt", "ä%20+.txt", "q?x=1#y.txt", "[x]{y}*.txt", "'\"<&>.txt", "e\u0301.txt"]
 
@@ -234,3 +245,28 @@ def test_a_public_bucket_is_read_by_nobody(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     place = resolve_path(f"s3://{s3_env.public_bucket}/places/x", StoreConfig(s3_anonymous=True))
     assert read_bytes(place) == b"1"
+
+
+@pytest.mark.parametrize(("module", "name"), STORE_ERRORS)
+def test_what_a_library_of_a_store_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    class Failure(Exception):
+        pass
+
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: Failure}))
+    path = resolve_path("memory://a/b")
+    with (
+        pytest.raises(StorageError, match=r"^memory://a/b: no\s+name; check the network"),
+        explain_errors(path),
+    ):
+        raise Failure("no\n name")
+    assert isinstance(path, UPath)
+    monkeypatch.setattr(path.fs, "info", lambda path: raise_it(Failure("gone")))
+    row = read_fsspec_file(path.fs, str(path), None, None)
+    assert isinstance(row, ImageError)
+    assert row.error == "io_network"
+
+
+def raise_it(error: Exception) -> None:
+    raise error

@@ -1,0 +1,132 @@
+"""What needs no Ray and starts none: --dry-run of each verb, and a training in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+from typer.testing import CliRunner
+
+from cifake_ray import cli
+from cifake_ray.config import TrainConfig
+from cifake_ray.stages.train import progress
+from cifake_ray.stages.train.driver import train_detector
+
+NUM_IMAGES = 60
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(NUM_IMAGES):
+        label = number % 2
+        pixels = rng.integers(0, 128 + 127 * label, (32, 32, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        folder = tmp_path / "images" / "train" / ("REAL", "FAKE")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(buffer.getvalue())
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": f"{number}"}, "label": label})
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / "train.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["convert", "score"])
+def test_the_plan_of_a_batch_says_what_where_and_how(images: Path, verb: str) -> None:
+    out = images / "out"
+    words = [verb, str(images / "images"), str(out), "--dry-run", "--json", "--num-workers", "1"]
+    result = CliRunner().invoke(cli.app, words)
+    plan = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0, result.output
+    assert plan["listed"] == NUM_IMAGES
+    assert plan["labels"] == {"REAL": NUM_IMAGES // 2, "FAKE": NUM_IMAGES // 2}
+    assert plan["splits"] == {"train": NUM_IMAGES}
+    assert (plan["num_workers"], plan["device"]) == (1, "cpu")
+    assert (plan["threshold"] is not None) == (verb == "score")
+    assert not out.exists()
+
+
+def run_train(images: Path, **options: Any) -> tuple[dict[str, Any], list[str], list[Any]]:
+    said: list[str] = []
+    rows: list[Any] = []
+    config = TrainConfig(
+        shards=str(images / "shards"),
+        run=str(images / "run"),
+        **{"batch_size": 8, "num_workers": "0", "val_fraction": 0.3, "epochs": 2, **options},
+        cache_dir=str(images / "cache"),
+    )
+    on_epoch = lambda row, epochs: rows.append(("epoch", row["epoch"]))  # noqa: E731
+    on_step = lambda row: rows.append(("step", row))  # noqa: E731
+    summary = train_detector(config, on_epoch, time.time(), said.append, on_step)
+    return summary, said, rows
+
+
+@pytest.mark.parametrize(("workers", "expected"), [("0", 0), (None, 1), ("1", 1)])
+def test_the_plan_of_a_training_says_what_where_and_how(
+    images: Path, workers: str | None, expected: int
+) -> None:
+    plan, _, rows = run_train(images, dry_run=True, num_workers=workers, device="cpu")
+    assert plan["labels"] == {"REAL": NUM_IMAGES // 2, "FAKE": NUM_IMAGES // 2}
+    assert (plan["num_workers"], plan["device"]) == (expected, "cpu")
+    assert plan["precision"] in ("float32", "bfloat16")
+    assert plan["train_images"] + plan["val_images"] == NUM_IMAGES
+    assert rows == []
+    assert not (images / "run").exists()
+
+
+def test_a_training_says_what_it_does_and_where_it_is(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.0)
+    _, said, rows = run_train(images, epochs=1)
+    text = "\n".join(said)
+    assert " to train on (" in text
+    assert "cnn, " in text
+    assert "1 worker, " in text
+    assert "device cpu, precision" in text
+    assert "resuming" not in text
+    steps = [row for kind, row in rows if kind == "step"]
+    assert [step["batch"] for step in steps] == list(range(2, steps[0]["batches"]))
+    assert all(0 < step["loss"] < 20 and step["images_per_s"] > 0 for step in steps)
+    assert rows[-1] == ("epoch", 1)
+
+
+def test_a_training_says_where_it_resumes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cifake_ray.stages.train.worker as worker
+
+    class Killed(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_write_best", fail)
+        with pytest.raises(Killed):
+            run_train(images)
+    _, said, _ = run_train(images)
+    assert "train: resuming after epoch 2 of 2" in said
+
+
+def test_a_recipe_in_use_is_named(images: Path) -> None:
+    words = ["train", str(images / "shards"), str(images / "run"), "--recipe", "fast"]
+    result = CliRunner().invoke(cli.app, [*words, "--dry-run", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "train: recipe fast\n" in result.stderr
