@@ -52,7 +52,7 @@ def _run(config: Any) -> Any:
 
     try:
         return run_verb(config, time.time())[0]
-    except KeyboardInterrupt:
+    except BaseException:
         from cifake_ray.stages.cluster import leave_cluster
 
         leave_cluster()

@@ -169,6 +169,8 @@ class LabelReader:
         if text.lower() in ("", "nan", "-1"):
             text = ""
         label = self.meanings.get(text.lower())
+        if label is None:
+            label = read_folder_name(text, self.meanings).label
         # A column of free text has endless values.
         key = (text, label) if len(self.counts) < MAX_COUNTED_VALUES else ("others", label)
         self.counts[key] += 1

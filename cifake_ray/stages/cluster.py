@@ -73,7 +73,7 @@ class Placement:
 
 
 ONE_WORKER = Placement(1, 1, 0)
-_interrupted = threading.Event()  # and still connected
+_is_abandoned = threading.Event()  # and still connected
 
 
 class _WorkerPath(list[str]):
@@ -140,13 +140,10 @@ def connect_cluster(
     with redirect_stdout(sys.stderr):
         try:
             yield _make_room(least, config.scale_timeout_s, log)
-        except KeyboardInterrupt:
+        except BaseException:
             # Threads still wait inside Ray, whose native code could end this process before the
             # callers have cleaned up. A command ends now, and Ray with it.
-            _interrupted.set()
-            raise
-        except BaseException:
-            ray.shutdown()
+            _is_abandoned.set()
             raise
         ray.shutdown()
 
@@ -169,9 +166,9 @@ def choose_ray_folder() -> str:
 
 
 def leave_cluster() -> None:
-    """Disconnect after an interrupt, in a process that does not end with it."""
-    if _interrupted.is_set():
-        _interrupted.clear()
+    """Disconnect after a failure or an interrupt, in a process that does not end with it."""
+    if _is_abandoned.is_set():
+        _is_abandoned.clear()
         ray.shutdown()
 
 

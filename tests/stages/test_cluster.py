@@ -124,7 +124,7 @@ def test_sockets_are_in_a_folder_with_a_short_path(
         choose_ray_folder()
 
 
-def test_after_an_interrupt_ray_ends_with_the_process_or_when_it_is_left(
+def test_after_a_failure_ray_ends_with_the_process_or_when_it_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its native code could end the process in the middle of the callers' clean-up."""
@@ -139,13 +139,13 @@ def test_after_an_interrupt_ray_ends_with_the_process_or_when_it_is_left(
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", lambda: [])
     monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(None))
-    for failure, num_stopped in ((KeyboardInterrupt, 0), (ValueError, 1)):
+    for failure in (KeyboardInterrupt, ValueError):
         with pytest.raises(failure), connect_cluster(ClusterConfig(address="head")):
             raise failure
-        assert len(stopped) == num_stopped
+        assert not stopped
     leave_cluster()
     leave_cluster()
-    assert len(stopped) == 2
+    assert len(stopped) == 1
     searched = started[0]["job_config"]._py_driver_sys_path
     searched.extend(["/images"])
     assert set(searched) <= {str(Path(cifake_ray.__file__).parents[1])}

@@ -75,6 +75,8 @@ def explain_unidentified(data: bytes, max_pixels: int) -> ImageError:
             detail = f"unreadable header, or a layout that is not read ({_describe(data)})"
             return ImageError("decode_failed", f"{name} signature, {detail}")
     allowed = f"allowed are {', '.join(ALLOWED_FORMATS)}"
+    if container := name_container(data):
+        return ImageError("not_an_image", container)
     if foreign := _find_name(_FOREIGN, data):
         return ImageError("format_not_allowed", f"{foreign}, {allowed}")
     Image.init()
@@ -84,8 +86,7 @@ def explain_unidentified(data: bytes, max_pixels: int) -> ImageError:
         # The first 64 KiB only: some parsers of text formats read line by line to the end.
         other = Image.open(BytesIO(data[: 2**16]), formats=others)
     except (OSError, ValueError):  # UnidentifiedImageError is an OSError
-        detail = name_container(data) or f"no decoder knows the first bytes {data[:8]!r}"
-        return ImageError("not_an_image", detail)
+        return ImageError("not_an_image", f"no decoder knows the first bytes {data[:8]!r}")
     return ImageError("format_not_allowed", f"{other.format}, {allowed}")
 
 

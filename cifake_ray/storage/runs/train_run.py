@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io.files import (
-    discard,
     encode_csv,
     encode_json_lines,
     exists,
@@ -27,7 +26,6 @@ from cifake_ray.storage.io.files import (
     remove_leftovers,
     write_bytes,
     write_json,
-    write_volatile,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record

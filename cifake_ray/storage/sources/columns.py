@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -126,3 +128,20 @@ def check_text(column: pa.Field, place: AnyPath) -> None:
             f"{place}: the column {column.name!r} holds {describe_type(column.type)}, no text;"
             f" leave it out with --drop-columns {column.name}"
         )
+
+
+def read_label_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """Return class names in the order of their numbers, if a Hugging Face footer has them."""
+    feature = _read_features(schema).get(column)
+    names = feature.get("names") if isinstance(feature, dict) else None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None
+
+
+def _read_features(schema: pa.Schema) -> dict[str, Any]:
+    """Return the features of a Hugging Face footer; none when it is not what they write."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

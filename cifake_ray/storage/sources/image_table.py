@@ -7,7 +7,6 @@ what they mean here.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from cifake_ray.storage.sources.columns import (
     is_binary,
     is_simple,
     is_text,
+    read_label_names,
 )
 
 LFS_POINTER = b"version https://git-lfs"
@@ -126,23 +126,6 @@ def read_pieces(
                 f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
                 " damaged shard"
             ) from error
-
-
-def read_label_names(schema: pa.Schema, column: str) -> list[str] | None:
-    """Return class names in the order of their numbers, if a Hugging Face footer has them."""
-    feature = _read_features(schema).get(column)
-    names = feature.get("names") if isinstance(feature, dict) else None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_list else None
-
-
-def _read_features(schema: pa.Schema) -> dict[str, Any]:
-    """Return the features of a Hugging Face footer; none when it is not what they write."""
-    try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def find_content(column_type: pa.DataType) -> Content | None:

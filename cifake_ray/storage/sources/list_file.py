@@ -36,10 +36,11 @@ from cifake_ray.storage.sources.columns import (
     ColumnChoice,
     check_text,
     describe_left_out,
+    read_label_names,
 )
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
-from cifake_ray.storage.sources.image_table import open_parquet, read_label_names
+from cifake_ray.storage.sources.image_table import open_parquet
 from cifake_ray.storage.sources.parquet import find_tables, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,

@@ -19,11 +19,9 @@ from PIL import Image
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import CacheError, CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.stages.cluster import Node, Resources
-from cifake_ray.stages.train import driver
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.train.ray_train import _EndAtOnce, place_training
 from cifake_ray.storage.bundles.bundle import read_bundle_info
-from cifake_ray.storage.runs.train_run import TrainRun
 
 RESNET: dict[str, Any] = {"model": "resnet18", "image_size": 32}
 
@@ -185,11 +183,12 @@ def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path:
     said: list[str] = []
     plan = run_train(shards, tmp_path / "run", dry_run=True, log=said.append)
     assert (plan["train_images"], plan["val_images"]) == (43, 6)
-    assert said == [
+    for line in (
         "train: 43 to train on (43 of split train); 6 to validate on (6 of split val);"
         " 9 left out (7 of split test, 2 without a label)",
         "train: 3 images have the same bytes as one with the other label; check the labels",
-    ]
+    ):
+        assert line in said
     summary = run_train(shards, tmp_path / "run", epochs=1)
     assert summary["images_in_both_classes"] == 3
     with pytest.raises(UsageError, match=r"no labelled REAL image for validation.*7 of split test"):

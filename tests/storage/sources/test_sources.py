@@ -27,7 +27,7 @@ from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
-from cifake_ray.storage.sources import parquet
+from cifake_ray.storage.sources import image_table, parquet
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, Source
 
@@ -899,7 +899,7 @@ def test_a_row_group_that_arrow_cannot_read_at_once_is_read_in_pieces(
     def refuse(*arguments: Any, **options: Any) -> None:
         raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
 
-    monkeypatch.setattr(parquet, "PIECE_ROWS", 1)
+    monkeypatch.setattr(image_table, "PIECE_ROWS", 1)
     monkeypatch.setattr(pq.ParquetFile, "read_row_groups", refuse)
     assert list(source.read_images(rows)) == [make_png(n) for n in range(4)]
 
@@ -1043,9 +1043,10 @@ def test_our_own_shards_come_back_with_keys_labels_and_errors(tmp_path: Path) ->
         shard_rows=None,
     ).open()
     gone.unlink()
-    rows = read_manifest_shard(run.manifest_folder, run.find_file(0), 0)
-    images = list(source.read_images(rows))
-    commit_shard(run, 0, ConvertProcessor().finish(rows, images), {}, {})
+    for shard in range(run.manifest.num_shards):
+        rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
+        images = list(source.read_images(rows))
+        commit_shard(run, shard, ConvertProcessor().finish(rows, images), {}, {})
 
     listed = list_rows(tmp_path / "shards")
     facts = {k: (r["label"], r["split"], r["source"]) for k, r in listed.items()}
