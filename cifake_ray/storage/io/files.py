@@ -311,7 +311,7 @@ def remove_leftovers(folder: AnyPath) -> None:
         return
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
         if path.name == PROBE_NAME or _is_left(path):
-            path.unlink(missing_ok=True)
+            discard(path)
 
 
 def _is_left(path: Path) -> bool:
@@ -320,7 +320,7 @@ def _is_left(path: Path) -> bool:
         return not _is_alive(int(name["pid"]))
     try:  # both times are of the file system: clocks of two hosts are never compared
         return path.parent.stat().st_mtime - path.stat().st_mtime > FOREIGN_AGE_S
-    except FileNotFoundError:
+    except OSError:  # such as when another process has just removed it
         return False
 
 
