@@ -137,10 +137,14 @@ def discard(path: AnyPath) -> None:
 
 
 def move(path: AnyPath, target: AnyPath) -> None:
-    """Rename a file; in a bucket it is copied. StorageError when that fails."""
+    """Rename a file, so that no power cut undoes it; in a bucket it is copied.
+
+    StorageError when that fails.
+    """
     with explain_errors(path):
         if isinstance(path, Path):
             os.rename(path, str(target))
+            _sync_folder(path.parent)
         else:
             path.fs.mv(path.path, target.path)  # type: ignore[union-attr]
 
