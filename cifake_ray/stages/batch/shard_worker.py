@@ -141,7 +141,10 @@ class ShardWorker:
                 worked = stats.rows
             elif self.options.retry_errors and count_retryable(stats.errors):
                 worked = count_retryable(stats.errors)
-                stats, retried = self._retry_shard(shard)
+                result = self._retry_shard(shard)
+                if result is None:
+                    return self._report_shard(shard)
+                stats, retried = result
         except CifakeError as error:
             return error
         finished_s = time.time()
@@ -157,13 +160,18 @@ class ShardWorker:
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             return self._commit(shard, self._work_on(rows, heartbeat, is_suspect)), is_suspect
 
-    def _retry_shard(self, shard: int) -> tuple[ShardStats, bool]:
-        """Make those rows of a committed shard again whose error may be transient; keep others."""
+    def _retry_shard(self, shard: int) -> tuple[ShardStats, bool] | None:
+        """Make those rows of a committed shard again whose error may be transient; keep others.
+
+        None if another command has just done so.
+        """
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
             old = read_shard(self.run.shard_path(shard)).replace_schema_metadata(None)
             error = old.column("error")
             failed = pc.fill_null(pc.is_in(error, pa.array(RETRYABLE_ERRORS)), False)
+            if not pc.any(failed).as_py():
+                return None
             crashed = pc.any(pc.equal(error, "worker_crash")).as_py()
             new = self._work_on(rows.filter(failed), heartbeat, is_suspect or bool(crashed))
             table = replace_rows(old, failed.to_numpy().nonzero()[0], new)

@@ -137,10 +137,14 @@ def discard(path: AnyPath) -> None:
 
 
 def move(path: AnyPath, target: AnyPath) -> None:
-    """Rename a file; in a bucket it is copied. StorageError when that fails."""
+    """Rename a file, so that no power cut undoes it; in a bucket it is copied.
+
+    StorageError when that fails.
+    """
     with explain_errors(path):
         if isinstance(path, Path):
             os.rename(path, str(target))
+            _sync_folder(path.parent)
         else:
             path.fs.mv(path.path, target.path)  # type: ignore[union-attr]
 
@@ -311,7 +315,7 @@ def remove_leftovers(folder: AnyPath) -> None:
         return
     for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
         if path.name == PROBE_NAME or _is_left(path):
-            path.unlink(missing_ok=True)
+            discard(path)
 
 
 def _is_left(path: Path) -> bool:
@@ -320,7 +324,7 @@ def _is_left(path: Path) -> bool:
         return not _is_alive(int(name["pid"]))
     try:  # both times are of the file system: clocks of two hosts are never compared
         return path.parent.stat().st_mtime - path.stat().st_mtime > FOREIGN_AGE_S
-    except FileNotFoundError:
+    except OSError:  # such as when another process has just removed it
         return False
 
 
