@@ -31,7 +31,7 @@ from cifake_ray.stages.batch.shard_worker import slice_rows
 from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
 BATCH_SIZE = 256

@@ -130,7 +130,24 @@ def test_a_name_cannot_mean_both(real: list[str], fake: list[str]) -> None:
     ("values", "label"),
     [
         (["REAL", "real", " Real ", b"real", 0, "0", 0.0, "0.0", False, "false"], REAL),
-        (["FAKE", "fake", "Fake\n", 1, "1", 1.0, "1.0", True, "True"], FAKE),
+        (
+            [
+                "FAKE",
+                "fake",
+                "Fake\n",
+                "fake!",
+                "AI",
+                "1_fake",
+                "Fake image",
+                1,
+                "1",
+                1.0,
+                "1.0",
+                True,
+                "True",
+            ],
+            FAKE,
+        ),
         ([None, "", "  ", float("nan"), "NaN", -1, -1.0, "-1"], None),
     ],
 )
@@ -140,7 +157,7 @@ def test_labels_are_read_in_any_case_and_type(values: list[object], label: int |
     reader.check("here", "remedy")
 
 
-@pytest.mark.parametrize("value", [2, -2, 0.5, "maybe", "01", "fake!", "yes", b"cat", "1" * 5000])
+@pytest.mark.parametrize("value", [2, -2, 0.5, "maybe", "01", "fakes", "yes", b"cat", "1" * 5000])
 def test_anything_else_is_unknown_and_counted(value: object) -> None:
     reader = LabelReader("label")
     assert reader.read(value) is None

@@ -23,6 +23,7 @@ from cifake_ray.errors import RunMismatch, StorageError
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.summary import BatchSummary
+from cifake_ray.stages.cluster import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import read_run
@@ -75,7 +76,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(score, "read_bundle_info", read_bundle)
     monkeypatch.setattr(driver, "connect_cluster", lambda *args: _NoCluster())
-    monkeypatch.setattr(driver, "choose_placement", lambda *args: None)
+    monkeypatch.setattr(driver, "choose_placement", lambda *args: Placement(1, 1, 0))
     monkeypatch.setattr(driver, "_stream_shards", stream)
     monkeypatch.setattr(driver, "watch_progress", lambda reports, *args: reports)
 

@@ -124,6 +124,11 @@ def list_grid(space: Space) -> Iterator[dict[str, Any]]:
         yield dict(zip(space, values, strict=True))
 
 
+def count_grid(space: Space) -> int:
+    """Return the number of combinations of a grid."""
+    return math.prod(len(domain.values) for domain in space.values())
+
+
 def to_train_options(chosen: Mapping[str, Any], policy: Augmentation) -> dict[str, Any]:
     """Return options of `train`: `augment` is the policy with the steps that were chosen.
 

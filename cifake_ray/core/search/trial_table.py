@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cifake_ray.config import Monitor
+from cifake_ray.core.evaluation.metrics import wilson_interval
 from cifake_ray.core.training.early_stopping import to_score
 
 MIN_TRIALS = 8  # below, importance would be noise
@@ -41,6 +42,14 @@ def find_best(rows: Sequence[dict[str, Any]], objective: Monitor) -> dict[str, A
     """Return the row of the best trial, of equals the first; None if none has trained an epoch."""
     trained = [row for row in rows if row[objective] is not None]
     return max(trained, key=lambda row: to_score(row, objective), default=None)
+
+
+def find_interval(row: Mapping[str, Any], objective: Monitor, num_val: int) -> list[float] | None:
+    """Return the 95% interval of an accuracy over `num_val` images, None for another objective."""
+    if objective != "val_accuracy":
+        return None
+    interval = wilson_interval(round(row[objective] * num_val), num_val)
+    return [round(interval[end] or 0.0, 6) for end in ("low", "high")]
 
 
 def measure_importance(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import shlex
 import time
@@ -24,10 +23,9 @@ from typing import Any
 import ray
 import torch
 
-from cifake_ray.config import Monitor, TrainConfig, TuneConfig, fingerprint_settings, list_options
-from cifake_ray.core.evaluation.metrics import wilson_interval
-from cifake_ray.core.search.space import Space, list_grid, sample_space
-from cifake_ray.core.search.trial_table import find_best
+from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
+from cifake_ray.core.search.space import Space, count_grid, list_grid, sample_space
+from cifake_ray.core.search.trial_table import find_best, find_interval
 from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
@@ -118,7 +116,8 @@ def tune_detector(
     success = None if config.dry_run else search.read_success()
     if success is not None:
         search.check_options(settings, unread=["rows"])
-        if config.trials <= success["trials"] or success["trials"] == count_grid(config, space):
+        is_whole = config.searcher == "grid" and success["trials"] == count_grid(space)
+        if config.trials <= success["trials"] or is_whole:
             return success
     rows = read_training_rows(shared)
     settings["rows"] = rows.hash_rows()
@@ -206,8 +205,8 @@ def _choose_trials(
 ) -> list[Trial]:
     """Return the trials within the budget whose options fit; log why others are left out."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
-    if (num_choices := count_grid(config, space)) is not None:
-        choices = list_grid(space)
+    if config.searcher == "grid":
+        choices, num_choices = list_grid(space), count_grid(space)
         if num_choices > config.trials:
             log(f"tune: {config.trials} of {num_choices:,} combinations are tried; see --trials")
     else:
@@ -231,13 +230,6 @@ def _choose_trials(
     if left_out:
         log(f"tune: {left_out.total():,} choices left out ({reasons})")
     return trials
-
-
-def count_grid(config: TuneConfig, space: Space) -> int | None:
-    """Return the number of combinations; None for a searcher that has no end."""
-    if config.searcher != "grid":
-        return None
-    return math.prod(len(domain.values) for domain in space.values())
 
 
 def _run_trials(
@@ -294,14 +286,6 @@ def _run_trials(
         threads.shutdown(wait=False)
 
 
-def _find_interval(row: dict[str, Any], objective: Monitor, num_val: int) -> list[float] | None:
-    """Return the 95% interval of an accuracy, None for another objective."""
-    if objective != "val_accuracy":
-        return None
-    interval = wilson_interval(round(row[objective] * num_val), num_val)
-    return [round(interval[end] or 0.0, 6) for end in ("low", "high")]
-
-
 def _finish(
     plan: TrialPlan,
     baseline: dict[str, Any],
@@ -346,7 +330,7 @@ def _finish(
         objective=config.objective,
         best_trial=trial.number,
         best=best[config.objective],
-        best_interval=_find_interval(best, config.objective, int(train_rows.is_val.sum())),
+        best_interval=find_interval(best, config.objective, int(train_rows.is_val.sum())),
         baseline=next((r[config.objective] for r in rows if baseline.items() <= r.items()), None),
         chosen=trial.chosen,
         epochs=sum(row["epochs"] for row in rows),

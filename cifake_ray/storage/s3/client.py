@@ -52,6 +52,7 @@ from cifake_ray.storage.s3.errors import (
     explain_s3_error,
     parse_error_body,
 )
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.throttle import Throttle
 
 T = TypeVar("T")
@@ -68,23 +69,6 @@ CONFIGURATION_ERRORS = (
     ProfileNotFound,
 )
 REDIRECTS = (301, 302, 303, 307, 308)
-
-
-@dataclass(frozen=True, kw_only=True)
-class S3Limits:
-    """Concurrency, retries and timeouts of requests; the defaults suit AWS."""
-
-    max_in_flight: int = 64  # requests of one process at once
-    max_ahead_bytes: int = 256 * 2**20  # fetched or being fetched before the consumer asks
-    max_attempts: int = 8
-    connect_timeout_s: float = 5.0
-    read_timeout_s: float = 30.0  # without a byte
-    deadline_s: float = 180.0  # one request with all its attempts
-    first_pause_s: float = 0.2  # doubled with each attempt; any part of it is waited
-    max_pause_s: float = 20.0
-
-
-DEFAULT_LIMITS = S3Limits()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
+from cifake_ray.storage.s3.client import open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 
 SCHEME = "s3://"
 CHECK_ATTEMPTS = 3  # a wrong endpoint should be reported in seconds

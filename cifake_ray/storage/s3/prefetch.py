@@ -18,8 +18,9 @@ from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.read_ahead import read_ahead
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Client, S3Limits, open_client
+from cifake_ray.storage.s3.client import S3Client, open_client
 from cifake_ray.storage.s3.errors import S3Error, TooLarge, explain_s3_error
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.location import split_location
 
 MAX_AHEAD = 512  # objects asked for before their turn: two batches of score

@@ -13,8 +13,9 @@ from botocore.exceptions import BotoCoreError
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, open_client
+from cifake_ray.storage.s3.client import open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.listing import KeyLister, Query
 from cifake_ray.storage.s3.location import SCHEME, check_bucket
 from cifake_ray.storage.s3.prefetch import read_objects

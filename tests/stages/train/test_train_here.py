@@ -192,7 +192,7 @@ def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path:
     summary = run_train(shards, tmp_path / "run", epochs=1)
     assert summary["images_in_both_classes"] == 3
     with pytest.raises(UsageError, match=r"no labelled REAL image for validation.*7 of split test"):
-        run_train(shards, tmp_path / "other", val_split="dev")
+        run_train(shards, tmp_path / "other", val_split="holdout")
 
 
 def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(

@@ -107,8 +107,8 @@ def test_what_labels_were_taken_for_is_told(tmp_path: Path) -> None:
 
 def test_names_that_mean_nothing_are_told_with_the_remedy(tmp_path: Path) -> None:
     images = [make_image(value) for value in range(NUM_ROWS)]
-    write(tmp_path / "a.parquet", ("ai", "nature"), image=images)
-    told = r"20 unknown \('ai'\).*--fake-name.*`cifake-ray convert` has these options"
+    write(tmp_path / "a.parquet", ("cat", "nature"), image=images)
+    told = r"20 unknown \('cat'\).*--fake-name.*`cifake-ray convert` has these options"
     with pytest.raises(UsageError, match=told):
         read_rows(tmp_path)
     source = ParquetSource(tmp_path, choose_columns(tmp_path), labelled=True)

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import read_bytes
 from cifake_ray.storage.io.paths import resolve_path
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, connect
+from cifake_ray.storage.s3.client import connect
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS
 from cifake_ray.storage.s3.location import check_bucket
 from cifake_ray.storage.s3.prefetch import read_objects
 
@@ -188,6 +190,7 @@ def test_an_endpoint_may_have_a_path(
     config = StoreConfig(s3_endpoint_url=url if by == "option" else None)
     if by != "option":
         monkeypatch.setenv(by, url)
+        S3FileSystem.clear_instance_cache()  # other tests' have their own endpoints
     check_bucket(config, "b", limits=LIMITS)
     assert list(read_objects(config, ["s3://b/a.jpg"], [3], ['"e"'], LIMITS)) == [b"abc"]
     assert read_bytes(resolve_path("s3://b/a.jpg", config)) == b"abc"

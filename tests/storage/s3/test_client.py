@@ -21,8 +21,9 @@ from s3_server import S3Server, find_ports
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError, StorageError
-from cifake_ray.storage.s3.client import DEFAULT_LIMITS, S3Limits, connect
+from cifake_ray.storage.s3.client import connect
 from cifake_ray.storage.s3.errors import S3Error
+from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.location import check_bucket
 from cifake_ray.storage.s3.prefetch import StoredObject, fetch_objects, read_objects
 from cifake_ray.storage.s3.throttle import Throttle

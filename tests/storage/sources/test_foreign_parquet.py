@@ -84,7 +84,7 @@ def list_column(source: Source, column: str = "label") -> list[Any]:
         ),
         ([0.0, 1.0, None] * 2, None, {}, [REAL, FAKE, None] * 2),
         ([0, 1, 2] * 2, None, {"fake_name": ("2",)}, [REAL, FAKE, FAKE] * 2),
-        ([0, 1, 2] * 2, ("real", "synthetic", "tampered"), {}, [REAL, None, None] * 2),
+        ([0, 1, 2] * 2, ("real", "synthetic", "tampered"), {}, [REAL, FAKE, None] * 2),
         ([0, 1, -1] * 2, ("real", "fake"), {}, [REAL, FAKE, None] * 2),
         (["human", "artificial"] * 3, None, {"real_name": ("human",)}, [REAL, None] * 3),
         ([b"real", b"FAKE "] * 3, None, {}, [REAL, FAKE] * 3),
@@ -105,7 +105,7 @@ def test_labels_are_read_by_their_names(
     ("values", "names"),
     [
         ([0, 1, 2] * 2, ("cat", "dog", "car")),
-        (["ai", "nature"] * 3, None),
+        (["human", "nature"] * 3, None),
         ([2, 3] * 3, None),
         ([[0, 1]] * NUM_ROWS, None),
         ([{"a": 1}] * NUM_ROWS, None),

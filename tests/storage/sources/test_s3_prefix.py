@@ -15,7 +15,8 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.s3.client import S3Limits, connect
+from cifake_ray.storage.s3.client import connect
+from cifake_ray.storage.s3.limits import S3Limits
 from cifake_ray.storage.s3.listing import KeyLister, Query
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
