@@ -126,8 +126,7 @@ def remove(path: AnyPath) -> None:
     """Remove a file if it exists, so that no power cut brings it back. StorageError on failure."""
     with explain_errors(path), suppress(FileNotFoundError):
         path.unlink()
-        if isinstance(path, Path):
-            _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def discard(path: AnyPath) -> None:
@@ -144,7 +143,7 @@ def move(path: AnyPath, target: AnyPath) -> None:
     with explain_errors(path):
         if isinstance(path, Path):
             os.rename(path, str(target))
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         else:
             path.fs.mv(path.path, target.path)  # type: ignore[union-attr]
 
@@ -167,16 +166,22 @@ def _write_atomically(
         finally:
             temporary.unlink(missing_ok=True)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force the names of a folder's files to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_folder(folder: AnyPath) -> None:
+    """Force the names of a local folder's files to disk; stores do it themselves.
+
+    Those of a process that was killed may not be there yet: call it before building on them.
+    """
+    if not isinstance(folder, Path):
+        return
+    with explain_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _put(path: UPath, data: bytes, mode: str) -> None:
@@ -225,7 +230,10 @@ def write_volatile(path: AnyPath, data: bytes) -> None:
 
 
 def create_bytes(path: AnyPath, data: bytes) -> bool:
-    """Write a file that does not exist yet. Return False and change nothing if it does."""
+    """Write a file that does not exist yet. Return False and change nothing if it does.
+
+    Either way no power cut takes it away.
+    """
     with suppress(FileExistsError):
         if isinstance(path, Path):
             _write_atomically(path, [data], _link)
@@ -237,6 +245,7 @@ def create_bytes(path: AnyPath, data: bytes) -> bool:
             except OSError:
                 if not path.exists():
                     raise
+    sync_folder(path.parent)
     return False
 
 

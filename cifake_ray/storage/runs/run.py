@@ -28,6 +28,7 @@ from cifake_ray.storage.io.files import (
     read_json,
     remove,
     remove_leftovers,
+    sync_folder,
     write_bytes,
     write_json,
 )
@@ -307,6 +308,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     create_bytes(
         run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
     )
+    sync_folder(run.results_folder)  # for shards of killed processes
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}

@@ -21,6 +21,7 @@ from cifake_ray.storage.io.files import (
     move,
     read_bytes,
     stamp_file,
+    sync_folder,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import (
@@ -120,6 +121,7 @@ def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
         raise StorageError(
             f"{out}/{lost[0]}: the manifest is damaged or missing; start again in a new folder"
         )
+    sync_folder(out)
     paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
     files = {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
     for path, aside in files.items():
