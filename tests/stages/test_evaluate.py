@@ -17,13 +17,13 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None) -> list[str]:
-    """What was said."""
+    """What was said, but for what only begins."""
     said: list[str] = []
     config = EvaluateConfig(
         shards=str(shards), bundle=str(bundle), out=str(out), split=split, num_bootstrap=50
     )
     evaluate_detector(config, shards, out, bundle, lambda _: None, time.time(), said.append)
-    return said
+    return [line for line in said if not line.endswith("...")]
 
 
 @pytest.fixture(scope="module")

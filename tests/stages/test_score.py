@@ -19,6 +19,7 @@ from PIL import Image
 
 from cifake_ray.config import ExportConfig, RepairConfig, ScoreConfig
 from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.schema import FOOTER_KEY
 from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary
@@ -238,6 +239,7 @@ def test_rows_that_are_mended_are_counted_with_the_others_of_their_shard(
     def write_shard(late: set[str]) -> None:
         errors = pa.array(["io_network" if key in late else None for key in keys], pa.string())
         table = pa.table({"key": keys, "image": images, "error": errors})
+        table = table.replace_schema_metadata({FOOTER_KEY: b"{}"})
         pq.write_table(table, tmp_path / "shard.parquet")
 
     def run(**options: Any) -> dict[str, int]:

@@ -123,7 +123,7 @@ def expected(bench: Bench) -> dict[str, pa.Table]:
 def choose_keys(expected: dict[str, pa.Table]) -> list[str]:
     """Two of the first part, one of the third and one of the last."""
     parts = [table["key"].to_pylist() for table in expected.values()]
-    return [parts[0][0], parts[0][13], parts[2][7], parts[4][19]]
+    return [parts[0][0], parts[0][13], parts[2][7], parts[-1][-1]]
 
 
 def test_retryable_errors_are_errors() -> None:
@@ -143,17 +143,19 @@ def test_only_rows_whose_error_may_pass_are_tried_again(
     summary = bench.run({third: "io_network", gone: "not_found"}, retry_errors=True)
     assert bench.read_keys() == sorted([first, second, third])
     assert summary.errors == {"io_network": 1, "not_found": 1}
-    assert (summary.listed, summary.done, summary.shards_resumed) == (100, 98, 3)
+    assert (summary.listed, summary.done) == (100, 98)
+    assert summary.shards_resumed == len(expected) - 2
     changed = {name for name, stamp in bench.stamps().items() if stamp != before[name]}
     assert changed == {"part-00000.parquet", "part-00002.parquet"}
     assert verify_files(bench.out) == []
     bench.run({gone: "not_found"}, retry_errors=True)
     assert bench.read_keys() == [third]
     parts = bench.read_parts()
-    for name in list(expected)[:4]:
+    *others, last = expected
+    for name in others:
         assert parts[name] == expected[name]
         assert parts[name].schema.metadata[b"huggingface"]
-    row = parts["part-00004.parquet"].slice(19, 1).to_pylist()[0]
+    row = parts[last].to_pylist()[-1]
     assert (row["key"], row["error"], row["image"]["bytes"]) == (gone, "not_found", None)
 
 

@@ -161,14 +161,14 @@ def test_a_warm_up_of_the_head_leaves_the_body_as_it_was(
 def test_weights_under_other_names_are_refused_whatever_their_order(
     shards: Path, lite0: Path, tmp_path: Path
 ) -> None:
-    """The package's own names, and those of a network that was saved inside another."""
+    """The package's own names, and those of a network that was saved inside others."""
     path = find_package()
     assert path is not None
     own = read_lite0(path)
     names = torch.load(path, map_location="cpu", weights_only=True)
     given = dict(zip(names, own.values(), strict=True))
-    wrapped = {f"module.{name}": tensor for name, tensor in own.items()}
-    for values, unknown in ((given, "_blocks.0._bn1.bias"), (wrapped, "module.blocks.0.0.bn1")):
+    wrapped = {f"tower.{name}": tensor for name, tensor in own.items()}
+    for values, unknown in ((given, "_blocks.0._bn1.bias"), (wrapped, "tower.blocks.0.0.bn1")):
         save_file(values, tmp_path / "odd.safetensors")
         expected = rf"294 missing \(blocks\.0\.0\.bn1\.bias, .*296 unknown \({unknown}"
         with pytest.raises(BundleError, match=expected):

@@ -360,4 +360,4 @@ def test_the_option_is_repeatable_and_no_part_of_the_fingerprint() -> None:
     assert fingerprint_settings(seen[0]) == fingerprint_settings(TrainConfig(shards="s", run="r"))
     refused = CliRunner().invoke(cli.app, ["train", "s", "r", "--track", "wandb"])
     assert refused.exit_code == 2
-    assert "--track is ('wandb',); give tensorboard or mlflow" in refused.output
+    assert "--track is 'wandb'; give tensorboard or mlflow" in refused.output
