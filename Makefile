@@ -12,6 +12,7 @@ PROCESSES ?= 2
 env: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml
+	@echo "Installing the locked dependencies into $(VENV): about 7 GB with PyTorch, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.lock
