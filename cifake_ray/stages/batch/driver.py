@@ -43,13 +43,14 @@ from cifake_ray.stages.cluster import (
     Placement,
     connect_cluster,
 )
-from cifake_ray.storage.io.files import read_json, sync_folder
+from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import (
     Run,
     finish_run,
+    force_names,
     is_finished,
     reopen_run,
 )
@@ -167,7 +168,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         )
         return summary
     else:
-        sync_folder(plan.out)
+        force_names(found)
         found = plan.run.change_verdicts(found)
         if found.earlier_identities and not is_finished(found):
             plan.log(f"{plan.command}: deciding again at {plan.threshold}, without scoring again")

@@ -170,13 +170,10 @@ def _write_atomically(
 
 
 def sync_folder(folder: AnyPath) -> None:
-    """Force the names of a local folder's files to disk; stores do it themselves.
-
-    Those of a process that was killed may not be there yet: call it before building on them.
-    """
+    """Force the names of a local folder's files to disk; stores do it themselves."""
     if not isinstance(folder, Path):
         return
-    with explain_errors(folder):
+    with explain_errors(folder), suppress(FileNotFoundError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

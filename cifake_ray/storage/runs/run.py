@@ -270,6 +270,15 @@ def is_finished(run: Run) -> bool:
     return bool(read_json(path).get("run", first) == run.identity)
 
 
+def force_names(run: Run) -> None:
+    """Force to disk the names that killed processes have left, before a command builds on them.
+
+    Else a loss of power could take away a shard that the command has found, or `_run.json`.
+    """
+    sync_folder(run.out)
+    sync_folder(run.results_folder)
+
+
 def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
@@ -308,7 +317,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     create_bytes(
         run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
     )
-    sync_folder(run.results_folder)  # for shards of killed processes
+    force_names(run)  # of another command that was killed meanwhile
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}

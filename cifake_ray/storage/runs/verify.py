@@ -21,13 +21,13 @@ from cifake_ray.storage.io.files import (
     move,
     read_bytes,
     stamp_file,
-    sync_folder,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.run import (
     ASIDE_PREFIX,
     FILES_FIELDS,
     Run,
+    force_names,
     is_finished,
     require_run,
 )
@@ -116,12 +116,13 @@ def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
 
     StorageError when the manifest is damaged: the images of the run are no longer known.
     """
-    folder = require_run(out).manifest_folder.name
+    run = require_run(out)
+    folder = run.manifest_folder.name
     if lost := [item.name for item in damage if item.name.startswith(f"{folder}/")]:
         raise StorageError(
             f"{out}/{lost[0]}: the manifest is damaged or missing; start again in a new folder"
         )
-    sync_folder(out)
+    force_names(run)
     paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
     files = {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
     for path, aside in files.items():

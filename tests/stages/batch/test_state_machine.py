@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import os
 import shutil
@@ -635,6 +634,13 @@ class BatchRunMachine(RuleBasedStateMachine):
         may_fail = is_full or event == "break_disk"
         return Trigger(*place, getattr(self.computer, event), is_full, may_fail)
 
+    def lose_power_at_rest(self) -> None:
+        """Nothing of a finished run is lost with the power."""
+        before = self.read_files()
+        with self.computer.start_process(), pytest.raises(Killed):
+            self.computer.lose_names()
+        assert before.items() <= self.read_files().items()
+
     @precondition(lambda self: self.summary)
     @rule(retry=st.booleans())
     def run_again(self, retry: bool) -> None:
@@ -751,35 +757,59 @@ class BatchRunMachine(RuleBasedStateMachine):
             self.world.errors[make_key(number)] = kind
 
 
+def interrupt_once(
+    event: str, count: int, command: str, then: Callable[[BatchRunMachine, Any], None]
+) -> bool:
+    """Begin a command, let an event happen at a change, then end the work; tell if it happened."""
+    machine = BatchRunMachine()
+    try:
+        machine.set_up("convert", False, [GOOD, CRASH])
+        machine.patch.setattr(shard_worker, "MAX_HEARTBEAT_S", 10.0)  # one heartbeat is enough
+        config = machine.make_config(retry_errors=command == "retry")
+        if command == "retry":
+            machine.world.errors[make_key(0)] = RETRYABLE_ERRORS[0]
+        if command != "run":
+            machine.do(config)
+            machine.world.errors.clear()
+        if command == "repair":
+            machine.write_file(machine.shard_name(0), b"PAR1")
+            config = RepairConfig(out=str(machine.out))
+        if event == "run_second":
+            is_disturbed = machine.do_both(config, config, (None, count))
+        else:
+            is_disturbed = machine.do(config, machine.make_trigger(event, (None, count)))
+        then(machine, config)
+        machine.do(config)
+        machine.verify()
+        machine.lose_power_at_rest()
+    finally:
+        machine.teardown()
+    return is_disturbed
+
+
 @pytest.mark.parametrize("command", ["run", "retry", "repair"])
 @pytest.mark.parametrize("event", [*EVENTS, "run_second"])
 def test_anything_may_happen_at_any_change(event: str, command: str) -> None:
     """At the first change, at the second and so on; then the same command ends the work."""
-    for count in itertools.count(1):
-        machine = BatchRunMachine()
-        try:
-            machine.set_up("convert", False, [GOOD, CRASH])
-            machine.patch.setattr(shard_worker, "MAX_HEARTBEAT_S", 10.0)  # one heartbeat is enough
-            config = machine.make_config(retry_errors=command == "retry")
-            if command == "retry":
-                machine.world.errors[make_key(0)] = RETRYABLE_ERRORS[0]
-            if command != "run":
-                machine.do(config)
-                machine.world.errors.clear()
-            if command == "repair":
-                machine.write_file(machine.shard_name(0), b"PAR1")
-                config = RepairConfig(out=str(machine.out))
-            if event == "run_second":
-                is_disturbed = machine.do_both(config, config, (None, count))
-            else:
-                is_disturbed = machine.do(config, machine.make_trigger(event, (None, count)))
-            machine.do(config)
-            machine.verify()
-        finally:
-            machine.teardown()
-        if not is_disturbed:
-            assert count > 10
-            return
+    count = 1
+    while interrupt_once(event, count, command, lambda machine, config: None):
+        count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("command", ["run", "retry", "repair"])
+@pytest.mark.parametrize("change", [1, 4])
+def test_power_may_be_lost_after_a_kill(change: int, command: str) -> None:
+    """What a killed process has not forced to disk is not lost once another builds on it."""
+
+    def lose_power(machine: BatchRunMachine, config: Any) -> None:
+        machine.do(config, machine.make_trigger("lose_names", (None, change)))
+        machine.verify()
+
+    count = 1
+    while interrupt_once("kill_command", count, command, lose_power):
+        count += 1
+    assert count > 10
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 900)  # what fails is made shorter for minutes
