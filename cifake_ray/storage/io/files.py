@@ -164,7 +164,7 @@ def _write_atomically(
                     os.fsync(file.fileno())
             publish(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            discard(temporary)
         if durable:
             sync_folder(path.parent)
 

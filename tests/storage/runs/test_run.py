@@ -439,7 +439,7 @@ def test_leftovers_are_removed_but_not_what_another_host_writes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", leave)
-    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: None)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
     with pytest.raises(KeyboardInterrupt):
         write_bytes(tmp_path / "part-00000.parquet", b"half")
     monkeypatch.undo()
