@@ -181,7 +181,7 @@ def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> No
         old, new = (_add_defaults(new["command"], *pair) for pair in ((old, new), (new, old)))
     if old != new:
         remedy = "choose a new output folder, or give the same settings"
-        if new["command"] == "train" and {**old, "epochs": new["epochs"]} == new:
+        if new["command"] == "train" and {**old, "epochs": new.get("epochs")} == new:
             remedy = (
                 "its learning rates follow from its epochs; to train on from its result, choose a"
                 f" new folder and give --weights {out / 'bundle'}"
