@@ -336,7 +336,7 @@ class HeldImages(NamedTuple):
         values = {name: piece.column(name)[index].as_py() for name in piece.schema.names}
         value, error = values[self.image], values.get("error")
         if error in IMAGE_ERRORS:
-            return ImageError(error, values["error_detail"] or "")
+            return ImageError(error, values.get("error_detail") or "")
         try:
             data = get_bytes(value)
         except ImageError as problem:
