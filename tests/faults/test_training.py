@@ -25,6 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 
 CHECKPOINT_STEPS = "7"  # of some 90 in an epoch
 START_TIMEOUT_S = "10"  # Ray Train waits so long for workers of a node not yet known to be dead
+NOTICE_S = 10  # before a spot node goes; clouds give 30 to 120
 
 
 def make_arguments(shards: Path, run: Path, num_workers: str, *options: str) -> list[str]:
@@ -114,9 +115,9 @@ def test_a_spot_node_that_is_taken_away_in_time_is_no_failure(
     (node,) = two_nodes.worker_nodes
     drain = ["ray.scripts.scripts", "drain-node", "--address", two_nodes.address]
     drain += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    drain += ["--reason-message", "spot", "--deadline-remaining-seconds", "2"]
+    drain += ["--reason-message", "spot", "--deadline-remaining-seconds", str(NOTICE_S)]
     subprocess.run([sys.executable, "-m", *drain], env=own_ray, check=True)
-    time.sleep(2)
+    time.sleep(NOTICE_S)
     two_nodes.remove_node(node, allow_graceful=False)
     summary = finish(process)
     assert summary["epochs"] == epochs
