@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,16 +89,12 @@ def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
     return table
 
 
-def read_columns(
-    table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: Sequence[str]
-) -> pa.Table:
-    """Read some columns of some row groups. StorageError when the file is damaged."""
+@contextmanager
+def _explain_damage(path: AnyPath) -> Iterator[None]:
+    """Turn what pyarrow raises while it reads a file into a StorageError."""
     with explain_errors(path):
         try:
-            return table.read_row_groups(groups, columns=list(columns))
-        except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
-            pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=list(columns))
-            return pa.Table.from_batches(pieces)
+            yield
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
@@ -105,6 +102,18 @@ def read_columns(
                 f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
                 " damaged shard"
             ) from error
+
+
+def read_columns(
+    table: pq.ParquetFile, path: AnyPath, groups: list[int], columns: Sequence[str]
+) -> pa.Table:
+    """Read some columns of some row groups. StorageError when the file is damaged."""
+    with _explain_damage(path):
+        try:
+            return table.read_row_groups(groups, columns=list(columns))
+        except pa.ArrowNotImplementedError:  # more than 2 GiB of images: Arrow reads only pieces
+            pieces = table.iter_batches(PIECE_ROWS, row_groups=groups, columns=list(columns))
+            return pa.Table.from_batches(pieces)
 
 
 def read_pieces(
@@ -114,18 +123,10 @@ def read_pieces(
 
     StorageError when the file is damaged.
     """
-    with explain_errors(path):
-        try:
-            yield from table.iter_batches(
-                PIECE_ROWS, row_groups=[group], columns=list(columns), use_threads=False
-            )
-        except (FileNotFoundError, PermissionError):
-            raise
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
-                " damaged shard"
-            ) from error
+    with _explain_damage(path):
+        yield from table.iter_batches(
+            PIECE_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+        )
 
 
 def find_content(column_type: pa.DataType) -> Content | None:
@@ -179,12 +180,9 @@ def find_image_column(path: AnyPath, choice: ColumnChoice) -> ImageColumn | None
 
 def _glance(table: pq.ParquetFile, path: AnyPath, column: str) -> list[Any]:
     """Return the first values of a column. StorageError when the file is damaged."""
-    with explain_errors(path):
-        try:
-            batches = table.iter_batches(GLANCE_ROWS, columns=[column], use_threads=False)
-            batch = next(iter(batches), None)
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(f"{path}: damaged, or not read by pyarrow ({error})") from error
+    with _explain_damage(path):
+        batches = table.iter_batches(GLANCE_ROWS, columns=[column], use_threads=False)
+        batch = next(iter(batches), None)
     values = [] if batch is None else batch.column(column).to_pylist()
     return [value for value in values if value is not None]
 

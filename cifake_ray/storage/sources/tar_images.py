@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cifake_ray.core.labels import LabelReader
+from cifake_ray.storage.sources.clutter import find_clutter
 from cifake_ray.storage.sources.tar_members import Member, ReadAt, list_members
 
 IMAGES = "jpg jpeg jpe jfif png webp gif bmp dib tif tiff avif heic heif jxl jp2 ppm pgm pbm pnm"
-# Of files that lie in tars without an image of their own; with one, all else is a sidecar.
-SIDECARS = (
-    "json jsonl txt text caption cls cls2 id index inx csv tsv xml yaml yml md npy npz pyd pickle"
-    " pkl pth pt ten tenbin cbor msgpack mp mat html log"
-)
+# Of WebDataset, beside what is a sidecar in folders too. With an image, all else is a sidecar.
+SIDECARS = "cls cls2 id index inx text pyd pickle ten tenbin cbor msgpack mp"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGES.split())
 SIDECAR_SUFFIXES = frozenset(f".{suffix}" for suffix in SIDECARS.split())
 MAX_LABEL_BYTES = 2**16  # of a sidecar that is read
@@ -75,15 +73,15 @@ def list_images(
         has_image = not IMAGE_SUFFIXES.isdisjoint(suffixes)
         for member, suffix in zip(sample, suffixes, strict=True):
             is_other = has_image and suffix not in IMAGE_SUFFIXES
-            is_system = posixpath.basename(member.name).startswith("._")  # tar on macOS adds them
+            clutter = find_clutter(member.name)
             label = _find_label(member.name, labels)
             error = ERRORS.get(member.kind)
             if member.kind in ("damage", "no end"):
                 yield TarImage(None, member.offset, 0, error=error)
             elif member.kind == "other":
                 yield "not a regular file"
-            elif is_other or is_system or suffix in SIDECAR_SUFFIXES:
-                yield "sidecar"
+            elif is_other or clutter or suffix in SIDECAR_SUFFIXES:
+                yield clutter or "sidecar"
             elif member.target:
                 links.append((member, label))
             else:
