@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -29,6 +29,7 @@ from cifake_ray.config import (
     TrainConfig,
     doc_of,
     find_panel,
+    hint_of,
 )
 from cifake_ray.console import LogFormat, choose_log_format, log
 from cifake_ray.errors import UsageError, suggest_word
@@ -157,7 +158,7 @@ def _list_config_lines(config_class: type) -> list[str]:
         if (title := find_panel(config_class, name)[1]) != panel:
             panel = title
             lines += ["", f"# --- {title}"]
-        hint = get_type_hints(config_class)[name]
+        hint = hint_of(config_class, name)
         lines += [f"# {line}" for line in textwrap.wrap(_describe_option(doc, hint), 96)]
         value = "..." if field.default is MISSING else json.dumps(field.default)
         lines.append(f"{'# ' * (field.default is MISSING)}{name}: {value}")
@@ -291,7 +292,7 @@ def _describe_option(doc: Doc, hint: Any) -> str:
 
 def _make_option(config_class: type, field: Field[Any]) -> tuple[Any, Any]:
     """Return the annotation and the default of the parameter that typer makes an option."""
-    doc, hint = doc_of(config_class, field.name), get_type_hints(config_class)[field.name]
+    doc, hint = doc_of(config_class, field.name), hint_of(config_class, field.name)
     text = _describe_option(doc, hint)
     default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words

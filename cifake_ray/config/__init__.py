@@ -25,6 +25,7 @@ from cifake_ray.config.fields import (
     find_misfit,
     find_panel,
     fingerprint_settings,
+    hint_of,
     list_options,
 )
 from cifake_ray.config.pipeline import PipelineConfig

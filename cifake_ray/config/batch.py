@@ -18,7 +18,11 @@ class BatchConfig(ClusterConfig):
     PANEL: ClassVar[str] = "Run"
 
     num_workers: Annotated[
-        int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
+        int | None,
+        RuntimeDoc(
+            "Workers of Ray, each with a CPU or a GPU; 0: a process per CPU of this machine,"
+            " without Ray (default: 0 if no cluster is named and no GPU used, else as many as fit)"
+        ),
     ] = None
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
@@ -43,7 +47,8 @@ class BatchConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "num_workers", "shard_size", "stall_timeout_s", "limit", "sample")
+        check_least(self, 0, "num_workers")
+        check_least(self, 1, "shard_size", "stall_timeout_s", "limit", "sample")
         check(
             0 <= self.max_error_rate <= 1,
             f"--max-error-rate is {self.max_error_rate}; give a share between 0 and 1",

@@ -48,7 +48,7 @@ def check(condition: bool, message: str) -> None:
 
 def find_misfit(config_class: type, name: str, value: object) -> str | None:
     """Return `is 'adam'; give adamw or sgd` if a value is not of a field's type, else None."""
-    hint = _read_hints(config_class)[name]
+    hint = hint_of(config_class, name)
     kinds = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     if any(_fits(kind, value) for kind in kinds):
         return None
@@ -65,11 +65,6 @@ def find_misfit(config_class: type, name: str, value: object) -> str | None:
     given = value[0] if isinstance(value, tuple) and len(value) == 1 else value
     guess = suggest_word(str(given), set(words) - set(TYPE_WORDS.values()))
     return f"is {given!r}; give {' or '.join(words)}{guess}"
-
-
-@cache
-def _read_hints(config_class: type) -> dict[str, Any]:
-    return get_type_hints(config_class)
 
 
 def _fits(kind: Any, value: object) -> bool:
@@ -161,8 +156,18 @@ class ClusterConfig(StoreConfig):
 
 def doc_of(config_class: type, name: str) -> Doc:
     """Return the `Doc` of a field."""
-    doc: Doc = get_type_hints(config_class, include_extras=True)[name].__metadata__[0]
+    doc: Doc = _list_hints(config_class)[name].__metadata__[0]
     return doc
+
+
+def hint_of(config_class: type, name: str) -> Any:
+    """Return the type of a field, without its `Doc`."""
+    return _list_hints(config_class)[name].__origin__
+
+
+@cache
+def _list_hints(config_class: type) -> dict[str, Any]:
+    return get_type_hints(config_class, include_extras=True)
 
 
 def find_panel(config_class: type, name: str) -> tuple[int, str]:

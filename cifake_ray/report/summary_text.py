@@ -31,6 +31,7 @@ BATCH_FIELDS = {
     "elapsed_s",
     "images_per_s",
     "steady_images_per_s",
+    "ran_on",
     "threshold",
     "thresholds",
     "called_fake",
@@ -116,10 +117,11 @@ def _describe_speed(record: Record) -> str:
         before = f"; {_count(record['shards_resumed'], 'shard')} had been done before"
     if record["shards_retried"]:
         before += f"; {_count(record['shards_retried'], 'shard')} started again after a crash"
+    on = f" with {record['ran_on']}" if record.get("ran_on") else ""
     if not record["images_per_s"]:
-        return f"{record['elapsed_s']:,.1f} s{before}."
+        return f"{record['elapsed_s']:,.1f} s{on}{before}."
     return (
-        f"{record['elapsed_s']:,.1f} s, {record['images_per_s']:,.0f} images/s"
+        f"{record['elapsed_s']:,.1f} s{on}, {record['images_per_s']:,.0f} images/s"
         f" ({record['steady_images_per_s']:,.0f} once started){before}."
     )
 

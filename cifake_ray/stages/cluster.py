@@ -13,17 +13,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.job_config import JobConfig
 
-from cifake_ray.config import ClusterConfig, Device
+from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, UsageError
+from cifake_ray.stages.resources import (
+    ONE_WORKER,
+    Node,
+    Placement,
+    Resources,
+    count_local_cpus,
+    place_workers,
+)
 
 MAX_RAY_FOLDER = 40  # bytes: of the 107 of a socket's path Ray uses 64 below it
 POLL_S = 1.0  # between two reads of the resources while an autoscaler adds nodes
@@ -33,46 +40,6 @@ TOKEN_REMEDY = (
 )
 
 
-class Node(NamedTuple):
-    """Resources of one machine."""
-
-    num_cpus: int
-    num_gpus: int
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Resources of the cluster."""
-
-    nodes: tuple[Node, ...]
-
-    @property
-    def num_cpus(self) -> int:
-        return sum(node.num_cpus for node in self.nodes)
-
-    @property
-    def num_gpus(self) -> int:
-        return sum(node.num_gpus for node in self.nodes)
-
-    def count_places(self, cpus: int, gpus: int) -> int:
-        """Return how many workers of that size fit; a worker cannot be spread over two nodes."""
-        return sum(
-            min(node.num_cpus // cpus, node.num_gpus // gpus if gpus else node.num_cpus)
-            for node in self.nodes
-        )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Number of workers, and what each of them gets."""
-
-    num_workers: int
-    cpus_per_worker: int
-    gpus_per_worker: int
-    num_feeders: int = 0  # concurrent tasks, of one CPU each, that decode for a worker with a GPU
-
-
-ONE_WORKER = Placement(1, 1, 0)
 _is_abandoned = threading.Event()  # and still connected
 
 
@@ -248,80 +215,3 @@ def _make_room(least: Placement, timeout_s: float, log: Callable[[str], None]) -
         if known >= 0:
             request_resources(bundles=[])  # else the autoscaler would keep the nodes for ever
     return resources
-
-
-def place_workers(
-    resources: Resources,
-    *,
-    num_workers: int,
-    use_gpu: bool,
-    cpus_per_worker: int | None,
-) -> Placement:
-    """Place workers on the cluster; without `cpus_per_worker`, each gets as many CPUs as fit.
-
-    ResourceError, with the numbers, when the cluster is too small.
-    """
-    gpus = int(use_gpu)
-    most = max((node.num_cpus for node in resources.nodes), default=0)
-    for cpus in [cpus_per_worker] if cpus_per_worker else range(max(most, 1), 0, -1):
-        if resources.count_places(cpus, gpus) >= num_workers:
-            return Placement(num_workers, cpus, gpus)
-    needed = f"{num_workers * (cpus_per_worker or 1)} CPUs"
-    needed += f" and {num_workers} GPUs" if gpus else ""
-    nodes = ", ".join(f"{n.num_cpus} CPUs + {n.num_gpus} GPUs" for n in resources.nodes[:8])
-    fewer = " or --cpus-per-worker" if (cpus_per_worker or 1) > 1 else ""
-    raise ResourceError(
-        f"{num_workers} workers need {needed}, the cluster has {resources.num_cpus} CPUs and"
-        f" {resources.num_gpus} GPUs (nodes: {nodes}); lower --num-workers{fewer}"
-    )
-
-
-def count_local_cpus() -> int:
-    """Return how many CPUs this process may use: of its affinity and of its container's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    num_cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, int(min(num_cpus, read_cpu_quota())))
-
-
-def read_cpu_quota(root: Path = Path("/")) -> float:
-    """Return how many CPUs the control groups of this process allow, infinity without a limit."""
-    quotas = [math.inf]
-    for line in (_read_text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):  # of version 2 or 1
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            group = top / path.lstrip("/")  # in a container it may not be there, but its top is
-            above = (folder for folder in group.parents if folder.is_relative_to(top))
-            quotas += [_read_group_quota(folder) for folder in (group, *above)]
-    return min(quotas)
-
-
-def _read_group_quota(folder: Path) -> float:
-    quota, period = (
-        _read_text(folder / "cpu.cfs_quota_us"),
-        _read_text(folder / "cpu.cfs_period_us"),
-    )
-    words = (_read_text(folder / "cpu.max") or f"{quota} {period}").split()
-    try:
-        return int(words[0]) / int(words[1]) if int(words[0]) > 0 else math.inf
-    except ValueError:  # "max", or no such file
-        return math.inf
-
-
-def _read_text(path: Path) -> str | None:
-    with suppress(OSError):
-        return path.read_text().strip()
-    return None
-
-
-def choose_gpu(device: Device, resources: Resources) -> bool:
-    """Return whether workers use GPUs. ResourceError when --device cuda finds none."""
-    if device == "cuda" and not resources.num_gpus:
-        raise ResourceError("--device cuda: the cluster has no GPU; use --device cpu")
-    return device == "cuda" or (device == "auto" and resources.num_gpus > 0)
-
-
-def find_cause(error: BaseException | None) -> str:
-    """Return the last line of what a worker raised, which names the error."""
-    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-    return lines[-1] if lines else f"{type(error).__name__} without a message"

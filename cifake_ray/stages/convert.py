@@ -9,7 +9,7 @@ from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
-from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source
 

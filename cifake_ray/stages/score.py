@@ -17,8 +17,8 @@ from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
-from cifake_ray.stages.cluster import Placement
 from cifake_ray.stages.malloc import keep_freed_memory
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.open_source import open_source

@@ -28,7 +28,7 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.batch.shard_worker import slice_rows
-from cifake_ray.stages.cluster import ONE_WORKER
+from cifake_ray.stages.resources import ONE_WORKER
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits

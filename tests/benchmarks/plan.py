@@ -35,8 +35,8 @@ from s3_server import find_binary, run_server
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions
-from cifake_ray.stages.cluster import ONE_WORKER, Placement
 from cifake_ray.stages.convert import make_processor
+from cifake_ray.stages.resources import ONE_WORKER, Placement
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath

@@ -18,7 +18,7 @@ from ray_head import JobsCluster, run_head
 
 from cifake_ray.errors import ExitCode
 from cifake_ray.stages.batch.plan import choose_placement
-from cifake_ray.stages.cluster import Node, Placement, Resources
+from cifake_ray.stages.resources import Node, Placement, Resources
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.runs.run import require_run
 

@@ -16,14 +16,16 @@ from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.stages import cluster
 from cifake_ray.stages.cluster import (
-    Node,
-    Placement,
-    Resources,
     _check_address,
     choose_ray_folder,
     connect_cluster,
-    count_local_cpus,
     leave_cluster,
+)
+from cifake_ray.stages.resources import (
+    Node,
+    Placement,
+    Resources,
+    count_local_cpus,
     place_workers,
     read_cpu_quota,
 )

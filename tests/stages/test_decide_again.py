@@ -23,7 +23,7 @@ from cifake_ray.errors import RunMismatch, StorageError
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import read_run

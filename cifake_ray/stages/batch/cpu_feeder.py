@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cifake_ray.core.processing.processor import Prepare, Processor
 from cifake_ray.errors import ImageError
+from cifake_ray.stages.batch.image_batches import PreparedBatch, measure_image, prepare_images
 from cifake_ray.storage.sources.source import Source
 
 # For each worker: batches prepared or being prepared, and the encoded images sent for that.
@@ -24,38 +25,12 @@ PATIENCE_S = 10.0  # for a task to get a CPU; then the worker prepares its batch
 MAX_RETRIES = 2  # of a task whose process or node was lost
 
 
-class PreparedBatch(NamedTuple):
-    """Some rows of the manifest with their images; `prepared` is None if no task prepared them."""
-
-    rows: pa.Table
-    prepared: Any
-    size_bytes: int  # encoded
-    is_suspect: bool = False  # one of the images may have ended its process
-
-
 class _Task(NamedTuple):
     """A batch that is being prepared, and how much of the object store it may use."""
 
     rows: pa.Table
     result: Any
     size_bytes: int
-
-
-def measure_image(image: bytes | ImageError) -> int:
-    """Return the encoded bytes of an image, 0 for one that could not be fetched."""
-    return 0 if isinstance(image, ImageError) else len(image)
-
-
-def prepare_images(prepare: Prepare, images: Iterable[bytes | ImageError]) -> tuple[Any, int]:
-    """Prepare images as they arrive; return also how many encoded bytes they have together."""
-    sizes = []
-
-    def measure() -> Iterator[bytes | ImageError]:
-        for image in images:
-            sizes.append(measure_image(image))
-            yield image
-
-    return prepare(measure()), sum(sizes)
 
 
 def feed_images(prepare: Prepare, images: Iterable[bytes | ImageError]) -> Iterator[Any]:

@@ -1,17 +1,16 @@
 """Run a batch: list -> freeze -> for each shard: fetch, process, commit -> _SUCCESS.
 
-convert, score and evaluate differ only in their processor. One Ray Data row is one shard; an actor
-per core fetches, processes and commits it whole (`shard_worker`), so no image crosses the object
-store. For an actor with a GPU, tasks on CPUs prepare the images (`cpu_feeder`); the actor still
-commits. Only a `ShardReport` travels back to the driver.
+convert, score and evaluate differ only in their processor. A worker per core fetches, processes and
+commits a shard whole (`shard_worker`); only a `ShardReport` travels back. The workers are actors of
+Ray Data (`ray_pool`) or, on one machine, processes of ours (`local_pool`). For an actor with a GPU,
+tasks on CPUs prepare the images (`cpu_feeder`); the actor still commits.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -19,17 +18,23 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy, DataContext
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.errors import CifakeError, NothingToDo
-from cifake_ray.stages.batch.plan import DryRun, choose_placement, count_listing, guess_placement
+from cifake_ray.stages.batch.local_pool import LocalPool
+from cifake_ray.stages.batch.plan import (
+    DryRun,
+    choose_local,
+    choose_placement,
+    count_listing,
+    describe_workers,
+    guess_placement,
+)
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
-    ShardWorker,
     WorkerOptions,
+    WorkerTask,
     count_retryable,
 )
 from cifake_ray.stages.batch.summary import (
@@ -39,10 +44,8 @@ from cifake_ray.stages.batch.summary import (
     read_summary,
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
-from cifake_ray.stages.cluster import (
-    Placement,
-    connect_cluster,
-)
+from cifake_ray.stages.cluster import connect_cluster
+from cifake_ray.stages.resources import Placement, Resources, read_local_resources
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
@@ -60,9 +63,6 @@ from cifake_ray.storage.sources.choose_rows import choose_rows
 from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
-BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
-BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers end together
-MAX_BLOCKS = 4_096
 DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
 KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
 
@@ -175,35 +175,66 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             if (summary := decide_again(plan, found)) is not None:
                 return summary
     with ExitStack() as stack:
-        lister = ThreadPoolExecutor(1)
-        stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
-        opening = lister.submit(lambda: found or plan.run.freeze())
-        # Ray takes seconds to start, so start it while a long source is listed; but not if an
-        # autoscaler would start nodes that are idle until then.
-        wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
-        if opening.done():
-            opening.result()  # report an error of the source before starting Ray
-        least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
-        resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
+        is_local = choose_local(plan.config, plan.device)
+        start = _start_here if is_local else _start_on_ray
+        run, resources = start(plan, found, stack)
         placement = choose_placement(resources, plan.config.num_workers, plan.device)
-        run = opening.result()
-        plan.log(f"{plan.command}: starting {placement.num_workers} workers ...")
         if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
             reopen_run(run)
         session, stall_timeout_s = secrets.token_hex(4), plan.config.stall_timeout_s
         options = WorkerOptions(session, plan.config.retry_errors, stall_timeout_s)
-        stream = _stream_shards(run, plan, placement, options)
+        task = WorkerTask(
+            run=run,
+            source=plan.source,
+            make_processor=plan.make_processor,
+            placement=placement,
+            options=options,
+        )
+        num_workers = min(placement.num_workers, run.manifest.num_shards)
+        ran_on = describe_workers(num_workers, is_local)
+        plan.log(f"{plan.command}: starting {ran_on} ...")
+        if is_local:
+            pool = stack.enter_context(LocalPool(task, num_workers))
+            stream, describe = pool.report_shards(), lambda: f"there are {ran_on}"
+        else:
+            from cifake_ray.stages.batch.ray_pool import describe_cluster, report_shards
+
+            stream, describe = report_shards(task), describe_cluster
         totals = Totals(listed=run.manifest.num_rows)
-        with closing(watch_progress(stream, run, session, stall_timeout_s)) as reports:
+        watched = watch_progress(stream, run, session, stall_timeout_s, describe)
+        with closing(watched) as reports:
             for report in reports:
+                if isinstance(report, CifakeError):
+                    raise report
                 totals.add(report)
                 plan.on_progress(totals.progress())
-        return finish_batch(plan, run, totals)
+        return finish_batch(plan, run, totals, ran_on)
 
 
-def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
+def _start_here(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Resources]:
+    return found or plan.run.freeze(), read_local_resources(plan.device)
+
+
+def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Resources]:
+    """Connect to a cluster, or start Ray, while the source is listed."""
+
+    lister = ThreadPoolExecutor(1)
+    stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
+    opening = lister.submit(lambda: found or plan.run.freeze())
+    # Ray takes seconds to start, so start it while a long source is listed; but not if an
+    # autoscaler would start nodes that are idle until then.
+    wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
+    if opening.done():
+        opening.result()  # report an error of the source before starting Ray
+    least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
+    resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
+    choose_placement(resources, plan.config.num_workers, plan.device)  # or say what is missing now
+    return opening.result(), resources
+
+
+def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> BatchSummary:
     """Write what marks a run as finished, once all of its shards are committed."""
     elapsed_s = time.time() - plan.started_s
     is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
@@ -225,6 +256,7 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
         threshold=plan.threshold,
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,
+        ran_on=ran_on,
         **run.counts,
     )
     plan.before_success(run)
@@ -251,40 +283,7 @@ def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits only for what has begun
     is_whole = len(totals.shards) == run.manifest.num_shards
     has_work = plan.config.retry_errors and count_retryable(totals.errors)
-    return finish_batch(plan, run, totals) if is_whole and not has_work else None
-
-
-def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
-    """Return the number of Ray Data tasks; each takes some shards and commits them one by one."""
-    wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
-    return min(num_shards, wanted, MAX_BLOCKS)
-
-
-def _stream_shards(
-    run: Run, plan: BatchPlan, placement: Placement, options: WorkerOptions
-) -> Generator[ShardReport, None, None]:
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Ray would give up after half an hour without a finished block, even if it is processed.
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    shards = [{"shard": shard} for shard in range(run.manifest.num_shards)]
-    num_actors = min(placement.num_workers, len(shards))
-    num_blocks = choose_blocks(len(shards), run.manifest.num_rows, num_actors)
-    # The list is in the driver, so no read task needs a CPU: the actors may use all of them.
-    results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
-        ShardWorker,
-        fn_constructor_args=(run, plan.source, plan.make_processor, placement, options),
-        batch_size=1,  # a shard; with GPUs Ray insists on a number
-        num_cpus=placement.cpus_per_worker,
-        num_gpus=placement.gpus_per_worker,
-        compute=ActorPoolStrategy(size=num_actors),
-    )
-    for row in results.iter_rows():
-        if isinstance(row["report"], CifakeError):
-            raise row["report"]
-        yield row["report"]
+    return finish_batch(plan, run, totals, "one process") if is_whole and not has_work else None
 
 
 def find_result(plan: BatchPlan, run: Run) -> BatchSummary | None:

@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 from cifake_ray.config import BatchConfig, Device
 from cifake_ray.core.schema import SPLITS
 from cifake_ray.errors import ExitCode
-from cifake_ray.stages.cluster import (
-    Node,
+from cifake_ray.stages.resources import (
     Placement,
     Resources,
     choose_gpu,
-    count_local_cpus,
+    is_connected,
+    names_cluster,
     place_workers,
+    read_local_resources,
 )
 from cifake_ray.storage.sources.source import Listing
 
@@ -70,17 +71,28 @@ def count_listing(listing: Listing) -> ListingSize:
     return size
 
 
+def choose_local(config: BatchConfig, device: Device) -> bool:
+    """Return whether the workers are processes of this machine, without Ray.
+
+    They are with `--num-workers 0`, and by default where no cluster is named or connected and no
+    GPU is used: there Ray would cost its start and gain nothing.
+    """
+    if config.num_workers is not None:
+        return config.num_workers == 0
+    is_named = config.address or os.environ.get("RAY_ADDRESS")
+    return not is_named and not is_connected() and not read_local_resources(device).num_gpus
+
+
+def describe_workers(num_workers: int, is_local: bool) -> str:
+    """Return how many workers there are, and of what."""
+    return f"{num_workers} worker{'s' * (num_workers > 1)} {'without' if is_local else 'on'} Ray"
+
+
 def guess_placement(config: BatchConfig, wanted: Device) -> tuple[int | None, str]:
     """Return how many workers would run, on what, without asking Ray; None and auto elsewhere."""
-    if config.address or os.environ.get("RAY_ADDRESS") not in (None, "", "local"):
+    if names_cluster(config) and not choose_local(config, wanted):
         return config.num_workers, wanted
-    num_gpus = 0
-    if wanted != "cpu":
-        import torch
-
-        num_gpus = torch.cuda.device_count()
-    here = Resources((Node(count_local_cpus(), num_gpus),))
-    placement = choose_placement(here, config.num_workers, wanted)
+    placement = choose_placement(read_local_resources(wanted), config.num_workers, wanted)
     return placement.num_workers, "cuda" if placement.gpus_per_worker else "cpu"
 
 

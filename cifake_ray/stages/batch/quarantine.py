@@ -6,21 +6,16 @@ fraction of a second. It ends with its parent.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
 
 from cifake_ray.core.imaging.decode import decode_image, inspect_image
-from cifake_ray.errors import ImageError, ResourceError
-
-START_TIMEOUT_S = 120.0
-READY = b"ready"
+from cifake_ray.errors import ImageError
+from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 
 
 class Quarantine:
@@ -29,8 +24,7 @@ class Quarantine:
     def __init__(self, *, decodes: bool, timeout_s: float) -> None:
         self.decodes = decodes
         self.timeout_s = timeout_s  # for one image
-        self.process: subprocess.Popen[bytes] | None = None
-        self.connection: Connection | None = None
+        self.child: ChildProcess | None = None
 
     def __enter__(self) -> Quarantine:
         return self
@@ -63,61 +57,24 @@ class Quarantine:
 
     def _send_image(self, image: bytes) -> str | None:
         """Return None when the child survives the image, else how it died."""
-        connection = self.connection or self._start_child()
+        child = self.child or self._start_child()
         try:
-            connection.send_bytes(image)
-            connection.recv_bytes()
+            child.connection.send_bytes(image)
+            child.connection.recv_bytes()
         except (EOFError, OSError):
             return self._explain_death(self._end_child())
         return None
 
-    def _start_child(self) -> Connection:
-        mine, its = Pipe()
-        # The child finds its packages where this process found them.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        words = [str(its.fileno()), str(self.timeout_s), "decode" if self.decodes else "inspect"]
-        try:
-            self.process = subprocess.Popen(
-                # -P: not in the working folder, which may be that of the images.
-                [sys.executable, "-P", "-m", __spec__.name, *words],
-                pass_fds=[its.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as error:
-            raise ResourceError(
-                f"no process can be started to try images in ({error.strerror}); free memory or"
-                " processes and run the same command again"
-            ) from error
-        finally:
-            its.close()
-        self.connection = mine
-        try:
-            if not mine.poll(START_TIMEOUT_S):
-                raise EOFError
-            mine.recv_bytes()
-        except (EOFError, OSError) as error:
-            code = self._end_child()
-            raise ResourceError(
-                f"the process to try images in did not start (exit code {code}); free memory and"
-                " run the same command again"
-            ) from error
-        return mine
+    def _start_child(self) -> ChildProcess:
+        what = "decode" if self.decodes else "inspect"
+        self.child = ChildProcess(__spec__.name, str(self.timeout_s), what)
+        self.child.wait_ready()
+        return self.child
 
     def _end_child(self) -> int | None:
         """End the child if there is one; return its exit code, as subprocess defines it."""
-        process, connection = self.process, self.connection
-        self.process = self.connection = None
-        if process is None or connection is None:
-            return None
-        connection.close()  # this ends a child that waits for images
-        try:
-            return process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        child, self.child = self.child, None
+        return child.end() if child else None
 
     def _explain_death(self, code: int | None) -> str:
         if code == -signal.SIGALRM:
@@ -144,6 +101,5 @@ def serve_images(connection: Connection, *, timeout_s: float, decodes: bool) -> 
 
 
 if __name__ == "__main__":
-    serve_images(
-        Connection(int(sys.argv[1])), timeout_s=float(sys.argv[2]), decodes=sys.argv[3] == "decode"
-    )
+    parent, (timeout_s, what) = connect_parent(sys.argv[1:])
+    serve_images(parent, timeout_s=float(timeout_s), decodes=what == "decode")

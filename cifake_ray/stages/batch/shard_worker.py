@@ -1,8 +1,8 @@
-"""Process a shard in an actor: fetch, work, commit, and leave a trace if that kills the actor.
+"""Process a shard in a worker: fetch, work, commit, and leave a trace if that kills the actor.
 
-While a shard is processed, its heartbeat file is next to the results. Ray restarts an actor that
-died and gives it the same shard; it finds the file and tries the images in quarantine first, so an
-image that kills its process becomes a row with its error.
+While a shard is processed, its heartbeat file is next to the results. A worker that died is
+replaced, and its successor gets the same shard; it finds the file and tries the images in
+quarantine first, so an image that kills its process becomes a row with its error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +21,15 @@ import pyarrow.compute as pc
 
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.core.schema import RETRYABLE_ERRORS
-from cifake_ray.errors import CifakeError, ImageError, ResourceError
-from cifake_ray.stages.batch.cpu_feeder import (
-    CpuFeeder,
+from cifake_ray.errors import CifakeError, ResourceError
+from cifake_ray.stages.batch.image_batches import (
     PreparedBatch,
-    measure_image,
     prepare_images,
+    slice_rows,
+    take_images,
 )
-from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.quarantine import Quarantine
-from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.runs.attempts import (
     Attempt,
     follow_attempt,
@@ -43,7 +42,10 @@ from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.storage.runs.shards import commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.sources.source import Source
 
-MAX_BATCH_BYTES = 256 * 2**20  # encoded images that are processed at once
+if TYPE_CHECKING:
+    from cifake_ray.stages.batch.cpu_feeder import CpuFeeder
+    from cifake_ray.stages.batch.prometheus import WorkMetrics
+
 MAX_ATTEMPTS = 5  # at one shard, by one command
 MAX_HEARTBEAT_S = 10.0  # between two heartbeats
 MAX_IMAGE_S = 60.0  # for one image in quarantine
@@ -100,38 +102,38 @@ class Heartbeat:
         faulthandler.cancel_dump_traceback_later()
 
 
-class ShardWorker:
-    """Actor of the pool: takes shard numbers, commits shards."""
+@dataclass(frozen=True, kw_only=True)
+class WorkerTask:
+    """All that a worker is given, but the numbers of its shards."""
 
-    def __init__(
-        self,
-        run: Run,
-        source: Source,
-        make_processor: Callable[[Placement], Processor],
-        placement: Placement,
-        options: WorkerOptions,
-    ) -> None:
-        self.run = run
-        self.source = source
-        self.make_processor = make_processor
-        self.placement = placement
-        self.options = options
-        self.metrics = WorkMetrics(run.command)
+    run: Run
+    source: Source
+    make_processor: Callable[[Placement], Processor]
+    placement: Placement
+    options: WorkerOptions
+
+
+class ShardWorker:
+    """Commits the shards whose numbers it is given, in a process of its own."""
+
+    def __init__(self, task: WorkerTask, metrics: WorkMetrics | None = None) -> None:
+        self.task, self.metrics = task, metrics
+        self.run, self.source = task.run, task.source
+        self.placement, self.options = task.placement, task.options
 
     @cached_property
     def processor(self) -> Processor:
         """Make the processor when there is work for it, since that takes seconds."""
-        return self.make_processor(self.placement)
+        return self.task.make_processor(self.placement)
 
     @cached_property
     def feeder(self) -> CpuFeeder:
+        from cifake_ray.stages.batch.cpu_feeder import CpuFeeder  # only a cluster has feeders
+
         timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
         return CpuFeeder(self.source, self.processor, self.placement.num_feeders, timeout_s)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[ShardReport | CifakeError]]:
-        return {"report": [self._report_shard(int(shard)) for shard in batch["shard"]]}
-
-    def _report_shard(self, shard: int) -> ShardReport | CifakeError:
+    def report_shard(self, shard: int) -> ShardReport | CifakeError:
         """Make, retry or find a shard. Return an error, because Ray would wrap a raised one."""
         try:
             stats = inspect_shard(self.run, shard)
@@ -143,12 +145,12 @@ class ShardWorker:
                 worked = count_retryable(stats.errors)
                 result = self._retry_shard(shard)
                 if result is None:
-                    return self._report_shard(shard)
+                    return self.report_shard(shard)
                 stats, retried = result
         except CifakeError as error:
             return error
         finished_s = time.time()
-        if worked:
+        if worked and self.metrics:
             self.metrics.time_shard(finished_s - started_s)
         return ShardReport(
             stats=stats, worked=worked, retried=retried, started_s=started_s, finished_s=finished_s
@@ -211,7 +213,8 @@ class ShardWorker:
         with closing(feed(rows, heartbeat, is_suspect)) as batches:
             for batch in batches:
                 tables.append(self.processor.finish(batch.rows, batch.prepared))
-                self.metrics.count_images(tables[-1], batch.size_bytes)
+                if self.metrics:
+                    self.metrics.count_images(tables[-1], batch.size_bytes)
                 heartbeat.rows_done += batch.rows.num_rows
                 heartbeat.beat()
         return pa.concat_tables(tables)
@@ -253,37 +256,6 @@ class ShardWorker:
 def count_retryable(errors: dict[str, int]) -> int:
     """Count the errors that may be transient."""
     return sum(errors.get(error, 0) for error in RETRYABLE_ERRORS)
-
-
-def take_images(
-    images: Iterator[bytes | ImageError], max_images: int, on_image: Callable[[], None]
-) -> list[bytes | ImageError]:
-    """Return the next images: at most `max_images`, and no more once they have MAX_BATCH_BYTES.
-
-    Their sizes are often not listed: those of Parquet files never are.
-    """
-    taken: list[bytes | ImageError] = []
-    size_bytes = 0
-    for image in islice(images, max_images):
-        taken.append(image)
-        on_image()
-        size_bytes += measure_image(image)
-        if size_bytes >= MAX_BATCH_BYTES:
-            break
-    return taken
-
-
-def slice_rows(rows: pa.Table, batch_size: int) -> Iterator[pa.Table]:
-    """Yield slices of at most `batch_size` rows and, by their listed sizes, MAX_BATCH_BYTES."""
-    start = size_bytes = 0
-    for row, size in enumerate(rows.column("size_bytes").to_pylist()):
-        if row > start and (
-            row - start == batch_size or size_bytes + (size or 0) > MAX_BATCH_BYTES
-        ):
-            yield rows.slice(start, row - start)
-            start, size_bytes = row, 0
-        size_bytes += size or 0
-    yield rows.slice(start)
 
 
 def replace_rows(table: pa.Table, indices: np.ndarray, new: pa.Table) -> pa.Table:

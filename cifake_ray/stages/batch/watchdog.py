@@ -1,6 +1,6 @@
 """End a run that makes no progress, with an error that names what it was waiting for.
 
-A thread waits inside Ray, which never gives up. The main thread waits for that thread with a
+A thread waits for the workers, inside Ray for ever. The main thread waits for that thread with a
 timeout, so Ctrl-C works at once, and reads the heartbeat files when there is no report.
 """
 
@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TypeVar
 
-import ray
-
 from cifake_ray.errors import ResourceError, StorageError
-from cifake_ray.stages.cluster import read_resources
 from cifake_ray.storage.runs.attempts import Attempt, list_attempts
 from cifake_ray.storage.runs.run import Run
 
 Report = TypeVar("Report")
 
 MAX_LOOK_S = 30.0  # between two reads of the heartbeat files
-CLOSE_S = 2.0  # for Ray Data to stop its workers
-CLUSTER_ANSWER_S = 10.0
+CLOSE_S = 2.0  # for the workers to be stopped
 MAX_SHOWN = 8
 
 
 def watch_progress(
-    reports: Generator[Report, None, None], run: Run, session: str, timeout_s: float
+    reports: Generator[Report, None, None],
+    run: Run,
+    session: str,
+    timeout_s: float,
+    describe_workers: Callable[[], str],
 ) -> Generator[Report, None, None]:
     """Yield the reports, which are read in a thread; raise what is raised there.
 
@@ -48,7 +48,7 @@ def watch_progress(
                 if attempts != before:
                     since_s = time.monotonic()
                 elif time.monotonic() - since_s >= timeout_s:
-                    raise ResourceError(explain_stall(attempts, timeout_s))
+                    raise ResourceError(explain_stall(attempts, timeout_s, describe_workers()))
             report = waiting.result()
             if report is None:
                 return
@@ -62,7 +62,7 @@ def watch_progress(
         thread.shutdown(wait=False)
 
 
-def explain_stall(attempts: list[Attempt], timeout_s: float) -> str:
+def explain_stall(attempts: list[Attempt], timeout_s: float, workers: str) -> str:
     """Return the error message of a run without progress."""
     if attempts:
         shown = ", ".join(attempt.describe() for attempt in attempts[:MAX_SHOWN])
@@ -71,25 +71,6 @@ def explain_stall(attempts: list[Attempt], timeout_s: float) -> str:
     else:
         waiting = "no worker is at work on a shard"
     return (
-        f"no progress for {timeout_s:g} s: {waiting}; {describe_cluster()}. Run the same command"
+        f"no progress for {timeout_s:g} s: {waiting}; {workers}. Run the same command"
         " again to resume; if one batch may take that long, raise --stall-timeout-s"
     )
-
-
-def describe_cluster() -> str:
-    """Describe nodes and CPUs for an error message, even if the cluster does not answer."""
-
-    def ask() -> str:
-        resources = read_resources()
-        free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-        return (
-            f"the cluster has {len(resources.nodes)} nodes alive with {resources.num_cpus} CPUs,"
-            f" {free:g} of them free"
-        )
-
-    thread = ThreadPoolExecutor(1)
-    answer = thread.submit(ask)
-    thread.shutdown(wait=False)
-    if wait([answer], CLUSTER_ANSWER_S).done and not answer.exception():
-        return answer.result()
-    return "the cluster does not answer"

@@ -18,9 +18,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.training.device_limits import check_batch_share
 from cifake_ray.core.training.early_stopping import explain_end
 from cifake_ray.errors import CifakeError
-from cifake_ray.stages.cluster import (
-    count_local_cpus,
-)
+from cifake_ray.stages.resources import count_local_cpus
 from cifake_ray.stages.train.placement import (
     choose_gpu_here,
     describe_plan,

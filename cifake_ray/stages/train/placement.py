@@ -10,7 +10,7 @@ import torch
 from cifake_ray.config import Device, TrainConfig
 from cifake_ray.core.training.device_limits import choose_precision
 from cifake_ray.errors import ResourceError
-from cifake_ray.stages.cluster import (
+from cifake_ray.stages.resources import (
     Node,
     Placement,
     Resources,

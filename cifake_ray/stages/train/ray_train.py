@@ -11,11 +11,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from cifake_ray.errors import CacheError, CifakeError, StorageError
-from cifake_ray.stages.cluster import (
-    Placement,
-    connect_cluster,
-    find_cause,
-)
+from cifake_ray.stages.cluster import connect_cluster
+from cifake_ray.stages.resources import Placement, find_cause
 from cifake_ray.stages.train.placement import describe_workers, place_training
 from cifake_ray.stages.train.prepare import Prepared
 from cifake_ray.stages.train.worker import RankTask, start_rank

@@ -29,12 +29,12 @@ from cifake_ray.core.search.trial_table import find_best, find_interval
 from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
-from cifake_ray.stages.cluster import (
+from cifake_ray.stages.cluster import connect_cluster
+from cifake_ray.stages.resources import (
     Node,
     Placement,
     Resources,
     choose_gpu,
-    connect_cluster,
     count_local_cpus,
     place_workers,
 )

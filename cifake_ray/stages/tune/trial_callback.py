@@ -13,7 +13,7 @@ from ray.tune import Callback
 
 from cifake_ray.core.search.trial_table import to_row
 from cifake_ray.report.tune_text import format_trials
-from cifake_ray.stages.cluster import find_cause
+from cifake_ray.stages.resources import find_cause
 from cifake_ray.stages.tune.plan import TrialPlan
 from cifake_ray.stages.tune.trial_worker import FAILED
 from cifake_ray.storage.runs.tune_run import Trial

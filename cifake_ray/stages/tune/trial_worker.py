@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from cifake_ray.config import TrainConfig, TuneConfig
 from cifake_ray.core.training.early_stopping import to_score
 from cifake_ray.errors import CifakeError, ResourceError
-from cifake_ray.stages.cluster import find_cause
+from cifake_ray.stages.resources import find_cause
 from cifake_ray.stages.train.driver import finish_training, train_detector
 from cifake_ray.stages.tune.plan import TrialPlan
 from cifake_ray.storage.io.files import read_bytes, read_json, write_json

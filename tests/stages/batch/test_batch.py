@@ -32,8 +32,8 @@ from cifake_ray.stages.batch.shard_worker import (
 )
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.batch.watchdog import watch_progress
-from cifake_ray.stages.cluster import ONE_WORKER
 from cifake_ray.stages.convert import make_processor
+from cifake_ray.stages.resources import ONE_WORKER
 from cifake_ray.storage.datasets.sample_folder import write_sample
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
 from cifake_ray.storage.runs.manifest import Manifest

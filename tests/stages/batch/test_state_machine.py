@@ -51,7 +51,7 @@ from cifake_ray.errors import ImageError, RunMismatch, StorageError
 from cifake_ray.stages import convert, score
 from cifake_ray.stages.batch import driver, shard_worker
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.stages.cluster import Placement
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import check_writable
 from cifake_ray.storage.io.paths import AnyPath

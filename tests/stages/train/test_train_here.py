@@ -18,7 +18,7 @@ from PIL import Image
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import CacheError, CifakeError, RunMismatch, StorageError, UsageError
-from cifake_ray.stages.cluster import Node, Resources
+from cifake_ray.stages.resources import Node, Resources
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.train.ray_train import _EndAtOnce, place_training
 from cifake_ray.storage.bundles.bundle import read_bundle_info
@@ -156,7 +156,7 @@ def test_what_every_attempt_would_meet_ends_a_training_at_once() -> None:
 def test_scoring_takes_as_many_images_at_once_as_the_network_allows(
     shards: Path, tmp_path: Path
 ) -> None:
-    from cifake_ray.stages.cluster import ONE_WORKER
+    from cifake_ray.stages.resources import ONE_WORKER
     from cifake_ray.stages.score import MakeScoreProcessor
 
     batch_sizes = []
