@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"
 
 SAME_SIGNAL_S = 1.0  # a signal to a group of processes comes twice, the second time from a parent
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted; run the same command again to resume"
 _status = StatusLine()
 
@@ -80,7 +81,11 @@ def run_command(
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    wake_up, written = os.pipe()
+    os.set_blocking(wake_up, False)
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, on_signal)
     sys.excepthook = on_unexpected
@@ -89,10 +94,6 @@ def run_command(
     try:
         with _status.keep_alive() if _log_format == "text" else nullcontext():
             result, code = body()
-    except CifakeError as failure:
-        error, code = str(failure), failure.exit_code
-        if debug:
-            _show_traceback(failure)
     except KeyboardInterrupt as failure:
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
@@ -100,6 +101,15 @@ def run_command(
     except SystemExit:  # while Ray starts, SIGTERM is its own
         signalled_s = time.monotonic()
         code, error = ExitCode.TERMINATED, INTERRUPTED
+    except Exception as failure:
+        if number := _find_signal(wake_up):  # what was raised for it was lost, in Ray for one
+            code, error = ExitCode(128 + number), INTERRUPTED
+        elif isinstance(failure, CifakeError):
+            code, error = failure.exit_code, str(failure)
+        else:
+            raise
+        if debug:
+            _show_traceback(failure)
     if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
@@ -109,6 +119,13 @@ def run_command(
         text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
+
+
+def _find_signal(wake_up: int) -> int | None:
+    """Return SIGINT or SIGTERM if one of them has come, whoever's handler took it."""
+    with suppress(BlockingIOError):
+        return next((number for number in os.read(wake_up, 4096) if number in SIGNALS), None)
+    return None
 
 
 def _put(text: str, stream: TextIO) -> None:

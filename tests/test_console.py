@@ -236,6 +236,22 @@ def test_a_library_that_exits_on_a_signal_is_interrupted() -> None:
     assert process.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize("failure", ["OSError('gone')", "UsageError('gone')"])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_failure_that_a_signal_led_to_is_an_interrupt(
+    failure: str, number: str, code: int
+) -> None:
+    """A library takes the signal, loses it, and fails since its other processes have ended."""
+    process = run_body(
+        f"from cifake_ray.errors import UsageError; signal.signal(signal.{number}, lambda *_: 0);"
+        f" os.kill(os.getpid(), signal.{number}); raise {failure}",
+        json_output=True,
+    )
+    assert process.returncode == code, process.stderr
+    assert json.loads(process.stdout)["exit_code"] == code
+    assert process.stderr == b"cifake-ray: interrupted; run the same command again to resume\n"
+
+
 def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:
     mark = tmp_path / "cleaned"
     body = (
