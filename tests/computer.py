@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-import ray.data
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cifake_ray.errors import CifakeError
+from cifake_ray.stages.batch import driver
+from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
 from cifake_ray.storage.io import files
 from cifake_ray.storage.runs.run import RESULTS
 
@@ -168,7 +170,8 @@ class Computer:
         for name in ("pipe_file", "rm_file", "cp_file"):
             watched = self._watch(getattr(MemoryFileSystem, name), is_write=name != "rm_file")
             patch.setattr(MemoryFileSystem, name, watched)
-        patch.setattr(ray.data, "from_items", lambda rows, **options: SimulatedData(self, rows))
+        patch.setattr(driver, "choose_local", lambda *arguments: True)
+        patch.setattr(driver, "LocalPool", lambda task, num_workers: SimulatedPool(self, task))
 
     def _watch(self, function: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -246,29 +249,29 @@ class HalfFile:
         self.file.write(data[len(data) // 2 :])
 
 
-class SimulatedData:
-    """What the driver uses of Ray Data: an actor that is started anew when it was killed."""
+class SimulatedPool:
+    """What the driver uses of LocalPool: a worker that is started anew when it was killed."""
 
-    def __init__(self, computer: Computer, rows: list[dict[str, Any]]) -> None:
-        self.computer, self.rows = computer, rows
+    def __init__(self, computer: Computer, task: WorkerTask) -> None:
+        self.computer, self.task = computer, task
 
-    def map_batches(
-        self, actor: type, *, fn_constructor_args: tuple[Any, ...], **options: Any
-    ) -> SimulatedData:
-        self.make_actor = lambda: actor(*fn_constructor_args)
+    def __enter__(self) -> SimulatedPool:
         return self
 
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        actor = self.make_actor()
-        for row in self.rows:
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def report_shards(self) -> Iterator[ShardReport | CifakeError]:
+        worker = ShardWorker(self.task)
+        for shard in range(self.task.run.manifest.num_shards):
             while True:
-                driver = self.computer.process
+                command = self.computer.process
                 try:
-                    with self.computer.start_process(driver):
-                        results = actor({name: [value] for name, value in row.items()})
+                    with self.computer.start_process(command):
+                        report = worker.report_shard(shard)
                     break
                 except Killed:
-                    if driver is not None and not driver.is_alive:
+                    if command is not None and not command.is_alive:
                         raise
-                    actor = self.make_actor()
-            yield {name: values[0] for name, values in results.items()}
+                    worker = ShardWorker(self.task)
+            yield report

@@ -27,7 +27,7 @@ from plan import make_images
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.stages.batch.shard_worker import slice_rows
+from cifake_ray.stages.batch.image_batches import slice_rows
 from cifake_ray.stages.resources import ONE_WORKER
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info

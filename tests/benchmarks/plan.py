@@ -34,7 +34,7 @@ from s3_server import find_binary, run_server
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions
+from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions, WorkerTask
 from cifake_ray.stages.convert import make_processor
 from cifake_ray.stages.resources import ONE_WORKER, Placement
 from cifake_ray.stages.score import MakeScoreProcessor
@@ -186,12 +186,16 @@ def measure_shard(
         out=out, command=command, settings={}, config={}, list_source=source.list_images,
         shard_rows=SHARD_ROWS,
     ).freeze()  # fmt: skip
-    worker = ShardWorker(run, source, make, ONE_WORKER, WorkerOptions("x", False, 600.0))
-    worker.work = make(ONE_WORKER)
+    worker = ShardWorker(
+        WorkerTask(
+            run=run, source=source, make_processor=make, placement=ONE_WORKER,
+            options=WorkerOptions("x", False, 600.0),
+        )
+    )  # fmt: skip
     for words in ("made", "found"):
         calls.clear()
         started_s = time.process_time()
-        worker({"shard": np.array([0])})
+        worker.report_shard(0)
         cpu_ms = 1000 * (time.process_time() - started_s) / SHARD_ROWS
         methods = dict(Counter(method for method, _ in calls))
         print(f"{command} from {type(source).__name__}, {words}: {cpu_ms:.2f} ms CPU per image;")

@@ -28,7 +28,7 @@ from ray.util.metrics import Counter, Histogram, Metric
 import cifake_ray
 from cifake_ray.config import ConvertConfig
 from cifake_ray.stages.batch.prometheus import DONE, SHARD_SECONDS, WorkMetrics
-from cifake_ray.stages.batch.shard_worker import ShardWorker
+from cifake_ray.stages.batch.ray_pool import ShardActor
 
 PROJECT = Path(cifake_ray.__file__).parents[1]
 FOLDER = PROJECT / "deploy" / "observability"
@@ -163,7 +163,7 @@ def test_outcomes_states_and_names_are_those_of_the_program_and_of_ray() -> None
     text = "\n".join(EXPRESSIONS)
     assert set(re.findall(r'outcome\W+"(\w+)"', text)) == {DONE}
     [name] = re.findall(r'Name=~"\.\*(\w+)\.\*"', text)
-    assert name == ShardWorker.__name__, "Ray Data names its actors after the class"
+    assert name == ShardActor.__name__, "Ray Data names its actors after the class"
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert set(re.findall(r'Location="(\w+)"', text)) == {"SPILLED"}
     assert b"SPILLED" in raylet.read_bytes()

@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +25,11 @@ from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.errors import RunMismatch, StorageError
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver
+from cifake_ray.stages.batch.shard_worker import ShardReport, WorkerTask
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import read_run
+from cifake_ray.storage.runs.run import Run, read_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard
 from cifake_ray.storage.runs.verify import verify_files
 
@@ -49,7 +52,11 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_bundle(path: Path, **options: Any) -> BundleInfo:
         return replace(BUNDLE, calibration=CALIBRATION)
 
-    def stream(run: Any, plan: Any, placement: Any, options: Any) -> Any:
+    @contextmanager
+    def start_pool(task: WorkerTask, num_workers: int) -> Iterator[Any]:
+        yield SimpleNamespace(report_shards=lambda: report_shards(task.run, task.make_processor))
+
+    def report_shards(run: Run, made: Any) -> Iterator[ShardReport]:
         for shard in range(run.manifest.num_shards):
             rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
             keys = rows.column("key").to_pylist()
@@ -60,7 +67,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
                 "key": pa.array(keys),
                 "logit": pa.array(logit, mask=error),
                 "p_fake": pa.array(p_fake, mask=error),
-                "is_fake": pa.array(p_fake >= plan.threshold, mask=error),
+                "is_fake": pa.array(p_fake >= made.threshold, mask=error),
                 "error": pa.array(["empty"] * len(keys), mask=~error),
             }
             columns = [known.get(f.name, pa.nulls(len(keys), f.type)) for f in SCORE_FIELDS]
@@ -68,25 +75,16 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             extra = {
                 "bundle": BUNDLE.fingerprint,
                 "preprocessing": "{}",
-                "threshold": str(plan.threshold),
-                "thresholds": json.dumps(plan.thresholds),
+                "threshold": str(made.threshold),
+                "thresholds": json.dumps(made.bundle.list_thresholds()),
             }
             stats = commit_shard(run, shard, table, extra, {"any": 0})
-            yield driver.ShardReport(stats=stats, worked=len(keys), retried=False)
+            yield ShardReport(stats=stats, worked=len(keys), retried=False)
 
     monkeypatch.setattr(score, "read_bundle_info", read_bundle)
-    monkeypatch.setattr(driver, "connect_cluster", lambda *args: _NoCluster())
-    monkeypatch.setattr(driver, "choose_placement", lambda *args: Placement(1, 1, 0))
-    monkeypatch.setattr(driver, "_stream_shards", stream)
+    monkeypatch.setattr(driver, "choose_local", lambda *args: True)
+    monkeypatch.setattr(driver, "LocalPool", start_pool)
     monkeypatch.setattr(driver, "watch_progress", lambda reports, *args: reports)
-
-
-class _NoCluster:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -107,11 +105,10 @@ def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
 
 
 def forbid_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stream(*args: Any) -> Any:
+    def start_pool(*args: Any) -> Any:
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(driver, "_stream_shards", stream)
-    monkeypatch.setattr(driver, "connect_cluster", stream)
+    monkeypatch.setattr(driver, "LocalPool", start_pool)
 
 
 def read_verdicts(out: Path) -> dict[str, bool | None]:

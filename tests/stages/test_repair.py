@@ -50,7 +50,8 @@ def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_verb(RepairConfig(out=str(damaged)), time.time())
-    monkeypatch.setattr(driver, "connect_cluster", None)
+    monkeypatch.setattr(driver, "LocalPool", None)
+    monkeypatch.setattr(driver, "_start_on_ray", None)
     result, code = run_verb(RepairConfig(out=str(damaged)), time.time())
     assert code == 0
     assert result == {

@@ -22,13 +22,14 @@ from cifake_ray.config import ConvertConfig, SampleConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError, StorageError
-from cifake_ray.stages.batch import shard_worker
+from cifake_ray.stages.batch import image_batches
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch.image_batches import slice_rows
 from cifake_ray.stages.batch.shard_worker import (
     ShardWorker,
     WorkerOptions,
+    WorkerTask,
     replace_rows,
-    slice_rows,
 )
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.batch.watchdog import watch_progress
@@ -185,17 +186,17 @@ class Stream:
 
 
 def test_a_run_that_stands_still_ends_and_names_what_it_waited_for(
-    tmp_path: Path, ray_cluster: None
+    tmp_path: Path,
 ) -> None:
     run = make_run(tmp_path)
     write_attempt(run, replace(follow_attempt(None, 42, "mine"), rows_done=512))
     write_attempt(run, follow_attempt(None, 43, "another"))
     stream = Stream([0.0, 8.0])
-    reports = watch_progress(stream.read(), run, "mine", 1.0)
+    reports = watch_progress(stream.read(), run, "mine", 1.0, lambda: "2 workers")
     assert next(reports) == 0.0
     started_s = time.monotonic()
     with pytest.raises(
-        ResourceError, match=r"no progress for 1 s: waiting for shard 42 \(attempt.*2 CPUs"
+        ResourceError, match=r"no progress for 1 s: waiting for shard 42 \(attempt.*2 workers"
     ):
         next(reports)
     assert time.monotonic() - started_s < 7.0, "it waited for the thread"
@@ -212,12 +213,14 @@ def test_a_heartbeat_that_changes_is_progress(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(1) as worker:
         worker.submit(beat)
-        assert list(watch_progress(Stream([2.0]).read(), run, "mine", 1.0)) == [2.0]
+        assert list(
+            watch_progress(Stream([2.0]).read(), run, "mine", 1.0, lambda: "2 workers")
+        ) == [2.0]
 
 
 def test_reports_are_progress_and_what_follows_them_is_raised(tmp_path: Path) -> None:
     stream = Stream([0.5] * 4, StorageError("the disk is full"))
-    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 1.0)
+    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 1.0, lambda: "2 workers")
     assert [next(reports) for _ in range(4)] == [0.5] * 4
     with pytest.raises(StorageError, match="the disk is full"):
         next(reports)
@@ -226,7 +229,7 @@ def test_reports_are_progress_and_what_follows_them_is_raised(tmp_path: Path) ->
 
 def test_what_interrupts_the_reader_ends_the_stream(tmp_path: Path) -> None:
     stream = Stream([0.0, 0.0])
-    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 60.0)
+    reports = watch_progress(stream.read(), make_run(tmp_path), "mine", 60.0, lambda: "2 workers")
     next(reports)
     with pytest.raises(KeyboardInterrupt):
         reports.throw(KeyboardInterrupt())
@@ -265,14 +268,20 @@ class CountedReads:
 
 @pytest.mark.parametrize(("max_bytes", "sizes"), [(21, [2, 2, 1]), (20, [2, 2, 1]), (9, [1] * 5)])
 def test_a_shard_is_asked_for_at_once_and_worked_on_in_batches(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, max_bytes: int, sizes: list[int]
+    monkeypatch: pytest.MonkeyPatch, max_bytes: int, sizes: list[int]
 ) -> None:
     """Of bounded bytes too, though the listing does not say how many there are."""
-    monkeypatch.setattr(shard_worker, "MAX_BATCH_BYTES", max_bytes)
+    monkeypatch.setattr(image_batches, "MAX_BATCH_BYTES", max_bytes)
     source: Any = CountedReads([])
     run: Any = SimpleNamespace(command="convert")
-    options = WorkerOptions("", False, 60.0)
-    worker = ShardWorker(run, source, lambda placement: PairProcessor(), ONE_WORKER, options)
+    task = WorkerTask(
+        run=run,
+        source=source,
+        make_processor=lambda placement: PairProcessor(),
+        placement=ONE_WORKER,
+        options=WorkerOptions("", False, 60.0),
+    )
+    worker = ShardWorker(task)
     heartbeat: Any = SimpleNamespace(beat=lambda: None)
     rows = pa.table({"size_bytes": pa.nulls(5, pa.int64()), "row": range(5)})
     batches = list(worker._prepare(rows, heartbeat, is_suspect=False))

@@ -16,7 +16,8 @@ from ray import cloudpickle
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cifake_ray.errors import ImageError
-from cifake_ray.stages.batch.cpu_feeder import CpuFeeder, PreparedBatch
+from cifake_ray.stages.batch.cpu_feeder import CpuFeeder
+from cifake_ray.stages.batch.image_batches import PreparedBatch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not know the tests
 ROWS = pa.table({"row": pa.nulls(2, pa.int64())})

@@ -16,11 +16,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -49,7 +47,7 @@ from cifake_ray.core.processing.processor import assemble_rows
 from cifake_ray.core.schema import RETRYABLE_ERRORS, SCHEMA_VERSION, SCORE_FIELDS
 from cifake_ray.errors import ImageError, RunMismatch, StorageError
 from cifake_ray.stages import convert, score
-from cifake_ray.stages.batch import driver, shard_worker
+from cifake_ray.stages.batch import shard_worker
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo
@@ -202,22 +200,6 @@ class StubScoreProcessor:
         return {"size": count, "format": 0, "jpeg_quality": 0, "any": count}
 
 
-class NoMetrics:
-    def __init__(self, verb: str) -> None:
-        pass
-
-    def count_images(self, result: pa.Table, size_bytes: int) -> None:
-        pass
-
-    def time_shard(self, elapsed_s: float) -> None:
-        pass
-
-
-@contextmanager
-def connect_nothing(*arguments: Any) -> Iterator[Any]:
-    yield SimpleNamespace(num_cpus=2, num_gpus=0, nodes=(), count_places=lambda cpus, gpus: 2)
-
-
 # What takes milliseconds and is always the same.
 read_bundle_info = cache(score.read_bundle_info)
 doc_of = cache(fields.doc_of)
@@ -312,9 +294,7 @@ class BatchRunMachine(RuleBasedStateMachine):
         self.patch.setattr(convert, "make_processor", make_processor)
         self.patch.setattr(score, "MakeScoreProcessor", lambda **options: make_processor)
         self.patch.setattr(score, "read_bundle_info", read_default_bundle)
-        self.patch.setattr(driver, "connect_cluster", connect_nothing)
         self.patch.setattr(fields, "doc_of", doc_of)
-        self.patch.setattr(shard_worker, "WorkMetrics", NoMetrics)
         self.patch.setattr(shard_worker, "faulthandler", Mock())  # it would end these tests
         self.patch.setattr(shard_worker, "MAX_HEARTBEAT_S", 0.0)  # every beat writes the heartbeat
         self.patch.setattr(shard_worker, "Quarantine", StubQuarantine)
