@@ -81,10 +81,6 @@ def run_command(
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
-    wake_up, written = os.pipe()
-    os.set_blocking(wake_up, False)
-    os.set_blocking(written, False)
-    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, on_signal)
@@ -92,8 +88,12 @@ def run_command(
     error = ""
     result: Any = None
     try:
-        with _status.keep_alive() if _log_format == "text" else nullcontext():
+        with _status.keep_alive() if _log_format == "text" else nullcontext(), _LostSignals():
             result, code = body()
+    except CifakeError as failure:
+        error, code = str(failure), failure.exit_code
+        if debug:
+            _show_traceback(failure)
     except KeyboardInterrupt as failure:
         terminated = isinstance(failure, Terminated)
         code = ExitCode.TERMINATED if terminated else ExitCode.INTERRUPTED
@@ -101,15 +101,6 @@ def run_command(
     except SystemExit:  # while Ray starts, SIGTERM is its own
         signalled_s = time.monotonic()
         code, error = ExitCode.TERMINATED, INTERRUPTED
-    except Exception as failure:
-        if number := _find_signal(wake_up):  # what was raised for it was lost, in Ray for one
-            code, error = ExitCode(128 + number), INTERRUPTED
-        elif isinstance(failure, CifakeError):
-            code, error = failure.exit_code, str(failure)
-        else:
-            raise
-        if debug:
-            _show_traceback(failure)
     if json_output and (error or result is not None):
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
@@ -121,11 +112,27 @@ def run_command(
     sys.exit(int(code))
 
 
-def _find_signal(wake_up: int) -> int | None:
-    """Return SIGINT or SIGTERM if one of them has come, whoever's handler took it."""
-    with suppress(BlockingIOError):
-        return next((number for number in os.read(wake_up, 4096) if number in SIGNALS), None)
-    return None
+class _LostSignals:
+    """Raise an interrupt instead of a failure that it led to.
+
+    A library may take the signal and lose it, as Ray can while it starts. Python writes the number
+    of each signal to this pipe, whoever's handler takes it.
+    """
+
+    def __enter__(self) -> None:
+        self.numbers, written = os.pipe()
+        for end in (self.numbers, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, Exception):
+            with suppress(BlockingIOError):
+                for number in os.read(self.numbers, 4096):
+                    if number in SIGNALS:
+                        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _put(text: str, stream: TextIO) -> None:
