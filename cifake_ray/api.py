@@ -86,7 +86,7 @@ def convert(config: ConvertConfig) -> BatchSummary:
 def train(config: TrainConfig) -> TrainSummary:
     """Train a detector on `shards`, as `cifake-ray train` does; `run`/bundle is the result.
 
-    With `num_workers="0"` training runs in this process, without Ray.
+    Without a cluster, and with `num_workers="0"`, training runs in this process, without Ray.
     """
     from cifake_ray.stages.train.driver import TrainSummary
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,8 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.train.placement import place_training
+    from cifake_ray.stages.resources import runs_here
+    from cifake_ray.stages.train.placement import place_training, trains_here
     from cifake_ray.stages.train.prepare import build_checked
     from cifake_ray.storage.io.files import exists, read_json
 
@@ -70,10 +71,12 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         ScoreConfig(src=config.src, out=scores, bundle=run, device=config.device, **batch),
     )
     build_checked(train)  # fail before hours of converting if the options do not fit together
-    with connect_cluster(config, log=log) as resources:
-        is_trained = exists(root / "run" / "_SUCCESS")
-        if not (is_trained or config.scale_timeout_s or train.worker_range == (0, 0)):
-            place_training(train, resources)
+    with ExitStack() as stack:
+        if not (trains_here(train) and runs_here(config, config.batch_workers, config.device)):
+            resources = stack.enter_context(connect_cluster(config, log=log))
+            is_trained = exists(root / "run" / "_SUCCESS")
+            if not (is_trained or config.scale_timeout_s or trains_here(train)):
+                place_training(train, resources)
         codes = [run_verb(step, time.time())[1] for step in steps]
     metrics = read_json(root / "report" / "metrics.json")
     result = {

@@ -170,7 +170,7 @@ class Computer:
         for name in ("pipe_file", "rm_file", "cp_file"):
             watched = self._watch(getattr(MemoryFileSystem, name), is_write=name != "rm_file")
             patch.setattr(MemoryFileSystem, name, watched)
-        patch.setattr(driver, "choose_local", lambda *arguments: True)
+        patch.setattr(driver, "runs_here", lambda *arguments: True)
         patch.setattr(driver, "LocalPool", lambda task, num_workers: SimulatedPool(self, task))
 
     def _watch(self, function: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:

@@ -18,14 +18,14 @@ class PipelineConfig(ClusterConfig):
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     num_workers: Annotated[
-        str | None, Doc("Data-parallel training workers, as for train (default: the GPUs, else 1)")
+        str | None, Doc("Data-parallel training workers (default: as for train)")
     ] = None
     batch_workers: Annotated[
-        int | None, Doc("Workers of convert, evaluate and score (default: one per CPU or GPU)")
+        int | None, Doc("Workers of convert, evaluate and score (default: as for these)")
     ] = None
     device: Annotated[Device, Doc("auto: the GPUs if there are any")] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "epochs", "batch_workers")
-        check_least(self, 0, "seed")
+        check_least(self, 1, "epochs")
+        check_least(self, 0, "seed", "batch_workers")

@@ -106,8 +106,9 @@ class TrainConfig(ClusterConfig):
     num_workers: Annotated[
         str | None,
         RuntimeDoc(
-            "Data-parallel workers, or MIN:MAX for as many as fit; 0 trains in this"
-            " process (default: the GPUs, but 8 images of a batch for each; else 1)"
+            "Data-parallel workers of Ray, or MIN:MAX for as many as fit; 0 trains in this process"
+            " (default: 0 if no cluster is named and there is one GPU or none, else the GPUs, but 8"
+            " images of a batch for each; else 1)"
         ),
     ] = None
     cpus_per_worker: Annotated[

@@ -97,6 +97,21 @@ def is_connected() -> bool:
     return ray is not None and ray.is_initialized()
 
 
+def runs_here(
+    config: ClusterConfig, num_workers: int | None, device: Device, max_gpus: int = 0
+) -> bool:
+    """Return whether a verb uses processes of this machine, without Ray.
+
+    It does with 0 workers, and by default where no cluster is named or connected and there are no
+    more than `max_gpus` GPUs to use: there Ray would cost its start and gain nothing.
+    """
+    if num_workers is not None:
+        return num_workers == 0
+    if config.address or os.environ.get("RAY_ADDRESS") or is_connected():
+        return False
+    return read_local_resources(device).num_gpus <= max_gpus
+
+
 def read_local_resources(device: Device) -> Resources:
     """Return the resources of this machine; no GPUs if `device` is cpu."""
     num_gpus = 0

@@ -59,23 +59,26 @@ def disturb(arguments: list[str], out: Path, env: dict[str, str]) -> dict[str, A
     return summary
 
 
+@pytest.mark.parametrize("num_workers", ["2", "0"])
 def test_a_killed_convert_equals_an_undisturbed_one(
-    many_images: Path, shards: Path, own_ray: dict[str, str], tmp_path: Path
+    many_images: Path, shards: Path, own_ray: dict[str, str], tmp_path: Path, num_workers: str
 ) -> None:
-    """Its Ray dies with it."""
+    """Its Ray dies with it, and so do the workers without Ray."""
     out = tmp_path / "out"
     arguments = ["convert", str(many_images), str(out), "--shard-size", SHARD_SIZE]
+    arguments += ["--num-workers", num_workers]
     summary = disturb(arguments, out, own_ray)
     assert summary["listed"] == summary["done"] == NUM_MANY
     assert read_parts(out) == read_parts(shards)
     assert not list(out.glob("*/.writing-*")), "a killed writer left its file behind"
 
 
+@pytest.mark.parametrize("where", ["env", "own_ray"])
 def test_a_killed_score_equals_an_undisturbed_one(
-    many_images: Path, scores: Path, env: dict[str, str], tmp_path: Path
+    request: pytest.FixtureRequest, many_images: Path, scores: Path, tmp_path: Path, where: str
 ) -> None:
-    """Its cluster lives on, and with it, for a moment, its workers."""
-    out = tmp_path / "out"
+    """A cluster lives on, and with it, for a moment, its workers."""
+    env, out = request.getfixturevalue(where), tmp_path / "out"
     arguments = ["score", str(many_images), str(out), "--shard-size", SHARD_SIZE]
     summary = disturb(arguments, out, env)
     assert summary["listed"] == summary["done"] == NUM_MANY

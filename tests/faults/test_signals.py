@@ -51,7 +51,12 @@ def interrupt(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "ray"), [(signal.SIGINT, 130, "own_ray"), (signal.SIGTERM, 143, "env")]
+    ("number", "code", "ray", "options"),
+    [
+        (signal.SIGINT, 130, "own_ray", ["--num-workers", "2"]),
+        (signal.SIGINT, 130, "own_ray", []),
+        (signal.SIGTERM, 143, "env", []),
+    ],
 )
 def test_a_signal_during_the_work_ends_it_with_a_word(
     request: pytest.FixtureRequest,
@@ -60,18 +65,24 @@ def test_a_signal_during_the_work_ends_it_with_a_word(
     number: signal.Signals,
     code: int,
     ray: str,
+    options: list[str],
 ) -> None:
-    """With a Ray that ends too, and on a cluster that stays."""
+    """With a Ray that ends too, without one, and on a cluster that stays."""
     env, out = request.getfixturevalue(ray), tmp_path / "out"
-    command = ["score", str(many_images), str(out), "--shard-size", "20"]
+    command = ["score", str(many_images), str(out), "--shard-size", "20", *options]
     errors = interrupt(command, env, lambda: list(out.glob("scores/part-*")), number, code)
     assert "Traceback" not in errors, "a thread of ours was told of Ray's end"
     assert not (out / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(
-    ("verb", "number"),
-    [("score", signal.SIGTERM), ("train", signal.SIGINT), ("train", signal.SIGTERM)],
+    ("verb", "options", "number"),
+    [
+        ("score", ["--num-workers", "2"], signal.SIGTERM),
+        ("score", [], signal.SIGINT),
+        ("train", ["--epochs", "500", "--num-workers", "1"], signal.SIGINT),
+        ("train", ["--epochs", "500"], signal.SIGTERM),
+    ],
 )
 def test_a_signal_to_the_whole_group_at_any_moment_ends_it_with_a_word(
     many_images: Path,
@@ -79,10 +90,11 @@ def test_a_signal_to_the_whole_group_at_any_moment_ends_it_with_a_word(
     own_ray: dict[str, str],
     tmp_path: Path,
     verb: str,
+    options: list[str],
     number: signal.Signals,
 ) -> None:
     """Ray's own processes are told too, and Ray ends a process that has lost them."""
-    options = {"score": [], "train": ["--epochs", "500", "--cache-dir", str(tmp_path)]}[verb]
+    options = options + ["--cache-dir", str(tmp_path)] * (verb == "train")
     source = {"score": many_images, "train": shards}[verb]
     command = [verb, str(source), str(tmp_path / "out"), *options]
     process = start_group(command, own_ray, tmp_path / "errors")

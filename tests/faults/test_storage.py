@@ -93,13 +93,20 @@ def test_a_bad_day_of_the_store_costs_time_or_an_error_row_but_no_image(
     assert same_scores(final, whole)
 
 
-@pytest.mark.parametrize("where", ["bucket", "folder"])
+@pytest.mark.parametrize(
+    ("where", "num_workers"), [("bucket", "1"), ("folder", "1"), ("folder", "0")]
+)
 def test_two_runs_on_one_output_leave_one_set_of_rows(
-    s3_env: S3Server, env: dict[str, str], images: Path, tmp_path: Path, where: str
+    s3_env: S3Server,
+    env: dict[str, str],
+    images: Path,
+    tmp_path: Path,
+    where: str,
+    num_workers: str,
 ) -> None:
     bucket = s3_env.make_bucket()
     out = f"s3://{bucket}/out" if where == "bucket" else str(tmp_path / "out")
-    arguments = ["score", str(images), out, "--shard-size", "20", "--num-workers", "1"]
+    arguments = ["score", str(images), out, "--shard-size", "20", "--num-workers", num_workers]
     processes = [start_command(arguments, env) for _ in range(2)]
     for process in processes:
         code, summary, errors = end_command(process)

@@ -76,8 +76,8 @@ def poisoned_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def poisoned_ray(poisoned_path: str) -> dict[str, str]:
-    """For a command that starts a Ray of its own, whose decoders die so."""
+def poisoned_alone(poisoned_path: str) -> dict[str, str]:
+    """For a command without a cluster, whose decoders die so."""
     return make_env(PYTHONPATH=poisoned_path)
 
 
@@ -95,6 +95,16 @@ def poisoned_env(poisoned_head: JobsCluster) -> dict[str, str]:
     """For a command that works on a cluster whose decoders die so."""
     wait_for_idle(poisoned_head)
     return join(poisoned_head)
+
+
+@pytest.fixture(params=["on Ray", "without Ray"])
+def poisoned_place(
+    request: pytest.FixtureRequest,
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """An environment whose decoders die so; what a command of one worker starts and ends with."""
+    if request.param == "on Ray":
+        return request.getfixturevalue("poisoned_env"), [], ["--num-workers", "1"]
+    return request.getfixturevalue("poisoned_alone"), ["taskset", "-c", "0"], []
 
 
 def make_command(verb: str, source: Path, out: Path, *options: str) -> list[str]:
@@ -154,6 +164,7 @@ def check_rows(out: Path, clean: Path, poisons: dict[str, str]) -> None:
     [
         ("convert", "one of two workers"),
         ("convert", "the only worker"),
+        ("convert", "one of two processes"),
         ("score", "one of two workers"),
         ("score", "a machine of one CPU"),
     ],
@@ -170,8 +181,9 @@ def test_images_that_kill_their_worker_become_rows(
     env, before, options = poisoned_env, list[str](), list[str]()
     if where == "the only worker":
         options = ["--num-workers", "1"]
-    elif where == "a machine of one CPU":
-        env, before = request.getfixturevalue("poisoned_ray"), ["taskset", "-c", "0"]
+    elif where != "one of two workers":
+        env = request.getfixturevalue("poisoned_alone")
+        before = ["taskset", "-c", "0"] * (where == "a machine of one CPU")
     shards = find_shards(clean[verb])
     poisons = {shards[1][0]: "KILL", shards[1][20]: "SEGV", shards[3][39]: "EXIT"}
     source = plant(images, tmp_path / "images", poisons)
@@ -216,15 +228,16 @@ def test_images_that_killed_their_worker_are_tried_again_with_a_mended_decoder(
 def test_an_image_that_hangs_becomes_a_row_and_the_run_goes_on(
     images: Path,
     clean: dict[str, Path],
-    poisoned_env: dict[str, str],
+    poisoned_place: tuple[dict[str, str], list[str], list[str]],
     tmp_path: Path,
     verb: str,
 ) -> None:
+    env, before, options = poisoned_place
     shards = find_shards(clean[verb])
     poisons = {shards[2][7]: "HANG", shards[2][8]: "KILL"}
     source = plant(images, tmp_path / "images", poisons)
     command = make_command(verb, source, tmp_path / "out", "--stall-timeout-s", "32")
-    summary = run_verb([*command, "--num-workers", "1"], poisoned_env)
+    summary = run_verb([*before, *command, *options], env)
     assert (summary["exit_code"], summary["errors"]) == (0, {"worker_crash": 2}), summary
     check_rows(tmp_path / "out", clean[verb], poisons)
     row = read_rows(tmp_path / "out")[shards[2][7]]
@@ -234,7 +247,7 @@ def test_an_image_that_hangs_becomes_a_row_and_the_run_goes_on(
 def test_a_run_with_poison_can_be_killed_and_resumed(
     images: Path,
     clean: dict[str, Path],
-    poisoned_ray: dict[str, str],
+    poisoned_alone: dict[str, str],
     poisoned_env: dict[str, str],
     tmp_path: Path,
 ) -> None:
@@ -243,7 +256,7 @@ def test_a_run_with_poison_can_be_killed_and_resumed(
     source = plant(images, tmp_path / "images", poisons)
     command = make_command("convert", source, tmp_path / "out", "--max-error-rate", "0.1")
     for num_parts in (0, 2, 4):
-        process = start_group(command, poisoned_ray)
+        process = start_group(command, poisoned_alone)
         wait_until(
             lambda process=process, wanted=num_parts: (
                 process.poll() is not None
@@ -261,7 +274,7 @@ def test_a_run_with_poison_can_be_killed_and_resumed(
 
 
 def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    """The command with a process group of its own; Ray's daemons are in it too."""
+    """The command with a process group of its own, that of its workers too."""
     return subprocess.Popen(
         command,
         env=env,
@@ -272,6 +285,7 @@ def start_group(command: list[str], env: dict[str, str]) -> subprocess.Popen[str
     )
 
 
+@pytest.mark.parametrize("where", ["on Ray", "without Ray"])
 @pytest.mark.parametrize(("verb", "undisturbed"), [("convert", "shards"), ("score", "scores")])
 def test_each_worker_may_be_killed_once(
     request: pytest.FixtureRequest,
@@ -280,13 +294,16 @@ def test_each_worker_may_be_killed_once(
     tmp_path: Path,
     verb: str,
     undisturbed: str,
+    where: str,
 ) -> None:
     whole = request.getfixturevalue(undisturbed)
-    process = start_group(make_command(verb, many_images, tmp_path / "out"), join(head))
+    env = join(head) if where == "on Ray" else make_env()
+    process = start_group(make_command(verb, many_images, tmp_path / "out"), env)
+    parent, name = (head.pid, "ShardActor") if where == "on Ray" else (process.pid, "local_pool")
     killed: set[int] = set()
 
     def find_alive() -> list[psutil.Process]:
-        return [w for w in find_workers(head.pid, "ShardWorker") if w.pid not in killed]
+        return [worker for worker in find_workers(parent, name) if worker.pid not in killed]
 
     for wanted in (5, 25):
         wait_until(lambda wanted=wanted: count_parts(tmp_path / "out") >= wanted)
@@ -311,16 +328,21 @@ sys.meta_path.insert(0, After("cifake_ray.core.processing.score", kill))
 """
 
 
+@pytest.mark.parametrize("num_workers", ["1", "0"])
 def test_a_worker_that_always_dies_ends_the_run_with_a_remedy(
-    images: Path, poisoned_ray: dict[str, str], env: dict[str, str], tmp_path: Path
+    images: Path,
+    poisoned_alone: dict[str, str],
+    env: dict[str, str],
+    tmp_path: Path,
+    num_workers: str,
 ) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE + DEADLY_DETECTOR)
-    path = os.pathsep.join([str(site), poisoned_ray["PYTHONPATH"]])
+    path = os.pathsep.join([str(site), poisoned_alone["PYTHONPATH"]])
     summary = run_verb(
-        make_command("score", images, tmp_path / "out", "--num-workers", "1"),
-        {**poisoned_ray, "PYTHONPATH": path},
+        make_command("score", images, tmp_path / "out", "--num-workers", num_workers),
+        {**poisoned_alone, "PYTHONPATH": path},
     )
     assert summary["exit_code"] == 6
     assert "has ended its worker 5 times" in summary["error"]

@@ -14,7 +14,7 @@ import ray
 import cifake_ray
 from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, UsageError
-from cifake_ray.stages import cluster
+from cifake_ray.stages import resources
 from cifake_ray.stages.cluster import (
     _check_address,
     choose_ray_folder,
@@ -28,6 +28,7 @@ from cifake_ray.stages.resources import (
     count_local_cpus,
     place_workers,
     read_cpu_quota,
+    runs_here,
 )
 
 
@@ -105,8 +106,42 @@ def test_local_workers_are_as_many_as_the_container_may_use(
     monkeypatch: pytest.MonkeyPatch, quota: float, num_cpus: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(cluster, "read_cpu_quota", lambda: quota)
+    monkeypatch.setattr(resources, "read_cpu_quota", lambda: quota)
     assert count_local_cpus() == num_cpus
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "address", "variable", "is_connected", "num_gpus", "expected"),
+    [
+        (None, None, None, False, 0, True),
+        (None, None, "", False, 0, True),
+        (None, None, None, False, 1, False),
+        (None, "auto", None, False, 0, False),
+        (None, "local", None, False, 0, False),
+        (None, None, "10.0.0.1:6379", False, 0, False),
+        (None, None, "local", False, 0, False),
+        (None, None, None, True, 0, False),
+        (0, "auto", "local", True, 1, True),
+        (1, None, None, False, 0, False),
+    ],
+)
+def test_ray_is_used_where_it_is_named_or_pays(
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int | None,
+    address: str | None,
+    variable: str | None,
+    is_connected: bool,
+    num_gpus: int,
+    expected: bool,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(resources, "is_connected", lambda: is_connected)
+    here = Resources((Node(2, num_gpus),))
+    monkeypatch.setattr(resources, "read_local_resources", lambda device: here)
+    assert runs_here(ClusterConfig(address=address), num_workers, "auto") == expected
+    assert runs_here(ClusterConfig(address="auto"), None, "cpu", max_gpus=1) is False
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])

@@ -82,7 +82,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             yield ShardReport(stats=stats, worked=len(keys), retried=False)
 
     monkeypatch.setattr(score, "read_bundle_info", read_bundle)
-    monkeypatch.setattr(driver, "choose_local", lambda *args: True)
+    monkeypatch.setattr(driver, "runs_here", lambda *args: True)
     monkeypatch.setattr(driver, "LocalPool", start_pool)
     monkeypatch.setattr(driver, "watch_progress", lambda reports, *args: reports)
 

@@ -73,6 +73,21 @@ def test_a_folder_a_list_and_shards_give_the_same_scores(
     assert roads[0][keys[0]]["label"] == roads[2][keys[0]]["label"]
 
 
+def test_one_worker_two_workers_and_none_of_ray_give_equal_bits(
+    sample_folder: Path, bundle: Path, tmp_path: Path
+) -> None:
+    shards = {}
+    for num_workers in (0, 1, 2):
+        out = tmp_path / f"{num_workers}"
+        summary = run_score(
+            sample_folder, out, bundle=str(bundle), shard_size=20, num_workers=num_workers
+        )
+        assert summary.ran_on.endswith("on Ray" if num_workers else "without Ray")
+        parts = sorted((out / "scores").glob("part-*"))
+        shards[num_workers] = [pq.read_table(part).replace_schema_metadata() for part in parts]
+    assert shards[0] == shards[1] == shards[2]
+
+
 def test_a_bad_image_does_not_take_its_neighbours_score(
     sample_folder: Path, bundle: Path, tmp_path: Path
 ) -> None:

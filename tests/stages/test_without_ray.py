@@ -78,7 +78,7 @@ def run_train(images: Path, **options: Any) -> tuple[dict[str, Any], list[str], 
     return summary, said, rows
 
 
-@pytest.mark.parametrize(("workers", "expected"), [("0", 0), (None, 1), ("1", 1)])
+@pytest.mark.parametrize(("workers", "expected"), [("0", 0), (None, 0), ("1", 1)])
 def test_the_plan_of_a_training_says_what_where_and_how(
     images: Path, workers: str | None, expected: int
 ) -> None:

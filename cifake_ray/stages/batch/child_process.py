@@ -43,6 +43,7 @@ class ChildProcess:
             )
         except OSError as error:
             self.connection.close()
+            self.stderr.close()
             raise ResourceError(
                 f"no process can be started ({error.strerror}); free memory or processes and run"
                 " the same command again"
@@ -60,8 +61,7 @@ class ChildProcess:
 
     def explain_start(self, code: int) -> str:
         """Return the error message of a process that has ended before it was ready."""
-        self.stderr.seek(0)
-        last = self.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+        last = self.errors.strip().rpartition("\n")[2]
         return (
             f"a process of this command did not start (exit code {code}"
             f"{last and f'; it said {last!r}'}); free memory and run the same command again"
@@ -70,11 +70,16 @@ class ChildProcess:
     def end(self, timeout_s: float = END_TIMEOUT_S) -> int:
         """End the process, by force after `timeout_s`; return its exit code as subprocess does."""
         self.connection.close()
+        if self.stderr.closed:
+            return self.process.wait()
         try:
-            return self.process.wait(timeout=timeout_s)
+            self.process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait()
+        with self.stderr:
+            self.stderr.seek(0)
+            self.errors = self.stderr.read().decode(errors="replace")
+        return self.process.wait()
 
 
 def connect_parent(arguments: list[str]) -> tuple[Connection[Any, Any], list[str]]:

@@ -25,7 +25,6 @@ from cifake_ray.errors import CifakeError, NothingToDo
 from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.batch.plan import (
     DryRun,
-    choose_local,
     choose_placement,
     count_listing,
     describe_workers,
@@ -45,7 +44,7 @@ from cifake_ray.stages.batch.summary import (
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.cluster import connect_cluster
-from cifake_ray.stages.resources import Placement, Resources, read_local_resources
+from cifake_ray.stages.resources import Placement, Resources, read_local_resources, runs_here
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
@@ -175,7 +174,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
             if (summary := decide_again(plan, found)) is not None:
                 return summary
     with ExitStack() as stack:
-        is_local = choose_local(plan.config, plan.device)
+        is_local = runs_here(plan.config, plan.config.num_workers, plan.device)
         start = _start_here if is_local else _start_on_ray
         run, resources = start(plan, found, stack)
         placement = choose_placement(resources, plan.config.num_workers, plan.device)

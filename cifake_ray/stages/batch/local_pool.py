@@ -126,14 +126,12 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
         except (EOFError, OSError):  # whatever this process is doing, nobody waits for it
             os._exit(1)
 
-    parent.send(READY)
+    sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
-    try:
-        worker = ShardWorker(given.get())
-        while True:
-            parent.send(worker.report_shard(given.get()))
-    except Exception:
-        parent.send(traceback.format_exc())
+    parent.send(READY)
+    worker = ShardWorker(given.get())
+    while True:
+        parent.send(worker.report_shard(given.get()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +15,6 @@ from cifake_ray.stages.resources import (
     Placement,
     Resources,
     choose_gpu,
-    is_connected,
     names_cluster,
     place_workers,
     read_local_resources,
@@ -71,18 +69,6 @@ def count_listing(listing: Listing) -> ListingSize:
     return size
 
 
-def choose_local(config: BatchConfig, device: Device) -> bool:
-    """Return whether the workers are processes of this machine, without Ray.
-
-    They are with `--num-workers 0`, and by default where no cluster is named or connected and no
-    GPU is used: there Ray would cost its start and gain nothing.
-    """
-    if config.num_workers is not None:
-        return config.num_workers == 0
-    is_named = config.address or os.environ.get("RAY_ADDRESS")
-    return not is_named and not is_connected() and not read_local_resources(device).num_gpus
-
-
 def describe_workers(num_workers: int, is_local: bool) -> str:
     """Return how many workers there are, and of what."""
     return f"{num_workers} worker{'s' * (num_workers > 1)} {'without' if is_local else 'on'} Ray"
@@ -90,7 +76,7 @@ def describe_workers(num_workers: int, is_local: bool) -> str:
 
 def guess_placement(config: BatchConfig, wanted: Device) -> tuple[int | None, str]:
     """Return how many workers would run, on what, without asking Ray; None and auto elsewhere."""
-    if names_cluster(config) and not choose_local(config, wanted):
+    if names_cluster(config) and config.num_workers != 0:
         return config.num_workers, wanted
     placement = choose_placement(read_local_resources(wanted), config.num_workers, wanted)
     return placement.num_workers, "cuda" if placement.gpus_per_worker else "cpu"

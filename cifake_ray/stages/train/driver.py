@@ -24,6 +24,7 @@ from cifake_ray.stages.train.placement import (
     describe_plan,
     describe_start,
     describe_workers,
+    trains_here,
 )
 from cifake_ray.stages.train.prepare import (
     Prepared,
@@ -102,6 +103,7 @@ def train_detector(
         run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
         augment=read_augmentation(config),
+        num_workers="0" if trains_here(config) else config.num_workers,
     )
     run = TrainRun(resolve_path(config.run, config.store))
     if not config.dry_run and (summary := _find_finished(config, run, log)) is not None:

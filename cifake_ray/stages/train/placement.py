@@ -17,6 +17,7 @@ from cifake_ray.stages.resources import (
     choose_gpu,
     count_local_cpus,
     place_workers,
+    runs_here,
 )
 from cifake_ray.stages.train.prepare import Prepared
 from cifake_ray.storage.runs.train_run import TrainRun
@@ -40,6 +41,12 @@ def place_training(config: TrainConfig, resources: Resources) -> Placement:
         # Workers that join later must get as many as the first ones.
         cpus_per_worker=config.cpus_per_worker or (None if least == most else 1),
     )
+
+
+def trains_here(config: TrainConfig) -> bool:
+    """Return whether this process trains, without Ray: by default if no other could help it."""
+    least, _ = config.worker_range or (None, None)
+    return runs_here(config, least, config.device, max_gpus=1)
 
 
 def choose_gpu_here(device: Device) -> bool:

@@ -47,9 +47,9 @@ def try_images(images: list[bytes | ImageError], *, decodes: bool) -> list[bytes
     steps: list[None] = []
     with Quarantine(decodes=decodes, timeout_s=1) as quarantine:
         tried = quarantine.try_images(images, lambda: steps.append(None))
-        process = quarantine.process
+        child = quarantine.child
     assert len(steps) == len(images) == len(tried)
-    assert process is None or process.returncode == 0, "the child has outlived its quarantine"
+    assert child is None or child.process.returncode == 0, "the child has outlived its quarantine"
     return tried
 
 
