@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--within-s", type=float, default=15.0, help="of the start")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-workers", help="1 or more: on Ray; 0: without (default: the verb's)")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -116,6 +117,7 @@ def main() -> None:
                 number = SIGNALS[interrupts % 2]
                 delay_s = rng.uniform(0, options.within_s)
                 words = [str(folder / "out") if word == "OUT" else word for word in commands[verb]]
+                words += ["--num-workers", options.num_workers] if options.num_workers else []
                 process = start_group(words, env, folder / "errors")
                 wait_for_handler(process)
                 time.sleep(delay_s)
