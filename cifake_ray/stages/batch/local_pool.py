@@ -8,6 +8,7 @@ its shard is given out again, as Ray does with its actors.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -126,6 +127,7 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
         except (EOFError, OSError):  # whatever this process is doing, nobody waits for it
             os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
     parent.send(READY)
