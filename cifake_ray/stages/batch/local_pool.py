@@ -127,7 +127,7 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
         except (EOFError, OSError):  # whatever this process is doing, nobody waits for it
             os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
     parent.send(READY)
