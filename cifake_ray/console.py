@@ -160,7 +160,7 @@ def format_result(record: dict[str, Any]) -> str:
 
     On a terminal lines end where a word does.
     """
-    from cifake_ray.report.summary_text import split_summary  # scipy is behind it
+    from cifake_ray.report.summary_text import split_summary
 
     sentences, rest = split_summary(record)
     lines = [clean_text(sentence) for sentence in sentences]

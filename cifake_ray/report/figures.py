@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.core.schema import LABEL_NAMES
-from cifake_ray.report.text import format_interval
+from cifake_ray.report.numbers import format_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cifake_ray.report.text import format_interval
+from cifake_ray.report.numbers import format_interval
 
 GAP = "  "
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cifake_ray.report.text import format_interval, format_share
+from cifake_ray.report.numbers import format_interval, format_share
 
 Record = Mapping[str, Any]
 # Names of BundleInfo.list_thresholds.

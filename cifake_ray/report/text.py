@@ -6,11 +6,14 @@ Tables are Markdown, padded so that they also read well as plain text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cifake_ray.core.evaluation.calibration import Calibration
-from cifake_ray.core.imaging.training_domain import Bounds, TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES
+from cifake_ray.report.numbers import format_interval, format_share
+
+if TYPE_CHECKING:
+    from cifake_ray.core.evaluation.calibration import Calibration
+    from cifake_ray.core.imaging.training_domain import Bounds, TrainingDomain
 
 # Key of the metrics, display name, whether to show it as percent.
 KEY_METRICS = (
@@ -25,23 +28,6 @@ KEY_METRICS = (
     ("nll", "NLL (nats)", False),
 )
 BLOCKS = ("at_0.5", "at_threshold")
-
-
-def format_share(value: float | None) -> str:
-    """Format a share in [0, 1] as percent with one digit; a dash for None."""
-    return "-" if value is None else f"{value:.1%}"
-
-
-def format_interval(interval: Mapping[str, float | None], *, percent: bool = False) -> str:
-    """Format as `93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; a dash if undefined."""
-    value, low, high = interval["value"], interval["low"], interval["high"]
-    if value is None:
-        return "-"
-    scale, digits = (100, 1) if percent else (1, 3)
-    text = f"{value * scale:.{digits}f}" + "%" * percent
-    if low is None or high is None:
-        return text
-    return f"{text} ({low * scale:.{digits}f}-{high * scale:.{digits}f})"
 
 
 def list_decisions(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from cifake_ray.report.figures import (
     shorten,
 )
 from cifake_ray.report.html import render_page
-from cifake_ray.report.text import format_share
+from cifake_ray.report.numbers import format_share
 from cifake_ray.report.tune_text import describe_end, sort_trials
 
 BEST = COLOURS["FAKE"]

@@ -41,7 +41,7 @@ from measure import (
 )
 
 from cifake_ray.report.models_table import format_count, format_rate
-from cifake_ray.report.text import format_interval
+from cifake_ray.report.numbers import format_interval
 from cifake_ray.storage.io.files import write_bytes, write_json
 from cifake_ray.storage.presets.model_results import locate_model_results, read_model_results
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,27 @@ def test_the_plan_of_a_batch_says_what_where_and_how(images: Path, verb: str) ->
     assert (plan["num_workers"], plan["device"]) == (1, "cpu")
     assert (plan["threshold"] is not None) == (verb == "score")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (["--help"], {"ray", "torch", "pyarrow", "numpy"}),
+        (["version"], {"ray", "torch", "pyarrow", "numpy"}),
+        (["convert", "IMAGES", "OUT"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
+        (["score", "IMAGES", "OUT"], {"ray", "sklearn", "botocore.session", "matplotlib"}),
+    ],
+    ids=["help", "version", "convert", "score"],
+)
+def test_a_command_imports_what_it_uses(images: Path, words: list[str], unused: set[str]) -> None:
+    """In its own process and in those of its workers: imports are most of a short command."""
+    paths = {"IMAGES": str(images / "images"), "OUT": str(images / "out")}
+    command = [sys.executable, "-m", "cifake_ray", *(paths.get(word, word) for word in words)]
+    env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "cifake_ray.cli" in imported
+    assert imported & unused == set()
 
 
 def run_train(images: Path, **options: Any) -> tuple[dict[str, Any], list[str], list[Any]]:

@@ -43,7 +43,6 @@ from cifake_ray.stages.batch.summary import (
     read_summary,
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
-from cifake_ray.stages.cluster import connect_cluster
 from cifake_ray.stages.resources import Placement, Resources, read_local_resources, runs_here
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
@@ -218,6 +217,7 @@ def _start_here(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[R
 
 def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Resources]:
     """Connect to a cluster, or start Ray, while the source is listed."""
+    from cifake_ray.stages.cluster import connect_cluster
 
     lister = ThreadPoolExecutor(1)
     stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing

@@ -8,7 +8,6 @@ from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
-from cifake_ray.storage.s3.client import open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 
@@ -31,6 +30,8 @@ def check_bucket(
     store: StoreConfig, bucket: str, prefix: str = "", limits: S3Limits = DEFAULT_LIMITS
 ) -> None:
     """Raise StorageError, with the remedy, when these credentials cannot list a bucket."""
+    from cifake_ray.storage.s3.client import open_client  # with botocore, which only buckets need
+
     limits = replace(limits, max_attempts=min(CHECK_ATTEMPTS, limits.max_attempts))
     try:
         query = {"prefix": prefix, "max-keys": "1"}

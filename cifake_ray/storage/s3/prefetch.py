@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from botocore.exceptions import BotoCoreError
 
@@ -18,10 +18,12 @@ from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.read_ahead import read_ahead
-from cifake_ray.storage.s3.client import S3Client, open_client
 from cifake_ray.storage.s3.errors import S3Error, TooLarge, explain_s3_error
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.location import split_location
+
+if TYPE_CHECKING:
+    from cifake_ray.storage.s3.client import S3Client
 
 MAX_AHEAD = 512  # objects asked for before their turn: two batches of score
 
@@ -51,6 +53,8 @@ def fetch_objects(
     first = next(objects, None)
     if first is None:
         return
+    from cifake_ray.storage.s3.client import open_client  # with botocore, which only buckets need
+
     client = open_client(store, limits, first.bucket)
     stop = threading.Event()
 

@@ -13,7 +13,6 @@ from botocore.exceptions import BotoCoreError
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.s3.client import open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.listing import KeyLister, Query
@@ -54,6 +53,8 @@ class S3PrefixSource:
         return listing
 
     def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+        from cifake_ray.storage.s3.client import open_client  # with botocore, see `check_bucket`
+
         client = open_client(self.store, self.limits, self.bucket)
 
         def ask(query: Query) -> ET.Element:
