@@ -16,14 +16,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
-from cifake_ray.report.text import (
-    BLOCKS,
-    KEY_METRICS,
-    describe_result,
-    format_interval,
-    format_share,
-    list_decisions,
-)
+from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.text import BLOCKS, KEY_METRICS, describe_result, list_decisions
 
 # Captions and alt texts, by the names of figures.draw_figures.
 CAPTIONS = {
