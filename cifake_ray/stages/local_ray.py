@@ -1,8 +1,8 @@
 """Start Ray on this machine such that no other user and no other machine gets in.
 
 Whoever reaches a Ray can run code with its user's rights. So the one that a command starts listens
-on loopback only, asks for a token that exists in its own processes' memory only, and has its folder,
-which Ray opens to everyone, inside a private one. RAY_AUTH_MODE=disabled does without the token.
+on loopback only, asks for a token that only its own processes know, and has its folder, which Ray
+opens to everyone, inside a private one. RAY_AUTH_MODE=disabled does without the token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import ray
 from ray._private import ray_constants as constants
@@ -22,6 +21,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 from cifake_ray.errors import ResourceError
 
 MAX_RAY_FOLDER = 40  # bytes: of the 107 of a socket's path Ray uses 64 below it
+SHARED_FOLDERS = ("/tmp", "/var/tmp")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -32,11 +32,12 @@ def lock_doors() -> Iterator[None]:
     The processes of that Ray inherit it from this one. A token that the user has set is used.
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME")
-    before, is_cluster = {name: os.environ.get(name) for name in names}, constants.ENABLE_RAY_CLUSTER
+    before = {name: os.environ.get(name) for name in names}
+    is_cluster = constants.ENABLE_RAY_CLUSTER
     os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # between the ranks of a training
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-        if not before["RAY_AUTH_TOKEN"] and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one to HOME
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not before["RAY_AUTH_TOKEN"] and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one to HOME
     _read_variables()
     # `_node_ip_address="127.0.0.1"` would become this machine's address. This is Ray's own switch,
     # for systems on which it offers no clusters.
@@ -69,7 +70,7 @@ def choose_ray_folder() -> str:
     Its path is short, as the system wants those of sockets. ResourceError when there is none.
     """
     chosen = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "/tmp")
-    for parent in (os.path.abspath(chosen), "/tmp", "/var/tmp"):
+    for parent in (os.path.abspath(chosen), *SHARED_FOLDERS):
         private = parent if _is_private(parent) else os.path.join(parent, f"ray-{os.geteuid()}")
         folder = os.path.join(private, "ray")
         if len(os.fsencode(folder)) > MAX_RAY_FOLDER:
@@ -80,9 +81,9 @@ def choose_ray_folder() -> str:
             return folder
     most = MAX_RAY_FOLDER - len("/ray")
     raise ResourceError(
-        f"no private folder for Ray's sockets and logs: {chosen}, /tmp and /var/tmp cannot be"
-        f" written, have long paths, or their ray-{os.geteuid()} is open to others; set RAY_TMPDIR"
-        f" to a folder of at most {most} bytes that only you may enter (chmod 700)"
+        f"no private folder for Ray's sockets and logs: {chosen}, {' and '.join(SHARED_FOLDERS)}"
+        f" cannot be written, have long paths, or their ray-{os.geteuid()} is not only yours; set"
+        f" RAY_TMPDIR to a folder of at most {most} bytes that only you may enter (chmod 700)"
     )
 
 

@@ -20,7 +20,6 @@ from cifake_ray.stages.cluster import (
     Placement,
     Resources,
     _check_address,
-    choose_ray_folder,
     connect_cluster,
     count_local_cpus,
     leave_cluster,
@@ -105,23 +104,6 @@ def test_local_workers_are_as_many_as_the_container_may_use(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr(cluster, "read_cpu_quota", lambda: quota)
     assert count_local_cpus() == num_cpus
-
-
-@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
-def test_sockets_are_in_a_folder_with_a_short_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    for each in ("TMPDIR", "RAY_TMPDIR"):
-        monkeypatch.delenv(each, raising=False)
-    assert choose_ray_folder() == "/tmp/ray"
-    monkeypatch.setenv(name, "/var/tmp")
-    assert choose_ray_folder() == "/var/tmp/ray"
-    (long := tmp_path / ("d" * 60)).mkdir()
-    monkeypatch.setenv(name, str(long))
-    assert choose_ray_folder() == "/tmp/ray"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ResourceError, match="set RAY_TMPDIR to a folder of at most 36 bytes"):
-        choose_ray_folder()
 
 
 def test_after_a_failure_ray_ends_with_the_process_or_when_it_is_left(
