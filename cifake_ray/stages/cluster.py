@@ -158,8 +158,12 @@ def leave_cluster() -> None:
 def _check_address(address: str) -> None:
     """Raise ResourceError if HOST:PORT does not answer; Ray itself would try for over a minute.
 
-    UsageError for the address of a Jobs API.
+    UsageError for the address of a Jobs API, and for credentials, which are not repeated.
     """
+    if "@" in address:
+        raise UsageError(
+            f"--address or RAY_ADDRESS holds credentials; leave them out: {TOKEN_REMEDY}"
+        )
     if address.startswith(("http://", "https://")):
         raise UsageError(
             "--address or RAY_ADDRESS is http://..., which is for `cifake-ray submit`; give the"

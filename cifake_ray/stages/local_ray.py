@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 
 import ray
 from ray._private import ray_constants as constants
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cifake_ray.errors import ResourceError
 

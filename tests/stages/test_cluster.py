@@ -61,6 +61,13 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         _check_address("127.0.0.1:1")
 
 
+def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
+    for address in ("me:CANARY@host:6379", "ray://me:CANARY@host:10001", "http://me:CANARY@host"):
+        with pytest.raises(UsageError, match="holds credentials") as caught:
+            _check_address(address)
+        assert "CANARY" not in str(caught.value)
+
+
 def test_the_address_of_a_jobs_api_is_for_submit() -> None:
     with pytest.raises(UsageError, match="cifake-ray submit"):
         _check_address("http://head:8265")

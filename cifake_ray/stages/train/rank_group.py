@@ -30,7 +30,7 @@ class RankGroup(TorchConfig):
 
 
 class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join the ranks, as Ray Train does but for where they meet."""
         if not ray.get_runtime_context().gcs_address.startswith("127.0.0.1:"):
             super().on_start(worker_group, backend_config)
@@ -38,7 +38,8 @@ class _Backend(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         # A folder of mode 700; each group must have a file of its own.
-        folder = tempfile.mkdtemp(prefix="ranks-", dir=global_worker.node.get_session_dir_path())
+        node: Any = global_worker.node
+        folder = tempfile.mkdtemp(prefix="ranks-", dir=node.get_session_dir_path())
         joins = [
             worker_group.execute_single_async(
                 rank,
