@@ -24,7 +24,7 @@ from ray.job_config import JobConfig
 
 from cifake_ray.config import ClusterConfig, Device
 from cifake_ray.errors import ResourceError, UsageError
-from cifake_ray.stages.local_ray import choose_ray_folder, lock_doors, stop_ray
+from cifake_ray.stages.local_ray import choose_ray_folder, lock_doors, place_objects, stop_ray
 
 POLL_S = 1.0  # between two reads of the resources while an autoscaler adds nodes
 REQUEST_INTERVAL_S = 30.0
@@ -117,6 +117,7 @@ def connect_cluster(
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         options |= {"include_dashboard": False, "num_cpus": count_local_cpus()}
         options["_temp_dir"] = choose_ray_folder()
+        options |= place_objects(options["_temp_dir"])
         here = Resources((Node(count_local_cpus(), 0),))
         place_workers(here, num_workers=least.num_workers, use_gpu=False, cpus_per_worker=1)
     _check_address(address)

@@ -13,14 +13,18 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import ray
+from ray._common.utils import get_system_memory
 from ray._private import ray_constants as constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from cifake_ray.errors import ResourceError
 
 MAX_RAY_FOLDER = 40  # bytes: of the 107 of a socket's path Ray uses 64 below it
+SHARED_MEMORY = "/dev/shm"
+MAX_OBJECT_BYTES = 2e9  # as Ray has where there is no shared memory; little goes through its store
 SHARED_FOLDERS = ("/tmp", "/var/tmp")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -85,6 +89,17 @@ def choose_ray_folder() -> str:
         f" cannot be written, have long paths, or their ray-{os.geteuid()} is not only yours; set"
         f" RAY_TMPDIR to a folder of at most {most} bytes that only you may enter (chmod 700)"
     )
+
+
+def place_objects(ray_folder: str) -> dict[str, Any]:
+    """Return the options of ray.init for a system whose /dev/shm is missing or read-only.
+
+    Where it is merely small, as in Docker, Ray itself keeps its objects in its folder.
+    """
+    if sys.platform != "linux" or os.access(SHARED_MEMORY, os.W_OK):
+        return {}
+    most_bytes = int(min(MAX_OBJECT_BYTES, 0.3 * get_system_memory()))
+    return {"_plasma_directory": os.path.dirname(ray_folder), "object_store_memory": most_bytes}
 
 
 def _is_private(folder: str) -> bool:
