@@ -127,7 +127,7 @@ def test_after_a_failure_ray_ends_with_the_process_or_when_it_is_left(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", lambda: [])
-    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(None))
+    monkeypatch.setattr(cluster, "stop_ray", lambda: stopped.append(None))
     for failure in (KeyboardInterrupt, ValueError):
         with pytest.raises(failure), connect_cluster(ClusterConfig(address="head")):
             raise failure

@@ -13,7 +13,7 @@ from ray._private import services
 
 from cifake_ray.errors import ResourceError
 from cifake_ray.stages import local_ray
-from cifake_ray.stages.local_ray import choose_ray_folder, lock_doors
+from cifake_ray.stages.local_ray import choose_ray_folder, lock_doors, place_objects
 
 OURS = f"ray-{os.geteuid()}"
 
@@ -81,6 +81,17 @@ def test_a_folder_that_someone_else_prepared_is_never_used(shared: Path, prepare
         choose_ray_folder()
 
 
+def test_without_shared_memory_objects_are_in_rays_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ray, "SHARED_MEMORY", str(tmp_path))
+    assert place_objects("/tmp/ray-0/ray") == {}
+    monkeypatch.setattr(local_ray, "SHARED_MEMORY", str(tmp_path / "none"))
+    options = place_objects("/tmp/ray-0/ray")
+    assert options["_plasma_directory"] == "/tmp/ray-0"
+    assert 75 * 2**20 < options["object_store_memory"] <= 2e9
+
+
 @pytest.mark.parametrize(
     ("given", "inherited"),
     [
@@ -104,6 +115,8 @@ def test_each_ray_has_a_token_of_its_own_unless_the_user_gave_one(
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    # The Ray of other tests runs in this process.
+    monkeypatch.setattr(local_ray, "_read_variables", lambda: None)
     before, tokens = dict(os.environ), set[str]()
     for _ in range(2):
         with lock_doors():
