@@ -2,6 +2,8 @@
 
 `KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode, `KEY.lock` whoever
 decodes them now. The key is that of all that the pixels follow from, so files of one key are equal.
+Modes follow the umask, as those of outputs do. Whoever may write pixels decides what is learned, so
+files of others are used if they are root's or those of the folder's owner, who was chosen with it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cifake_ray.errors import CacheError, ImageError
 from cifake_ray.storage.io.files import write_json
 from cifake_ray.storage.io.paths import resolve_local
 
+SUFFIXES = (".npy", ".json", ".lock", ".writing")
 Decoded = Iterator[tuple[int, "np.ndarray | ImageError"]]
 
 
@@ -45,7 +48,7 @@ class PixelCache:
             if self._is_filled():  # another user's files serve too, whose lock may not be ours
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _hold_lock(self.path.with_suffix(".lock"), log):
+            with _hold_lock(self._base.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
                 errors = self._store(decode())
@@ -69,12 +72,22 @@ class PixelCache:
         return array
 
     @property
+    def _base(self) -> Path:
+        """The path, or one beside it that is ours while a stranger's files have that name."""
+        paths = (self.path.with_suffix(suffix) for suffix in SUFFIXES)
+        owners = {path.lstat().st_uid for path in paths if os.path.lexists(path)}
+        others = owners - {os.getuid(), 0}
+        if not others or others == {self.path.parent.stat().st_uid}:
+            return self.path
+        return self.path.with_name(f"{self.path.name}-{os.getuid()}")
+
+    @property
     def _pixels_path(self) -> Path:
-        return self.path.with_suffix(".npy")
+        return self._base.with_suffix(".npy")
 
     @property
     def _errors_path(self) -> Path:
-        return self.path.with_suffix(".json")
+        return self._base.with_suffix(".json")
 
     def _is_filled(self) -> bool:
         return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
@@ -151,7 +164,7 @@ def _create_unnamed(path: Path) -> Iterator[tuple[int, str]]:
     except (AttributeError, OSError):  # macOS, NFS
         is_unnamed = False
     if not is_unnamed:
-        file, name = os.open(named, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), str(named)
+        file, name = os.open(named, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), str(named)
     try:
         yield file, name
         if is_unnamed:

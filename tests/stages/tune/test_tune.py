@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cifake_ray.config import ScoreConfig, TrainConfig, TuneConfig
-from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
+from cifake_ray.errors import CifakeError, ResourceError, RunMismatch, StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.train.driver import train_detector
@@ -197,6 +197,17 @@ def test_other_settings_on_the_same_folder_are_refused(
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid", "tpe"])
+def test_a_second_search_on_a_folder_at_work_is_refused_and_changes_nothing(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    with (
+        TuneRun(tmp_path / "run").lock(),
+        pytest.raises(StorageError, match="another `tune` is at work in it"),
+    ):
+        run_tune(shards, tmp_path / "run", files)
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_finished_search_is_extended_by_more_trials(
     shards: Path, files: dict[str, str], tmp_path: Path, searcher: Literal["random", "grid", "tpe"]
 ) -> None:

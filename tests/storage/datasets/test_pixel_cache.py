@@ -185,6 +185,33 @@ def test_another_user_reads_what_is_there_and_is_told_what_is_not(
     assert "--cache-dir" in said
 
 
+@pytest.mark.parametrize("planted", [".npy", ".json", ".lock", ".writing", "a link"])
+@pytest.mark.parametrize("owner", ["a stranger", "the owner of the folder"])
+def test_pixels_of_a_stranger_in_a_shared_folder_are_not_learned_from(
+    shards: Path, tmp_path: Path, planted: str, owner: str
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root makes files of others")
+    cache = tmp_path / "cache"
+    good = read_reds(open_data(shards, cache, val_split="val").train)
+    cache.chmod(0o1777)
+    (pixels,) = cache.glob("*.npy")
+    array = np.load(pixels)
+    np.save(pixels, np.full_like(array, 255))
+    path = pixels.with_suffix(".npy" if planted == "a link" else planted)
+    if planted == "a link":
+        path = path.rename(tmp_path / "elsewhere.npy")
+        pixels.symlink_to(path)
+        path = pixels
+    path.touch()
+    os.chown(path, 12345, 12345, follow_symlinks=False)
+    if owner != "a stranger":
+        os.chown(cache, 12345, 12345)
+    learned = read_reds(open_data(shards, cache, val_split="val").train)
+    assert learned == (good if owner == "a stranger" else [255] * len(good))
+    assert read_reds(open_data(shards, cache, val_split="val").train) == learned
+
+
 def test_a_damaged_file_is_named(shards: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     open_data(shards, cache, val_split="val")
