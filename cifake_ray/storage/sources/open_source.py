@@ -34,7 +34,7 @@ from cifake_ray.storage.sources.tar import (
     stamp_tar,
 )
 from cifake_ray.storage.sources.tar_images import IMAGE_SUFFIXES
-from cifake_ray.storage.sources.text_table import find_text_suffix
+from cifake_ray.storage.sources.text_table import TEXT_SUFFIXES, find_text_suffix
 
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 
@@ -154,18 +154,18 @@ def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
     if suffix == ".parquet":
         column = find_image_column(place, choice)
         return "list" if column is None or column.content == "paths" else "shards"
-    if find_text_suffix(place.name):
-        return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
+    if find_text_suffix(place.name):
+        return "list"
     with explain_errors(place), open_file(place) as file:
         what = name_container(file.read(HEAD_BYTES))
     if what is not None:
         raise UsageError(f"{place} is {what}")
     raise UsageError(
-        f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet), a .tar nor the"
-        f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
-        " and --include for an image"
+        f"{place} is one file, neither a list ({', '.join(TEXT_SUFFIXES)}, .parquet), a .tar nor"
+        f" the {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the"
+        " end), and --include for an image"
     )
 
 
