@@ -230,6 +230,12 @@ CLUTTER = {
     "REAL/@eaDir/a.jpg": "system folder",
     "REAL/.ipynb_checkpoints/a.jpg": "system folder",
     ".git/objects": "system folder",
+    "REAL/IMG_0001.MOV": "video or sound",
+    "REAL/.a.jpg.crc": "sidecar",
+    "REAL/.picasaoriginals/a.jpg": "system folder",
+    "REAL/@__thumb/a.jpg": "system folder",
+    ".stfolder/a": "system folder",
+    "_SUCCESS": "system file",
 }
 
 
@@ -259,7 +265,7 @@ def test_metadata_beside_images_is_used_or_said_to_be_there(kind: SourceKind) ->
     listing = kind.open().list_images()
     labels = [label for batch in listing.batches for label in batch.column("label").to_pylist()]
     assert labels in ([FAKE], [None])
-    (note,) = listing.notes
+    note = listing.notes[0]
     assert "set/metadata.csv" in note
     assert "source" in note
 
