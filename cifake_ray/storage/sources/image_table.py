@@ -271,14 +271,14 @@ class ImageTable:
         """Read what is known of the images of some row groups, in the order of the rows."""
         wanted = [self.label, self.split, self.source]
         wanted += [f.name for f in ERROR_FIELDS if self.is_ours]
-        names = [name for name in dict.fromkeys(wanted) if name is not None]
-        names = [name for name in names if name in self.columns]
+        names = [name for name in self.columns if name in wanted]
         rows = self.read(groups, names) if names else None
         num_rows = sum(self.file.metadata.row_group(group).num_rows for group in groups)
 
         def texts(name: str | None) -> list[str | None]:
-            has_it = name is not None and name in names
-            return self.read_text(rows, name) if has_it else [None] * num_rows
+            if name is None or name not in names:
+                return [None] * num_rows
+            return self.read_text(rows, name)
 
         _, of_path_split, of_path_source = self.of_path
         return Facts(
