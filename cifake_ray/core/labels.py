@@ -162,6 +162,16 @@ def read_path(folders: Sequence[str], class_names: Mapping[str, int]) -> PathLab
     return PathLabels(names[at_class].label, split, None if source is None else folders[source])
 
 
+def _find_class(name: str, class_names: Mapping[str, int]) -> int | None:
+    """Return the one class that a name has a word of: REAL for `is_real`, FAKE for `isAI`."""
+    words = _find_words(name, class_names)
+    words += re.split("[-_. ]+", name.lower())  # classes such as `1_fake` and `sd15`
+    classes = {class_names[word] for word in (*words, name.lower()) if word in class_names}
+    classes |= {FAKE for word in words if word in WEAK_FAKE_WORDS}
+    is_denied = not {"no", "non", "not"}.isdisjoint(words)
+    return next(iter(classes)) if len(classes) == 1 and not is_denied else None
+
+
 def split_file_name(path: str, class_names: Mapping[str, int]) -> Iterator[str]:
     """Yield what the path of a file of many images says of them, as if each were a folder.
 
@@ -170,8 +180,11 @@ def split_file_name(path: str, class_names: Mapping[str, int]) -> Iterator[str]:
     """
     *folders, name = path.split("/")
     yield from folders
-    words = "|".join(re.escape(word) for word in SURE_SPLIT_WORDS | class_names.keys())
     name = _SHARD_NUMBER.sub("", _FILE_SUFFIX.sub("", name))
+    known = set(SURE_SPLIT_WORDS)
+    if _find_class(name, class_names) is not None:  # `real_vs_fake` is none
+        known |= class_names.keys()
+    words = "|".join(map(re.escape, known))
     for part in re.split(rf"(?:^|[-_.])({words})(?=[-_.]|$)", name, flags=re.IGNORECASE):
         yield _SHARD_NUMBER.sub("", part).strip("-_.")
 
@@ -182,15 +195,16 @@ def read_file_path(path: str, class_names: Mapping[str, int]) -> PathLabels:
     Within `data/` the Hugging Face hub takes any word before `-00000-of-00001` for a split. A word
     like `generated` in the file's own name is no class.
     """
-    folders, _, name = path.rpartition("/")
-    if read_folder_name(_FILE_SUFFIX.sub("", name), class_names).is_weak:
-        return read_path(folders.split("/"), class_names)
     names = [
         name
         for name in split_file_name(path, class_names)
         if name.lower() in class_names or not FILLERS.issuperset(_find_words(name))
     ]
     labels = read_path(names, class_names)
+    folders, _, name = path.rpartition("/")
+    if read_folder_name(_FILE_SUFFIX.sub("", name), class_names).is_weak:
+        of_folders = read_path(folders.split("/"), class_names)
+        labels = of_folders.join(PathLabels(split=labels.split))
     numbered = re.search(r"(?:^|/)data/([^/]+)-\d{5}-of-\d{5}[^/]*$", path)
     return labels._replace(split=labels.split or parse_split(numbered and numbered[1]))
 
@@ -265,15 +279,6 @@ class LabelReader:
         if any(text and label is None for text, label in self.counts):
             line += "; --real-name and --fake-name tell what other values mean"
         return line
-
-
-def _find_class(column: str, class_names: Mapping[str, int]) -> int | None:
-    """Return the class that the name of a column asks for: REAL for `is_real`, FAKE for `isAI`."""
-    words = _find_words(column, class_names)
-    classes = {class_names[word] for word in words if word in class_names}
-    classes |= {FAKE for word in words if word in WEAK_FAKE_WORDS}
-    is_denied = not {"no", "non", "not"}.isdisjoint(words)
-    return next(iter(classes)) if len(classes) == 1 and not is_denied else None
 
 
 def _write_label(value: object) -> str:

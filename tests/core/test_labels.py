@@ -221,6 +221,10 @@ def test_what_the_user_says_counts_before_the_name_of_the_column() -> None:
         ("test/ai/0.parquet", (FAKE, "test", None)),
         ("generated.csv", (None, None, None)),  # rather by a program
         ("real.txt", (REAL, None, None)),
+        ("real_vs_fake.parquet", (None, None, None)),
+        ("fake_or_real-train-00001.tar", (None, "train", None)),
+        ("not_fake.txt", (None, None, None)),
+        ("FAKE/ai_train.parquet", (FAKE, "train", None)),
         ("lists/val.csv.gz", (None, "val", None)),
         ("data/holdout-00000-of-00002.parquet", (None, "holdout", None)),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,17 +115,17 @@ def rename_columns(names: Sequence[str], path_column: str, label_column: str) ->
 
 
 def find_split_column(names: Iterable[str]) -> str | None:
-    """Return the column of splits, or one that may hold them: see `read_split`."""
+    """Return the column of splits, or one that may hold them: see `make_split_reader`."""
     names = list(names)
     found = (find_column(names, wanted) for wanted in ("split", *SPLIT_COLUMNS))
     return next((name for name in found if name is not None), None)
 
 
-def read_split(column: str | None, value: object) -> str | None:
-    """Return the split in a column; in one that is not called `split` only the known words are."""
+def make_split_reader(column: str | None) -> Callable[[object], str | None]:
+    """Return what reads a column of splits; of one with another name, only the known words."""
     if column is None or find_column([column], "split"):
-        return parse_split(value)
-    return read_folder_name(str(value), {}).split
+        return parse_split
+    return lambda value: read_folder_name(str(value), {}).split
 
 
 def describe_left_out(left_out: Collection[str]) -> str:

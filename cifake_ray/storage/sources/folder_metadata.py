@@ -15,7 +15,7 @@ from typing import NamedTuple
 from cifake_ray.core.labels import LabelReader, PathLabels
 from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.sources.clutter import METADATA_NAMES
-from cifake_ray.storage.sources.columns import find_split_column, read_split
+from cifake_ray.storage.sources.columns import find_split_column, make_split_reader
 from cifake_ray.storage.sources.text_table import open_text_table
 
 FILE_NAME = "file_name"
@@ -74,9 +74,9 @@ def _read_rows(path: Path, columns: MetadataColumns) -> Iterator[tuple[str, Path
     places = [table.names.index(name) if name in table.names else None for name in names]
     if places[1:] == [None] * 3:
         raise UsageError(f"{path} has no column {labels.column!r}, 'split' or {columns.source!r}")
+    read_split = make_split_reader(split_column)
     for _, values in table.rows:
         file_name, label, split, source = (None if p is None else values[p] for p in places)
         if file_name:
             key = os.path.normpath(file_name.replace("\\", "/"))
-            split = read_split(split_column, split)
-            yield key, PathLabels(labels.read(label), split, source or None)
+            yield key, PathLabels(labels.read(label), read_split(split), source or None)

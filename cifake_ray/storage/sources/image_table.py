@@ -33,8 +33,8 @@ from cifake_ray.storage.sources.columns import (
     is_binary,
     is_simple,
     is_text,
+    make_split_reader,
     read_label_names,
-    read_split,
     rename_columns,
 )
 from cifake_ray.storage.sources.held_images import HeldImages, get_bytes
@@ -225,7 +225,8 @@ class ImageTable:
         self.is_ours = FOOTER_KEY in (self.schema.metadata or {})
         self.columns = [name for name in self.schema.names if name not in choice.drop]
         self.label = find_column(self.columns, choice.label)
-        self.split = find_split_column(self.columns)
+        may_be = (f.name for f in self.schema if is_simple(f.type) or f.name == "split")
+        self.split = find_split_column(name for name in may_be if name in self.columns)
         self.source = find_column(self.columns, choice.source)
         self.of_path = read_file_path(name, choice.class_names)
         if self.is_ours:  # rows without a label have none
@@ -281,9 +282,10 @@ class ImageTable:
             return self.read_text(rows, name)
 
         _, of_path_split, of_path_source = self.of_path
+        read_split = make_split_reader(self.split)
         return Facts(
             labels=self._read_labels(rows, num_rows),
-            splits=[read_split(self.split, value) or of_path_split for value in texts(self.split)],
+            splits=[read_split(value) or of_path_split for value in texts(self.split)],
             sources=[source or of_path_source for source in texts(self.source)],
             errors=texts("error") if self.is_ours else [None] * num_rows,
         )

@@ -37,8 +37,8 @@ from cifake_ray.storage.sources.columns import (
     describe_left_out,
     describe_unlabelled,
     find_split_column,
+    make_split_reader,
     read_label_names,
-    read_split,
     rename_columns,
 )
 from cifake_ray.storage.sources.folder import read_local_files
@@ -142,7 +142,7 @@ class ListFileSource:
             known[2] = split_column or "split"
             positions = [columns.get(name) for name in known]
             carried = [columns[f.name] for f in extra]
-            read = partial(read_split, split_column)
+            read = make_split_reader(split_column)
             rows = self._make_rows(opened, positions, carried, labels, read, listing.left_out)
             yield from batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra]))
         if self.needs_labels:

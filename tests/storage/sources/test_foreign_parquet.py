@@ -180,6 +180,8 @@ def test_a_column_of_splits_may_have_another_name(tmp_path: Path) -> None:
     assert table.column("split").to_pylist() == ["train", "test", None] * 2
     assert "subset" in table.column_names
     assert find_splits(tmp_path / "set") == {"train", "test"}
+    write(tmp_path / "b" / "a.parquet", set=[["train"]] * NUM_ROWS)
+    assert list_column(open_images(tmp_path / "b"), "split") == [None] * NUM_ROWS
 
 
 @pytest.mark.parametrize(
