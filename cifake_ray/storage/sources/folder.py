@@ -97,7 +97,7 @@ class FolderSource:
                         pending.append((f"{key}/", metadata, above))
                     continue
                 if reason := self.key_filter.find_reason(key):
-                    left_out[reason] += 1
+                    listing.leave_out_file(key, reason)
                     continue
                 size_bytes, mtime_ns = None, None
                 try:

@@ -481,6 +481,21 @@ def test_metadata_about_something_else_changes_nothing(tmp_path: Path) -> None:
         assert "metadata.csv" in notes[0]
 
 
+@pytest.mark.parametrize(("folder", "is_told"), [("images", True), ("FAKE", False)])
+def test_a_table_beside_images_without_labels_is_named(
+    tmp_path: Path, folder: str, is_told: bool
+) -> None:
+    for name in ("0.jpg", "1.jpg", "0.json", "notes.txt"):
+        put(tmp_path / "set" / folder / name)
+    put(tmp_path / "set" / "train.csv", b"filename,label\n0.jpg,1\n")
+    listing = open_images(tmp_path / "set").list_images()
+    listing.count_rows(describe=True)
+    gather(listing)
+    told = [note for note in listing.notes if "train.csv: beside the images" in note]
+    assert len(told) == is_told
+    assert listing.left_out["sidecar"] == 3
+
+
 def test_metadata_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     put(tmp_path / "secret.csv", b"file_name,label\na.jpg,FAKE\n")
     put(tmp_path / "images" / "a.jpg")
