@@ -186,13 +186,19 @@ def test_missing_shards_are_made_again_and_only_those(sample_folder: Path, tmp_p
     assert read_rows(out) == undisturbed
 
 
-def test_a_finished_run_is_not_listed_again(sample_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_listed_again_and_says_so(
+    sample_folder: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jpg").write_bytes(encode())
     first = run_convert(source, tmp_path / "out")
     (source / "b.jpg").write_bytes(encode())
     assert run_convert(source, tmp_path / "out") == first
+    log: list[str] = []
+    config = ConvertConfig(src=str(source), out=str(tmp_path / "out"))
+    convert_images(config, source, tmp_path / "out", print, time.time(), log.append)
+    assert any("the source was not looked at again: give a new output" in line for line in log)
 
 
 def test_other_settings_are_refused_with_the_difference(
