@@ -184,7 +184,7 @@ def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path:
     plan = run_train(shards, tmp_path / "run", dry_run=True, log=said.append)
     assert (plan["train_images"], plan["val_images"]) == (43, 6)
     for line in (
-        "train: 43 to train on (43 of split train); 6 to validate on (6 of split val);"
+        "train: 43 to train on (of split train); 6 to validate on (of split val);"
         " 9 left out (7 of split test, 2 without a label)",
         "train: 3 images have the same bytes as one with the other label; check the labels",
     ):
