@@ -103,8 +103,10 @@ def connect_cluster(
     if ray.is_initialized():
         yield _make_room(least, config.scale_timeout_s, log)
         return
-    # Errors of Ray reach us as exceptions, and all of its messages are in its logs.
+    # Errors of Ray reach us as exceptions, and all of its messages are in its logs. Any other error
+    # is of its own actors, such as that of Ray Data's statistics on a slow machine.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address}
     if not address.startswith("ray://"):  # there the driver is a process of the cluster

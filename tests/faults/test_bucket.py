@@ -84,7 +84,7 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     assert (code, again["done"]) == (0, NUM_IMAGES), errors
     code, refusal, _ = run_command([*score, "--shard-size", "7"], env)
     assert code == 2
-    assert "shard_size: None there, 7 here" in refusal["error"]
+    assert "shard_size: not given there, 7 here" in refusal["error"]
 
     # A byte flips in the bucket: verify names the shard, repair makes only that one again.
     part = "all of it/scores/scores/part-00000.parquet"

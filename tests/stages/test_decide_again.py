@@ -213,7 +213,7 @@ def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Pat
     run_score(src, tmp_path / "out")
     (tmp_path / "out" / "_SUCCESS").unlink()
     with pytest.raises(
-        RunMismatch, match=r"target_fpr: None there, 0\.01 here.*finish it with its own"
+        RunMismatch, match=r"target_fpr: not given there, 0\.01 here.*finish it with its own"
     ):
         run_score(src, tmp_path / "out", target_fpr=0.01)
     with pytest.raises(RunMismatch, match="belongs to another run"):

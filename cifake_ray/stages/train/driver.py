@@ -24,6 +24,7 @@ from cifake_ray.stages.cluster import (
 from cifake_ray.stages.train.placement import (
     choose_gpu_here,
     describe_plan,
+    describe_resizing,
     describe_start,
     describe_workers,
 )
@@ -126,7 +127,7 @@ def train_detector(
             f"train: {prepared.rows.num_in_both:,} images have the same bytes as one with the other"
             " label; check the labels"
         )
-    for note in prepared.rows.notes:
+    for note in (*prepared.rows.notes, *describe_resizing(prepared)):
         log(f"train: {note}")
     if config.dry_run:
         return {

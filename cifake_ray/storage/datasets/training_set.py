@@ -58,7 +58,9 @@ class TrainingRows:
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{sum(splits.values()):,} {use} ({', '.join(f'{n:,} {s}' for s, n in splits.items())})"
+            f"{sum(splits.values()):,} {use} ("
+            + ", ".join(f"{n:,} {s}" if len(splits) > 1 else s for s, n in splits.items())
+            + ")"
             for use in USES
             if (splits := {split: n for (u, split), n in self.counts.items() if u == use})
         )
@@ -135,7 +137,7 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
             if not (rows.label[side & usable] == value).any():
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
-                    f" decodes among its rows ({rows}); training takes those with split `train` or"
+                    f" decodes; of its rows, {rows}; training takes those with split `train` or"
                     " none (--val-fraction, --val-split choose among them); `convert` takes names"
                     " of classes by --real-name and --fake-name"
                     + "".join(f"; {note}" for note in rows.notes)

@@ -167,7 +167,14 @@ def require_run(out: AnyPath) -> Run:
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Return `epochs: 5 there, 6 here` for every setting that differs."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
+    return "; ".join(
+        f"{name}: {_show_setting(old.get(name))} there, {_show_setting(new.get(name))} here"
+        for name in names
+    )
+
+
+def _show_setting(value: Any) -> str:
+    return "not given" if value in (None, []) else repr(value)
 
 
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
