@@ -100,14 +100,13 @@ def open_ranges(path: AnyPath) -> IO[bytes]:
 
 def list_folder(folder: AnyPath) -> list[AnyPath]:
     """Return the entries of a folder, sorted by name; none when it does not exist."""
-    if not isinstance(folder, Path) and folder.protocol == "s3":
-        with explain_errors(folder):
-            names = {name.partition("/")[0] for name in list_objects(folder, "/")}
-            return [folder / name for name in sorted(names - {"", ".", ".."})]
     missing = (
         FileNotFoundError if isinstance(folder, Path) else (FileNotFoundError, NotADirectoryError)
     )
     with explain_errors(folder):
+        if not isinstance(folder, Path) and folder.protocol == "s3":
+            names = {name.partition("/")[0] for name in list_objects(folder, "/")}
+            return [folder / name for name in sorted(names - {"", ".", ".."})]
         try:
             return sorted(folder.iterdir(), key=lambda path: path.name)
         except missing:
