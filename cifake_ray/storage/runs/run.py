@@ -22,9 +22,10 @@ from cifake_ray.storage.io.files import (
     create_bytes,
     discard,
     encode_json,
-    exists,
     hash_json,
     list_folder,
+    parse_json,
+    read_if_exists,
     read_json,
     remove,
     remove_leftovers,
@@ -113,9 +114,9 @@ class OtherVerb(RunMismatch):
 def read_run(out: AnyPath) -> Run | None:
     """Return the run of an output folder, or None when none has been frozen there."""
     path = out / "_run.json"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return None
-    record = read_json(path)
+    record = parse_json(path, data)
     if record.get("schema_version") != SCHEMA_VERSION:
         raise RunMismatch(
             f"{path}: schema_version {record.get('schema_version')}, this program writes"
@@ -271,10 +272,10 @@ class ShardStats:
 def is_finished(run: Run) -> bool:
     """Return whether `_SUCCESS` is that of this run. StorageError when it is damaged."""
     path = run.out / "_SUCCESS"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return False
     first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
-    return bool(read_json(path).get("run", first) == run.identity)
+    return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
 def force_names(run: Run) -> None:
@@ -284,6 +285,16 @@ def force_names(run: Run) -> None:
     """
     sync_folder(run.out)
     sync_folder(run.results_folder)
+
+
+def check_current(run: Run) -> None:
+    """Raise StorageError when `_run.json` is not that of this run any more."""
+    found = read_run(run.out)
+    if found is None or (found.identity, found.manifest) != (run.identity, run.manifest):
+        raise StorageError(
+            f"{run.out / '_run.json'}: another process has replaced or removed it meanwhile; run"
+            " the same command again, by one process at a time"
+        )
 
 
 def reopen_run(run: Run) -> None:
@@ -301,6 +312,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
             f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
             f" {rows} rows written, {len(missing)} shards missing; run the same command again"
         )
+    check_current(run)
     parts = sorted(parts, key=lambda part: part.shard)
     columns = {
         "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],

@@ -32,6 +32,7 @@ from cifake_ray.storage.runs.run import (
     read_record,
     read_run,
     reopen_run,
+    require_run,
 )
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
@@ -137,8 +138,7 @@ class RunPlan:
             "has_private_folders": True,
         }
         claim_folder(self.out, self._settings, self.config, plan)
-        run = read_run(self.out)
-        assert run is not None
+        run = require_run(self.out)
         if run.manifest != manifest:  # another process was first
             for file in manifest.files:
                 discard(folder / file.name)
