@@ -1,7 +1,8 @@
 """Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
 
-`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode, `KEY.lock` whoever
-decodes them now. The key is that of all that the pixels follow from, so files of one key are equal.
+`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode and the sum of both,
+`KEY.lock` whoever decodes them now. The key is that of all that the pixels follow from, so files of
+one key are equal.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from cifake_ray.errors import CacheError, ImageError
 from cifake_ray.storage.io.files import write_json
 from cifake_ray.storage.io.paths import resolve_local
 
+# What json and numpy raise for bytes that are not those that were written.
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
 Decoded = Iterator[tuple[int, "np.ndarray | ImageError"]]
 
 
@@ -48,25 +53,36 @@ class PixelCache:
             with _hold_lock(self.path.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
-                errors = self._store(decode())
-                write_json(self._errors_path, {"unusable": errors})
+                errors, crc32 = self._store(decode())
+                write_json(self._errors_path, {"unusable": errors, "crc32": crc32})
 
-    def read_errors(self) -> dict[int, str]:
-        """Return the error of each image that does not decode, by its number."""
-        with self._explain_errors():
-            errors = json.loads(self._errors_path.read_bytes())["unusable"]
-        return {int(number): error for number, error in errors.items()}
+    def read(self) -> tuple[dict[int, str], np.ndarray | None]:
+        """Return the error of each image that does not decode, and the pixels, mapped into memory.
 
-    def map_pixels(self) -> np.ndarray:
-        """Return the pixels, mapped into memory. CacheError when the file is damaged."""
+        CacheError when a file is damaged, in a single bit even: all of them are summed once.
+        """
         with self._explain_errors():
+            path = self._errors_path
             try:
-                array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
-                if array.shape != self.shape or array.dtype != np.uint8:
-                    raise ValueError(f"{array.dtype}{list(array.shape)}")
-            except ValueError as error:
-                raise CacheError(f"{self._pixels_path}: damaged ({error}); delete it") from error
-        return array
+                record = json.loads(path.read_bytes())
+                errors, crc32 = (
+                    record["unusable"],
+                    record.get("crc32"),
+                )  # earlier versions have none
+                unusable = {int(number): error for number, error in errors.items()}
+                array = None
+                if self.shape is not None:
+                    path = self._pixels_path
+                    array = np.load(path, mmap_mode="r")
+                    if array.shape != self.shape or array.dtype != np.uint8:
+                        raise ValueError(f"{array.dtype}{list(array.shape)}")
+                if crc32 is not None and crc32 != _sum(errors, array):
+                    raise ValueError("its sum is another")
+            except DAMAGE as error:
+                raise CacheError(
+                    f"{path}: damaged ({error}); delete it, and the images are decoded again"
+                ) from error
+        return unusable, array
 
     @property
     def _pixels_path(self) -> Path:
@@ -79,11 +95,12 @@ class PixelCache:
     def _is_filled(self) -> bool:
         return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
 
-    def _store(self, decoded: Decoded) -> dict[int, str]:
-        """Write the pixels, whole or not at all; return the errors."""
+    def _store(self, decoded: Decoded) -> tuple[dict[int, str], int]:
+        """Write the pixels, whole or not at all; return the errors, and the sum of both."""
         if self.shape is None:
-            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
-        errors: dict[int, str] = {}
+            errors = {n: image.error for n, image in decoded if isinstance(image, ImageError)}
+            return errors, _sum(errors, None)
+        errors = {}
         with _create_unnamed(self._pixels_path) as (file, name):
             array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
             _allocate(file)
@@ -93,7 +110,8 @@ class PixelCache:
                 else:
                     array[number] = image
             array.flush()
-        return errors
+            crc32 = _sum(errors, array)
+        return errors, crc32
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
@@ -101,6 +119,12 @@ class PixelCache:
             yield
         except OSError as error:
             raise _explain_error(error, self.path.parent) from error
+
+
+def _sum(errors: dict[Any, str], pixels: np.ndarray | None) -> int:
+    """Return the CRC-32 of the errors and the pixels, which costs a second for each 4 GB."""
+    crc32 = zlib.crc32(json.dumps(errors).encode())
+    return crc32 if pixels is None else zlib.crc32(pixels, crc32)
 
 
 def _explain_error(error: OSError, folder: Path) -> CacheError:

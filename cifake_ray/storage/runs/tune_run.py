@@ -7,6 +7,7 @@ pickled, so it is never read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     encode_csv,
     exists,
+    hash_json,
     list_folder,
     read_bytes,
-    read_json,
     remove,
     write_bytes,
     write_json,
@@ -72,10 +74,26 @@ class TuneRun(RunFolder):
         return [self.read_trial(n) for n in numbers if exists(self.folder_of(n) / "trial.json")]
 
     def read_trial(self, number: int) -> Trial:
-        return Trial(**read_json(self.folder_of(number) / "trial.json"))
+        """Return a trial. StorageError when it is not as it was written."""
+        path = self.folder_of(number) / "trial.json"
+        data = read_bytes(path)
+        try:
+            record = json.loads(data)
+            sha256 = record.pop("sha256", None)  # earlier versions wrote none
+            trial = Trial(**record)
+            if trial.number != number or sha256 not in (None, hash_json(asdict(trial))):
+                raise ValueError("its sha256 is another")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"{path}: damaged; delete the folder {path.parent} and run the same command again,"
+                " which tries this trial again"
+            ) from error
+        return trial
 
     def write_trial(self, trial: Trial) -> None:
-        write_json(self.folder_of(trial.number) / "trial.json", asdict(trial))
+        record = asdict(trial)
+        path = self.folder_of(trial.number) / "trial.json"
+        write_json(path, {**record, "sha256": hash_json(record)})
 
     def write_tables(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write `trials.csv` and `trials.parquet`."""
