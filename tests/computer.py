@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import pytest
 import ray.data
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io import files
 from cifake_ray.storage.runs.run import RESULTS
 
@@ -31,8 +31,8 @@ FOLDERS = {
     **dict.fromkeys(RESULTS.values(), "results"),
 }
 FIRST_PID = 2**30  # above the largest number that Linux gives a process
-EVENTS = ("kill_command", "lose_names", "lose_bytes", "fill_disk", "break_disk")
-DISK_ERRORS = EVENTS[3:]
+KILLS = ("kill_command", "lose_names", "lose_bytes")
+EVENTS = (*KILLS, "fill_disk", "break_disk")
 
 
 class Killed(BaseException):
@@ -191,15 +191,17 @@ def disturb_every_change(
     prepare: Callable[[], object],
     check_half: Callable[[], object] = lambda: None,
     check_whole: Callable[[bool], object],
+    others: Mapping[str, Callable[[], None]] | None = None,
 ) -> int:
     """Let an event happen at the first change that `run` makes, at the second and so on.
 
     Each time `prepare`, run, check what is there, run again and check that, told whether files may
-    be left over. First of all nothing happens. Each change meets one of EVENTS, with
-    CIFAKE_TEST_EXAMPLES every one of them. Return the number of changes.
+    be left over. First of all nothing happens. Each change meets one of EVENTS, or of `others`,
+    with CIFAKE_TEST_EXAMPLES every one of them. Return the number of changes.
     """
     computer, patch = Computer(), pytest.MonkeyPatch()
     computer.install(patch)
+    events = others or {name: getattr(computer, name) for name in EVENTS}
     every_event = "CIFAKE_TEST_EXAMPLES" in os.environ
     try:
         prepare()
@@ -207,19 +209,18 @@ def disturb_every_change(
             run()
         check_whole(False)
         for count in itertools.count(1):
-            for number, event in enumerate(EVENTS):
-                if not every_event and number != count % len(EVENTS):
+            for number, (event, act) in enumerate(events.items()):
+                if not every_event and number != count % len(events):
                     continue
                 prepare()
-                may_fail = event in DISK_ERRORS
-                act = getattr(computer, event)
+                may_fail = event not in KILLS
                 computer.trigger = Trigger(None, count, act, event == "fill_disk", may_fail)
                 try:
                     with computer.start_process():
                         run()
                 except Killed:
                     assert not may_fail
-                except StorageError:
+                except (StorageError, BundleError):  # exit 4
                     assert may_fail
                 # A full disk strikes writes only, of which there are fewer.
                 is_over = computer.trigger is not None and event != "fill_disk"

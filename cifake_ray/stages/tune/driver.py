@@ -344,7 +344,7 @@ def _finish(
             for row in rows
         ),
         steps=sum(row["steps"] for row in rows),
-        elapsed_s=round(time.time() - started_s, 1),
+        elapsed_s=round(time.monotonic() - started_s, 1),
     )
     histories = {
         trial.number: search.run_of(trial).read_history() for trial in search.read_trials()

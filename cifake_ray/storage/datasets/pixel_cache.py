@@ -1,6 +1,6 @@
 """Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
 
-`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode and the sum of both,
+`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode and the sums of both,
 `KEY.lock` whoever decodes them now. The key is that of all that the pixels follow from, so files of
 one key are equal.
 """
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -53,8 +52,9 @@ class PixelCache:
             with _hold_lock(self.path.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
-                errors, crc32 = self._store(decode())
-                write_json(self._errors_path, {"unusable": errors, "crc32": crc32})
+                errors, sums = self._store(decode())
+                sums["unusable"] = zlib.crc32(json.dumps(errors).encode())
+                write_json(self._errors_path, {"unusable": errors, "crc32": sums})
 
     def read(self) -> tuple[dict[int, str], np.ndarray | None]:
         """Return the error of each image that does not decode, and the pixels, mapped into memory.
@@ -65,19 +65,16 @@ class PixelCache:
             path = self._errors_path
             try:
                 record = json.loads(path.read_bytes())
-                errors, crc32 = (
-                    record["unusable"],
-                    record.get("crc32"),
-                )  # earlier versions have none
+                errors, sums = record["unusable"], record.get("crc32", {})
                 unusable = {int(number): error for number, error in errors.items()}
-                array = None
-                if self.shape is not None:
-                    path = self._pixels_path
-                    array = np.load(path, mmap_mode="r")
-                    if array.shape != self.shape or array.dtype != np.uint8:
-                        raise ValueError(f"{array.dtype}{list(array.shape)}")
-                if crc32 is not None and crc32 != _sum(errors, array):
-                    raise ValueError("its sum is another")
+                _compare(sums, "unusable", json.dumps(errors).encode())
+                if self.shape is None:
+                    return unusable, None
+                path = self._pixels_path
+                array = np.load(path, mmap_mode="r")
+                if array.shape != self.shape or array.dtype != np.uint8:
+                    raise ValueError(f"{array.dtype}{list(array.shape)}")
+                _compare(sums, "pixels", array.data)
             except DAMAGE as error:
                 raise CacheError(
                     f"{path}: damaged ({error}); delete it, and the images are decoded again"
@@ -95,12 +92,11 @@ class PixelCache:
     def _is_filled(self) -> bool:
         return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
 
-    def _store(self, decoded: Decoded) -> tuple[dict[int, str], int]:
-        """Write the pixels, whole or not at all; return the errors, and the sum of both."""
+    def _store(self, decoded: Decoded) -> tuple[dict[int, str], dict[str, int]]:
+        """Write the pixels, whole or not at all; return the errors and the sum of the pixels."""
         if self.shape is None:
-            errors = {n: image.error for n, image in decoded if isinstance(image, ImageError)}
-            return errors, _sum(errors, None)
-        errors = {}
+            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}, {}
+        errors: dict[int, str] = {}
         with _create_unnamed(self._pixels_path) as (file, name):
             array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
             _allocate(file)
@@ -110,8 +106,8 @@ class PixelCache:
                 else:
                     array[number] = image
             array.flush()
-            crc32 = _sum(errors, array)
-        return errors, crc32
+            sums = {"pixels": zlib.crc32(array)}  # a second for each 4 GB
+        return errors, sums
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
@@ -121,10 +117,13 @@ class PixelCache:
             raise _explain_error(error, self.path.parent) from error
 
 
-def _sum(errors: dict[Any, str], pixels: np.ndarray | None) -> int:
-    """Return the CRC-32 of the errors and the pixels, which costs a second for each 4 GB."""
-    crc32 = zlib.crc32(json.dumps(errors).encode())
-    return crc32 if pixels is None else zlib.crc32(pixels, crc32)
+def _compare(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:
+    """Raise ValueError when the data have another CRC-32 than when they were written.
+
+    Files of earlier versions have no sums.
+    """
+    if sums.get(name) not in (None, zlib.crc32(data)):
+        raise ValueError(f"the sum of the {name} is another")
 
 
 def _explain_error(error: OSError, folder: Path) -> CacheError:

@@ -113,6 +113,7 @@ class RunFolder:
 
     def write_success(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished, and remove what killed processes left."""
+        read_record(self.path)  # another folder may have taken its place
         remove_leftovers(self.path)
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
 
@@ -156,6 +157,7 @@ class TrainRun(RunFolder):
 
     def write_checkpoint(self, data: bytes) -> None:
         """Commit a checkpoint."""
+        make_folder(self.checkpoint_path.parent, parents=False)
         write_bytes(self.checkpoint_path, data)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from cifake_ray.storage.io.files import (
     exists,
     hash_json,
     list_folder,
+    make_folder,
     read_bytes,
     remove,
     write_bytes,
@@ -93,6 +94,8 @@ class TuneRun(RunFolder):
     def write_trial(self, trial: Trial) -> None:
         record = asdict(trial)
         path = self.folder_of(trial.number) / "trial.json"
+        make_folder(path.parent.parent, parents=False)
+        make_folder(path.parent, parents=False)
         write_json(path, {**record, "sha256": hash_json(record)})
 
     def write_tables(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -108,6 +111,7 @@ class TuneRun(RunFolder):
         """Copy the bundle of a trial to the search, and write the recipe that makes it again."""
         source = self.run_of(trial).bundle_path
         files = sorted((file.name for file in list_folder(source)), key="config.json".__eq__)
+        make_folder(self.path / "bundle", parents=False)
         for name in files:  # config.json last: a bundle that has it is complete
             write_bytes(self.path / "bundle" / name, read_bytes(source / name))
         write_bytes(self.path / "recipe.yaml", recipe.encode())
