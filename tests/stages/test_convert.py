@@ -51,7 +51,7 @@ ODD_NAMES = [
 def run_convert(src: Path, out: Path, **options: Any) -> BatchSummary:
     progress: list[Progress] = []
     config = ConvertConfig(src=str(src), out=str(out), **options)
-    summary = convert_images(config, src, out, progress.append, time.time())
+    summary = convert_images(config, src, out, progress.append, time.monotonic())
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -275,7 +275,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(sample_folder: Path, tmp_
 
 def test_a_dry_run_writes_nothing(sample_folder: Path, tmp_path: Path) -> None:
     config = ConvertConfig(src=str(sample_folder), out=str(tmp_path / "out"), dry_run=True)
-    plan, code = run_verb(config, time.time())
+    plan, code = run_verb(config, time.monotonic())
     assert code == 0
     assert plan.listed == 60
     assert plan.labels == {"REAL": 30, "FAKE": 30}

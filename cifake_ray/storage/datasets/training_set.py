@@ -288,11 +288,11 @@ def open_training_data(
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache = PixelCache(locate_cache(config.cache_dir) / key, shape if fits else None)
     cache.fill(lambda: _decode_rows(rows, preprocessing, num_threads, log), log)
-    unusable, slots = cache.read_errors(), rows.slots
+    (unusable, array), slots = cache.read(), rows.slots
     pixels: Pixels = (
-        MappedPixels(cache.map_pixels(), slots)
-        if fits
-        else StreamedPixels(rows, preprocessing, num_threads)
+        StreamedPixels(rows, preprocessing, num_threads)
+        if array is None
+        else MappedPixels(array, slots)
     )
     usable = ~np.isin(slots, list(unusable))
     check_both_classes(rows, usable, config)

@@ -33,15 +33,28 @@ PROBE_NAME = f"{TEMPORARY_PREFIX}probe"
 FOREIGN_AGE_S = 3600.0  # a write that another host has not touched for so long is over
 
 
-def make_folder(folder: AnyPath) -> None:
-    """Create a local folder and its parents; stores have none. StorageError when it fails."""
+def make_folder(folder: AnyPath, *, parents: bool = True) -> None:
+    """Create a local folder and its parents; stores have none. StorageError when it fails.
+
+    Without `parents`, the folder that it is in must be there: an output that is moved or deleted
+    while a command writes to it does not come into being again, with half of its files.
+    """
     if not isinstance(folder, Path):
         return
     with explain_errors(folder):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=parents, exist_ok=True)
         except FileExistsError:  # a file has the name
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
+        except FileNotFoundError as error:
+            raise _explain_loss(folder) from error
+
+
+def _explain_loss(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: {path.parent} was moved or deleted while a command wrote to it; put it back and"
+        " run the same command again"
+    )
 
 
 def exists(path: AnyPath) -> bool:
@@ -164,10 +177,12 @@ def move(path: AnyPath, target: AnyPath) -> None:
 def _write_atomically(
     path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
 ) -> None:
-    """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
-    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{_identify_host()}-{secrets.token_hex(4)}"
+    """Write a temporary file next to `path`, force it to disk, then publish it in one step.
+
+    The folder must be there: see `make_folder`.
+    """
+    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{identify_host()}-{secrets.token_hex(4)}"
     temporary = path.parent / name
-    make_folder(path.parent)
     with explain_errors(path):
         try:
             with open(temporary, "xb") as file:
@@ -176,6 +191,10 @@ def _write_atomically(
                 if durable:
                     os.fsync(file.fileno())
             publish(temporary, path)
+        except FileNotFoundError as error:
+            if path.parent.exists():
+                raise
+            raise _explain_loss(path) from error
         finally:
             discard(temporary)
         if durable:
@@ -315,6 +334,7 @@ def hash_file(path: AnyPath) -> str:
 
 def check_writable(folder: AnyPath) -> None:
     """Write and remove a small file, to fail before the work. StorageError when that fails."""
+    make_folder(folder)
     probe = folder / PROBE_NAME  # always this name: the next check removes it too
     write_bytes(probe, b"probe")
     discard(probe)
@@ -334,7 +354,7 @@ def remove_leftovers(folder: AnyPath) -> None:
 
 def _is_left(path: Path) -> bool:
     name = TEMPORARY_NAME.fullmatch(path.name)
-    if name and name["host"] == _identify_host():
+    if name and name["host"] == identify_host():
         return not _is_alive(int(name["pid"]))
     try:  # both times are of the file system: clocks of two hosts are never compared
         return path.parent.stat().st_mtime - path.stat().st_mtime > FOREIGN_AGE_S
@@ -343,7 +363,7 @@ def _is_left(path: Path) -> bool:
 
 
 @cache
-def _identify_host() -> str:
+def identify_host() -> str:
     """Return 8 hex digits that two processes share if each can see whether the other is alive."""
     facts = [socket.gethostname()]
     with suppress(OSError):  # only Linux has them; two containers may have one host name

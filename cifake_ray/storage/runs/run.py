@@ -151,6 +151,17 @@ def read_run(out: AnyPath) -> Run | None:
         ) from error
 
 
+def read_again(out: AnyPath, identity: str | None = None) -> Run:
+    """Return the run that was just there. StorageError when another folder has taken its place."""
+    run = read_run(out)
+    if run is None or identity not in (None, run.identity):
+        raise StorageError(
+            f"{out}: it was moved, or another folder has taken its place, while the command ran;"
+            " put it back and run the same command again"
+        )
+    return run
+
+
 def require_run(out: AnyPath) -> Run:
     """Return the run of an output folder. StorageError when there is none, or of another verb."""
     try:
@@ -305,7 +316,10 @@ def reopen_run(run: Run) -> None:
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
     """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
-    missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
+    read_again(run.out, run.identity)
+    there = {path.name for path in list_folder(run.results_folder)}
+    committed = {part.shard for part in parts if shard_name(part.shard) in there}
+    missing = set(range(run.manifest.num_shards)) - committed
     rows = sum(part.rows for part in parts)
     if missing or rows != run.manifest.num_rows:
         raise CifakeError(
