@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from textwrap import TextWrapper
+from textwrap import fill
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -105,7 +105,7 @@ def run_command(
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
-        log(f"cifake-ray: {error}")
+        _say(f"cifake-ray: {error}")  # whatever it ends with
     elif not json_output and result is not None:
         text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
@@ -146,7 +146,7 @@ def _encode(record: dict[str, Any]) -> str:
 
 def _show_traceback(failure: BaseException) -> None:
     for line in "".join(traceback.format_exception(failure)).splitlines():
-        log(line)
+        _say(line)
 
 
 def _to_record(result: Any) -> dict[str, Any]:
@@ -165,15 +165,17 @@ def format_result(record: dict[str, Any]) -> str:
     sentences, rest = split_summary(record)
     lines = [clean_text(sentence) for sentence in sentences]
     lines += format_record(rest).splitlines() if rest else []
-    if sys.stdout.isatty():
-        fit = TextWrapper(
-            width=shutil.get_terminal_size().columns,
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines = [piece for line in lines for piece in fit.wrap(line)]
-    return "\n".join(lines)
+    return "\n".join(_fit_line(line, sys.stdout) for line in lines)
+
+
+def _fit_line(line: str, stream: TextIO) -> str:
+    """Break a line between words where a terminal would break it anywhere."""
+    columns = shutil.get_terminal_size().columns
+    if len(line) <= columns or not stream.isatty():
+        return line
+    return fill(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def format_record(record: dict[str, Any]) -> str:
@@ -234,11 +236,16 @@ def log(message: str, **fields: Any) -> None:
     """
     if message.endswith("..."):
         _status.set(clean_text(message))
-    elif _log_format == "json":
+    else:
+        _say(message, **fields)
+
+
+def _say(message: str, **fields: Any) -> None:
+    if _log_format == "json":
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
         _put(_encode({"time": time_utc, "message": message, **fields}), sys.stderr)
     else:
-        _put(clean_text(message), sys.stderr)
+        _put(_fit_line(clean_text(message), sys.stderr), sys.stderr)
 
 
 def get_log_format() -> LogFormat:

@@ -103,6 +103,10 @@ def test_every_failure_has_its_exit_code_and_one_line(
     assert ending.err.count("\n") == 1
 
 
+def test_an_error_is_shown_whatever_it_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(capsys, StorageError("the store says: slow down ...")).err.endswith("down ...\n")
+
+
 @pytest.mark.parametrize(("failure", "code"), FAILURES, ids=lambda value: type(value).__name__)
 def test_json_is_one_object_with_error_and_exit_code(
     capsys: pytest.CaptureFixture[str], failure: BaseException, code: int

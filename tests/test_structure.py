@@ -49,6 +49,7 @@ ROOMS = {
     "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
     "stages": [
         {"resources", "malloc"},
+        {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},
         {"convert", "score", "tune"},
@@ -59,7 +60,7 @@ ROOMS = {
 STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
-TOOLS = {"cluster", "resources", "doctor", "malloc", "submit", "__init__"}
+TOOLS = {"cluster", "doctor", "local_ray", "malloc", "resources", "submit", "__init__"}
 MAX_LINES = 360
 
 

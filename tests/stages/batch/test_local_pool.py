@@ -31,7 +31,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def convert_images(src: Path, out: Path, **options: Any) -> BatchSummary:
     config = ConvertConfig(src=str(src), out=str(out), num_workers=0, shard_size=20, **options)
-    summary: BatchSummary = run_verb(config, time.time())[0]
+    summary: BatchSummary = run_verb(config, time.monotonic())[0]
     return summary
 
 

@@ -126,7 +126,9 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
 
 def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> None:
     open_here(tmp_path, old=1)
-    with pytest.raises(RunMismatch, match=r"new: None there, 2 here; old: 1 there, None here"):
+    with pytest.raises(
+        RunMismatch, match=r"new: not given there, 2 here; old: 1 there, not given here"
+    ):
         open_here(tmp_path, fail_to_list, new=2)
 
 
@@ -431,8 +433,8 @@ def test_leftovers_are_removed_but_not_what_another_host_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, pid: int, age_s: float, stays: bool
 ) -> None:
     """A process of another host or container is not alive here, but it may be there."""
-    hosts = {"mine": files._identify_host(), "other": "0123abcd"}
-    monkeypatch.setattr(files, "_identify_host", lambda: hosts[host])
+    hosts = {"mine": files.identify_host(), "other": "0123abcd"}
+    monkeypatch.setattr(files, "identify_host", lambda: hosts[host])
     monkeypatch.setattr(os, "getpid", lambda: pid)
 
     def leave(temporary: Path, path: Path) -> None:
