@@ -138,7 +138,7 @@ class ClusterConfig(StoreConfig):
 
     address: Annotated[
         str | None,
-        RuntimeDoc("Address of a Ray cluster (default: RAY_ADDRESS, else start Ray here)"),
+        RuntimeDoc("Address of a Ray cluster (default: RAY_ADDRESS, else this machine)"),
     ] = None
     scale_timeout_s: Annotated[
         float, RuntimeDoc("Ask the autoscaler for missing workers and wait this many seconds")

@@ -98,7 +98,7 @@ def connect_cluster(
     except (ConnectionError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({str(error).splitlines()[0]}); check"
-            " --address and RAY_ADDRESS, or leave both out to start Ray here"
+            " --address and RAY_ADDRESS, or leave both out to use this machine alone"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -137,7 +137,7 @@ def _check_address(address: str) -> None:
     if address.startswith(("http://", "https://")):
         raise UsageError(
             "--address or RAY_ADDRESS is http://..., which is for `cifake-ray submit`; give the"
-            " HOST:6379 of the cluster, or leave both out to start Ray here"
+            " HOST:6379 of the cluster, or leave both out to use this machine alone"
         )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
@@ -147,7 +147,7 @@ def _check_address(address: str) -> None:
     except OSError as error:
         raise ResourceError(
             f"no Ray cluster answers at {address!r} ({error}); check --address and RAY_ADDRESS, or"
-            " leave both out to start Ray here"
+            " leave both out to use this machine alone"
         ) from error
 
 
