@@ -291,6 +291,21 @@ def test_a_record_that_is_refused_is_told_and_not_taken_for_missing(
     assert is_finished(run)
 
 
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_bucket_in_another_region_is_asked_there(
+    store: LyingStore, out: AnyPath, status: int
+) -> None:
+    def move(request: Request) -> bool | None:
+        if "eu-west-1" in request.headers["Authorization"]:
+            return None
+        elsewhere = {"Location": "http://127.0.0.1:9/", "x_amz_bucket_region": "eu-west-1"}
+        return request.answer_error(status, "PermanentRedirect", **elsewhere)
+
+    store.lies[:] = [move]
+    write_bytes(out / "a", b"1")
+    assert read_bytes(out / "a") == b"1"
+
+
 def answer_list(body: bytes) -> Lie:
     return lambda request: "list-type" in request.path and request.answer(200, body)
 
