@@ -37,6 +37,7 @@ from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, ShardStats, finish_run, is_finished, read_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.sources.image_table import open_parquet, read_columns
 from cifake_ray.storage.sources.open_source import iterate_names
 from cifake_ray.storage.sources.source import Listing
 
@@ -346,6 +347,22 @@ PARTS: dict[str, tuple[Lie, str]] = {
         "check the network",
     ),
 }
+
+
+def test_a_part_of_parquet_that_does_not_come_is_not_a_damaged_file(
+    store: LyingStore, out: AnyPath
+) -> None:
+    run = make_plan(out, lambda: list_keys(["a", "b", "c"])).open()
+    path = run.manifest_folder / run.manifest.files[0].name
+    table = open_parquet(path)
+    for name, (lie, words) in PARTS.items():
+        store.lies[:] = [lambda r, lie=lie: bool(r.headers.get("Range")) and lie(r)]
+        for step in (lambda: open_parquet(path), lambda: read_columns(table, path, [0], ["key"])):
+            with pytest.raises(StorageError) as error:
+                step()
+            message = one_line(error)
+            assert ("repair" in message) == (name == "garbage"), message
+            assert name == "garbage" or words in message
 
 
 def test_a_part_of_a_manifest_that_does_not_come_is_not_a_damaged_manifest(
