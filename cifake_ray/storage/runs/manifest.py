@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from cifake_ray.core.schema import SCHEMA_VERSION, SPLITS
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -230,13 +230,16 @@ def find_shards_by_split(
 
 @contextmanager
 def _open_manifest(path: AnyPath) -> Iterator[pq.ParquetFile]:
-    try:
-        with open_ranges(path) as opened:
-            yield pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(
-            f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
-        ) from error
+    with explain_errors(path):
+        try:
+            with open_ranges(path) as opened:
+                yield pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            if is_from_s3fs(error):  # the store has failed, which says nothing of the file
+                raise
+            raise StorageError(
+                f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
+            ) from error
 
 
 def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
