@@ -191,7 +191,7 @@ def test_page_has_its_parts_in_order(page, metrics):
         "Decisions",
         "Per class",
         "Figures",
-        "Slices",
+        "Sources",
         "Images without a score",
         "Worst mistakes",
         "REAL called FAKE",
