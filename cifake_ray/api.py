@@ -174,7 +174,8 @@ class LoadedDetector:
 
         is_rgb = (
             isinstance(image, np.ndarray)
-            and (image.dtype, image.ndim) == (np.uint8, 3)
+            and image.dtype == np.uint8
+            and image.ndim == 3
             and image.shape[2] == 3
         )
         if not is_rgb and not isinstance(image, bytes | Image):

@@ -126,7 +126,9 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
 
 def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> None:
     open_here(tmp_path, old=1)
-    with pytest.raises(RunMismatch, match=r"new: not given there, 2 here; old: 1 there, not given here"):
+    with pytest.raises(
+        RunMismatch, match=r"new: not given there, 2 here; old: 1 there, not given here"
+    ):
         open_here(tmp_path, fail_to_list, new=2)
 
 
