@@ -22,7 +22,7 @@ from cifake_ray.errors import ExitCode, UsageError, suggest_word
 from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-STARTED_S = time.time()
+STARTED_S = time.monotonic()
 
 EXAMPLES = {  # of each command, without `cifake-ray`
     "": ("demo", "score PHOTOS SCORES", "train --help"),

@@ -31,7 +31,7 @@ from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
-from cifake_ray.storage.io.files import read_if_exists, write_bytes, write_json
+from cifake_ray.storage.io.files import make_folder, read_if_exists, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
@@ -170,6 +170,7 @@ def write_report(
         if bundle.domain and unlike["any"]
         else "",
     )
+    make_folder(run.out / "figures", parents=False)
     for name, png in figures.items():
         write_bytes(run.out / "figures" / f"{name}.png", png)
     write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})

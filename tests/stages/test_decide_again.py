@@ -101,7 +101,7 @@ def src(tmp_path: Path) -> Path:
 def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), shard_size=4, **options)
     bundle = locate_bundle(None)
-    result = score.score_images(config, src, out, bundle, lambda _: None, time.time())
+    result = score.score_images(config, src, out, bundle, lambda _: None, time.monotonic())
     assert isinstance(result, BatchSummary)
     return result
 

@@ -247,7 +247,7 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         val_accuracy=round(training["val_accuracy"], 6),
         train_s=round(train_s, 1),
         images_per_s=round(images / train_s, 1),
-        elapsed_s=round(time.time() - started_s, 1),
+        elapsed_s=round(time.monotonic() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
         images_in_both_classes=prepared.rows.num_in_both,
         precision=training["precision"],

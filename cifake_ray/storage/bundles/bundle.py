@@ -32,6 +32,7 @@ from cifake_ray.storage.io.files import (
     encode_json,
     encode_json_lines,
     exists,
+    make_folder,
     read_bytes,
     write_bytes,
 )
@@ -232,6 +233,7 @@ def write_bundle(
             "training": dict(training),
         },
     }
+    make_folder(path, parents=False)
     write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
     write_bytes(path / "history.jsonl", encode_json_lines(history))
     write_bytes(path / "metrics.json", encode_json(dict(metrics)))

@@ -22,9 +22,10 @@ from cifake_ray.storage.io.files import (
     create_bytes,
     discard,
     encode_json,
-    exists,
     hash_json,
     list_folder,
+    parse_json,
+    read_if_exists,
     read_json,
     remove,
     remove_leftovers,
@@ -113,9 +114,9 @@ class OtherVerb(RunMismatch):
 def read_run(out: AnyPath) -> Run | None:
     """Return the run of an output folder, or None when none has been frozen there."""
     path = out / "_run.json"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return None
-    record = read_json(path)
+    record = parse_json(path, data)
     if record.get("schema_version") != SCHEMA_VERSION:
         raise RunMismatch(
             f"{path}: schema_version {record.get('schema_version')}, this program writes"
@@ -148,6 +149,17 @@ def read_run(out: AnyPath) -> Run | None:
             f"{path}: not the metadata of a run ({type(error).__name__}: {error}); it may have"
             " been edited"
         ) from error
+
+
+def read_again(out: AnyPath, identity: str | None = None) -> Run:
+    """Return the run that was just there. StorageError when another folder has taken its place."""
+    run = read_run(out)
+    if run is None or identity not in (None, run.identity):
+        raise StorageError(
+            f"{out}: it was moved, or another folder has taken its place, while the command ran;"
+            " put it back and run the same command again"
+        )
+    return run
 
 
 def require_run(out: AnyPath) -> Run:
@@ -271,10 +283,10 @@ class ShardStats:
 def is_finished(run: Run) -> bool:
     """Return whether `_SUCCESS` is that of this run. StorageError when it is damaged."""
     path = run.out / "_SUCCESS"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return False
     first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
-    return bool(read_json(path).get("run", first) == run.identity)
+    return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
 def force_names(run: Run) -> None:
@@ -286,6 +298,16 @@ def force_names(run: Run) -> None:
     sync_folder(run.results_folder)
 
 
+def check_current(run: Run) -> None:
+    """Raise StorageError when `_run.json` is not that of this run any more."""
+    found = read_run(run.out)
+    if found is None or (found.identity, found.manifest) != (run.identity, run.manifest):
+        raise StorageError(
+            f"{run.out / '_run.json'}: another process has replaced or removed it meanwhile; run"
+            " the same command again, by one process at a time"
+        )
+
+
 def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
@@ -294,13 +316,17 @@ def reopen_run(run: Run) -> None:
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
     """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
-    missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
+    read_again(run.out, run.identity)
+    there = {path.name for path in list_folder(run.results_folder)}
+    committed = {part.shard for part in parts if shard_name(part.shard) in there}
+    missing = set(range(run.manifest.num_shards)) - committed
     rows = sum(part.rows for part in parts)
     if missing or rows != run.manifest.num_rows:
         raise CifakeError(
             f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
             f" {rows} rows written, {len(missing)} shards missing; run the same command again"
         )
+    check_current(run)
     parts = sorted(parts, key=lambda part: part.shard)
     columns = {
         "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],

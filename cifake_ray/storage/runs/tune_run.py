@@ -7,6 +7,7 @@ pickled, so it is never read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     encode_csv,
     exists,
+    hash_json,
     list_folder,
+    make_folder,
     read_bytes,
-    read_json,
     remove,
     write_bytes,
     write_json,
@@ -72,10 +75,28 @@ class TuneRun(RunFolder):
         return [self.read_trial(n) for n in numbers if exists(self.folder_of(n) / "trial.json")]
 
     def read_trial(self, number: int) -> Trial:
-        return Trial(**read_json(self.folder_of(number) / "trial.json"))
+        """Return a trial. StorageError when it is not as it was written."""
+        path = self.folder_of(number) / "trial.json"
+        data = read_bytes(path)
+        try:
+            record = json.loads(data)
+            sha256 = record.pop("sha256", None)  # earlier versions wrote none
+            trial = Trial(**record)
+            if trial.number != number or sha256 not in (None, hash_json(asdict(trial))):
+                raise ValueError("its sha256 is another")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"{path}: damaged; delete the folder {path.parent} and run the same command again,"
+                " which tries this trial again"
+            ) from error
+        return trial
 
     def write_trial(self, trial: Trial) -> None:
-        write_json(self.folder_of(trial.number) / "trial.json", asdict(trial))
+        record = asdict(trial)
+        path = self.folder_of(trial.number) / "trial.json"
+        make_folder(path.parent.parent, parents=False)
+        make_folder(path.parent, parents=False)
+        write_json(path, {**record, "sha256": hash_json(record)})
 
     def write_tables(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write `trials.csv` and `trials.parquet`."""
@@ -90,6 +111,7 @@ class TuneRun(RunFolder):
         """Copy the bundle of a trial to the search, and write the recipe that makes it again."""
         source = self.run_of(trial).bundle_path
         files = sorted((file.name for file in list_folder(source)), key="config.json".__eq__)
+        make_folder(self.path / "bundle", parents=False)
         for name in files:  # config.json last: a bundle that has it is complete
             write_bytes(self.path / "bundle" / name, read_bytes(source / name))
         write_bytes(self.path / "recipe.yaml", recipe.encode())

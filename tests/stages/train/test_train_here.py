@@ -67,7 +67,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), log)
+    return train_detector(config, lambda row, epochs: None, time.monotonic(), log)
 
 
 def test_an_outlier_among_the_real_images_costs_a_threshold_and_no_bundle(
@@ -224,7 +224,7 @@ def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(
         for lr in (0.003, 0.1):
             before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
             with pytest.raises(StorageError, match="another `train` is at work in it") as failure:
-                train_detector(replace(config, lr=lr), lambda row, epochs: None, time.time())
+                train_detector(replace(config, lr=lr), lambda row, epochs: None, time.monotonic())
             assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
             refused.append(str(failure.value))
 
@@ -236,9 +236,9 @@ def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(
         num_workers="0",
         cache_dir=str(tmp_path / "cache"),
     )
-    train_detector(config, start_another, time.time())
+    train_detector(config, start_another, time.monotonic())
     assert len(refused) == 2
-    assert train_detector(config, start_another, time.time())["epochs"] == 1
+    assert train_detector(config, start_another, time.monotonic())["epochs"] == 1
 
 
 def test_more_epochs_on_a_run_are_refused_with_the_way_to_train_on(

@@ -433,8 +433,8 @@ def test_leftovers_are_removed_but_not_what_another_host_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, pid: int, age_s: float, stays: bool
 ) -> None:
     """A process of another host or container is not alive here, but it may be there."""
-    hosts = {"mine": files._identify_host(), "other": "0123abcd"}
-    monkeypatch.setattr(files, "_identify_host", lambda: hosts[host])
+    hosts = {"mine": files.identify_host(), "other": "0123abcd"}
+    monkeypatch.setattr(files, "identify_host", lambda: hosts[host])
     monkeypatch.setattr(os, "getpid", lambda: pid)
 
     def leave(temporary: Path, path: Path) -> None:
