@@ -118,6 +118,7 @@ def tune_detector(
         search.check_options(settings, unread=["rows"])
         is_whole = config.searcher == "grid" and success["trials"] == count_grid(space)
         if config.trials <= success["trials"] or is_whole:
+            log("tune: had finished before, so nothing is trained; more --trials extend it")
             return success
     rows = read_training_rows(shared)
     settings["rows"] = rows.hash_rows()

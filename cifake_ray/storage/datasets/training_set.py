@@ -334,6 +334,5 @@ def _decode_rows(
                 yield start + place, image
                 if time.monotonic() - logged_s >= LOG_INTERVAL_S:
                     logged_s = time.monotonic()
-                    log(
-                        f"train: decoded {start + place + 1:,} of {num_rows:,} images, once for all"
-                    )
+                    num_done = start + place + 1
+                    log(f"train: decoded {num_done:,} of {num_rows:,} images into the cache")

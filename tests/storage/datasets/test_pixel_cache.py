@@ -284,6 +284,6 @@ def test_decoding_says_how_far_it_is(
         shards=str(shards), run="r", cache_dir=str(tmp_path / "cache"), val_split="val"
     )
     open_training_data(read_training_rows(config), PREPROCESSING, config, 1, said.append)
-    assert said[-1] == "train: decoded 31 of 31 images, once for all"
+    assert said[-1] == "train: decoded 31 of 31 images into the cache"
     record = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
     assert record["unusable"] == {"8": "not_an_image"}
