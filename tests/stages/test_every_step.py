@@ -297,6 +297,11 @@ def test_anything_may_happen_at_any_change_of_a_search(
     )
     assert json.loads((out / "_SUCCESS").read_text())["best_trial"] == 1
     assert num_changes > 100
+    for damaged in ("trials/00000", "trials/00001/run-0"):  # and a person deletes it, as was said
+        remove(out / damaged)
+        (out / "_SUCCESS").unlink()
+        tune_detector(config, time.monotonic())
+        check_whole(False)
 
 
 class Output:

@@ -106,7 +106,7 @@ class PixelCache:
                 else:
                     array[number] = image
             array.flush()
-            sums = {"pixels": zlib.crc32(array)}  # a second for each 4 GB
+            sums = {"pixels": zlib.crc32(array.data)}  # a second for each 4 GB
         return errors, sums
 
     @contextmanager
