@@ -250,6 +250,7 @@ def test_anything_may_happen_at_any_change_of_a_search(
         tune_driver, "finish_trial", lambda train, cpus, use_gpu: write_stub_bundle(train)
     )
     monkeypatch.setattr(trial_worker, "train_detector", train_in_no_time)
+    monkeypatch.setattr(tune_driver, "render_tune_page", lambda *arguments: "a page")
     monkeypatch.setattr(tune, "Tuner", InTurn)
     monkeypatch.setattr(tune, "with_resources", lambda trainable, room: trainable)
     recipe, space, out = tmp_path / "recipe.yaml", tmp_path / "space.yaml", tmp_path / "out"
