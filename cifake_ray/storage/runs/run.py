@@ -356,3 +356,4 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
     record |= summary
     write_json(run.out / "_SUCCESS", record)
+    read_again(run.out, run.identity)  # it may have been moved since

@@ -116,6 +116,7 @@ class RunFolder:
         read_record(self.path)  # another folder may have taken its place
         remove_leftovers(self.path)
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
+        read_record(self.path)
 
 
 @dataclass(frozen=True)

@@ -579,6 +579,7 @@ def test_thresholds_are_chosen_by_false_positive_rate(tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_found_in_its_run_and_on_its_own(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     bundle = write(tmp_path / "run" / "bundle", make_detector())
     assert locate_bundle(str(tmp_path / "run")) == bundle
     assert locate_bundle(str(bundle)) == bundle
