@@ -33,13 +33,14 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
-from cifake_ray.storage.runs.manifest import Manifest, ManifestFile
+from cifake_ray.storage.runs.links import check_links
+from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
-MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
 FILES_FIELDS = [
@@ -110,8 +111,30 @@ class OtherVerb(RunMismatch):
         self.command = command
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What `_run.json` holds of a batch run."""
+
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    manifest: Manifest
+    left_out: dict[str, int]
+    earlier_identities: tuple[str, ...] = ()
+    has_private_folders: bool = False
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.command not in RESULTS:
+            raise ValueError(f"no command {self.command!r}")
+        self.manifest.check()
+        if unknown := self.counts.keys() - {"labels", "splits", "sources"}:
+            raise ValueError(f"counts of {sorted(unknown)}")
+
+
 def read_run(out: AnyPath) -> Run | None:
     """Return the run of an output folder, or None when none has been frozen there."""
+    check_links(out)
     path = out / "_run.json"
     if not exists(path):
         return None
@@ -124,30 +147,22 @@ def read_run(out: AnyPath) -> Run | None:
     if "manifest" not in record:
         raise OtherVerb(out, str(record.get("command")))
     try:
-        manifest = record["manifest"]
-        command = str(record["command"])
-        if command not in RESULTS:
-            raise ValueError(f"no command {command!r}")
-        return Run(
-            out=out,
-            command=command,
-            settings=dict(record["settings"]),
-            config=dict(record["config"]),
-            manifest=Manifest(
-                files=tuple(ManifestFile(**file) for file in manifest["files"]),
-                num_rows=manifest["num_rows"],
-                size_bytes=manifest["size_bytes"],
-            ),
-            left_out=record["left_out"],
-            earlier_identities=tuple(record.get("earlier_identities", ())),
-            prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
-            counts=record.get("counts", {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        found = parse_record(_Record, record)
+    except ValueError as error:
         raise StorageError(
-            f"{path}: not the metadata of a run ({type(error).__name__}: {error}); it may have"
-            " been edited"
+            f"{path}: not the metadata of a run ({error}); it may have been edited"
         ) from error
+    return Run(
+        out=out,
+        command=found.command,
+        settings=found.settings,
+        config=found.config,
+        manifest=found.manifest,
+        left_out=found.left_out,
+        earlier_identities=found.earlier_identities,
+        prefix=PRIVATE_PREFIX if found.has_private_folders else "",
+        counts=found.counts,
+    )
 
 
 def require_run(out: AnyPath) -> Run:
@@ -241,8 +256,9 @@ def claim_folder(
 
 def read_record(path: AnyPath) -> dict[str, Any]:
     """Return the content of `_run.json`. RunMismatch when it is not of cifake-ray."""
+    check_links(path)
     record = read_json(path / "_run.json")
-    if "settings" not in record:
+    if not isinstance(record.get("settings"), dict):
         raise RunMismatch(f"{path / '_run.json'}: not a run of cifake-ray; choose a new folder")
     return record
 
@@ -312,7 +328,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
                 discard(path)
     named = {file.name for file in run.manifest.files}
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
-        if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
+        if path.name not in named and FILE_NAME.fullmatch(path.name):
             discard(path)
     create_bytes(
         run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)

@@ -7,6 +7,7 @@ pickled, so it is never read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
-    encode_csv,
     exists,
     list_folder,
     read_bytes,
@@ -25,8 +26,12 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.io.text_rows import encode_csv
 from cifake_ray.storage.runs.run import read_record
 from cifake_ray.storage.runs.train_run import RunFolder, TrainRun
+
+TRIAL_NAME = re.compile(r"[0-9]{5,9}")
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,17 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class _TuneSummary:
+    trials: int
+    bundle: str
+
+
+@dataclass(frozen=True)
 class TuneRun(RunFolder):
     """The folder RUN of `tune`."""
 
     command = "tune"
+    summary = _TuneSummary
 
     def has_begun(self) -> bool:
         return bool(self.read_trials())
@@ -68,11 +80,23 @@ class TuneRun(RunFolder):
         """Return the trials by number."""
         if not exists(self.path / "trials"):
             return []
-        numbers = sorted(int(f.name) for f in list_folder(self.path / "trials") if f.name.isdigit())
+        names = [f.name for f in list_folder(self.path / "trials") if TRIAL_NAME.fullmatch(f.name)]
+        numbers = sorted(map(int, names))
         return [self.read_trial(n) for n in numbers if exists(self.folder_of(n) / "trial.json")]
 
     def read_trial(self, number: int) -> Trial:
-        return Trial(**read_json(self.folder_of(number) / "trial.json"))
+        """Return a trial. StorageError when its file is damaged."""
+        path = self.folder_of(number) / "trial.json"
+        try:
+            trial = parse_record(Trial, read_json(path))
+            if trial.number != number:
+                raise ValueError(f"number is {trial.number}")
+        except ValueError as error:
+            raise StorageError(
+                f"{path}: not the record of trial {number} ({error}); it may have been edited:"
+                " remove its folder to try it again"
+            ) from error
+        return trial
 
     def write_trial(self, trial: Trial) -> None:
         write_json(self.folder_of(trial.number) / "trial.json", asdict(trial))
