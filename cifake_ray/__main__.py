@@ -26,6 +26,12 @@ def main(verb: str | None = None) -> None:
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"  # in the C locale the names of files would be no text
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    _open_standard_streams()
+    try:
+        os.getcwd()
+    except OSError as error:  # libraries would end the process without a word
+        _say(f"the working folder: {error.strerror}; change to another one", 2)
+        sys.exit(2)
     on_end = _fork_worker() if sys.platform == "linux" else lambda: None
     try:
         from cifake_ray import cli
@@ -33,6 +39,17 @@ def main(verb: str | None = None) -> None:
         cli.main(verb, on_end)
     finally:  # an error that nobody expected: Python shows it
         on_end()
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed (`>&-`): the next file would get its number, and whatever is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
 
 
 def _fork_worker() -> Callable[[], object]:
@@ -89,12 +106,15 @@ def _wait_for_worker(child: int, ends: int) -> int:
         code, error = 128 - code, f"ended by {signal.Signals(-code).name}{memory}"
     else:
         code, error = code or 1, "ended by Ray, whose own processes are gone; is memory short?"
-    error = f"{error}; run the same command again to resume"
+    _say(f"{error}; run the same command again to resume", code)
+    return code
+
+
+def _say(error: str, code: int) -> None:
     with suppress(OSError):  # nobody reads it any more
         if "--json" in sys.argv:
             os.write(1, f"{json.dumps({'error': error, 'exit_code': code})}\n".encode())
         os.write(2, f"cifake-ray: {error}\n".encode())
-    return code
 
 
 if __name__ == "__main__":

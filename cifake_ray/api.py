@@ -51,7 +51,7 @@ def _run(config: Any) -> Any:
         raise UsageError("dry_run is for the command line, which prints the plan: --dry-run")
 
     try:
-        return run_verb(config, time.time())[0]
+        return run_verb(config, time.monotonic())[0]
     except BaseException:
         from cifake_ray.stages.cluster import leave_cluster
 

@@ -22,7 +22,7 @@ from cifake_ray.errors import ExitCode, UsageError, suggest_word
 from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-STARTED_S = time.time()
+STARTED_S = time.monotonic()
 
 EXAMPLES = {  # of each command, without `cifake-ray`
     "": ("demo", "score PHOTOS SCORES", "train --help"),
@@ -71,7 +71,6 @@ app = typer.Typer(
     cls=Group,
     help="Tells AI-generated images from real ones, in bulk, on Ray.",
     epilog=_list_examples(""),
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -121,7 +120,6 @@ submit = typer.Typer(
     cls=Group,
     epilog=_list_examples("submit"),
     help="Run a verb as a job of a Ray cluster; the command ends with the job's own exit code.",
-    no_args_is_help=True,
 )
 app.add_typer(submit, name="submit")
 

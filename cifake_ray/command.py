@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from cifake_ray.errors import suggest_word
+from cifake_ray.errors import ExitCode, suggest_word
 
 MAX_WIDTH = 110  # columns: longer lines are hard to read
 OUTPUT_PANEL = "Output and settings"
@@ -46,6 +46,13 @@ class Group(TyperGroup):
 
     def get_usage(self, ctx: Any) -> str:
         return _format_usage(self, ctx)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # typer's own answer leaves out our page
+            typer.echo(self.get_help(ctx))
+            ctx.exit(ExitCode.USAGE)
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
 
 
 def _format_usage(command: Any, ctx: Any) -> str:

@@ -14,11 +14,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from textwrap import TextWrapper
+from textwrap import fill
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -32,6 +32,7 @@ LogFormat = Literal["text", "json"]
 _log_format: LogFormat = "text"
 
 SAME_SIGNAL_S = 1.0  # a signal to a group of processes comes twice, the second time from a parent
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted; run the same command again to resume"
 _status = StatusLine()
 
@@ -80,14 +81,14 @@ def run_command(
         if json_output:
             _put(_encode({"error": message, "exit_code": int(ExitCode.UNEXPECTED)}), sys.stdout)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, on_signal)
     sys.excepthook = on_unexpected
     error = ""
     result: Any = None
     try:
-        with _status.keep_alive() if _log_format == "text" else nullcontext():
+        with _status.keep_alive() if _log_format == "text" else nullcontext(), _LostSignals():
             result, code = body()
     except CifakeError as failure:
         error, code = str(failure), failure.exit_code
@@ -104,11 +105,34 @@ def run_command(
         record = {"error": error} if error else _to_record(result)
         _put(_encode({**record, "exit_code": int(code)}), sys.stdout)
     if error:
-        log(f"cifake-ray: {error}")
+        _say(f"cifake-ray: {error}")  # whatever it ends with
     elif not json_output and result is not None:
         text = show(result) if show else format_result(_to_record(result))
         _put("\n".join(map(clean_text, text.split("\n"))), sys.stdout)
     sys.exit(int(code))
+
+
+class _LostSignals:
+    """Raise an interrupt instead of a failure that it led to.
+
+    A library may take the signal and lose it, as Ray can while it starts. Python writes the number
+    of each signal to this pipe, whoever's handler takes it.
+    """
+
+    def __enter__(self) -> None:
+        self.numbers, written = os.pipe()
+        for end in (self.numbers, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, Exception):
+            with suppress(BlockingIOError):
+                for number in os.read(self.numbers, 4096):
+                    if number in SIGNALS:
+                        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _put(text: str, stream: TextIO) -> None:
@@ -122,7 +146,7 @@ def _encode(record: dict[str, Any]) -> str:
 
 def _show_traceback(failure: BaseException) -> None:
     for line in "".join(traceback.format_exception(failure)).splitlines():
-        log(line)
+        _say(line)
 
 
 def _to_record(result: Any) -> dict[str, Any]:
@@ -141,15 +165,17 @@ def format_result(record: dict[str, Any]) -> str:
     sentences, rest = split_summary(record)
     lines = [clean_text(sentence) for sentence in sentences]
     lines += format_record(rest).splitlines() if rest else []
-    if sys.stdout.isatty():
-        fit = TextWrapper(
-            width=shutil.get_terminal_size().columns,
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines = [piece for line in lines for piece in fit.wrap(line)]
-    return "\n".join(lines)
+    return "\n".join(_fit_line(line, sys.stdout) for line in lines)
+
+
+def _fit_line(line: str, stream: TextIO) -> str:
+    """Break a line between words where a terminal would break it anywhere."""
+    columns = shutil.get_terminal_size().columns
+    if len(line) <= columns or not stream.isatty():
+        return line
+    return fill(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def format_record(record: dict[str, Any]) -> str:
@@ -210,11 +236,16 @@ def log(message: str, **fields: Any) -> None:
     """
     if message.endswith("..."):
         _status.set(clean_text(message))
-    elif _log_format == "json":
+    else:
+        _say(message, **fields)
+
+
+def _say(message: str, **fields: Any) -> None:
+    if _log_format == "json":
         time_utc = datetime.now(UTC).isoformat(timespec="milliseconds")
         _put(_encode({"time": time_utc, "message": message, **fields}), sys.stderr)
     else:
-        _put(clean_text(message), sys.stderr)
+        _put(_fit_line(clean_text(message), sys.stderr), sys.stderr)
 
 
 def get_log_format() -> LogFormat:

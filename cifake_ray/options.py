@@ -141,8 +141,9 @@ def format_config(verbs: Iterable[str]) -> str:
     verbs = list(verbs)
     lines = [
         f"# Options of {', '.join(verbs)}, for --config FILE. Variables and flags take precedence.",
-        "# These lines win over those of --recipe: delete what you do not change.",
     ]
+    if "train" in verbs:
+        lines.append("# These lines win over those of --recipe: delete what you do not change.")
     for verb in verbs:
         lines += ["", f"{verb}:"] if len(verbs) > 1 else []
         indent = "  " * (len(verbs) > 1)
@@ -151,17 +152,14 @@ def format_config(verbs: Iterable[str]) -> str:
 
 
 def _list_config_lines(config_class: type) -> list[str]:
-    lines, panel = [], None
+    panels: dict[str, list[str]] = {}  # one may begin in a verb and go on in what verbs share
     for name, field in _sort_fields([config_class]).items():
-        doc = doc_of(config_class, name)
-        if (title := find_panel(config_class, name)[1]) != panel:
-            panel = title
-            lines += ["", f"# --- {title}"]
-        hint = get_type_hints(config_class)[name]
+        doc, hint = doc_of(config_class, name), get_type_hints(config_class)[name]
+        lines = panels.setdefault(find_panel(config_class, name)[1], [])
         lines += [f"# {line}" for line in textwrap.wrap(_describe_option(doc, hint), 96)]
         value = "..." if field.default is MISSING else json.dumps(field.default)
         lines.append(f"{'# ' * (field.default is MISSING)}{name}: {value}")
-    return lines
+    return [line for title, lines in panels.items() for line in ("", f"# --- {title}", *lines)]
 
 
 JsonOption = Annotated[

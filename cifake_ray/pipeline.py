@@ -75,7 +75,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         is_trained = exists(root / "run" / "_SUCCESS")
         if not (is_trained or config.scale_timeout_s or train.worker_range == (0, 0)):
             place_training(train, resources)
-        codes = [run_verb(step, time.time())[1] for step in steps]
+        codes = [run_verb(step, time.monotonic())[1] for step in steps]
     metrics = read_metrics(root / "report")
     result = {
         "command": "pipeline",
@@ -94,7 +94,7 @@ def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
     """Run the whole pipeline on the sample, which makes a report in about two minutes."""
     root = resolve_path(out)
     log(f"demo: writing a sample of {images:,} images to {root / 'images'}")
-    run_verb(SampleConfig(out=str(root / "images"), images=images, seed=seed), time.time())
+    run_verb(SampleConfig(out=str(root / "images"), images=images, seed=seed), time.monotonic())
     config = PipelineConfig(src=str(root / "images"), root=str(root), seed=seed)
     result, code = run_pipeline(config, DEMO_TRAINING)
     return {**result, "command": "demo"}, code

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import pytest
 import ray.data
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.io import files
 from cifake_ray.storage.runs.run import RESULTS
 
@@ -30,6 +31,8 @@ FOLDERS = {
     **dict.fromkeys(RESULTS.values(), "results"),
 }
 FIRST_PID = 2**30  # above the largest number that Linux gives a process
+KILLS = ("kill_command", "lose_names", "lose_bytes")
+EVENTS = (*KILLS, "fill_disk", "break_disk")
 
 
 class Killed(BaseException):
@@ -180,6 +183,61 @@ class Computer:
 
     def _open(self, path: Path, mode: str) -> Any:
         return open(path, mode) if mode == "rb" else HalfFile(self, path, mode)
+
+
+def disturb_every_change(
+    run: Callable[[], object],
+    *,
+    prepare: Callable[[], object],
+    check_half: Callable[[], object] = lambda: None,
+    check_whole: Callable[[bool], object],
+    others: Mapping[str, Callable[[], None]] | None = None,
+) -> int:
+    """Let an event happen at the first change that `run` makes, at the second and so on.
+
+    Each time `prepare`, run, check what is there, run again and check that, told whether files may
+    be left over. First of all nothing happens. Each change meets one of EVENTS, or of `others`,
+    with CIFAKE_TEST_EXAMPLES every one of them. Return the number of changes.
+    """
+    computer, patch = Computer(), pytest.MonkeyPatch()
+    computer.install(patch)
+    events = others or {name: getattr(computer, name) for name in EVENTS}
+    every_event = "CIFAKE_TEST_EXAMPLES" in os.environ
+    try:
+        prepare()
+        with computer.start_process():
+            run()
+        check_whole(False)
+        for count in itertools.count(1):
+            for number, (event, act) in enumerate(events.items()):
+                if not every_event and number != count % len(events):
+                    continue
+                prepare()
+                may_fail = event not in KILLS
+                computer.trigger = Trigger(None, count, act, event == "fill_disk", may_fail)
+                try:
+                    with computer.start_process():
+                        run()
+                except Killed:
+                    assert not may_fail
+                except (StorageError, BundleError):  # exit 4
+                    assert may_fail
+                # A full disk strikes writes only, of which there are fewer.
+                is_over = computer.trigger is not None and event != "fill_disk"
+                computer.trigger = None
+                try:
+                    check_half()
+                    with computer.start_process():
+                        run()
+                    check_whole(may_fail)
+                except BaseException as error:
+                    error.add_note(f"{event} at change {count}")
+                    raise
+            if is_over:
+                return count - 1
+    finally:
+        patch.undo()
+    raise AssertionError
 
 
 class SimulatedOs:

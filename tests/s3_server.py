@@ -192,36 +192,68 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server, log: P
             time.sleep(0.1)
 
 
+@dataclass
+class ServerProcess:
+    """The process of a server, which may be killed and started again where it was."""
+
+    server: S3Server
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        log = self.folder / "weed.log"
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+            )
+        _wait_until_ready(self.process, self.server, log)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()  # it would take 10 seconds to end in an orderly way
+            self.process.wait()
+
+
 @contextmanager
-def run_server(
+def run_process(
     binary: str, address: str = "127.0.0.1", enter: Sequence[str] = ()
-) -> Iterator[S3Server]:
-    """The server, until the block ends; its folder is removed with it.
+) -> Iterator[ServerProcess]:
+    """The process of a server, until the block ends; its folder is removed with it.
 
     `enter` stands before the command, to run it on another host.
     """
     # Not below the folder of a test: the name of a Unix socket may have 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
     try:
-        config, log = folder / "s3.json", folder / "weed.log"
+        config = folder / "s3.json"
         # One volume a bucket instead of seven.
         (folder / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
         ports = find_ports(2 * len(SERVICES))
         command = [*enter, *_make_command(binary, folder, config, ports, address)]
         server = S3Server(f"http://{address}:{ports[2 * SERVICES.index('s3')]}")
         config.write_text(json.dumps(server.identities()))
-        with open(log, "wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder
-            )
+        process = ServerProcess(server, command, folder)
         try:
-            _wait_until_ready(process, server, log)
-            yield server
+            process.start()
+            yield process
         finally:
-            process.kill()  # it would take 10 seconds to end in an orderly way
-            process.wait()
+            process.kill()
             for port in ports:  # weed leaves its sockets there, wherever TMPDIR is
                 for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                     left.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def run_server(
+    binary: str, address: str = "127.0.0.1", enter: Sequence[str] = ()
+) -> Iterator[S3Server]:
+    """The server of `run_process`, for who lets it run."""
+    with run_process(binary, address, enter) as process:
+        yield process.server

@@ -43,6 +43,12 @@ def test_help_fits_the_terminal_and_cuts_no_name(name: str, width: int) -> None:
     assert not re.search(r"<\w+>|\{\w+\}|no-s3-anonymous", page)
 
 
+@pytest.mark.parametrize("name", ["", "submit"])
+def test_a_command_without_words_shows_its_help(name: str) -> None:
+    result = CliRunner().invoke(cli.app, name.split(), env={"COLUMNS": "80"})
+    assert (result.exit_code, result.output.strip()) == (2, read_help(name, 80).strip())
+
+
 def test_short_help_is_the_same() -> None:
     assert read_help("score", 80, "-h") == read_help("score", 80)
 

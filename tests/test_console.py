@@ -105,6 +105,10 @@ def test_every_failure_has_its_exit_code_and_one_line(
     assert ending.err.count("\n") == 1
 
 
+def test_an_error_is_shown_whatever_it_ends_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(capsys, StorageError("the store says: slow down ...")).err.endswith("down ...\n")
+
+
 @pytest.mark.parametrize(("failure", "code"), FAILURES, ids=lambda value: type(value).__name__)
 def test_json_is_one_object_with_error_and_exit_code(
     capsys: pytest.CaptureFixture[str], failure: BaseException, code: int
@@ -236,6 +240,22 @@ def test_a_library_that_exits_on_a_signal_is_interrupted() -> None:
     process = run_body(body, json_output=True)
     assert process.returncode == json.loads(process.stdout)["exit_code"] == ExitCode.TERMINATED
     assert process.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("failure", ["OSError('gone')", "UsageError('gone')"])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_failure_that_a_signal_led_to_is_an_interrupt(
+    failure: str, number: str, code: int
+) -> None:
+    """A library takes the signal, loses it, and fails since its other processes have ended."""
+    process = run_body(
+        f"from cifake_ray.errors import UsageError; signal.signal(signal.{number}, lambda *_: 0);"
+        f" os.kill(os.getpid(), signal.{number}); raise {failure}",
+        json_output=True,
+    )
+    assert process.returncode == code, process.stderr
+    assert json.loads(process.stdout)["exit_code"] == code
+    assert process.stderr == b"cifake-ray: interrupted; run the same command again to resume\n"
 
 
 def test_the_clean_up_of_the_body_runs_on_a_signal(tmp_path: Path) -> None:

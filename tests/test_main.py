@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def inherit_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start(folder: Path, body: str, *flags: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, body: str, *flags: str, prepare: Callable[[], None] = inherit_signals
+) -> subprocess.Popen[str]:
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITE.format(body=body))
     paths = [str(folder / "site"), os.environ.get("PYTHONPATH", str(Path(__file__).parents[1]))]
@@ -47,7 +50,7 @@ def start(folder: Path, body: str, *flags: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=inherit_signals,
+        preexec_fn=prepare,
     )
 
 
@@ -121,6 +124,36 @@ def test_nothing_is_imported_from_the_working_folder(tmp_path: Path) -> None:
         check=True,
     )
     assert not (tmp_path / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_stream_that_is_closed_becomes_no_file(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """Else what Ray's native code prints would be written into a shard."""
+    body = """
+    print("one", flush=True), print("two", file=sys.stderr, flush=True), sys.stdin.read()
+    with open("shard", "w") as file:
+        os.system("echo three; echo four >&2")
+        file.write(f"{file.fileno() > 2}")
+"""
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    process = start(tmp_path, body, prepare=close)
+    process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert (tmp_path / "shard").read_text() == "True"
+
+
+def test_a_working_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    def leave() -> None:
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+
+    line = end(start(tmp_path, "pass", prepare=leave), 2)
+    assert "the working folder: No such file or directory; change to another one" in line
 
 
 def test_names_of_files_are_text_in_any_locale(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ ROOMS = {
     ],
     "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
     "stages": [
-        {"cluster", "malloc"},
+        {"local_ray", "malloc"},
+        {"cluster"},
         {"batch", "train", "submit", "doctor"},
         {"convert", "score", "tune"},
         {"evaluate"},
@@ -58,7 +59,7 @@ ROOMS = {
 STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
-TOOLS = {"cluster", "doctor", "malloc", "submit", "__init__"}
+TOOLS = {"cluster", "doctor", "local_ray", "malloc", "submit", "__init__"}
 MAX_LINES = 360
 
 

@@ -21,7 +21,7 @@ class BatchConfig(ClusterConfig):
         int | None, RuntimeDoc("Worker processes (default: one per CPU, or one per GPU)")
     ] = None
     shard_size: Annotated[
-        int | None, Doc("Images per shard (default: N/1000 between 1,024 and 16,384)")
+        int | None, Doc("Images per shard (default: 1,024 to 16,384, by the number of images)")
     ] = None
     limit: Annotated[int | None, Doc("Only the first N images that are listed (default: all)")] = (
         None

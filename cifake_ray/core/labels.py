@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from textwrap import shorten
 from typing import NamedTuple
@@ -12,32 +12,49 @@ from typing import NamedTuple
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import UsageError
 
-# The words, and what they mean, are those of Hugging Face `datasets.data_files.SPLIT_KEYWORDS`.
+# The words, and what they mean, are those of Hugging Face `datasets.data_files.SPLIT_KEYWORDS`, and
+# what else people call their folders.
 SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "tst", "eval", "evaluation"), "test"),
 }
+ANSWERS = ("0", "1"), ("false", "true")
+NO_LABELS = frozenset({"", "nan", "none", "null", "n/a", "<na>", "-1"})
 MAX_COUNTED_VALUES = 1000  # of a label column, one by one
 MAX_SHOWN_VALUES = 8
 SAFEST_FIRST = ("test", "val", "train")  # of several split folders: never train on a test image
 # FAKE where no other folder of the path means a class: `AI/Real` may be a collection's own name.
 WEAK_FAKE_WORDS = frozenset({"ai", "aigc", "generated", "synthetic", "deepfake"})
-# Words that change nothing: `training_set`, `RealArt`, `fake images 2`.
+# Words that change nothing: `training_set`, `RealArt`, `fake images 2`, `class=real`.
 _FILLERS = """
-set sets data dataset split image images img imgs photo photos picture pictures pic pics face faces
-art sample samples shard shards part parts chunk chunks batch
+set sets data dataset datasets split image images img imgs photo photos picture pictures pic pics
+face faces art sample samples shard shards part parts chunk chunks batch label class public private
 """
 FILLERS = frozenset(_FILLERS.split())
-# Without dev and eval, which are common in names of models (FLUX.1-dev).
-SPLIT_LIKE_WORDS = SPLIT_NAMES.keys() - {"dev", "eval"} | {"holdout", "hold", "held", "fold"}
+# What a split is called beside words of other kinds, as in `progan_train`. Without dev and eval,
+# which are common in names of models (FLUX.1-dev).
+SURE_SPLIT_WORDS = SPLIT_NAMES.keys() - {"dev", "eval"}
+SPLIT_LIKE_WORDS = SURE_SPLIT_WORDS | {"holdout", "hold", "held", "fold"}
+_LETTERS = re.compile(r"[^\W\d_]+")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
+_SHARD_NUMBER = re.compile(r"(^|[-_.])\d+(-of-\d+)?$")
+_FILE_SUFFIX = re.compile(
+    r"\.(tar(\.\w+)?|tgz|(parquet|csv|tsv|txt|jsonl|ndjson|json|lst|list)(\.gz)?)$", re.IGNORECASE
+)
 
 
 class PathLabels(NamedTuple):
     label: int | None = None
     split: str | None = None
     source: str | None = None
+
+    def join(self, other: PathLabels) -> PathLabels:
+        """Return these, and of the other what these lack; of two splits the safer one."""
+        splits = (self.split, other.split)
+        split = next((split for split in SAFEST_FIRST if split in splits), splits[0] or splits[1])
+        label = other.label if self.label is None else self.label
+        return PathLabels(label, split, self.source or other.source)
 
 
 def make_class_names(real: Iterable[str] = (), fake: Iterable[str] = ()) -> dict[str, int]:
@@ -56,39 +73,66 @@ class FolderName(NamedTuple):
     label: int | None = None
     split: str | None = None
     is_weak: bool = False  # the label holds only if no other folder says more
+    weak_split: str | None = None  # likewise, and only above the folder of the class
 
 
-def _split_words(name: str) -> list[str]:
-    """Return the words of `training_set`, `RealArt` or `val2017` in lower case, without numbers."""
-    return [word.lower() for word in _WORDS.findall(name)]
+@lru_cache(maxsize=64)
+def _compile_words(class_names: frozenset[str]) -> re.Pattern[str]:
+    own = {name for name in class_names if name.isalpha() and len(name) > 2}
+    known = SPLIT_NAMES.keys() | WEAK_FAKE_WORDS | FILLERS | own
+    return re.compile(f"({'|'.join(sorted(known, key=len, reverse=True))})")
 
 
-def read_folder_name(name: str, class_names: dict[str, int]) -> FolderName:
+def _find_words(name: str, class_names: Iterable[str] = ()) -> list[str]:
+    """Return the words of `training_set`, `RealArt`, `testset` or `val2017` in lower case.
+
+    Known words may stand together without a space between them. Numbers are left out.
+    """
+    known, words = _compile_words(frozenset(class_names)), []
+    for letters in _LETTERS.findall(name):
+        parts = known.split(letters.lower())
+        if any(parts[::2]):  # there is more than known words
+            words += [word.lower() for word in _WORDS.findall(letters)]
+        else:
+            words += parts[1::2]
+    return words
+
+
+def _choose_split(words: Iterable[str]) -> str | None:
+    """Return the split that words mean; `trainval` is for training, and `test-dev` is not."""
+    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    if len(splits) > 1 and splits >= {"train", "test"}:
+        return None
+    return next((split for split in ("test", "train", "val") if split in splits), None)
+
+
+def read_folder_name(name: str, class_names: Mapping[str, int]) -> FolderName:
     """Return label and split of a folder's name: all of it or, but for fillers, each of its words.
 
-    `train_real`, `Testing` and `fake images 2` mean something; `bullet_train` and `real_estate`
-    have a word that is neither class, split nor filler, and `real_vs_fake` is both classes.
+    `train_real`, `Testing` and `fake images 2` mean something. `bullet_train` and `real_estate`
+    have a word that is neither class, split nor filler: no class, and a split only if no other
+    folder is one. `real_vs_fake` is both classes.
     """
     whole = name.lower()
     if whole in class_names:
         return FolderName(class_names[whole])
-    labels, splits, is_weak = set(), set(), False
-    for word in _split_words(name):
+    words = _find_words(name, class_names)
+    labels, is_weak = set(), False
+    for word in words:
         if word in class_names:
             labels.add(class_names[word])
-        elif word in SPLIT_NAMES:
-            splits.add(SPLIT_NAMES[word])
         elif word in WEAK_FAKE_WORDS:
             labels.add(FAKE)
             is_weak = True
-        elif word not in FILLERS:
-            return FolderName()
-    if len(labels) > 1 or len(splits) > 1:
+        elif word not in SPLIT_NAMES and word not in FILLERS:
+            return FolderName(weak_split=_choose_split(SURE_SPLIT_WORDS.intersection(words)))
+    split = _choose_split(words)
+    if len(labels) > 1 or (split is None and not SPLIT_NAMES.keys().isdisjoint(words)):
         return FolderName()
-    return FolderName(next(iter(labels), None), next(iter(splits), None), is_weak)
+    return FolderName(next(iter(labels), None), split, is_weak)
 
 
-def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels:
+def read_path(folders: Sequence[str], class_names: Mapping[str, int]) -> PathLabels:
     """Return label, split and source from the folders above an image, outermost first.
 
     The label is that of the first folder that means a class. The split may be anywhere; of several
@@ -99,15 +143,18 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
     names = [read_folder_name(folder, class_names) for folder in folders]
     classes = [i for i, name in enumerate(names) if name.label is not None]
     strong = [i for i in classes if not names[i].is_weak]
+    at_class = (strong or classes or [len(names)])[0]
     splits = {name.split: i for i, name in reversed([*enumerate(names)]) if name.split}
+    if not splits:  # below the class, `coco_val2017` is rather where images are from
+        weak = [*enumerate(names[:at_class])]
+        splits = {name.weak_split: i for i, name in reversed(weak) if name.weak_split}
     split = next((split for split in SAFEST_FIRST if split in splits), None)
     if not classes:
         return PathLabels(None, split, None)
-    at_class = (strong or classes)[0]
     others = [
         i
         for i, folder in enumerate(folders)
-        if i > at_class or (i < at_class and not FILLERS.issuperset(_split_words(folder)))
+        if i > at_class or (i < at_class and not FILLERS.issuperset(_find_words(folder)))
         if names[i].split is None
     ]
     starts = (at_class, splits[split] if split else -1, -1)
@@ -115,58 +162,92 @@ def read_path(folders: Sequence[str], class_names: dict[str, int]) -> PathLabels
     return PathLabels(names[at_class].label, split, None if source is None else folders[source])
 
 
+def _find_class(name: str, class_names: Mapping[str, int]) -> int | None:
+    """Return the one class that a name has a word of: REAL for `is_real`, FAKE for `isAI`."""
+    words = _find_words(name, class_names)
+    words += re.split("[-_. ]+", name.lower())  # classes such as `1_fake` and `sd15`
+    classes = {class_names[word] for word in (*words, name.lower()) if word in class_names}
+    classes |= {FAKE for word in words if word in WEAK_FAKE_WORDS}
+    is_denied = not {"no", "non", "not"}.isdisjoint(words)
+    return next(iter(classes)) if len(classes) == 1 and not is_denied else None
+
+
+def split_file_name(path: str, class_names: Mapping[str, int]) -> Iterator[str]:
+    """Yield what the path of a file of many images says of them, as if each were a folder.
+
+    `imagenet_midjourney-train-000.tar` is in `imagenet_midjourney/train`, and
+    `data/train-00000-of-00002.parquet` in `data/train`.
+    """
+    *folders, name = path.split("/")
+    yield from folders
+    name = _SHARD_NUMBER.sub("", _FILE_SUFFIX.sub("", name))
+    known = set(SURE_SPLIT_WORDS)
+    if _find_class(name, class_names) is not None:  # `real_vs_fake` is none
+        known |= class_names.keys()
+    words = "|".join(map(re.escape, known))
+    for part in re.split(rf"(?:^|[-_.])({words})(?=[-_.]|$)", name, flags=re.IGNORECASE):
+        yield _SHARD_NUMBER.sub("", part).strip("-_.")
+
+
+def read_file_path(path: str, class_names: Mapping[str, int]) -> PathLabels:
+    """Return label, split and source from the path of a file of many images.
+
+    Within `data/` the Hugging Face hub takes any word before `-00000-of-00001` for a split. A word
+    like `generated` in the file's own name is no class.
+    """
+    names = [
+        name
+        for name in split_file_name(path, class_names)
+        if name.lower() in class_names or not FILLERS.issuperset(_find_words(name))
+    ]
+    labels = read_path(names, class_names)
+    folders, _, name = path.rpartition("/")
+    if read_folder_name(_FILE_SUFFIX.sub("", name), class_names).is_weak:
+        of_folders = read_path(folders.split("/"), class_names)
+        labels = of_folders.join(PathLabels(split=labels.split))
+    numbered = re.search(r"(?:^|/)data/([^/]+)-\d{5}-of-\d{5}[^/]*$", path)
+    return labels._replace(split=labels.split or parse_split(numbered and numbered[1]))
+
+
 @lru_cache(maxsize=1024)
 def find_split_like(folder: str) -> str | None:
     """Return the first name in a path `a/b/c` that has a word for a split in it, if any has."""
     for name in folder.split("/"):
-        if not SPLIT_LIKE_WORDS.isdisjoint(_split_words(name)):
+        if not SPLIT_LIKE_WORDS.isdisjoint(_find_words(name)):
             return name
     return None
-
-
-def find_split(path: str) -> str | None:
-    """Return the split that a file of a data set has by its path, as the Hugging Face hub reads it.
-
-    The innermost folder that has a word for one split decides, else the name of the file; within
-    `data/` the hub takes any word before `-00000-of-00001`.
-    """
-    *folders, name = path.split("/")
-    for part in (*reversed(folders), name):
-        words = re.split("[-._ 0-9]+", part.lower())
-        splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-        if len(splits) == 1:
-            return splits.pop()
-    numbered = re.match(r"(.+)-\d{5}-of-\d{5}", name) if folders[-1:] == ["data"] else None
-    return parse_split(numbered[1]) if numbered else None
 
 
 class LabelReader:
     """Reads the values of a label column, and counts what they were taken for.
 
     Values mean what `class_names` says, in any case. As long as these do not turn them round, 0 and
-    false mean REAL, 1 and true FAKE. Every other value is unknown.
+    false mean REAL, 1 and true FAKE; in a column like `is_real` they mean what its name says, and
+    so do no and yes. Every other value is unknown.
     """
 
     def __init__(self, column: str, class_names: Mapping[str, int] | None = None) -> None:
         self.column = column
         self.meanings = dict(make_class_names() if class_names is None else class_names)
         self.assumed = dict[str, int]()  # what nobody has said
-        for no, yes in (("0", "1"), ("false", "true")):
-            if (self.meanings.get(no, REAL), self.meanings.get(yes, FAKE)) == (REAL, FAKE):
-                assumed = {no: REAL, yes: FAKE}
-                self.assumed |= {k: v for k, v in assumed.items() if k not in self.meanings}
-        self.meanings |= self.assumed
+        named = _find_class(column, self.meanings)
+        for no, yes in ANSWERS if named is None else (*ANSWERS, ("no", "yes")):
+            taken = {no: FAKE, yes: REAL} if named == REAL else {no: REAL, yes: FAKE}
+            if taken.items() <= (taken | self.meanings).items():
+                self.assumed |= {} if named is not None else taken.items() - self.meanings.items()
+                self.meanings |= taken
         self.counts: Counter[tuple[str, int | None]] = Counter()  # by value and label
 
     def read(self, value: object, names: Sequence[str] | None = None) -> int | None:
         """Return the label of a value, which is a number of a name if there are `names`.
 
-        None where it is unknown, and where there is none: empty, NaN, or -1 as the hub writes it.
+        None where it is unknown, and where there is none: empty, NaN, null, or -1 as the hub writes
+        it.
         """
         text = _write_label(value)
         if names is not None and text.isdecimal() and int(text) < len(names):
             text = names[int(text)].strip()
-        if text.lower() in ("", "nan", "-1"):
+        if text.lower() in NO_LABELS:
             text = ""
         label = self.meanings.get(text.lower())
         if label is None:
@@ -192,7 +273,7 @@ class LabelReader:
         line = f"labels from the column `{self.column}`: {', '.join(parts)}"
         line += f" and {more:,} more values" if more > 0 else ""
         texts = {text.lower() for text, _ in self.counts}
-        for no, yes in (("0", "1"), ("false", "true")):
+        for no, yes in ANSWERS:
             if texts & {no, yes} & self.assumed.keys():
                 line += f"; if {yes} means REAL, give --real-name {yes} --fake-name {no}"
         if any(text and label is None for text, label in self.counts):

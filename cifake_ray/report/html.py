@@ -36,8 +36,8 @@ CAPTIONS = {
         "Reliability before and after the bundle's temperature: on the dotted line, p_fake equals"
         " the share of FAKE."
     ),
-    "loss": "Loss over the epochs of training.",
-    "accuracy": "Accuracy on validation over the epochs of training.",
+    "loss": "Loss while the detector was trained, on its own images, not those of this report.",
+    "accuracy": "Accuracy while the detector was trained, on its own validation images.",
     "slices": "Accuracy at 0.5 per slice with 95% intervals, lowest first.",
 }
 
@@ -61,12 +61,14 @@ def render_report(
     facts: Mapping[str, str],
     errors: Mapping[str, int],
     slices: Mapping[str, Mapping[str, Any]] | None = None,
+    unlike: str = "",
 ) -> str:
     """Return the page as text, to be written as UTF-8.
 
     `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`,
     `figures` (file stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score
-    by error class; `facts` (name -> value) are needed to reproduce the numbers.
+    by error class; `facts` (name -> value) are needed to reproduce the numbers; `unlike` says how
+    many images are unlike those that the detector was trained on.
     """
     groups = []
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
@@ -86,6 +88,7 @@ def render_report(
         figures=figures,
         captions=CAPTIONS,
         slices=slices or {},
+        unlike=unlike,
         errors={name: count for name, count in errors.items() if count},
         groups=groups,
         facts=facts,

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cifake_ray.core.search.trial_table import format_value
 from cifake_ray.report.text import format_interval, format_share
 
 Record = Mapping[str, Any]
 # Names of BundleInfo.list_thresholds.
 TARGETS = {
-    "default": "at the bundle's own",
-    "fpr_0.01": "for 1% of REAL",
-    "fpr_0.001": "for 0.1% of REAL",
+    "default": "the default",
+    "fpr_0.01": "--target-fpr 0.01",
+    "fpr_0.001": "--target-fpr 0.001",
 }
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+BUNDLES = {"train", "tune"}  # make one, unless it is a dry run
+UNTOLD = {"unusable", "untracked"}  # not said by any sentence
 # What the sentences on a batch say; `unlike_training` is a warning of its own.
 BATCH_FIELDS = {
     "command",
@@ -42,12 +45,11 @@ BATCH_FIELDS = {
 def split_summary(record: Record) -> tuple[list[str], dict[str, Any]]:
     """Return sentences on a result, and its other fields that are not empty."""
     command = str(record.get("command"))
+    sentences, said = list[str](), set[str]()
     if command in RESULTS and "done" in record:
         sentences, said = _describe_batch(command, record), BATCH_FIELDS
-    elif describe := DESCRIBE.get(command):
-        sentences, said = describe(record), set(record)
-    else:
-        sentences, said = [], set()
+    elif command in DESCRIBE and (command not in BUNDLES or "bundle" in record):
+        sentences, said = DESCRIBE[command](record), set(record) - UNTOLD
     empty: tuple[object, ...] = (None, {}, [], ())
     return sentences, {n: v for n, v in record.items() if n not in said and v not in empty}
 
@@ -83,16 +85,12 @@ def _describe_verdicts(record: Record) -> str:
     chosen = next(
         (name for name, value in thresholds.items() if value == record["threshold"]), "default"
     )
-    others = "; ".join(
-        f"{TARGETS.get(name, name)}, at {thresholds[name]:.3g}: {share}"
+    others = "".join(
+        f"; {share} with {TARGETS.get(name, name)} (p_fake >= {thresholds[name]:.3g})"
         for name, share in shares.items()
         if name != chosen
     )
-    return (
-        f"{shares[chosen]} called FAKE at {record['threshold']:.3g}"
-        + (f" ({others})" if others else "")
-        + "."
-    )
+    return f"Called FAKE: {shares[chosen]} (p_fake >= {record['threshold']:.3g}){others}."
 
 
 def _describe_metrics(metrics: Record) -> list[str]:
@@ -160,11 +158,64 @@ def _describe_pipeline(record: Record) -> list[str]:
     return sentences
 
 
+def _describe_training(record: Record) -> list[str]:
+    epochs = ", ".join(map(str, record["averaged_epochs"]))
+    kept = f"the mean of epochs {epochs}" if "," in epochs else f"epoch {epochs}"
+    sentences = [
+        f"Accuracy {format_share(record['val_accuracy'])} on {record['val_images']:,} validation"
+        f" images at 0.5, by {kept} ({record['stopped']}).",
+    ]
+    if record.get("threshold") is not None:
+        rates = (("threshold_fpr_1", "fpr_0.01"), ("threshold_fpr_01", "fpr_0.001"))
+        others = "".join(
+            f"; >= {record[name]:.3g} with {TARGETS[target]}"
+            for name, target in rates
+            if record.get(name) is not None
+        )
+        sentences.append(f"FAKE is p_fake >= {record['threshold']:.3g}{others}.")
+    return [
+        *sentences,
+        f"{record['elapsed_s']:,.1f} s; {_count(record['epochs'], 'epoch')} in"
+        f" {record['train_s']:,.1f} s, {record['images_per_s']:,.0f} images/s.",
+        *_describe_next(record),
+    ]
+
+
+def _describe_search(record: Record) -> list[str]:
+    low, high = record["best_interval"] or (None, None)
+    best = format_interval({"value": record["best"], "low": low, "high": high})
+    recipe = (
+        "" if record["baseline"] is None else f"; the recipe as it is: {record['baseline']:.3f}"
+    )
+    chosen = ", ".join(f"{name} {format_value(value)}" for name, value in record["chosen"].items())
+    ends = ", ".join(f"{count:,} {end}" for end, count in record["ends"].items())
+    return [
+        f"Best of {_count(record['trials'], 'trial')}: {record['best_trial']}, with"
+        f" {record['objective']} {best}{recipe}.",
+        f"It has {chosen}.",
+        f"Trials ended: {ends}.",
+        f"{record['elapsed_s']:,.1f} s; {record['epochs']:,} of {record['epochs_planned']:,} epochs"
+        " trained.",
+        f"Report: {record['report']}",
+        f"Recipe: {record['recipe']}",
+        *_describe_next(record),
+    ]
+
+
+def _describe_next(record: Record) -> list[str]:
+    return [
+        f"Detector: {record['bundle']}",
+        f"Next: cifake-ray evaluate SHARDS --bundle {record['out']} --out REPORT",
+    ]
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
+    "train": _describe_training,
+    "tune": _describe_search,
     "verify": _describe_check,
     "repair": _describe_check,
     "pipeline": _describe_pipeline,

@@ -50,7 +50,7 @@ def format_trials(
         ],
     )
     lines = table.splitlines()
-    return "\n".join(x if len(x) <= width else f"{x[: width - 3]}..." for x in lines)
+    return "\n".join(x if len(x) <= width else f"{x[: width - 5]}[...]" for x in lines)
 
 
 def format_recipe(

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from ray.job_config import JobConfig
 
 from cifake_ray.config import ClusterConfig, Device
 from cifake_ray.errors import ResourceError, UsageError
+from cifake_ray.stages.local_ray import choose_ray_folder, lock_doors, place_objects, stop_ray
 
-MAX_RAY_FOLDER = 40  # bytes: of the 107 of a socket's path Ray uses 64 below it
 POLL_S = 1.0  # between two reads of the resources while an autoscaler adds nodes
 REQUEST_INTERVAL_S = 30.0
 TOKEN_REMEDY = (
@@ -103,8 +103,10 @@ def connect_cluster(
     if ray.is_initialized():
         yield _make_room(least, config.scale_timeout_s, log)
         return
-    # Errors of Ray reach us as exceptions, and all of its messages are in its logs.
+    # Errors of Ray reach us as exceptions, and all of its messages are in its logs. Any other error
+    # is of its own actors, such as that of Ray Data's statistics on a slow machine.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"address": address}
     if not address.startswith("ray://"):  # there the driver is a process of the cluster
@@ -117,13 +119,14 @@ def connect_cluster(
         os.environ.setdefault("MALLOC_ARENA_MAX", "1")
         options |= {"include_dashboard": False, "num_cpus": count_local_cpus()}
         options["_temp_dir"] = choose_ray_folder()
+        options |= place_objects(options["_temp_dir"])
         here = Resources((Node(count_local_cpus(), 0),))
         place_workers(here, num_workers=least.num_workers, use_gpu=False, cpus_per_worker=1)
     _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     log("starting Ray ..." if address == "local" else f"connecting to Ray at {address} ...")
     try:
-        with _hold_stderr():
+        with _hold_stderr(), lock_doors() if address == "local" else nullcontext():
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise ResourceError(
@@ -145,38 +148,25 @@ def connect_cluster(
             # callers have cleaned up. A command ends now, and Ray with it.
             _is_abandoned.set()
             raise
-        ray.shutdown()
-
-
-def choose_ray_folder() -> str:
-    """Return the folder for Ray's sockets and logs, whose names the system wants short.
-
-    ResourceError when no folder with a short path can be written.
-    """
-    chosen = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "/tmp")
-    for parent in (os.path.abspath(chosen), "/tmp", "/var/tmp"):
-        folder = os.path.join(parent, "ray")
-        existing = folder if os.path.isdir(folder) else parent
-        if len(os.fsencode(folder)) <= MAX_RAY_FOLDER and os.access(existing, os.W_OK | os.X_OK):
-            return folder
-    raise ResourceError(
-        f"no folder for Ray's sockets and logs: {chosen}, /tmp and /var/tmp cannot be written or"
-        f" have long paths; set RAY_TMPDIR to a folder of at most {MAX_RAY_FOLDER - 4} bytes"
-    )
+        stop_ray()
 
 
 def leave_cluster() -> None:
     """Disconnect after a failure or an interrupt, in a process that does not end with it."""
     if _is_abandoned.is_set():
         _is_abandoned.clear()
-        ray.shutdown()
+        stop_ray()
 
 
 def _check_address(address: str) -> None:
     """Raise ResourceError if HOST:PORT does not answer; Ray itself would try for over a minute.
 
-    UsageError for the address of a Jobs API.
+    UsageError for the address of a Jobs API, and for credentials, which are not repeated.
     """
+    if "@" in address:
+        raise UsageError(
+            f"--address or RAY_ADDRESS holds credentials; leave them out: {TOKEN_REMEDY}"
+        )
     if address.startswith(("http://", "https://")):
         raise UsageError(
             "--address or RAY_ADDRESS is http://..., which is for `cifake-ray submit`; give the"

@@ -22,7 +22,7 @@ from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path
-from cifake_ray.storage.sources.open_source import check_there
+from cifake_ray.storage.sources.glance import check_there
 
 GB = 1e9
 LEAST_MEMORY_GB = 1.5  # Ray and one worker that scores

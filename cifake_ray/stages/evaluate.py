@@ -24,13 +24,13 @@ from cifake_ray.core.schema import FAKE, REAL, SCORE_FIELDS
 from cifake_ray.errors import ImageError, NothingToDo, StorageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
-from cifake_ray.report.text import KEY_METRICS, format_threshold
+from cifake_ray.report.text import KEY_METRICS, describe_unlike, format_threshold
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
-from cifake_ray.storage.io.files import exists, read_json, write_bytes, write_json
+from cifake_ray.storage.io.files import exists, make_folder, read_json, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.manifest import read_manifest_shard
@@ -112,7 +112,11 @@ def evaluate_detector(
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
     result = run_batch(plan)
-    return summarise(out, result) if isinstance(result, BatchSummary) else result
+    if not isinstance(result, BatchSummary):
+        return result
+    if bundle.domain and result.unlike_training["any"]:
+        log(f"evaluate: {describe_unlike(result.unlike_training, result.done, bundle.domain)}")
+    return summarise(out, result)
 
 
 def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
@@ -173,6 +177,7 @@ def write_report(
         raise UsageError(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
+    unlike = bundle.domain.count_unlike(scored) if bundle.domain else {"any": 0}
     metrics = measure(scored, bundle, config.num_bootstrap)
     slices = measure_slices(scored, bundle)
     figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
@@ -199,7 +204,11 @@ def write_report(
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
         slices=slices,
+        unlike=describe_unlike(unlike, scored.num_rows, bundle.domain)
+        if bundle.domain and unlike["any"]
+        else "",
     )
+    make_folder(run.out / "figures", parents=False)
     for name, png in figures.items():
         write_bytes(run.out / "figures" / f"{name}.png", png)
     write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})

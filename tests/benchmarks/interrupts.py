@@ -25,7 +25,6 @@ from pathlib import Path
 VERBS = ["convert", "score", "evaluate", "train", "tune"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 END_S = 30.0  # an interrupted command may take that long to end
-START_S = 1.0  # before that it is Python that starts
 
 
 def start_group(command: list[str], env: dict[str, str], errors: Path) -> subprocess.Popen[str]:
@@ -44,6 +43,17 @@ def start_group(command: list[str], env: dict[str, str], errors: Path) -> subpro
             # In the background of a shell SIGINT is ignored, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+
+
+def wait_for_handler(process: subprocess.Popen[str]) -> None:
+    """Wait until the command takes signals itself; before that it is Python that starts."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        masks = [line.split() for line in status.read_text().splitlines()]
+        taken = sum(int(mask[1], 16) for mask in masks if mask[0] in ("SigBlk:", "SigCgt:"))
+        if taken >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
 
 
 def find_fault(process: subprocess.Popen[str], errors: Path, number: signal.Signals) -> str | None:
@@ -104,9 +114,10 @@ def main() -> None:
             interrupts = 0
             while interrupts < options.interrupts:
                 number = SIGNALS[interrupts % 2]
-                delay_s = rng.uniform(START_S, options.within_s)
+                delay_s = rng.uniform(0, options.within_s)
                 words = [str(folder / "out") if word == "OUT" else word for word in commands[verb]]
                 process = start_group(words, env, folder / "errors")
+                wait_for_handler(process)
                 time.sleep(delay_s)
                 if process.poll() is None:
                     os.killpg(process.pid, number)

@@ -9,6 +9,7 @@ from cifake_ray.core.labels import (
     find_split_like,
     make_class_names,
     parse_split,
+    read_file_path,
     read_path,
 )
 from cifake_ray.core.schema import FAKE, REAL
@@ -60,6 +61,26 @@ NAMES = make_class_names()
         ("real_vs_fake", (None, None, None)),
         ("real_vs_fake/train/fake", (FAKE, "train", "real_vs_fake")),
         ("train_test/fake", (FAKE, None, "train_test")),
+        # Words written as one, and what else people call a split.
+        ("trainset/real", (REAL, "train", None)),
+        ("TestSet/fakeimages", (FAKE, "test", None)),
+        ("validset/RealPhotos", (REAL, "val", None)),
+        ("tst/realfaces", (REAL, "test", None)),
+        ("validate/fake", (FAKE, "val", None)),
+        ("trainval/real", (REAL, "train", None)),
+        ("test-dev/real", (REAL, "test", None)),
+        ("private_test/fake", (FAKE, "test", None)),
+        ("split=test/label=fake", (FAKE, "test", None)),
+        # A split beside other words, above the class, if no other folder is a split.
+        ("progan_train/airplane/0_real", (REAL, "train", "airplane")),
+        ("progan_val/1_fake", (FAKE, "val", "progan_val")),
+        ("CNN_synth_testset/progan/0_real", (REAL, "test", "progan")),
+        ("test_unseen", (None, "test", None)),
+        ("testB/real", (REAL, "test", "testB")),
+        ("contest/latest/real", (REAL, None, "contest")),
+        ("train/crossval_test/real", (REAL, "train", "crossval_test")),
+        ("real/coco_val2017", (REAL, None, "coco_val2017")),
+        ("train_test_split/val/fake", (FAKE, "val", "train_test_split")),
         # The generator: below the class, else below the split, else at the top.
         ("test/progan/cat/1_fake", (FAKE, "test", "progan")),
         ("progan/cat/1_fake", (FAKE, None, "progan")),
@@ -91,7 +112,8 @@ def test_folders_give_label_split_and_source(
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        ("a/bullet_train/real", "bullet_train"),
+        ("real/bullet_train", "bullet_train"),
+        ("a/b/CNN_testset", "CNN_testset"),
         ("train_test/fake", "train_test"),
         ("HoldOut/real", "HoldOut"),
         ("fold_3/real", "fold_3"),
@@ -148,13 +170,69 @@ def test_a_name_cannot_mean_both(real: list[str], fake: list[str]) -> None:
             ],
             FAKE,
         ),
-        ([None, "", "  ", float("nan"), "NaN", -1, -1.0, "-1"], None),
+        ([None, "", "  ", float("nan"), "NaN", -1, -1.0, "-1", "None", "NULL", "N/A"], None),
     ],
 )
 def test_labels_are_read_in_any_case_and_type(values: list[object], label: int | None) -> None:
     reader = LabelReader("label")
     assert [reader.read(value) for value in values] == [label] * len(values)
     reader.check("here", "remedy")
+
+
+@pytest.mark.parametrize("column", ["is_real", "isReal", "REAL", "real_image"])
+def test_a_column_that_is_called_real_means_it(column: str) -> None:
+    reader = LabelReader(column)
+    values = [1, "True", "yes", 0, False, "no", "FAKE"]
+    assert [reader.read(value) for value in values] == [REAL] * 3 + [FAKE] * 4
+    assert "4 FAKE" not in reader.describe()  # each value by itself
+    assert "--real-name" not in reader.describe()
+
+
+@pytest.mark.parametrize(
+    ("column", "is_told"),
+    [
+        ("fake", False),
+        ("is_ai", False),
+        ("label", True),
+        ("real_or_fake", True),
+        ("not_real", True),
+    ],
+)
+def test_a_number_means_fake_and_is_told_where_the_column_does_not_say(
+    column: str, is_told: bool
+) -> None:
+    reader = LabelReader(column)
+    assert [reader.read(value) for value in (0, 1)] == [REAL, FAKE]
+    assert ("--real-name 1 --fake-name 0" in reader.describe()) == is_told
+
+
+def test_what_the_user_says_counts_before_the_name_of_the_column() -> None:
+    reader = LabelReader("is_real", make_class_names(real=["0"], fake=["1"]))
+    assert [reader.read(value) for value in (0, 1)] == [REAL, FAKE]
+
+
+@pytest.mark.parametrize(
+    ("path", "facts"),
+    [
+        ("train-00000-of-00001.parquet", (None, "train", None)),
+        ("FAKE/sdxl/0000.parquet", (FAKE, None, "sdxl")),
+        ("real.parquet", (REAL, None, None)),
+        ("fake_images-00003.parquet", (FAKE, None, None)),
+        ("test/ai/0.parquet", (FAKE, "test", None)),
+        ("generated.csv", (None, None, None)),  # rather by a program
+        ("real.txt", (REAL, None, None)),
+        ("real_vs_fake.parquet", (None, None, None)),
+        ("fake_or_real-train-00001.tar", (None, "train", None)),
+        ("not_fake.txt", (None, None, None)),
+        ("FAKE/ai_train.parquet", (FAKE, "train", None)),
+        ("lists/val.csv.gz", (None, "val", None)),
+        ("data/holdout-00000-of-00002.parquet", (None, "holdout", None)),
+    ],
+)
+def test_the_path_of_a_file_of_many_images_tells_what_folders_do(
+    path: str, facts: tuple[int | None, str | None, str | None]
+) -> None:
+    assert read_file_path(path, NAMES) == facts
 
 
 @pytest.mark.parametrize("value", [2, -2, 0.5, "maybe", "01", "fakes", "yes", b"cat", "1" * 5000])

@@ -28,8 +28,9 @@ def make_images(factory: pytest.TempPathFactory, num_images: int) -> Path:
 
 
 def make_env(**variables: str) -> dict[str, str]:
-    """The environment of this moment, for a process of its own."""
-    return {**os.environ, "RAY_AUTH_MODE": "disabled", **variables}
+    """The environment of this moment, for a process of its own, which locks its Ray."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    return {**env, **variables}
 
 
 def start_command(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:

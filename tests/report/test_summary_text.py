@@ -42,8 +42,8 @@ def describe(result: Any) -> list[str]:
 
 def test_scores_are_told_in_sentences() -> None:
     assert describe(SCORED) == [
-        "31.2% called FAKE at 0.374 (for 1% of REAL, at 0.81: 24.0%; for 0.1% of REAL, at 0.999:"
-        " 0.0%).",
+        "Called FAKE: 31.2% (p_fake >= 0.374); 24.0% with --target-fpr 0.01 (p_fake >= 0.81); 0.0%"
+        " with --target-fpr 0.001 (p_fake >= 0.999).",
         "8,838 of 10,042 images scored; 1,204 unreadable: 900 not_an_image, 304 truncated.",
         "Left out: 40 excluded.",
         "Rows in /data/out/scores, 10 shards.",
@@ -53,7 +53,9 @@ def test_scores_are_told_in_sentences() -> None:
 
 def test_the_share_is_that_of_the_threshold_that_was_chosen() -> None:
     first = describe(replace(SCORED, threshold=0.81))[0]
-    assert first.startswith("24.0% called FAKE at 0.81 (at the bundle's own, at 0.374: 31.2%; ")
+    assert first.startswith(
+        "Called FAKE: 24.0% (p_fake >= 0.81); 31.2% with the default (p_fake >= 0.374); "
+    )
 
 
 def test_what_is_not_known_or_did_not_happen_is_not_told() -> None:
@@ -154,6 +156,76 @@ def test_damage_is_named_with_its_remedy(name: str, remedy: str) -> None:
     assert format_result(record).splitlines() == [
         f"3 files, 1 row checked, 1 damaged: {remedy}",
         f"{name}: missing",
+    ]
+
+
+TRAINED = {
+    "command": "train",
+    "out": "/o/run",
+    "bundle": "/o/run/bundle",
+    "val_images": 364,
+    "unusable": {"truncated": 2},
+    "epochs": 3,
+    "stopped": "all 3 epochs done",
+    "averaged_epochs": [3],
+    "val_accuracy": 0.8599,
+    "train_s": 118.4,
+    "images_per_s": 81.1,
+    "elapsed_s": 224.7,
+    "threshold": 0.5541,
+    "threshold_fpr_1": 0.9637,
+    "threshold_fpr_01": None,
+    "untracked": {"mlflow": 1},
+}
+
+
+def test_a_training_is_told_in_sentences() -> None:
+    assert format_result(TRAINED).splitlines() == [
+        "Accuracy 86.0% on 364 validation images at 0.5, by epoch 3 (all 3 epochs done).",
+        "FAKE is p_fake >= 0.554; >= 0.964 with --target-fpr 0.01.",
+        "224.7 s; 3 epochs in 118.4 s, 81 images/s.",
+        "Detector: /o/run/bundle",
+        "Next: cifake-ray evaluate SHARDS --bundle /o/run --out REPORT",
+        "unusable   truncated 2",
+        "untracked  mlflow 1",
+    ]
+
+
+def test_a_training_of_an_earlier_version_has_no_thresholds() -> None:
+    record = {n: v for n, v in TRAINED.items() if not n.startswith("threshold")}
+    lines = format_result({**record, "averaged_epochs": [2, 3]}).splitlines()
+    assert "by the mean of epochs 2, 3 (" in lines[0]
+    assert not any("p_fake" in line for line in lines)
+
+
+def test_a_search_is_told_in_sentences() -> None:
+    record = {
+        "command": "tune",
+        "out": "/o",
+        "bundle": "/o/bundle",
+        "recipe": "/o/recipe.yaml",
+        "report": "file:///o/report.html",
+        "trials": 3,
+        "ends": {"all 3 epochs done": 2, "fell behind": 1},
+        "objective": "val_accuracy",
+        "best_trial": 1,
+        "best": 0.794,
+        "best_interval": [0.749, 0.832],
+        "baseline": 0.7555,
+        "chosen": {"augment.flip": 0.5, "augment.shift": 0.0625},
+        "epochs": 7,
+        "epochs_planned": 9,
+        "elapsed_s": 61.0,
+    }
+    assert format_result(record).splitlines() == [
+        "Best of 3 trials: 1, with val_accuracy 0.794 (0.749-0.832); the recipe as it is: 0.755.",
+        "It has augment.flip 0.5, augment.shift 0.0625.",
+        "Trials ended: 2 all 3 epochs done, 1 fell behind.",
+        "61.0 s; 7 of 9 epochs trained.",
+        "Report: file:///o/report.html",
+        "Recipe: /o/recipe.yaml",
+        "Detector: /o/bundle",
+        "Next: cifake-ray evaluate SHARDS --bundle /o --out REPORT",
     ]
 
 

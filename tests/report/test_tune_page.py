@@ -128,6 +128,8 @@ def test_the_table_is_best_first_and_says_who_waits() -> None:
     values = [float(line.split("|")[2]) for line in lines[:-1]]
     assert values == sorted(values, reverse=True)
     assert "waiting" in lines[-1]
+    cut = format_trials(rows, ["lr", "model"], "val_accuracy", width=50).splitlines()
+    assert not any(line.endswith("...") for line in cut), "a line that would not be written"
 
 
 def test_the_table_of_losses_begins_with_the_lowest() -> None:

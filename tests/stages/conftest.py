@@ -18,7 +18,7 @@ def shards(
 ) -> Path:
     out = tmp_path_factory.mktemp("shards") / "out"
     config = ConvertConfig(src=str(sample_folder), out=str(out), shard_size=16)
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     return out
 
 
@@ -34,5 +34,5 @@ def bundle(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         val_fraction=0.3,
         cache_dir=str(folder / "cache"),
     )
-    train_detector(config, lambda row, epochs: None, time.time())
+    train_detector(config, lambda row, epochs: None, time.monotonic())
     return folder / "run" / "bundle"

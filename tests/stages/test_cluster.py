@@ -20,7 +20,6 @@ from cifake_ray.stages.cluster import (
     Placement,
     Resources,
     _check_address,
-    choose_ray_folder,
     connect_cluster,
     count_local_cpus,
     leave_cluster,
@@ -60,6 +59,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
     with pytest.raises(ResourceError, match=r"no Ray cluster answers at .127\.0\.0\.1:1"):
         _check_address("127.0.0.1:1")
+
+
+def test_credentials_in_an_address_are_refused_and_not_repeated() -> None:
+    for address in ("me:CANARY@host:6379", "ray://me:CANARY@host:10001", "http://me:CANARY@host"):
+        with pytest.raises(UsageError, match="holds credentials") as caught:
+            _check_address(address)
+        assert "CANARY" not in str(caught.value)
 
 
 def test_the_address_of_a_jobs_api_is_for_submit() -> None:
@@ -107,23 +113,6 @@ def test_local_workers_are_as_many_as_the_container_may_use(
     assert count_local_cpus() == num_cpus
 
 
-@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
-def test_sockets_are_in_a_folder_with_a_short_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    for each in ("TMPDIR", "RAY_TMPDIR"):
-        monkeypatch.delenv(each, raising=False)
-    assert choose_ray_folder() == "/tmp/ray"
-    monkeypatch.setenv(name, "/var/tmp")
-    assert choose_ray_folder() == "/var/tmp/ray"
-    (long := tmp_path / ("d" * 60)).mkdir()
-    monkeypatch.setenv(name, str(long))
-    assert choose_ray_folder() == "/tmp/ray"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ResourceError, match="set RAY_TMPDIR to a folder of at most 36 bytes"):
-        choose_ray_folder()
-
-
 def test_after_a_failure_ray_ends_with_the_process_or_when_it_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,7 +127,7 @@ def test_after_a_failure_ray_ends_with_the_process_or_when_it_is_left(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "nodes", lambda: [])
-    monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(None))
+    monkeypatch.setattr(cluster, "stop_ray", lambda: stopped.append(None))
     for failure in (KeyboardInterrupt, ValueError):
         with pytest.raises(failure), connect_cluster(ClusterConfig(address="head")):
             raise failure

@@ -51,7 +51,7 @@ ODD_NAMES = [
 def run_convert(src: Path, out: Path, **options: Any) -> BatchSummary:
     progress: list[Progress] = []
     config = ConvertConfig(src=str(src), out=str(out), **options)
-    summary = convert_images(config, src, out, progress.append, time.time())
+    summary = convert_images(config, src, out, progress.append, time.monotonic())
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -186,13 +186,19 @@ def test_missing_shards_are_made_again_and_only_those(sample_folder: Path, tmp_p
     assert read_rows(out) == undisturbed
 
 
-def test_a_finished_run_is_not_listed_again(sample_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_listed_again_and_says_so(
+    sample_folder: Path, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jpg").write_bytes(encode())
     first = run_convert(source, tmp_path / "out")
     (source / "b.jpg").write_bytes(encode())
     assert run_convert(source, tmp_path / "out") == first
+    log: list[str] = []
+    config = ConvertConfig(src=str(source), out=str(tmp_path / "out"))
+    convert_images(config, source, tmp_path / "out", print, time.time(), log.append)
+    assert any("the source was not looked at again: give a new output" in line for line in log)
 
 
 def test_other_settings_are_refused_with_the_difference(
@@ -269,7 +275,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(sample_folder: Path, tmp_
 
 def test_a_dry_run_writes_nothing(sample_folder: Path, tmp_path: Path) -> None:
     config = ConvertConfig(src=str(sample_folder), out=str(tmp_path / "out"), dry_run=True)
-    plan, code = run_verb(config, time.time())
+    plan, code = run_verb(config, time.monotonic())
     assert code == 0
     assert plan.listed == 60
     assert plan.labels == {"REAL": 30, "FAKE": 30}

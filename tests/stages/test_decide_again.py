@@ -101,7 +101,7 @@ def src(tmp_path: Path) -> Path:
 def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
     config = ScoreConfig(src=str(src), out=str(out), shard_size=4, **options)
     bundle = locate_bundle(None)
-    result = score.score_images(config, src, out, bundle, lambda _: None, time.time())
+    result = score.score_images(config, src, out, bundle, lambda _: None, time.monotonic())
     assert isinstance(result, BatchSummary)
     return result
 
@@ -213,7 +213,7 @@ def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Pat
     run_score(src, tmp_path / "out")
     (tmp_path / "out" / "_SUCCESS").unlink()
     with pytest.raises(
-        RunMismatch, match=r"target_fpr: None there, 0\.01 here.*finish it with its own"
+        RunMismatch, match=r"target_fpr: not given there, 0\.01 here.*finish it with its own"
     ):
         run_score(src, tmp_path / "out", target_fpr=0.01)
     with pytest.raises(RunMismatch, match="belongs to another run"):

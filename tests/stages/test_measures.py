@@ -118,7 +118,7 @@ def test_shards_without_labels_are_named_before_anything_starts(
             tmp_path / "out",
             locate_bundle(None),
             lambda _: None,
-            time.time(),
+            time.monotonic(),
             said.append,
         )
     assert said == []

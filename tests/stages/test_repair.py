@@ -27,7 +27,7 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
         target.write_bytes(path.read_bytes())
     out = tmp_path / "out"
     config = ConvertConfig(src=str(source), out=str(out), shard_size=10)
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     part = out / "shards" / "part-00002.parquet"
     data = bytearray(part.read_bytes())
     data[len(data) // 3] ^= 1
@@ -38,7 +38,7 @@ def damaged(sample_folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.smoke
 def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> None:
     assert [item.name for item in verify_files(damaged)] == ["shards/part-00002.parquet"]
-    summary, code = run_verb(RepairConfig(out=str(damaged)), time.time())
+    summary, code = run_verb(RepairConfig(out=str(damaged)), time.monotonic())
     assert (summary.shards_resumed, summary.shards_total, code) == (4, 5, 0)
     assert verify_files(damaged) == []
     assert pq.read_table(damaged / "shards").num_rows == 40
@@ -49,9 +49,9 @@ def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> No
 def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(
     damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_verb(RepairConfig(out=str(damaged)), time.time())
+    run_verb(RepairConfig(out=str(damaged)), time.monotonic())
     monkeypatch.setattr(driver, "connect_cluster", None)
-    result, code = run_verb(RepairConfig(out=str(damaged)), time.time())
+    result, code = run_verb(RepairConfig(out=str(damaged)), time.monotonic())
     assert code == 0
     assert result == {
         "command": "repair",
@@ -64,4 +64,4 @@ def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(
     del record["listed"]
     (damaged / "_SUCCESS").write_text(json.dumps(record))
     with pytest.raises(TypeError):  # it is made again
-        run_verb(RepairConfig(out=str(damaged)), time.time())
+        run_verb(RepairConfig(out=str(damaged)), time.monotonic())

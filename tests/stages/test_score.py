@@ -35,7 +35,7 @@ def run_score(
     config = ScoreConfig(src=str(src), out=str(out), **options)
     bundle = locate_bundle(config.bundle)
     log_end = lambda line: line.endswith("...") or log(line)  # noqa: E731
-    summary = score_images(config, src, out, bundle, lambda _: None, time.time(), log_end)
+    summary = score_images(config, src, out, bundle, lambda _: None, time.monotonic(), log_end)
     assert isinstance(summary, BatchSummary)
     assert summary.listed == summary.done + summary.failed
     return summary
@@ -104,7 +104,7 @@ def test_errors_of_the_shards_are_carried_into_the_scores(bundle: Path, tmp_path
     source.mkdir()
     (source / "text.jpg").write_text("words")
     config = ConvertConfig(src=str(source), out=str(tmp_path / "shards"))
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     run_score(tmp_path / "shards", tmp_path / "out", bundle=str(bundle))
     assert read_rows(tmp_path / "out")["text.jpg"]["error"] == "not_an_image"
 
@@ -163,7 +163,7 @@ def test_logits_that_are_not_finite_become_errors(
 def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path) -> None:
     run_score(sample_folder, tmp_path / "out", bundle=str(bundle))
     config = ExportConfig(scores=str(tmp_path / "out"), file=str(tmp_path / "scores.csv"))
-    assert run_verb(config, time.time())[0]["rows"] == 60
+    assert run_verb(config, time.monotonic())[0]["rows"] == 60
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = {row["key"]: row for row in csv.DictReader(file)}
     for key, row in read_rows(tmp_path / "out").items():
@@ -225,7 +225,7 @@ def test_images_unlike_those_of_training_are_counted_and_warned_of_once(
 
     with open(tmp_path / "out" / "scores" / "part-00002.parquet", "r+b") as file:
         file.write(b"junk")
-    repaired, _ = run_verb(RepairConfig(out=str(tmp_path / "out")), time.time())
+    repaired, _ = run_verb(RepairConfig(out=str(tmp_path / "out")), time.monotonic())
     assert (repaired.shards_resumed, repaired.unlike_training) == (2, UNLIKE)
     assert said == [WARNING, told, WARNING, WARNING]
 

@@ -74,7 +74,7 @@ def run_train(images: Path, **options: Any) -> tuple[dict[str, Any], list[str], 
     )
     on_epoch = lambda row, epochs: rows.append(("epoch", row["epoch"]))  # noqa: E731
     on_step = lambda row: rows.append(("step", row))  # noqa: E731
-    summary = train_detector(config, on_epoch, time.time(), said.append, on_step)
+    summary = train_detector(config, on_epoch, time.monotonic(), said.append, on_step)
     return summary, said, rows
 
 

@@ -10,6 +10,8 @@ from cifake_ray.errors import ImageError
 
 _SIGNATURE_BYTES = 8
 _DROPPED = (b"zTXt", b"iTXt", b"iCCP")
+# Of the other chunks that a reader may leave out (lower case), what changes the picture.
+_NEEDED = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 _EXIF = b"Raw profile type exif\0"  # ImageMagick's place for it
 MAX_EXIF_BYTES = 2**17
 
@@ -17,10 +19,10 @@ MAX_EXIF_BYTES = 2**17
 def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
     """Return a PNG without its compressed texts and its profile, and the profile, decompressed.
 
+    What else the picture does not need is left out if its checksum is wrong, as in browsers.
+
     Raises ImageError (decode_failed) for more than MAX_READS chunks.
     """
-    if not any(name in data for name in _DROPPED):
-        return data, None
     kept, profile = [data[:_SIGNATURE_BYTES]], None
     kept_from = start = _SIGNATURE_BYTES
     for _ in range(MAX_READS):
@@ -28,6 +30,8 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
         end = body + int.from_bytes(data[start : start + 4], "big") + 4
         name = data[start + 4 : body]
         if name == b"IEND" or end > len(data):
+            if len(kept) == 1:
+                return data, None
             kept.append(data[kept_from:])
             return b"".join(kept), profile
         if name in _DROPPED:
@@ -38,8 +42,15 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
             if name != b"zTXt" or not _is_small_exif(data[body : end - 4]):
                 kept.append(data[kept_from:start])
                 kept_from = end
+        elif name[:1].islower() and name not in _NEEDED and not _is_whole(data, start, end):
+            kept.append(data[kept_from:start])
+            kept_from = end
         start = end
     raise ImageError("decode_failed", f"more than {MAX_READS} pieces")
+
+
+def _is_whole(data: bytes, start: int, end: int) -> bool:
+    return zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
 
 
 def _is_small_exif(text: bytes) -> bool:

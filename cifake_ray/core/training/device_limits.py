@@ -64,10 +64,13 @@ def choose_precision(device: str, precision: str) -> DevicePrecision:
 
 def agree_on_precision(device: str, precision: str) -> DevicePrecision:
     """Return rank 0's choice on every rank: the processors of nodes may differ."""
-    chosen = [choose_precision(device, precision).name]
+    chosen = choose_precision(device, precision).name
     if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return choose_precision(device, chosen[0])
+        # As a number: pickles from a socket would run code.
+        number = torch.tensor([list(DTYPES).index(chosen)], device=device)
+        dist.broadcast(number, 0)
+        chosen = list(DTYPES)[int(number)]
+    return choose_precision(device, chosen)
 
 
 def count_macs(network: nn.Module, image_size: int) -> int:

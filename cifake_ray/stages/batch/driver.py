@@ -81,7 +81,7 @@ class BatchPlan:
     needs_labels: bool = False  # say which images have none
     make_processor: Callable[[Placement], Processor]
     on_progress: Callable[[Progress], None]
-    started_s: float  # time.time() when the process began
+    started_s: float  # time.monotonic() when the process began
     log: Callable[[str], None]
     facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
@@ -205,7 +205,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
 
 def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
     """Write what marks a run as finished, once all of its shards are committed."""
-    elapsed_s = time.time() - plan.started_s
+    elapsed_s = time.monotonic() - plan.started_s
     is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
     summary = BatchSummary(
         command=run.command,
@@ -221,7 +221,7 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals) -> BatchSummary:
         shards_retried=totals.retried,
         elapsed_s=round(elapsed_s, 3),
         images_per_s=round(totals.worked_rows / elapsed_s, 1),
-        steady_images_per_s=round(totals.rate(totals.last_s), 1),
+        steady_images_per_s=round(totals.rate, 1),
         threshold=plan.threshold,
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,

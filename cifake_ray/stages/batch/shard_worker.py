@@ -31,6 +31,7 @@ from cifake_ray.stages.batch.cpu_feeder import (
 from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.quarantine import Quarantine
 from cifake_ray.stages.cluster import Placement
+from cifake_ray.storage.io.files import identify_host
 from cifake_ray.storage.runs.attempts import (
     Attempt,
     follow_attempt,
@@ -66,8 +67,9 @@ class ShardReport:
     stats: ShardStats
     worked: int  # images, in this session; 0 if the shard was committed before
     retried: bool  # an earlier attempt was lost with its worker
-    started_s: float = 0.0  # time.time(), as finished_s
+    started_s: float = 0.0  # time.monotonic() of the host, as finished_s
     finished_s: float = 0.0
+    host: str = ""
 
 
 class Heartbeat:
@@ -135,7 +137,7 @@ class ShardWorker:
         """Make, retry or find a shard. Return an error, because Ray would wrap a raised one."""
         try:
             stats = inspect_shard(self.run, shard)
-            started_s, worked, retried = time.time(), 0, False
+            started_s, worked, retried = time.monotonic(), 0, False
             if stats is None:
                 stats, retried = self._make_shard(shard)
                 worked = stats.rows
@@ -147,11 +149,16 @@ class ShardWorker:
                 stats, retried = result
         except CifakeError as error:
             return error
-        finished_s = time.time()
+        finished_s = time.monotonic()
         if worked:
             self.metrics.time_shard(finished_s - started_s)
         return ShardReport(
-            stats=stats, worked=worked, retried=retried, started_s=started_s, finished_s=finished_s
+            stats=stats,
+            worked=worked,
+            retried=retried,
+            started_s=started_s,
+            finished_s=finished_s,
+            host=identify_host(),
         )
 
     def _make_shard(self, shard: int) -> tuple[ShardStats, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -69,8 +68,8 @@ class Totals:
     resumed: int = 0
     retried: int = 0
     worked_rows: int = 0
-    first_s: float | None = None
-    last_s: float = 0.0
+    # By host, when its first shard was started and its last one ended: clocks are never compared.
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, report: ShardReport) -> None:
         self.shards.append(report.stats)
@@ -82,22 +81,22 @@ class Totals:
         self.retried += report.retried
         if report.worked:
             self.worked_rows += report.worked
-            self.first_s = min(self.first_s or report.started_s, report.started_s)
-            self.last_s = max(self.last_s, report.finished_s)
+            first_s, last_s = self.spans.get(report.host, (report.started_s, report.finished_s))
+            first_s, last_s = min(first_s, report.started_s), max(last_s, report.finished_s)
+            self.spans[report.host] = first_s, last_s
 
     @property
     def failed(self) -> int:
         return sum(self.errors.values())
 
-    def rate(self, until_s: float) -> float:
-        """Return images per second since the first shard was started; 0 before that."""
-        if self.first_s is None or until_s <= self.first_s:
-            return 0.0
-        return self.worked_rows / (until_s - self.first_s)
+    @property
+    def rate(self) -> float:
+        """Images per second from the start of the first shard to the last report; 0 before that."""
+        elapsed_s = max((last_s - first_s for first_s, last_s in self.spans.values()), default=0.0)
+        return self.worked_rows / elapsed_s if elapsed_s else 0.0
 
     def progress(self) -> Progress:
-        rate = self.rate(time.time())
-        left = self.listed - self.rows
+        rate, left = self.rate, self.listed - self.rows
         return Progress(
             done=self.rows - self.failed,
             failed=self.failed,

@@ -24,6 +24,7 @@ from cifake_ray.stages.cluster import (
 from cifake_ray.stages.train.placement import (
     choose_gpu_here,
     describe_plan,
+    describe_resizing,
     describe_start,
     describe_workers,
 )
@@ -126,7 +127,7 @@ def train_detector(
             f"train: {prepared.rows.num_in_both:,} images have the same bytes as one with the other"
             " label; check the labels"
         )
-    for note in prepared.rows.notes:
+    for note in (*prepared.rows.notes, *describe_resizing(prepared)):
         log(f"train: {note}")
     if config.dry_run:
         return {
@@ -245,7 +246,7 @@ def _summarise(prepared: Prepared, run: TrainRun, resumed: int, started_s: float
         val_accuracy=round(training["val_accuracy"], 6),
         train_s=round(train_s, 1),
         images_per_s=round(images / train_s, 1),
-        elapsed_s=round(time.time() - started_s, 1),
+        elapsed_s=round(time.monotonic() - started_s, 1),
         weights=str(prepared.weights) if prepared.weights else None,
         images_in_both_classes=prepared.rows.num_in_both,
         precision=training["precision"],

@@ -19,6 +19,7 @@ from cifake_ray.stages.cluster import (
     place_workers,
 )
 from cifake_ray.stages.train.prepare import Prepared
+from cifake_ray.storage.datasets.domain import read_typical_side
 from cifake_ray.storage.runs.train_run import TrainRun
 
 MIN_SHARE = 8  # images of a batch for each GPU, unless --num-workers asks for more workers
@@ -86,6 +87,17 @@ def describe_start(prepared: Prepared, run: TrainRun, epochs_done: int) -> list[
     elif run.has_begun():
         lines.append("resuming within epoch 1")
     return lines
+
+
+def describe_resizing(prepared: Prepared) -> list[str]:
+    """Return a warning when images lose most of their pixels before the network sees them."""
+    size, side = prepared.detector.preprocessing.image_size, read_typical_side(prepared.rows)
+    if side is None or side < 2 * size or prepared.config.fit != "resize":
+        return []
+    return [
+        f"images of about {side:,} pixels are resized to {size}, which removes the fine traces of"
+        " generators; a larger --image-size, or --fit crop, keeps more of them"
+    ]
 
 
 def describe_workers(config: TrainConfig, num_workers: int, num_threads: int, use_gpu: bool) -> str:

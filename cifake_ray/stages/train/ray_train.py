@@ -18,6 +18,7 @@ from cifake_ray.stages.cluster import (
 )
 from cifake_ray.stages.train.placement import describe_workers, place_training
 from cifake_ray.stages.train.prepare import Prepared
+from cifake_ray.stages.train.rank_group import RankGroup
 from cifake_ray.stages.train.worker import RankTask, start_rank
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.train_run import TrainRun
@@ -51,6 +52,7 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
         trainer = TorchTrainer(
             start_rank,
             train_loop_config={"task": task},
+            torch_config=RankGroup(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=task.use_gpu,

@@ -195,7 +195,8 @@ def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -
         over = sum(trial.end is not None for trial in known)
         log(f"tune: resuming with {len(known)} trials, {over} of them over")
     for number, trial in enumerate(known):
-        if (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # try it again
+        is_lost = trial.end is not None and not search.run_of(trial).read_history()
+        if is_lost or (trial.end or "").startswith((FAILED, OUT_OF_TIME)):  # try it again
             known[number] = replace(trial, end=None)
             search.write_trial(known[number])
     if config.searcher == "tpe" or len(known) == config.trials:
@@ -211,6 +212,7 @@ def _choose_trials(
 ) -> list[Trial]:
     """Return the trials within the budget whose options fit; log why others are left out."""
     config, trials, left_out = plan.config, list[Trial](), Counter[str]()
+    by_number = {trial.number: trial for trial in known}  # a person may have deleted one
     if config.searcher == "grid":
         choices, num_choices = list_grid(space), count_grid(space)
         if num_choices > config.trials:
@@ -223,8 +225,9 @@ def _choose_trials(
         number = len(trials)
         if number == config.trials:
             break
-        if number < len(known):  # any other choice was left out before
-            trials += [known[number]] if known[number].chosen == chosen else []
+        if (trial := by_number.get(number)) is not None:
+            if trial.generation or trial.chosen == chosen:  # any other was left out before
+                trials.append(trial)
             continue
         try:
             trials.append(plan.measure(Trial(number, chosen)))
@@ -347,7 +350,7 @@ def _finish(
             for row in rows
         ),
         steps=sum(row["steps"] for row in rows),
-        elapsed_s=round(time.time() - started_s, 1),
+        elapsed_s=round(time.monotonic() - started_s, 1),
     )
     histories = {
         trial.number: search.run_of(trial).read_history() for trial in search.read_trials()

@@ -85,7 +85,7 @@ class TrialCallback(Callback):
         line = f"tune: {len(rows) - len(open_rows)} of {self.plan.config.trials} trials over"
         if left and trained:
             left_s = left * (self.shown_s - self.started_s) / trained
-            line += f", at most {math.ceil(left_s / 60)} minutes left"
+            line += f", at most {math.ceil(left_s / 60)} min left"
         self.log(line)
         width = shutil.get_terminal_size((120, 0)).columns
         objective = self.plan.config.objective

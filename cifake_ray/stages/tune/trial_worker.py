@@ -22,7 +22,7 @@ from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.cluster import find_cause
 from cifake_ray.stages.train.driver import finish_training, train_detector
 from cifake_ray.stages.tune.plan import TrialPlan
-from cifake_ray.storage.io.files import read_bytes, read_json, write_json
+from cifake_ray.storage.io.files import make_folder, read_bytes, read_json, write_json
 from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
 OBJECTIVE, CURRENT = (
@@ -42,13 +42,16 @@ def run_trial(settings: dict[str, Any], plan: TrialPlan) -> None:
         trial = _take_over(search, trial, settings["trial"]["chosen"], checkpoint)
     config = plan.to_train_config(trial)
     report = _Report(search, trial, plan.config)
-    history = search.run_of(trial).read_history()
+    run = search.run_of(trial)
+    history = run.read_history()
+    if history and trial.end is None:  # a kill may have come between its two files
+        run.write_history(history)
     for number, row in enumerate(history, start=1):
         report.record(row)
         if checkpoint is None and plan.config.scheduler != "pbt":  # pbt compares only new epochs
             report.send(row, is_replayed=trial.end is not None or number < len(history))
     if trial.end is None:
-        train_detector(config, report, time.time())
+        train_detector(config, report, time.monotonic())
     report.send_last()
 
 
@@ -114,6 +117,8 @@ def _take_over(search: TuneRun, trial: Trial, chosen: dict[str, Any], checkpoint
         if donor["number"] == trial.number and chosen == trial.chosen:
             return trial  # it only waited for its turn
         trial = replace(trial, chosen=chosen, generation=trial.generation + 1)
-        search.run_of(trial).write_checkpoint((Path(folder) / "last.pt").read_bytes())
+        run = search.run_of(trial)
+        make_folder(run.path, parents=False)
+        run.write_checkpoint((Path(folder) / "last.pt").read_bytes())
     search.write_trial(trial)
     return trial

@@ -31,6 +31,7 @@ from cifake_ray.storage.io.files import (
     MAX_JSON_BYTES,
     encode_json,
     exists,
+    make_folder,
     read_bytes,
     write_bytes,
 )
@@ -240,6 +241,7 @@ def write_bundle(
             "training": dict(training),
         },
     }
+    make_folder(path, parents=False)
     write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
     write_bytes(path / "history.jsonl", encode_json_lines(history))
     write_bytes(path / "metrics.json", encode_json(dict(metrics)))

@@ -16,7 +16,6 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.errors import BundleError
 from cifake_ray.storage.bundles.bundle import locate_bundle
 from cifake_ray.storage.bundles.weights import (
-    PICKLE_SUFFIXES,
     check_pickle,
     check_weights,
     find_weights,
@@ -64,8 +63,7 @@ def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWe
     if config.weights is None:
         return None
     path = locate_bundle(config.weights, config.store)
-    is_pickle = path.suffix.lower() in PICKLE_SUFFIXES and is_file(path)
-    if is_pickle or path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or is_file(path):
         check_pickle(path, config.allow_pickle)
         state = _read_state(path, config.model)
     else:

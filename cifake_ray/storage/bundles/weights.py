@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
 WEIGHTS_NAME = "model.safetensors"
-CHECKPOINT_NAMES = ("state_dict", "model_state_dict", "model")
+CHECKPOINT_NAMES = ("state_dict", "model_state_dict", "model", "network", "net", "params")
 # What the unpickler of torch raises for bytes that are no checkpoint.
 UNPICKLING_ERRORS = (
     ArithmeticError,
@@ -59,7 +59,7 @@ def find_weights(bundle: AnyPath, allow_pickle: bool) -> str:
 
 def check_pickle(path: AnyPath, allow_pickle: bool) -> None:
     """Raise BundleError for weights that are a pickle, unless it is allowed."""
-    if path.suffix.lower() in PICKLE_SUFFIXES and not allow_pickle:
+    if path.suffix != ".safetensors" and not allow_pickle:
         raise BundleError(
             f"{path}, a pickle, which may hold code, is not read; save it as {WEIGHTS_NAME} or, if"
             " you trust who made it, give --allow-pickle"

@@ -1,12 +1,13 @@
-"""Find the domain of a detector from the shards it is trained on."""
+"""Find out from the headers in shards how large images are, and the domain of a detector."""
 
 from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cifake_ray.core.imaging.training_domain import DOMAIN_COLUMNS, TrainingDomain, find_domain
-from cifake_ray.storage.datasets.training_set import ImageSet
+from cifake_ray.storage.datasets.training_set import ImageSet, TrainingRows
 from cifake_ray.storage.sources.image_table import ImageTable
 
 
@@ -27,3 +28,17 @@ def read_domain(images: ImageSet) -> TrainingDomain | None:
         headers = headers.take(pa.array(rows.row[positions]))
         distinct.append(headers.group_by(DOMAIN_COLUMNS).aggregate([]))  # memory stays flat
     return find_domain(pa.concat_tables(distinct))
+
+
+def read_typical_side(rows: TrainingRows) -> int | None:
+    """Return the median of the shorter sides in the first row group, in pixels.
+
+    None when its file is not of convert.
+    """
+    path, number = rows.groups[0]
+    with ImageTable(path, path.name, rows.choice) as table:
+        if not table.is_ours:
+            return None
+        headers = table.read([number], ["width", "height"])
+    sides = pc.min_element_wise(headers.column("width"), headers.column("height")).drop_null()
+    return int(np.median(sides.to_numpy())) if len(sides) else None

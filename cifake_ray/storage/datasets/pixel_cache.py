@@ -1,7 +1,10 @@
 """Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
 
-`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode, `KEY.lock` whoever
-decodes them now. The key is that of all that the pixels follow from, so files of one key are equal.
+`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode and the sums of both,
+`KEY.lock` whoever decodes them now. The key is that of all that the pixels follow from, so files of
+one key are equal.
+Modes follow the umask, as those of outputs do. Whoever may write pixels decides what is learned, so
+files of others are used if they are root's or those of the folder's owner, who was chosen with it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +26,9 @@ from cifake_ray.errors import CacheError, ImageError
 from cifake_ray.storage.io.files import write_json
 from cifake_ray.storage.io.paths import resolve_local
 
+SUFFIXES = (".npy", ".json", ".lock", ".writing")
+# What json and numpy raise for bytes that are not those that were written.
+DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
 Decoded = Iterator[tuple[int, "np.ndarray | ImageError"]]
 
 
@@ -45,44 +52,63 @@ class PixelCache:
             if self._is_filled():  # another user's files serve too, whose lock may not be ours
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _hold_lock(self.path.with_suffix(".lock"), log):
+            with _hold_lock(self._base.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
-                errors = self._store(decode())
-                write_json(self._errors_path, {"unusable": errors})
+                errors, sums = self._store(decode())
+                sums["unusable"] = zlib.crc32(json.dumps(errors).encode())
+                write_json(self._errors_path, {"unusable": errors, "crc32": sums})
 
-    def read_errors(self) -> dict[int, str]:
-        """Return the error of each image that does not decode, by its number."""
-        with self._explain_errors():
-            errors = json.loads(self._errors_path.read_bytes())["unusable"]
-        return {int(number): error for number, error in errors.items()}
+    def read(self) -> tuple[dict[int, str], np.ndarray | None]:
+        """Return the error of each image that does not decode, and the pixels, mapped into memory.
 
-    def map_pixels(self) -> np.ndarray:
-        """Return the pixels, mapped into memory. CacheError when the file is damaged."""
+        CacheError when a file is damaged, in a single bit even: all of them are summed once.
+        """
         with self._explain_errors():
+            path = self._errors_path
             try:
-                array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
+                record = json.loads(path.read_bytes())
+                errors, sums = record["unusable"], record.get("crc32", {})
+                unusable = {int(number): error for number, error in errors.items()}
+                _compare(sums, "unusable", json.dumps(errors).encode())
+                if self.shape is None:
+                    return unusable, None
+                path = self._pixels_path
+                array = np.load(path, mmap_mode="r")
                 if array.shape != self.shape or array.dtype != np.uint8:
                     raise ValueError(f"{array.dtype}{list(array.shape)}")
-            except ValueError as error:
-                raise CacheError(f"{self._pixels_path}: damaged ({error}); delete it") from error
-        return array
+                _compare(sums, "pixels", array.data)
+            except DAMAGE as error:
+                raise CacheError(
+                    f"{path}: damaged ({error}); delete it, and the images are decoded again"
+                ) from error
+        return unusable, array
+
+    @property
+    def _base(self) -> Path:
+        """The path, or one beside it that is ours while a stranger's files have that name."""
+        paths = (self.path.with_suffix(suffix) for suffix in SUFFIXES)
+        owners = {path.lstat().st_uid for path in paths if os.path.lexists(path)}
+        others = owners - {os.getuid(), 0}
+        if not others or others == {self.path.parent.stat().st_uid}:
+            return self.path
+        return self.path.with_name(f"{self.path.name}-{os.getuid()}")
 
     @property
     def _pixels_path(self) -> Path:
-        return self.path.with_suffix(".npy")
+        return self._base.with_suffix(".npy")
 
     @property
     def _errors_path(self) -> Path:
-        return self.path.with_suffix(".json")
+        return self._base.with_suffix(".json")
 
     def _is_filled(self) -> bool:
         return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
 
-    def _store(self, decoded: Decoded) -> dict[int, str]:
-        """Write the pixels, whole or not at all; return the errors."""
+    def _store(self, decoded: Decoded) -> tuple[dict[int, str], dict[str, int]]:
+        """Write the pixels, whole or not at all; return the errors and the sum of the pixels."""
         if self.shape is None:
-            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
+            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}, {}
         errors: dict[int, str] = {}
         with _create_unnamed(self._pixels_path) as (file, name):
             array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
@@ -93,7 +119,8 @@ class PixelCache:
                 else:
                     array[number] = image
             array.flush()
-        return errors
+            sums = {"pixels": zlib.crc32(array.data)}  # a second for each 4 GB
+        return errors, sums
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
@@ -101,6 +128,15 @@ class PixelCache:
             yield
         except OSError as error:
             raise _explain_error(error, self.path.parent) from error
+
+
+def _compare(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:
+    """Raise ValueError when the data have another CRC-32 than when they were written.
+
+    Files of earlier versions have no sums.
+    """
+    if sums.get(name) not in (None, zlib.crc32(data)):
+        raise ValueError(f"the sum of the {name} is another")
 
 
 def _explain_error(error: OSError, folder: Path) -> CacheError:
@@ -151,7 +187,7 @@ def _create_unnamed(path: Path) -> Iterator[tuple[int, str]]:
     except (AttributeError, OSError):  # macOS, NFS
         is_unnamed = False
     if not is_unnamed:
-        file, name = os.open(named, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), str(named)
+        file, name = os.open(named, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), str(named)
     try:
         yield file, name
         if is_unnamed:

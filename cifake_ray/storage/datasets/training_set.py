@@ -28,10 +28,11 @@ from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.datasets.pixel_cache import PixelCache, locate_cache
-from cifake_ray.storage.io.files import stamp_file
+from cifake_ray.storage.io.digest import stamp_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.sources.columns import ColumnChoice
-from cifake_ray.storage.sources.image_table import ImageTable, get_bytes
+from cifake_ray.storage.sources.held_images import get_bytes
+from cifake_ray.storage.sources.image_table import ImageTable
 from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
 
 GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
@@ -57,7 +58,9 @@ class TrainingRows:
 
     def __str__(self) -> str:
         return "; ".join(
-            f"{sum(splits.values()):,} {use} ({', '.join(f'{n:,} {s}' for s, n in splits.items())})"
+            f"{sum(splits.values()):,} {use} ("
+            + ", ".join(f"{n:,} {s}" if len(splits) > 1 else s for s, n in splits.items())
+            + ")"
             for use in USES
             if (splits := {split: n for (u, split), n in self.counts.items() if u == use})
         )
@@ -134,7 +137,7 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
             if not (rows.label[side & usable] == value).any():
                 raise UsageError(
                     f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
-                    f" decodes among its rows ({rows}); training takes those with split `train` or"
+                    f" decodes; of its rows, {rows}; training takes those with split `train` or"
                     " none (--val-fraction, --val-split choose among them); `convert` takes names"
                     " of classes by --real-name and --fake-name"
                     + "".join(f"; {note}" for note in rows.notes)
@@ -152,12 +155,11 @@ def _read_group_rows(
     has_hashes = table.is_ours and "sha256" in table.columns
     hashed = "sha256" if has_hashes else table.image
     contents = table.read([number], [hashed]).column(hashed).to_pylist()
-    facts, class_names = table.read_facts([number]), table.label_names
+    facts = table.read_facts([number])
     val_split = parse_split(config.val_split)
     chosen: list[tuple[int, int, bool, int]] = []
-    cells = facts.labels, facts.splits, facts.errors, contents
-    for row, (value, split, error, content) in enumerate(zip(*cells, strict=True)):
-        label = labels.read(value, class_names)
+    cells = table.understand_labels(facts.labels, labels), facts.splits, facts.errors, contents
+    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
         data = content if has_hashes else _get_bytes(content)
         name = f"of split {split}" if split else "without a split"
         if label is None or error is not None or not data:
@@ -286,11 +288,11 @@ def open_training_data(
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache = PixelCache(locate_cache(config.cache_dir) / key, shape if fits else None)
     cache.fill(lambda: _decode_rows(rows, preprocessing, num_threads, log), log)
-    unusable, slots = cache.read_errors(), rows.slots
+    (unusable, array), slots = cache.read(), rows.slots
     pixels: Pixels = (
-        MappedPixels(cache.map_pixels(), slots)
-        if fits
-        else StreamedPixels(rows, preprocessing, num_threads)
+        StreamedPixels(rows, preprocessing, num_threads)
+        if array is None
+        else MappedPixels(array, slots)
     )
     usable = ~np.isin(slots, list(unusable))
     check_both_classes(rows, usable, config)

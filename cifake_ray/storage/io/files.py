@@ -15,9 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from upath import UPath
-
 from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.objects import (
+    create_object,
+    list_objects,
+    put_object,
+    read_object,
+    replace_object,
+)
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.io.regular_file import open_regular, read_regular
 
@@ -25,20 +30,32 @@ TEMPORARY_PREFIX = ".writing-"
 TEMPORARY_NAME = re.compile(r"\.writing-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{8}")
 PROBE_NAME = f"{TEMPORARY_PREFIX}probe"
 FOREIGN_AGE_S = 3600.0  # a write that another host has not touched for so long is over
-MAX_PUT_BYTES = 5 * 2**30  # S3 takes no more in one PUT
 MAX_READ_BYTES = 16 * 2**30  # of a file that is read whole: weights, a shard
 MAX_JSON_BYTES = 64 * 2**20
 
 
-def make_folder(folder: AnyPath) -> None:
-    """Create a local folder and its parents; stores have none. StorageError when it fails."""
+def make_folder(folder: AnyPath, *, parents: bool = True) -> None:
+    """Create a local folder and its parents; stores have none. StorageError when it fails.
+
+    Without `parents`, the folder that it is in must be there: an output that is moved or deleted
+    while a command writes to it does not come into being again, with half of its files.
+    """
     if not isinstance(folder, Path):
         return
     with explain_errors(folder):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=parents, exist_ok=True)
         except FileExistsError:  # a file has the name
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
+        except FileNotFoundError as error:
+            raise _explain_loss(folder) from error
+
+
+def _explain_loss(path: Path) -> StorageError:
+    return StorageError(
+        f"{path}: {path.parent} was moved or deleted while a command wrote to it; put it back and"
+        " run the same command again"
+    )
 
 
 def exists(path: AnyPath) -> bool:
@@ -64,6 +81,10 @@ def read_bytes(path: AnyPath, max_bytes: int = MAX_READ_BYTES) -> bytes:
         return _read(path, max_bytes)
 
 
+def _read(path: AnyPath, max_bytes: int) -> bytes:
+    return read_regular(path, max_bytes) if isinstance(path, Path) else read_object(path)
+
+
 def read_if_exists(path: AnyPath) -> bytes | None:
     """Return the content of a file, None when there is none. StorageError when it is unreadable."""
     with explain_errors(path):
@@ -71,10 +92,6 @@ def read_if_exists(path: AnyPath) -> bytes | None:
             return _read(path, MAX_READ_BYTES)
         except FileNotFoundError:
             return None
-
-
-def _read(path: AnyPath, max_bytes: int) -> bytes:
-    return read_regular(path, max_bytes) if isinstance(path, Path) else path.read_bytes()
 
 
 def open_file(path: AnyPath) -> IO[bytes]:
@@ -101,6 +118,9 @@ def list_folder(folder: AnyPath) -> list[AnyPath]:
         FileNotFoundError if isinstance(folder, Path) else (FileNotFoundError, NotADirectoryError)
     )
     with explain_errors(folder):
+        if not isinstance(folder, Path) and folder.protocol == "s3":
+            names = {name.partition("/")[0] for name in list_objects(folder, "/")}
+            return [folder / name for name in sorted(names - {"", ".", ".."})]
         try:
             return sorted(folder.iterdir(), key=lambda path: path.name)
         except missing:
@@ -113,18 +133,10 @@ def find_files(folder: AnyPath) -> list[str]:
         if isinstance(folder, Path):
             paths = (path for path in folder.rglob("*") if path.is_file())
             return sorted(path.relative_to(folder).as_posix() for path in paths)
+        if folder.protocol == "s3":
+            return [name for name in list_objects(folder) if name and not name.endswith("/")]
         prefix = folder.path.rstrip("/") + "/"
         return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
-
-
-def stamp_file(path: AnyPath) -> tuple[int, str]:
-    """Return the size in bytes and what changes with the content: a time or the store's etag."""
-    with explain_errors(path):
-        if isinstance(path, Path):
-            status = path.stat()
-            return status.st_size, str(status.st_mtime_ns)
-        info = path.fs.info(path.path)
-        return int(info["size"]), str(info.get("ETag") or info.get("mtime") or "")
 
 
 def remove(path: AnyPath) -> None:
@@ -156,10 +168,12 @@ def move(path: AnyPath, target: AnyPath) -> None:
 def _write_atomically(
     path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
 ) -> None:
-    """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
-    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{_identify_host()}-{secrets.token_hex(4)}"
+    """Write a temporary file next to `path`, force it to disk, then publish it in one step.
+
+    The folder must be there: see `make_folder`.
+    """
+    name = f"{TEMPORARY_PREFIX}{os.getpid()}-{identify_host()}-{secrets.token_hex(4)}"
     temporary = path.parent / name
-    make_folder(path.parent)
     with explain_errors(path):
         try:
             with open(temporary, "xb") as file:
@@ -168,6 +182,10 @@ def _write_atomically(
                 if durable:
                     os.fsync(file.fileno())
             publish(temporary, path)
+        except FileNotFoundError as error:
+            if path.parent.exists():
+                raise
+            raise _explain_loss(path) from error
         finally:
             discard(temporary)
         if durable:
@@ -186,19 +204,13 @@ def sync_folder(folder: AnyPath) -> None:
             os.close(descriptor)
 
 
-def _put(path: UPath, data: bytes, mode: str) -> None:
-    """Write an object in one request, so that it appears whole or not at all."""
-    options = {"chunksize": MAX_PUT_BYTES} if path.protocol == "s3" else {}
-    path.fs.pipe_file(path.path, data, mode=mode, **options)
-
-
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write or replace a file, whole or not at all."""
     if isinstance(path, Path):
         _write_atomically(path, [data], os.replace)
     else:
         with explain_errors(path):
-            _put(path, data, "overwrite")
+            replace_object(path, data)
 
 
 def write_chunks(path: AnyPath, chunks: Iterable[bytes], *, overwrite: bool = True) -> None:
@@ -228,7 +240,8 @@ def write_volatile(path: AnyPath, data: bytes) -> None:
     if isinstance(path, Path):
         _write_atomically(path, [data], os.replace, durable=False)
     else:
-        write_bytes(path, data)
+        with explain_errors(path):
+            put_object(path, data)
 
 
 def create_bytes(path: AnyPath, data: bytes) -> bool:
@@ -236,17 +249,12 @@ def create_bytes(path: AnyPath, data: bytes) -> bool:
 
     Either way no power cut takes it away.
     """
-    with suppress(FileExistsError):
-        if isinstance(path, Path):
-            _write_atomically(path, [data], _link)
-            return True
+    if not isinstance(path, Path):
         with explain_errors(path):
-            try:
-                _put(path, data, "create")  # S3: If-None-Match: *
-                return True
-            except OSError:
-                if not path.exists():
-                    raise
+            return create_object(path, data)
+    with suppress(FileExistsError):
+        _write_atomically(path, [data], _link)
+        return True
     sync_folder(path.parent)
     return False
 
@@ -264,8 +272,13 @@ def _link(temporary: Path, path: Path) -> None:
 
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Return the JSON object in a file. StorageError when it is missing or not JSON."""
+    return parse_json(path, read_bytes(path, MAX_JSON_BYTES))
+
+
+def parse_json(path: AnyPath, data: bytes) -> dict[str, Any]:
+    """Return the JSON object in the content of a file. StorageError when it is none."""
     try:
-        value = json.loads(read_bytes(path, MAX_JSON_BYTES), parse_constant=_refuse_constant)
+        value = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error}); it may have been edited") from error
     if not isinstance(value, dict):
@@ -292,16 +305,9 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: AnyPath) -> str:
-    """Return the sha256 of a file. StorageError when it cannot be read."""
-    if not isinstance(path, Path):
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    with explain_errors(path), open_regular(path, MAX_READ_BYTES) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_writable(folder: AnyPath) -> None:
     """Write and remove a small file, to fail before the work. StorageError when that fails."""
+    make_folder(folder)
     probe = folder / PROBE_NAME  # always this name: the next check removes it too
     write_bytes(probe, b"probe")
     discard(probe)
@@ -321,7 +327,7 @@ def remove_leftovers(folder: AnyPath) -> None:
 
 def _is_left(path: Path) -> bool:
     name = TEMPORARY_NAME.fullmatch(path.name)
-    if name and name["host"] == _identify_host():
+    if name and name["host"] == identify_host():
         return not _is_alive(int(name["pid"]))
     try:  # both times are of the file system: clocks of two hosts are never compared
         return path.parent.stat().st_mtime - path.stat().st_mtime > FOREIGN_AGE_S
@@ -330,7 +336,7 @@ def _is_left(path: Path) -> bool:
 
 
 @cache
-def _identify_host() -> str:
+def identify_host() -> str:
     """Return 8 hex digits that two processes share if each can see whether the other is alive."""
     facts = [socket.gethostname()]
     with suppress(OSError):  # only Linux has them; two containers may have one host name

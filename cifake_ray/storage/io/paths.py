@@ -33,6 +33,7 @@ from upath import UPath
 
 from cifake_ray.config import StoreConfig, check_endpoint
 from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.storage.io.s3_session import StayingSession
 
 AnyPath: TypeAlias = Path | UPath
 
@@ -59,10 +60,12 @@ STORE_ERRORS = (
 )
 # Retries with growing pauses are botocore's; s3fs tries again on top of them.
 S3_CONFIG = {
+    "http_session_cls": StayingSession,
     "connect_timeout": 5,
     "read_timeout": 30,
     "retries": {"mode": "standard", "max_attempts": 5},
 }
+MAX_REASON_CHARS = 200  # of what a store answers
 _CREDENTIALS = re.compile(
     r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=|pass(word)?=|token=)",
     re.IGNORECASE,
@@ -201,12 +204,21 @@ def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
     remedy = remedies.get(error.errno or 0, "check the disk and run the same command again")
     reason = str(error.strerror or error).rstrip(".")
     if isinstance(path, UPath):  # fsspec's errors carry no errno
-        reason, remedy = reason or type(error).__name__, "run the same command again"
-        if isinstance(error, FileNotFoundError):
+        reason = " ".join(reason.split())[:MAX_REASON_CHARS] or type(error).__name__
+        remedy = "run the same command again"
+        if read_code(error) == "RequestTimeTooSkewed":
+            remedy = "set the clock of this computer"
+        elif isinstance(error, FileNotFoundError):
             remedy = "check the bucket and the path"
         elif isinstance(error, PermissionError):
             remedy = "check the credentials (AWS chain, --s3-profile) and the bucket's policy"
     return StorageError(f"{path}: {reason}; {remedy}")
+
+
+def read_code(error: OSError) -> str:
+    """Return the code of the answer that s3fs has made an OSError of; "" if there is none."""
+    response: dict[str, dict[str, str]] = getattr(error.__cause__, "response", {})
+    return response.get("Error", {}).get("Code", "")
 
 
 def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str) -> StorageError:

@@ -19,6 +19,7 @@ from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     discard,
     list_folder,
+    make_folder,
     read_if_exists,
     remove_leftovers,
     write_volatile,
@@ -76,9 +77,11 @@ def follow_attempt(earlier: Attempt | None, shard: int, session: str) -> Attempt
 def write_attempt(run: Run, attempt: Attempt) -> None:
     """Write the heartbeat of an attempt. StorageError when that fails."""
     path, data = find_heartbeat(run, attempt.shard), json.dumps(asdict(attempt)).encode()
+    make_folder(path.parent, parents=False)
     try:
         write_volatile(path, data)
     except StorageError:  # another run on the same output has just ended and removed the folder
+        make_folder(path.parent, parents=False)
         write_volatile(path, data)
 
 

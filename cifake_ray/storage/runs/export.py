@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cifake_ray.config import ExportConfig
 from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.errors import CifakeError, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, list_folder, write_chunks
+from cifake_ray.storage.io.files import exists, list_folder, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
 from cifake_ray.storage.io.records import PARQUET_ERRORS
 from cifake_ray.storage.runs.shards import read_shard
@@ -59,6 +59,7 @@ def export_scores(scores: AnyPath, file: AnyPath, config: ExportConfig) -> int:
         if not config.overwrite and exists(file):
             raise FileExistsError
         counts: list[int] = []
+        make_folder(file.parent)
         write_chunks(file, encode_scores(scores, config, counts), overwrite=config.overwrite)
     except FileExistsError as error:
         raise UsageError(f"{file} exists; choose another file, or give --overwrite") from error

@@ -196,7 +196,7 @@ def write_manifest(
 
     NothingToDo when the source holds no file; UsageError when a key is listed twice.
     """
-    make_folder(folder)
+    make_folder(folder, parents=False)
     files: list[ManifestFile] = []
     num_rows = size_bytes = 0
     shards = _deal_listing(listing, shard_rows)

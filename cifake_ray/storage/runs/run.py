@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
     discard,
     encode_json,
-    exists,
     hash_json,
     list_folder,
+    parse_json,
+    read_if_exists,
     read_json,
     remove,
     remove_leftovers,
@@ -37,6 +37,7 @@ from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
 from cifake_ray.storage.runs.links import check_links
 from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
+from cifake_ray.storage.runs.settings import check_settings
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
@@ -136,9 +137,9 @@ def read_run(out: AnyPath) -> Run | None:
     """Return the run of an output folder, or None when none has been frozen there."""
     check_links(out)
     path = out / "_run.json"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return None
-    record = read_json(path)
+    record = parse_json(path, data)
     if record.get("schema_version") != SCHEMA_VERSION:
         raise RunMismatch(
             f"{path}: schema_version {record.get('schema_version')}, this program writes"
@@ -165,6 +166,17 @@ def read_run(out: AnyPath) -> Run | None:
     )
 
 
+def read_again(out: AnyPath, identity: str | None = None) -> Run:
+    """Return the run that was just there. StorageError when another folder has taken its place."""
+    run = read_run(out)
+    if run is None or identity not in (None, run.identity):
+        raise StorageError(
+            f"{out}: it was moved, or another folder has taken its place, while the command ran;"
+            " put it back and run the same command again"
+        )
+    return run
+
+
 def require_run(out: AnyPath) -> Run:
     """Return the run of an output folder. StorageError when there is none, or of another verb."""
     try:
@@ -177,52 +189,6 @@ def require_run(out: AnyPath) -> Run:
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
     return run
-
-
-def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return `epochs: 5 there, 6 here` for every setting that differs."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names)
-
-
-def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise RunMismatch with the difference when the folder belongs to other settings.
-
-    An option that one side does not have, since its version has no such option, has its default.
-    """
-    if old.get("command") != new["command"]:  # nothing else is comparable
-        old, new = ({"command": settings.get("command")} for settings in (old, new))
-    else:
-        old, new = (_add_defaults(new["command"], *pair) for pair in ((old, new), (new, old)))
-    if old != new:
-        remedy = "choose a new output folder, or give the same settings"
-        if new["command"] == "train" and {**old, "epochs": new.get("epochs")} == new:
-            remedy = (
-                "its learning rates follow from its epochs; to train on from its result, choose a"
-                f" new folder and give --weights {out / 'bundle'}"
-            )
-        raise RunMismatch(
-            f"{out} belongs to another run ({describe_difference(old, new)}); {remedy}"
-        )
-
-
-def _add_defaults(command: str, settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the default of each option that only the other ones have."""
-    defaults = {field.name: field.default for field in fields(VERBS[command])}
-    absent = {
-        name: list(default) if isinstance(default, tuple) else default
-        for name, default in defaults.items()
-        if name in other and default is not MISSING
-    }
-    settings = {**absent, **settings}
-    if isinstance(settings.get("recipe"), dict):  # the options of the trainings of a search
-        settings["recipe"] = _add_defaults("train", settings["recipe"], other.get("recipe", {}))
-    return settings
-
-
-def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a fingerprint covers: two runs are the same if these are."""
-    return {"command": command, "schema_version": SCHEMA_VERSION, **settings}
 
 
 def claim_folder(
@@ -280,10 +246,10 @@ class ShardStats:
 def is_finished(run: Run) -> bool:
     """Return whether `_SUCCESS` is that of this run. StorageError when it is damaged."""
     path = run.out / "_SUCCESS"
-    if not exists(path):
+    if (data := read_if_exists(path)) is None:
         return False
     first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
-    return bool(read_json(path).get("run", first) == run.identity)
+    return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
 def force_names(run: Run) -> None:
@@ -295,6 +261,16 @@ def force_names(run: Run) -> None:
     sync_folder(run.results_folder)
 
 
+def check_current(run: Run) -> None:
+    """Raise StorageError when `_run.json` is not that of this run any more."""
+    found = read_run(run.out)
+    if found is None or (found.identity, found.manifest) != (run.identity, run.manifest):
+        raise StorageError(
+            f"{run.out / '_run.json'}: another process has replaced or removed it meanwhile; run"
+            " the same command again, by one process at a time"
+        )
+
+
 def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
@@ -303,13 +279,17 @@ def reopen_run(run: Run) -> None:
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
     """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
-    missing = set(range(run.manifest.num_shards)) - {part.shard for part in parts}
+    read_again(run.out, run.identity)
+    there = {path.name for path in list_folder(run.results_folder)}
+    committed = {part.shard for part in parts if shard_name(part.shard) in there}
+    missing = set(range(run.manifest.num_shards)) - committed
     rows = sum(part.rows for part in parts)
     if missing or rows != run.manifest.num_rows:
         raise CifakeError(
             f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
             f" {rows} rows written, {len(missing)} shards missing; run the same command again"
         )
+    check_current(run)
     parts = sorted(parts, key=lambda part: part.shard)
     columns = {
         "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],

@@ -24,15 +24,14 @@ from cifake_ray.storage.runs.run import (
     PRIVATE_PREFIX,
     RESULTS,
     Run,
-    check_settings,
     claim_folder,
-    describe_difference,
-    identify_run,
     is_finished,
+    read_again,
     read_record,
     read_run,
     reopen_run,
 )
+from cifake_ray.storage.runs.settings import check_settings, describe_difference, identify_run
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
@@ -95,9 +94,7 @@ class RunPlan:
         }
         write_json(self.out / "_run.json", record)
         reopen_run(run)
-        changed = read_run(self.out)
-        assert changed is not None
-        return changed
+        return read_again(self.out)
 
     def check_new(self) -> None:
         """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
@@ -138,8 +135,7 @@ class RunPlan:
             "has_private_folders": True,
         }
         claim_folder(self.out, self._settings, self.config, plan)
-        run = read_run(self.out)
-        assert run is not None
+        run = read_again(self.out)
         if run.manifest != manifest:  # another process was first
             for file in manifest.files:
                 discard(folder / file.name)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, SCORE_FIELDS, datasets_metadata
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.files import read_bytes, read_if_exists, write_bytes
+from cifake_ray.storage.io.files import make_folder, read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
 from cifake_ray.storage.runs.run import Run, ShardStats
@@ -61,6 +61,7 @@ def commit_shard(
         for group in _split_groups(table.cast(schema)):
             writer.write_table(group, row_group_size=max(group.num_rows, 1))
     data = sink.getvalue().to_pybytes()
+    make_folder(run.results_folder, parents=False)
     write_bytes(run.shard_path(shard), data)
     return _describe_shard(shard, parse_record(_Footer, footer), data)
 

@@ -23,6 +23,7 @@ from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.io.files import (
     hash_json,
     list_folder,
+    make_folder,
     read_if_exists,
     read_json,
     write_bytes,
@@ -167,6 +168,7 @@ class _TensorBoard:
         writer.write(Event(wall_time=now_s, file_version="brain.Event:2").SerializeToString())
         event = Event(wall_time=now_s, step=row["epoch"], summary=Summary(value=values))
         writer.write(event.SerializeToString())
+        make_folder(self.folder, parents=False)
         write_bytes(self.folder / EVENTS.format(f"{row['epoch']:06d}"), file.getvalue())
 
     def log_summary(self, summary: dict[str, Any]) -> None: ...

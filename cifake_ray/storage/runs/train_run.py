@@ -6,6 +6,8 @@ import fcntl
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +32,11 @@ from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.io.text_rows import encode_csv, encode_json_lines
 from cifake_ray.storage.runs.links import check_links
-from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record
+from cifake_ray.storage.runs.run import claim_folder, read_record
+from cifake_ray.storage.runs.settings import check_settings, identify_run
+
+# What zipfile and torch raise for bytes that are not those that were written.
+DAMAGE = (*UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ class RunFolder:
 
     def write_success(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished, and remove what killed processes left."""
+        read_record(self.path)  # another folder may have taken its place
         remove_leftovers(self.path)
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
 
@@ -203,11 +210,14 @@ class TrainRun(RunFolder):
         if data is None:
             return None
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:  # torch ignores the sums it has stored
+                if file.testzip() is not None:
+                    raise ValueError("its sum is another")
             checkpoint: dict[str, Any] = torch.load(
                 io.BytesIO(data), map_location="cpu", weights_only=True
             )
             parse_record(_Checkpoint, checkpoint)
-        except UNPICKLING_ERRORS as error:
+        except DAMAGE as error:
             raise self.refuse_checkpoint(error) from error
         return checkpoint
 
@@ -221,6 +231,7 @@ class TrainRun(RunFolder):
 
     def write_checkpoint(self, data: bytes) -> None:
         """Commit a checkpoint."""
+        make_folder(self.checkpoint_path.parent, parents=False)
         write_bytes(self.checkpoint_path, data)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
@@ -229,5 +240,22 @@ class TrainRun(RunFolder):
         write_bytes(self.path / "summary.csv", encode_csv(list(history[-1]), history))
 
     def read_history(self) -> list[dict[str, Any]]:
-        """Return a row per finished epoch."""
-        return read_history(self.path, Epoch)
+        """Return a row per finished epoch. StorageError when one is not as it was written.
+
+        `summary.csv`, which is written after it and so read before it, has the same rows, but for
+        the last when a kill came between them.
+        """
+        summary = read_if_exists(self.path / "summary.csv")
+        try:
+            history = read_history(self.path, Epoch)
+            if summary is not None:
+                names, *lines = summary.decode().splitlines()
+                same = history[: len(lines)]
+                if encode_csv(names.split(","), same) != summary:
+                    raise ValueError("it differs from summary.csv")
+        except (BundleError, ValueError) as error:
+            raise StorageError(
+                f"{self.path / 'history.jsonl'}: damaged, or summary.csv is; delete both, and"
+                " _SUCCESS, and the same command writes them again from the checkpoint"
+            ) from error
+        return history

@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     exists,
+    hash_json,
     list_folder,
+    make_folder,
     read_bytes,
     read_json,
     remove,
@@ -85,21 +87,27 @@ class TuneRun(RunFolder):
         return [self.read_trial(n) for n in numbers if exists(self.folder_of(n) / "trial.json")]
 
     def read_trial(self, number: int) -> Trial:
-        """Return a trial. StorageError when its file is damaged."""
+        """Return a trial. StorageError when it is not as it was written."""
         path = self.folder_of(number) / "trial.json"
+        record = read_json(path)
         try:
-            trial = parse_record(Trial, read_json(path))
-            if trial.number != number:
-                raise ValueError(f"number is {trial.number}")
+            sha256 = record.pop("sha256", None)  # earlier versions wrote none
+            trial = parse_record(Trial, record)
+            if trial.number != number or sha256 not in (None, hash_json(asdict(trial))):
+                raise ValueError("its sha256 is another")
         except ValueError as error:
             raise StorageError(
-                f"{path}: not the record of trial {number} ({error}); it may have been edited:"
-                " remove its folder to try it again"
+                f"{path}: damaged ({error}); delete the folder {path.parent} and run the same"
+                " command again, which tries this trial again"
             ) from error
         return trial
 
     def write_trial(self, trial: Trial) -> None:
-        write_json(self.folder_of(trial.number) / "trial.json", asdict(trial))
+        record = asdict(trial)
+        path = self.folder_of(trial.number) / "trial.json"
+        make_folder(path.parent.parent, parents=False)
+        make_folder(path.parent, parents=False)
+        write_json(path, {**record, "sha256": hash_json(record)})
 
     def write_tables(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write `trials.csv` and `trials.parquet`."""
@@ -114,6 +122,7 @@ class TuneRun(RunFolder):
         """Copy the bundle of a trial to the search, and write the recipe that makes it again."""
         source = self.run_of(trial).bundle_path
         files = sorted((file.name for file in list_folder(source)), key="config.json".__eq__)
+        make_folder(self.path / "bundle", parents=False)
         for name in files:  # config.json last: a bundle that has it is complete
             write_bytes(self.path / "bundle" / name, read_bytes(source / name))
         write_bytes(self.path / "recipe.yaml", recipe.encode())

@@ -14,13 +14,12 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import shard_name
 from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.digest import hash_file, stamp_file
 from cifake_ray.storage.io.files import (
     exists,
-    hash_file,
     list_folder,
     move,
     read_bytes,
-    stamp_file,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns

@@ -13,7 +13,6 @@ import os
 import random
 import threading
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -41,6 +40,13 @@ from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from cifake_ray.config import StoreConfig
+from cifake_ray.storage.s3.answers import (
+    check_answer,
+    limit_answers,
+    parse_count,
+    read_body,
+    set_deadline,
+)
 from cifake_ray.storage.s3.errors import (
     MOVED,
     CredentialsError,
@@ -53,13 +59,13 @@ from cifake_ray.storage.s3.errors import (
     parse_error_body,
 )
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
+from cifake_ray.storage.s3.listing import Page, parse_page
 from cifake_ray.storage.s3.throttle import Throttle
 
 T = TypeVar("T")
 
 DEFAULT_REGION = "us-east-1"  # answers for every bucket with the region where it is
-CHUNK_BYTES = 2**18
-MAX_ANSWER_BYTES = 2**24  # a page of 1,000 keys of 1,024 bytes, escaped, is below 8 MiB
+MAX_ANSWER_BYTES = 2**23  # a page of 1,000 keys of 1,024 bytes, escaped, is smaller
 
 # What botocore says of the configuration itself is explained as it is, see `explain_store_error`.
 CONFIGURATION_ERRORS = (
@@ -139,10 +145,10 @@ class S3Client:
 
     def list_page(
         self, bucket: str, query: Mapping[str, str], stop: threading.Event | None = None
-    ) -> ET.Element:
+    ) -> Page:
         """Return one page of ListObjectsV2. S3Error when it fails for good."""
         request = _Request(bucket, None, {"list-type": "2", **query}, {}, MAX_ANSWER_BYTES)
-        return self._retry(request, ET.fromstring, stop)
+        return self._retry(request, parse_page, stop)
 
     def get_object(
         self,
@@ -210,6 +216,7 @@ class S3Client:
             connect=min(self.limits.connect_timeout_s, left_s),
             read=min(self.limits.read_timeout_s, left_s),
         )
+        set_deadline(deadline_s)
         try:
             response = address.pool.urlopen(
                 "GET",
@@ -227,14 +234,23 @@ class S3Client:
                 stack.callback(response.close)  # else its rest would be read as the next answer
                 if response.status == 200 != wanted:
                     raise S3Error(501, "", "the store sends whole objects when asked for a part")
-                data = _read_body(response, max_bytes, deadline_s)
+                data = read_body(response, max_bytes)
                 stack.pop_all()
             response.release_conn()
-            if response.status == wanted:
-                return parse(data)
-        except (urllib3.exceptions.HTTPError, OSError, ET.ParseError) as error:
+        except (urllib3.exceptions.HTTPError, OSError) as error:
             raise S3Error(0, "", describe_break(error)) from error
-        raise self._explain_answer(request.bucket, address, response, data)
+        except TooLarge as error:
+            if response.status == wanted and request.key is not None:
+                raise
+            status = 0 if response.status == wanted else response.status
+            raise S3Error(status, "", f"an answer of {error}") from error
+        if response.status != wanted:
+            raise self._explain_answer(request.bucket, address, response, data)
+        check_answer(request.headers, response.headers, len(data))
+        try:
+            return parse(data)
+        except ValueError as error:
+            raise S3Error(0, "", f"the answer is not the XML of a listing: {error}") from error
 
     def _explain_answer(
         self, bucket: str, address: _Address, response: urllib3.BaseHTTPResponse, data: bytes
@@ -247,8 +263,8 @@ class S3Client:
             return S3Error(status, MOVED, f"the bucket is in the region {region}")
         if status in REDIRECTS:
             return S3Error(status, code, "the store points to another host, which is not followed")
-        after = response.headers.get("retry-after", "")
-        pause_s = min(float(after), self.limits.max_pause_s) if after.isdigit() else 0.0
+        after_s = parse_count(response.headers.get("retry-after", "")) or 0
+        pause_s = min(float(after_s), self.limits.max_pause_s)
         return S3Error(status, code, words.get("Message") or str(response.reason), pause_s)
 
     def _find_address(self, bucket: str, region: str | None = None) -> _Address:
@@ -276,8 +292,10 @@ class S3Client:
             # Through a tunnel; an http:// proxy would get a URL, and normalise the key.
             proxy = get_environ_proxies(origin).get("https")
         pools = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        pool = pools.connection_from_url(origin)
+        limit_answers(pool)
         return _Address(
-            pools.connection_from_url(origin),
+            pool,
             region,
             origin,
             urlsplit(bucket_url).path or "/",
@@ -308,25 +326,6 @@ def _ask_urls(
     client.head_bucket(Bucket=bucket)
     client.head_object(Bucket=bucket, Key="x")
     return urls[0], urls[1]
-
-
-def _read_body(response: urllib3.BaseHTTPResponse, max_bytes: int, deadline_s: float) -> bytes:
-    """Read the body. TooLarge before too much of it is read, HTTPError when it ends early."""
-    length = response.headers.get("content-length", "")
-    expected = int(length) if length.isdigit() else None
-    if expected is not None and expected > max_bytes:
-        raise TooLarge(f"{expected} bytes; the limit is {max_bytes}")
-    chunks, num_bytes = [], 0
-    while num_bytes != expected and (chunk := response.read1(CHUNK_BYTES)):
-        chunks.append(chunk)
-        num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise TooLarge(f"more than {max_bytes} bytes")
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{num_bytes} bytes had come at the deadline")
-    if expected is not None and num_bytes != expected:
-        raise urllib3.exceptions.IncompleteRead(num_bytes, expected - num_bytes)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:

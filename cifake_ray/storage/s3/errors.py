@@ -33,7 +33,6 @@ BREAKS = {  # urllib3's names of what broke a connection
     "NameResolutionError": "the host name is not known",
     "ProtocolError": "the connection broke",
     "IncompleteRead": "the answer ended early",
-    "ParseError": "the answer is not the XML of a listing",
     "SSLError": "no trusted TLS connection",
 }
 
@@ -57,6 +56,7 @@ class S3Error(Exception):
         return (
             self.is_throttled
             or self.status in (0, 408)
+            or 200 <= self.status < 300  # of another kind than can be right
             or (self.status >= 500 and self.status != 501)
             or self.code in STALE_CREDENTIALS
         )
@@ -120,11 +120,19 @@ def explain_credentials(error: Exception, profile: str) -> CredentialsError:
     )
 
 
+def parse_xml(data: bytes) -> ET.Element:
+    """Parse XML of bounded expansion. ValueError when it is none."""
+    try:
+        return ET.fromstring(data)
+    except (ET.ParseError, LookupError) as error:  # LookupError: an encoding that nobody knows
+        raise ValueError(f"not XML ({error})") from error
+
+
 def parse_error_body(data: bytes) -> dict[str, str]:
     """Return the fields of an XML error, such as Code, Message and Region; {} if it is none."""
     try:
-        root = ET.fromstring(data)
-    except ET.ParseError:
+        root = parse_xml(data)
+    except ValueError:
         return {}
     return {
         child.tag.rpartition("}")[2]: " ".join((child.text or "").split())[:MAX_DETAIL_CHARS]
@@ -153,7 +161,8 @@ def explain_s3_error(error: S3Error | BotoCoreError, place: str) -> StorageError
         reason = f"the store does not accept the credentials ({error.code or error.status})"
         remedy = "check the AWS chain (variables, --s3-profile, a role)"
     elif error.code == "RequestTimeTooSkewed":
-        reason, remedy = "the store says that the clock of this computer is wrong", "set it"
+        reason = "the store says that the clock of this computer is wrong"
+        remedy = "set the clock and run the same command again"
     elif error.status == 403:
         reason = f"access denied ({error.code or error.status})"
         remedy = (

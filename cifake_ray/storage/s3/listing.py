@@ -14,8 +14,8 @@ order is not divided.
 from __future__ import annotations
 
 import queue
+import re
 import threading
-import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
@@ -23,11 +23,13 @@ from urllib.parse import unquote_to_bytes
 
 from botocore.exceptions import BotoCoreError
 
-from cifake_ray.storage.s3.errors import S3Error
+from cifake_ray.storage.s3.errors import S3Error, parse_xml
 
 PAGE_KEYS = 1000
 MAX_KEY_BYTES = 1024
 LAST_CHAR = "\U0010ffff"
+SIZE = re.compile("[0-9]{1,18}")
+MAX_EMPTY_PAGES = 100  # one after another; a store may scan what was deleted
 WAKE_S = 0.2  # how soon a thread that waits for room sees that all is over
 
 Query: TypeAlias = dict[str, str]
@@ -53,21 +55,65 @@ class Page(NamedTuple):
     token: str | None  # of the next page
 
 
-def parse_page(root: ET.Element) -> Page:
-    """Parse a page of ListObjectsV2."""
+def parse_page(data: bytes) -> Page:
+    """Parse a page of ListObjectsV2. ValueError for anything else, such as a page of a website."""
+    root = parse_xml(data)
+    if root.tag.rpartition("}")[2] != "ListBucketResult":
+        raise ValueError(f"it is <{root.tag}>")
     space = root.tag.rpartition("}")[0]
     space += "}" if space else ""
     key_tag, size_tag, etag_tag = (f"{space}{name}" for name in ("Key", "Size", "ETag"))
     is_quoted = root.findtext(f"{space}EncodingType") == "url"
     entries = []
     for content in root.iterfind(f"{space}Contents"):
-        key = content.findtext(key_tag) or ""
+        key, size_text = content.findtext(key_tag), content.findtext(size_tag) or ""
+        if not key or not SIZE.fullmatch(size_text):
+            raise ValueError(f"{key!r} has the size {size_text!r}")
         if is_quoted and ("%" in key or "+" in key):
             key = unquote_to_bytes(key.replace("+", " ")).decode("utf-8", "surrogateescape")
-        size_bytes = int(content.findtext(size_tag) or 0)
-        entries.append(Entry(key, size_bytes, content.findtext(etag_tag)))
-    is_truncated = root.findtext(f"{space}IsTruncated") == "true"
-    return Page(entries, root.findtext(f"{space}NextContinuationToken") if is_truncated else None)
+        entries.append(Entry(key, int(size_text), content.findtext(etag_tag)))
+    is_truncated = root.findtext(f"{space}IsTruncated")
+    token = root.findtext(f"{space}NextContinuationToken") if is_truncated == "true" else None
+    if is_truncated not in ("true", "false") or (is_truncated == "true" and not token):
+        raise ValueError("it does not say how it goes on")
+    return Page(entries, token)
+
+
+class _Watch:
+    """Notices pages that come again, and disorder where a listing was divided by its order.
+
+    A page is compared with the one after 1, 2, 4, 8 ... pages, so any circle is found, and nothing
+    is remembered of a listing however long.
+    """
+
+    def __init__(self) -> None:
+        self.num_pages = 0
+        self.num_empty = 0
+        self.kept: tuple[str | None, str | None] = (None, None)  # last key and token of a page
+        self.last_key: str | None = None
+
+    def check(self, page: Page, *, is_divided: bool) -> None:
+        """Raise S3Error when this page cannot be the one that follows."""
+        keys = [entry.key for entry in page.entries]
+        self.num_empty = 0 if keys else self.num_empty + 1
+        last_key = keys[-1] if keys else None
+        if (last_key and last_key == self.kept[0]) or (page.token and page.token == self.kept[1]):
+            raise _make_error("the same page comes again")
+        if self.num_empty > MAX_EMPTY_PAGES:
+            raise _make_error("pages without a key do not end")
+        keys = [self.last_key, *keys] if self.last_key else keys
+        if len(set(keys)) < len(keys):
+            raise _make_error("it has a key twice")
+        if is_divided and not _is_in_order(keys):
+            raise _make_error("its keys are in no order")
+        self.num_pages += 1
+        if self.num_pages & (self.num_pages - 1) == 0:
+            self.kept = last_key, page.token
+        self.last_key = last_key or self.last_key
+
+
+def _make_error(detail: str) -> S3Error:
+    return S3Error(0, "", f"what it lists is not right: {detail}")
 
 
 class _UnknownOrderError(Exception):
@@ -77,12 +123,12 @@ class _UnknownOrderError(Exception):
 class KeyLister:
     """Lists all keys below a prefix with several threads.
 
-    `ask` answers a query of ListObjectsV2 and may raise S3Error, BotoCoreError or ParseError; the
-    first such error ends the listing.
+    `ask` answers a query of ListObjectsV2 and may raise S3Error or BotoCoreError; the first such
+    error ends the listing.
     """
 
     def __init__(
-        self, ask: Callable[[Query], ET.Element], num_threads: int, page_keys: int = PAGE_KEYS
+        self, ask: Callable[[Query], Page], num_threads: int, page_keys: int = PAGE_KEYS
     ) -> None:
         self.ask = ask
         self.num_threads = num_threads
@@ -125,7 +171,7 @@ class KeyLister:
                     self.num_busy -= 1
                     self.changed.notify_all()
             is_well = True
-        except (S3Error, BotoCoreError, ET.ParseError) as error:
+        except (S3Error, BotoCoreError) as error:
             self.failure = self.failure or error
         finally:
             if not is_well:
@@ -160,8 +206,10 @@ class KeyLister:
         block = todo.prefix  # shrinks when what lies behind it is given away
         query = self._make_query(todo, self.page_keys)
         pages_until_split, wait_pages = 1, 1
+        watch = _Watch()
         while not self.stop.is_set():
-            page = parse_page(self.ask(query))
+            page = self._ask(todo, query)
+            watch.check(page, is_divided=block != todo.prefix or bool(todo.after))
             entries = page.entries
             if block != todo.prefix:
                 entries = [entry for entry in entries if entry.key.startswith(block)]
@@ -178,6 +226,13 @@ class KeyLister:
                 pages_until_split = wait_pages
                 block = narrower or block
 
+    def _ask(self, todo: KeyRange, query: Query) -> Page:
+        page = self.ask(query)
+        for key, _, _ in page.entries:
+            if not key.startswith(todo.prefix):
+                raise _make_error(f"{key!r} is not below {todo.prefix!r}")
+        return page
+
     def _make_query(self, todo: KeyRange, max_keys: int) -> Query:
         query = {"prefix": todo.prefix, "max-keys": str(max_keys), "encoding-type": "url"}
         if todo.after:
@@ -186,7 +241,7 @@ class KeyLister:
 
     def _probe(self, todo: KeyRange) -> str | None:
         """Return the first key of a range."""
-        entries = parse_page(self.ask(self._make_query(todo, 1))).entries
+        entries = self._ask(todo, self._make_query(todo, 1)).entries
         return entries[0].key if entries else None
 
     def _split(self, block: str, entries: list[Entry]) -> str | None:

@@ -72,16 +72,18 @@ def fetch_objects(
 
 def _fetch(client: S3Client, stored: StoredObject, stop: threading.Event) -> bytes | ImageError:
     bucket, key, etag, size_bytes, offset = stored
-    max_bytes = MAX_IMAGE_BYTES
-    if offset is not None and size_bytes is not None:
-        max_bytes = size_bytes  # the caller limits the parts
-    elif size_bytes is not None and size_bytes > MAX_IMAGE_BYTES:
+    if offset is None and size_bytes is not None and size_bytes > MAX_IMAGE_BYTES:
         return explain_large(key, size_bytes, MAX_IMAGE_BYTES)
+    max_bytes = MAX_IMAGE_BYTES if size_bytes is None else size_bytes  # the caller limits parts
     try:
         return client.get_object(bucket, key, etag, max_bytes, stop, offset)
     except TooLarge as error:
-        return ImageError("too_large", str(error))
+        if size_bytes is None:
+            return ImageError("too_large", str(error))
+        return ImageError("changed", f"{error}; the list says {size_bytes}")
     except S3Error as error:
+        if error.code == "RequestTimeTooSkewed":  # of this machine, for all objects alike
+            raise explain_s3_error(error, f"s3://{bucket}") from error
         return explain_object(error)
 
 

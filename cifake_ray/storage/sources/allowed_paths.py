@@ -23,6 +23,7 @@ from cifake_ray.storage.io.paths import (
 )
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_S3_NAMES = re.compile(r"^s3[an]://")  # what Hadoop and Spark call S3
 
 
 def is_uri(path: str) -> bool:
@@ -63,7 +64,7 @@ class AllowedPaths:
         if path.startswith("file://"):
             return self._check_local(parse_file_uri(path))
         if is_uri(path):
-            return self._check_remote(path)
+            return self._check_remote(_S3_NAMES.sub("s3://", path))
         if path.startswith("/"):
             return self._check_local(path)
         if is_uri(self.root):
@@ -136,6 +137,7 @@ def make_allowed_paths(list_place: AnyPath, allow_prefix: Iterable[str] = ()) ->
     folders = [os.path.realpath(root)] if is_local else []
     prefixes = [] if is_local else [root]
     for value in allow_prefix:
+        value = _S3_NAMES.sub("s3://", value)
         try:
             if is_uri(value) and not value.startswith("file://"):
                 check_uri(value)

@@ -8,31 +8,44 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-# Of macOS; Synology, QNAP and other NAS; Windows; Linux; tools.
+# Of macOS; Synology, QNAP and other NAS; Windows; Linux; what synchronises; viewers; tools.
 _FOLDERS = """
-__macosx .appledouble .fseventsd .spotlight-v100 .temporaryitems .trashes .documentrevisions-v100
-@eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb .snapshot .zfs
+__macosx .appledouble .appledb .fseventsd .spotlight-v100 .temporaryitems .trashes .trash
+.documentrevisions-v100
+@eadir #recycle #snapshot @recycle @recently-snapshot .@__thumb @__thumb @tmp .wdmc .snapshot .zfs
 $recycle.bin recycler lost+found .thumbnails .cache
+.dropbox.cache .stfolder .stversions .sync
+.picasaoriginals .dtrash .xvpics .thumb .tmb
 .ipynb_checkpoints __pycache__ .git .hg .svn .dvc .idea .vscode .venv node_modules
 .pytest_cache .mypy_cache .ruff_cache
 """
 _FILES = """
 .ds_store .localized .apdisk .volumeicon.icns thumbs.db ehthumbs.db ehthumbs_vista.db desktop.ini
-.directory .picasa.ini picasa.ini .gitignore .gitattributes .gitkeep .gitmodules .keep .dockerignore
+.directory .picasa.ini picasa.ini .dropbox .nomedia .bridgesort .bridgelabelsandratings
+zbthumbnail.info pspbrwse.jbf albumart.pamp thumbs.db:encryptable _success
+.gitignore .gitattributes .gitkeep .gitmodules .keep .dockerignore
 """
 # Captions, metadata and labels; checksums, code and notes; what cameras, editors and maps add;
 # weights of networks.
 _SIDECARS = """
 txt json jsonl ndjson xml csv tsv md rst yaml yml toml ini cfg log npy npz mat pkl pickle html htm
 css js py ipynb sh caption tags sha1 sha256 sha512 md5 sfv url lnk lock db sqlite xls xlsx ods doc
-docx odt xmp aae pp3 dop gpx srt jgw tfw pgw prj geojson pt pth ckpt onnx safetensors
+docx odt ppt pptx xmp aae pp3 dop lrcat ctg gpx kml srt jgw tfw pgw prj geojson crc dvc swp c cpp h
+java pt pth ckpt onnx safetensors
 """
-_SIDECAR_FILES = "readme license licence copying notice sha256sums md5sums"
+# Of a telephone each photograph may have a film beside it; .thm and .lrv are what cameras add.
+_MEDIA = """
+mov mp4 m4v 3gp avi mkv webm mts m2ts mpg mpeg wmv lrv thm mp3 m4a wav aac ogg flac
+"""
+_SIDECAR_FILES = """
+readme license licence copying notice sha256sums md5sums md5sum makefile dockerfile
+"""
 
 SYSTEM_FOLDERS = frozenset({*_FOLDERS.split(), "system volume information"})
 SYSTEM_FILES = frozenset({*_FILES.split(), "icon\r"})
 SYSTEM_PREFIXES = ("._", "~$", ".nfs0", ".fuse_hidden")  # of files
 SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
+MEDIA_SUFFIXES = frozenset(_MEDIA.split())
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # sidecars with labels, by `imagefolder`
 SIDECAR_FILES = frozenset(_SIDECAR_FILES.split())
 
@@ -48,6 +61,8 @@ def find_clutter(key: str) -> str | None:
     stem, dot, suffix = name.rpartition(".")
     if suffix == "gz":
         stem, dot, suffix = stem.rpartition(".")
+    if dot and suffix in MEDIA_SUFFIXES:
+        return "video or sound"
     if (dot and suffix in SIDECAR_SUFFIXES) or name in SIDECAR_FILES:
         return "sidecar"
     return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from cifake_ray.config import SourceConfig
-from cifake_ray.core.labels import make_class_names
+from cifake_ray.core.labels import make_class_names, parse_split, read_folder_name
 from cifake_ray.core.schema import HEADER_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath
@@ -19,6 +20,13 @@ RESERVED_COLUMNS = {field.name for field in [*MANIFEST_FIELDS, *SHARD_FIELDS, *S
 # What convert and score measure themselves; the others of one of these names are left out.
 MEASURED_COLUMNS = {field.name for field in HEADER_FIELDS} | {"sha256"}
 REPLACED = "(the output has its own)"
+# Names of the column of paths, in any case and spelling, if none has the name `path`.
+PATH_NAMES = """
+filename filepath imagepath imgpath image img imagename imgname imagefile file fname relativepath
+relpath fullpath images
+"""
+# Names of columns of splits, if none has the name `split`: as far as their values are splits.
+SPLIT_COLUMNS = ("subset", "partition", "set", "usage", "phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +93,51 @@ class ColumnChoice:
         return kept, left_out
 
 
+def find_column(names: Iterable[str], wanted: str) -> str | None:
+    """Return the column of a name, else the only one that differs in case or by an `s`."""
+    names = list(names)
+    found = [name for name in names if name.lower() in (wanted.lower(), f"{wanted.lower()}s")]
+    return wanted if wanted in names else found[0] if len(found) == 1 else None
+
+
+def rename_columns(names: Sequence[str], path_column: str, label_column: str) -> list[str]:
+    """Return the names, those of known columns as they are asked for: `Label`, `file_name`."""
+    renamed = list(names)
+    for wanted in (path_column, label_column, "split", "source"):
+        found = find_column(renamed, wanted)
+        plain = [re.sub(r"[\W_]+", "", name.lower()) for name in renamed]
+        for other in PATH_NAMES.split() if wanted == "path" else ():
+            if found is None and plain.count(other) == 1:
+                found = renamed[plain.index(other)]
+        if found is not None:
+            renamed[renamed.index(found)] = wanted
+    return renamed
+
+
+def find_split_column(names: Iterable[str]) -> str | None:
+    """Return the column of splits, or one that may hold them: see `make_split_reader`."""
+    names = list(names)
+    found = (find_column(names, wanted) for wanted in ("split", *SPLIT_COLUMNS))
+    return next((name for name in found if name is not None), None)
+
+
+def make_split_reader(column: str | None) -> Callable[[object], str | None]:
+    """Return what reads a column of splits; of one with another name, only the known words."""
+    if column is None or find_column([column], "split"):
+        return parse_split
+    return lambda value: read_folder_name(str(value), {}).split
+
+
 def describe_left_out(left_out: Collection[str]) -> str:
     """Return a line that names columns which do not travel."""
     line = f"left out columns: {', '.join(left_out)}"
     is_all_replaced = all(reason.endswith(REPLACED) for reason in left_out)
     return line if is_all_replaced else f"{line}; --keep-column NAME keeps one of another type"
+
+
+def describe_unlabelled(wanted: str, columns: Iterable[str]) -> str:
+    """Return a line for a table without a column of labels."""
+    return f"no labels: no column `{wanted}`, only {', '.join(columns)}; --label-column names one"
 
 
 def find_value_type(column_type: pa.DataType) -> pa.DataType:

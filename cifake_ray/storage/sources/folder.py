@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
+from cifake_ray.core.labels import LabelReader
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.storage.io.paths import explain_errors, explain_os_error
@@ -65,7 +66,8 @@ class FolderSource:
         left_out = listing.left_out
         read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
-        columns = MetadataColumns(self.label_column, self.source_column, self.class_names)
+        labels = LabelReader(self.label_column, self.class_names)
+        columns = MetadataColumns(labels, self.source_column)
         described: list[str] = []  # metadata files that were used
         # Folders, the metadata above them, and where links are followed the identities of the
         # folders above them.
@@ -97,7 +99,7 @@ class FolderSource:
                         pending.append((f"{key}/", metadata, above))
                     continue
                 if reason := self.key_filter.find_reason(key):
-                    left_out[reason] += 1
+                    listing.leave_out_file(key, reason)
                     continue
                 size_bytes, mtime_ns = None, None
                 try:
@@ -124,12 +126,12 @@ class FolderSource:
                     ):
                         left_out["link out of the folder"] += 1
                         continue
-                labels = metadata.describe(key, folder_labels) if metadata else folder_labels
+                facts = metadata.describe(key, folder_labels) if metadata else folder_labels
                 escaped = escape_key(key)
                 if escaped is None:
-                    yield key, key, None, size_bytes, mtime_ns, None, *labels, None
+                    yield key, key, None, size_bytes, mtime_ns, None, *facts, None
                 else:
-                    known = (None, None, size_bytes, mtime_ns, None, labels.label, None, None)
+                    known = (None, None, size_bytes, mtime_ns, None, facts.label, None, None)
                     yield escaped, *known, "bad_key"
         if described:
             more = f" and {len(described) - 1:,} more" if len(described) > 1 else ""
@@ -137,6 +139,7 @@ class FolderSource:
                 f"labels, splits and sources are those of {described[0]}{more}, where it has them;"
                 " its other columns travel only if it is given as the source itself"
             )
+            listing.notes += [labels.describe()] if labels.counts else []
 
     def _scan(self, folder: Path, entries: Any) -> Iterator[os.DirEntry[str]]:
         with explain_errors(folder), entries:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cifake_ray.core.labels import LabelReader, PathLabels, parse_split
+from cifake_ray.core.labels import LabelReader, PathLabels
 from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.sources.clutter import METADATA_NAMES
+from cifake_ray.storage.sources.columns import find_split_column, make_split_reader
 from cifake_ray.storage.sources.text_table import open_text_table
 
 FILE_NAME = "file_name"
@@ -22,11 +23,10 @@ MAX_METADATA_BYTES = 256 * 2**20  # it is held in memory while its folder is lis
 
 
 class MetadataColumns(NamedTuple):
-    """What the columns of metadata are called, and what values of labels mean."""
+    """What the columns of metadata are called, and what reads the labels."""
 
-    label: str
+    labels: LabelReader
     source: str
-    class_names: dict[str, int]
 
 
 class FolderMetadata(NamedTuple):
@@ -67,14 +67,16 @@ def read_metadata(
 
 
 def _read_rows(path: Path, columns: MetadataColumns) -> Iterator[tuple[str, PathLabels]]:
-    table = open_text_table(path, FILE_NAME, columns.label)
-    labels = LabelReader(columns.label, columns.class_names)
-    names = (FILE_NAME, columns.label, "split", columns.source)
+    labels = columns.labels
+    table = open_text_table(path, FILE_NAME, labels.column)
+    split_column = find_split_column(table.names)
+    names = (FILE_NAME, labels.column, split_column, columns.source)
     places = [table.names.index(name) if name in table.names else None for name in names]
     if places[1:] == [None] * 3:
-        raise UsageError(f"{path} has no column {columns.label!r}, 'split' or {columns.source!r}")
+        raise UsageError(f"{path} has no column {labels.column!r}, 'split' or {columns.source!r}")
+    read_split = make_split_reader(split_column)
     for _, values in table.rows:
         file_name, label, split, source = (None if p is None else values[p] for p in places)
         if file_name:
             key = os.path.normpath(file_name.replace("\\", "/"))
-            yield key, PathLabels(labels.read(label), parse_split(split), source or None)
+            yield key, PathLabels(labels.read(label), read_split(split), source or None)

@@ -7,7 +7,6 @@ what they mean here.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, inspect_image, map_images
-from cifake_ray.core.imaging.raw_pixels import RAW_FIELDS, encode_pixels
-from cifake_ray.core.labels import find_split, parse_split
-from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY, IMAGE_ERRORS
+from cifake_ray.core.imaging.decode import inspect_image, map_images
+from cifake_ray.core.imaging.raw_pixels import RAW_FIELDS
+from cifake_ray.core.labels import LabelReader, PathLabels, read_file_path
+from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import open_file, open_ranges
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
@@ -29,12 +28,17 @@ from cifake_ray.storage.sources.columns import (
     ColumnChoice,
     check_text,
     describe_type,
+    find_column,
+    find_split_column,
     find_value_type,
     is_binary,
     is_simple,
     is_text,
+    make_split_reader,
     read_label_names,
+    rename_columns,
 )
+from cifake_ray.storage.sources.held_images import HeldImages, get_bytes
 
 LFS_POINTER = b"version https://git-lfs"
 PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
@@ -142,7 +146,8 @@ def find_content(column_type: pa.DataType) -> Content | None:
         if "bytes" in children and is_binary(children["bytes"]):
             return "bytes"
         return "paths" if "path" in children and is_text(children["path"]) else None
-    if is_binary(value_type):
+    is_list = pa.types.is_list(value_type) or pa.types.is_large_list(value_type)
+    if is_binary(value_type) or (is_list and pa.types.is_uint8(value_type.value_type)):
         return "bytes"
     return "paths" if is_text(value_type) else None
 
@@ -175,8 +180,10 @@ def find_image_column(path: AnyPath, choice: ColumnChoice) -> ImageColumn | None
             f"{path}: several columns hold images: {', '.join(column.name for column in found)};"
             " choose one with --image-column"
         )
-    is_list = choice.image is None and choice.path in schema.names
-    if is_list and not any(column.content != "paths" for column in found):
+    texts = [name for name in schema.names if contents.get(name) == "paths" or name == choice.path]
+    listed = rename_columns(texts, choice.path, choice.label)
+    is_list = choice.path in schema.names or (choice.path in listed and not found)
+    if is_list and choice.image is None and all(column.content == "paths" for column in found):
         return ImageColumn(choice.path, "paths")
     return found[0] if found else None
 
@@ -210,13 +217,6 @@ def _has_images(table: pq.ParquetFile, path: AnyPath, column: str, content: Cont
     return any(not isinstance(each, ImageError) or each.error not in unlike for each in headers)
 
 
-def get_bytes(value: Any) -> bytes | None:
-    """Return the encoded image in a value of a column of images. ImageError for raw pixels."""
-    if not isinstance(value, dict):
-        return value  # type: ignore[no-any-return]
-    return value["bytes"] if "bytes" in value else encode_pixels(value)
-
-
 class ImageTable:
     """An open Parquet file with a column of images."""
 
@@ -226,7 +226,14 @@ class ImageTable:
         self.file = open_parquet(path)
         self.schema = self.file.schema_arrow
         self.is_ours = FOOTER_KEY in (self.schema.metadata or {})
-        self.columns = set(self.schema.names) - set(choice.drop)
+        self.columns = [name for name in self.schema.names if name not in choice.drop]
+        self.label = find_column(self.columns, choice.label)
+        may_be = (f.name for f in self.schema if is_simple(f.type) or f.name == "split")
+        self.split = find_split_column(name for name in may_be if name in self.columns)
+        self.source = find_column(self.columns, choice.source)
+        self.of_path = read_file_path(name, choice.class_names)
+        if self.is_ours:  # rows without a label have none
+            self.of_path = PathLabels(split=self.of_path.split)
         self.image = choice.image or "image"
 
     def __enter__(self) -> ImageTable:
@@ -266,35 +273,43 @@ class ImageTable:
 
     def read_facts(self, groups: list[int]) -> Facts:
         """Read what is known of the images of some row groups, in the order of the rows."""
-        wanted = [self.choice.label, "split", self.choice.source]
+        wanted = [self.label, self.split, self.source]
         wanted += [f.name for f in ERROR_FIELDS if self.is_ours]
-        names = [name for name in wanted if name in self.columns]
+        names = [name for name in self.columns if name in wanted]
         rows = self.read(groups, names) if names else None
         num_rows = sum(self.file.metadata.row_group(group).num_rows for group in groups)
 
-        def texts(name: str) -> list[str | None]:
-            return [None] * num_rows if name not in names else self.read_text(rows, name)
+        def texts(name: str | None) -> list[str | None]:
+            if name is None or name not in names:
+                return [None] * num_rows
+            return self.read_text(rows, name)
 
-        file_split = find_split(self.name)
+        _, of_path_split, of_path_source = self.of_path
+        read_split = make_split_reader(self.split)
         return Facts(
-            labels=self._read_labels(rows) if self.choice.label in names else [None] * num_rows,
-            splits=[parse_split(split) or file_split for split in texts("split")],
-            sources=texts(self.choice.source),
+            labels=self._read_labels(rows, num_rows),
+            splits=[read_split(value) or of_path_split for value in texts(self.split)],
+            sources=[source or of_path_source for source in texts(self.source)],
             errors=texts("error") if self.is_ours else [None] * num_rows,
         )
 
-    def _read_labels(self, rows: pa.Table) -> list[Any]:
+    def _read_labels(self, rows: pa.Table, num_rows: int) -> list[Any]:
         """Return the values of the label column; one that cannot be a label is its type."""
-        column = rows.column(self.choice.label)
+        if self.label is None:
+            return [None] * num_rows
+        column = rows.column(self.label)
         value_type = find_value_type(column.type)
         if pa.types.is_temporal(value_type) or not (is_simple(value_type) or is_binary(value_type)):
             return [describe_type(column.type)] * len(column)
         values: list[Any] = column.cast(value_type).to_pylist()
         return values
 
-    @property
-    def label_names(self) -> list[str] | None:
-        return read_label_names(self.schema, self.choice.label)
+    def understand_labels(self, values: Sequence[Any], labels: LabelReader) -> list[int | None]:
+        """Return what values of the label column mean; without one, what the file's path says."""
+        if self.label is None:
+            return [self.of_path.label] * len(values)
+        names = read_label_names(self.schema, self.label)
+        return [labels.read(value, names) for value in values]
 
     def hold_images(self, row: int) -> HeldImages:
         """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES."""
@@ -316,36 +331,3 @@ class ImageTable:
             if size_bytes > MAX_HELD_BYTES:
                 break
         return HeldImages(self.name, starts, stop, pieces, self.image)
-
-
-class HeldImages(NamedTuple):
-    """Neighbouring rows of a file in memory."""
-
-    location: str
-    starts: list[int]  # rows of the file at which the pieces start
-    stop: int
-    pieces: list[pa.RecordBatch]
-    image: str
-
-    def covers(self, location: str, row: int) -> bool:
-        return location == self.location and bool(self.starts) and self.starts[0] <= row < self.stop
-
-    def get_image(self, row: int) -> bytes | ImageError:
-        """Return the image in a row of the file, or what is wrong with it."""
-        number = bisect_right(self.starts, row) - 1
-        piece, index = self.pieces[number], row - self.starts[number]
-        values = {name: piece.column(name)[index].as_py() for name in piece.schema.names}
-        value, error = values[self.image], values.get("error")
-        if error in IMAGE_ERRORS:
-            return ImageError(error, values.get("error_detail") or "")
-        try:
-            data = get_bytes(value)
-        except ImageError as problem:
-            return problem
-        if data is None:
-            path = value.get("path") if isinstance(value, dict) else None
-            beside = f", only the path {path!r}" if path else ""
-            return ImageError("not_found", f"the row holds no image bytes{beside}")
-        if len(data) > MAX_IMAGE_BYTES:
-            return ImageError("too_large", f"{len(data)} bytes; the limit is {MAX_IMAGE_BYTES}")
-        return data

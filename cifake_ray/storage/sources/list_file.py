@@ -22,8 +22,7 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.labels import (
     LabelReader,
     PathLabels,
-    find_split,
-    parse_split,
+    read_file_path,
 )
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
@@ -36,7 +35,11 @@ from cifake_ray.storage.sources.columns import (
     ColumnChoice,
     check_text,
     describe_left_out,
+    describe_unlabelled,
+    find_split_column,
+    make_split_reader,
     read_label_names,
+    rename_columns,
 )
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
@@ -53,6 +56,7 @@ from cifake_ray.storage.sources.source import (
 )
 from cifake_ray.storage.sources.text_table import open_text_table
 
+MAX_PATH_CHARS = 4096  # PATH_MAX; more is an image as text
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
 
 
@@ -91,7 +95,6 @@ class _OpenedList(NamedTuple):
     types: list[pa.DataType]
     lines: Iterator[tuple[int, Sequence[object]]]  # with their numbers
     label_names: list[str] | None  # of a Hugging Face footer
-    is_parquet: bool
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,19 @@ class ListFileSource:
                 raise StorageError(
                     f"{path}: other columns than the list before it; score them apart"
                 )
+            split_column = find_split_column(columns)
+            known[2] = split_column or "split"
             positions = [columns.get(name) for name in known]
             carried = [columns[f.name] for f in extra]
-            rows = self._make_rows(opened, positions, carried, labels, listing.left_out)
+            read = make_split_reader(split_column)
+            rows = self._make_rows(opened, positions, carried, labels, read, listing.left_out)
             yield from batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra]))
         if self.needs_labels:
             labels.check(self.path, f"--drop-columns {self.choice.label} converts without labels")
         if labels.counts:
             listing.notes.append(labels.describe())
+        elif self.needs_labels and self.choice.label not in (*columns, *self.choice.drop):
+            listing.notes.append(describe_unlabelled(self.choice.label, columns))
 
     def _make_rows(
         self,
@@ -151,12 +159,13 @@ class ListFileSource:
         positions: list[int | None],
         extra: list[int],
         labels: LabelReader,
+        read_split: Callable[[object], str | None],
         left_out: Counter[str],
     ) -> Iterator[Sequence[Any]]:
         allowed = make_allowed_paths(opened.path, self.allow_prefix)
         read_labels = make_label_reader(dict(self.choice.class_names))
         has_label, has_split, has_source = (p is not None for p in positions[1:4])
-        file_split = find_split(name_table(opened.path, self.path)) if opened.is_parquet else None
+        of_list = read_file_path(name_table(opened.path, self.path), self.choice.class_names)
         for line_number, values in opened.lines:
             path, label, split, source, size_bytes, etag = (
                 None if p is None else values[p] for p in positions
@@ -168,6 +177,12 @@ class ListFileSource:
                     f"{opened.path}, line {line_number}: no path in the column"
                     f" {self.path_column!r}; give one or delete the line"
                 )
+            if len(path) > MAX_PATH_CHARS:
+                raise UsageError(
+                    f"{opened.path}, line {line_number}: {len(path):,} characters in the column"
+                    f" {self.path_column!r} are no path; write images to files, or as bytes to"
+                    " Parquet"
+                )
             if not self.key_filter.keeps(path):
                 left_out["excluded"] += 1
                 continue
@@ -175,25 +190,29 @@ class ListFileSource:
                 location = allowed.locate(path)
                 below = allowed.find_below(location)
                 known = read_labels(below.rpartition("/")[0]) if below else PathLabels()
+                known = known.join(of_list)
                 listed = (parse_size(size_bytes), None, quote_etag(etag))
                 stamp = listed if is_uri(location) else stamp_local(location)
             except ValueError as error:
                 raise UsageError(f"{opened.path}, line {line_number}: {error}") from error
             facts = (
                 labels.read(label, opened.label_names) if has_label else known.label,
-                parse_split(split) if has_split else file_split or known.split,
+                read_split(split) if has_split else known.split,
                 (None if source in (None, "") else str(source)) if has_source else known.source,
             )
             yield path, location, None, *stamp, *facts, None, *(values[i] for i in extra)
 
     def _open(self, path: AnyPath) -> _OpenedList:
         """Open one list and read its header. UsageError for one without a column of paths."""
-        label_names, is_parquet = None, path.suffix.lower() == ".parquet"
+        label_names = None
         lines: Iterator[tuple[int, Sequence[object]]]
-        if is_parquet:
+        if path.suffix.lower() == ".parquet":
             table = open_parquet(path)
-            names, types = table.schema_arrow.names, table.schema_arrow.types
-            label_names = read_label_names(table.schema_arrow, self.choice.label)
+            types = table.schema_arrow.types
+            names = rename_columns(table.schema_arrow.names, self.path_column, self.choice.label)
+            if self.choice.label in names:
+                written = table.schema_arrow.names[names.index(self.choice.label)]
+                label_names = read_label_names(table.schema_arrow, written)
             if self.path_column not in names:
                 raise UsageError(
                     f"{path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
@@ -206,7 +225,7 @@ class ListFileSource:
         if len(set(names)) != len(names):
             raise UsageError(f"{path}: two columns have the same name; rename one")
         self.choice.check_names(names, path)
-        return _OpenedList(path, names, types, lines, label_names, is_parquet)
+        return _OpenedList(path, names, types, lines, label_names)
 
     def _iterate_parquet(
         self, path: AnyPath, table: pq.ParquetFile

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
-from cifake_ray.errors import NothingToDo, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, is_file, open_file
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.storage.io.files import exists, open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.fsspec_prefix import FsspecPrefixSource
+from cifake_ray.storage.sources.glance import GLANCE_KEYS, check_there, glance_files, split_prefix
 from cifake_ray.storage.sources.image_table import find_image_column
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.parquet import (
@@ -34,90 +32,7 @@ from cifake_ray.storage.sources.tar import (
     stamp_tar,
 )
 from cifake_ray.storage.sources.tar_images import IMAGE_SUFFIXES
-from cifake_ray.storage.sources.text_table import find_text_suffix
-
-GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
-
-
-def split_prefix(uri: str) -> tuple[str, str]:
-    """Return bucket and prefix of s3://BUCKET/PREFIX, unchanged; the prefix ends with a slash."""
-    bucket, _, prefix = uri.partition("://")[2].partition("/")
-    return bucket, prefix if not prefix or prefix.endswith("/") else prefix + "/"
-
-
-def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
-    """Yield paths below a folder: all that lie directly in it, or in S3 the first keys below it."""
-    with explain_errors(place):
-        if isinstance(place, Path):
-            yield from (path.name for path in place.iterdir())
-        elif uri.startswith("s3://"):
-            bucket, prefix = split_prefix(uri)
-            page = place.fs.call_s3(
-                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
-            )
-            yield from (entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
-        else:
-            own = place.path.rstrip("/")  # some stores list a file or folder within itself
-            names = (name.rstrip("/") for name in place.fs.ls(own, detail=False))
-            yield from (name.rpartition("/")[2] for name in names if name != own)
-
-
-def check_there(place: AnyPath, uri: str) -> bool:
-    """Return True for a file and False for a folder. StorageError when there is neither."""
-    if isinstance(place, Path):
-        if not exists(place):
-            raise StorageError(f"{place}: no such file or folder; check the path")
-        return not place.is_dir()
-    if not uri.endswith("/") and is_file(place):
-        return True
-    try:
-        is_empty = next(iterate_names(place, uri), None) is None
-    except StorageError as error:
-        if isinstance(error.__cause__, FileNotFoundError) and not uri.startswith("s3://"):
-            is_empty = True  # S3 says this of a bucket, the others of a folder
-        else:
-            raise
-    if is_empty:
-        bucket, prefix = split_prefix(uri)
-        raise NothingToDo(
-            f"{uri}: the bucket {bucket!r} holds nothing below {prefix!r}; check the bucket and the"
-            " prefix"
-        )
-    return False
-
-
-def scan_folder(place: AnyPath, below: str) -> Iterator[tuple[str, bool]]:
-    """Yield the names in a folder below `place`, and whether each is a folder."""
-    with explain_errors(place):
-        if isinstance(place, Path):
-            with os.scandir(place / below) as entries:
-                yield from ((e.name, e.is_dir(follow_symlinks=False)) for e in entries)
-        else:
-            own = f"{place.path.rstrip('/')}/{below}".rstrip("/")
-            for info in place.fs.ls(own, detail=True):
-                name = info["name"].rstrip("/")
-                if name != own:  # some stores list a folder within itself
-                    yield name.rpartition("/")[2], info["type"] == "directory"
-
-
-def glance_files(place: AnyPath, uri: str) -> Iterator[str]:
-    """Yield paths of files below a folder: all directly in it, then some of those further down."""
-    if uri.startswith("s3://"):
-        yield from iterate_names(place, uri)
-        return
-    pending, num_below = deque([""]), 0
-    while pending and num_below < GLANCE_KEYS:
-        below = pending.popleft()
-        try:
-            for name, is_folder in scan_folder(place, below):
-                num_below += below != ""
-                if is_folder and not name.startswith((".", "_")):
-                    pending.append(f"{below}{name}/")
-                elif not is_folder:
-                    yield below + name
-        except StorageError:
-            if not below:
-                raise  # else the listing will tell
+from cifake_ray.storage.sources.text_table import TEXT_SUFFIXES, find_text_suffix
 
 
 def holds_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> bool:
@@ -154,18 +69,18 @@ def detect_kind(place: AnyPath, uri: str, choice: ColumnChoice) -> str:
     if suffix == ".parquet":
         column = find_image_column(place, choice)
         return "list" if column is None or column.content == "paths" else "shards"
-    if find_text_suffix(place.name):
-        return "list"
     if place.name == INVENTORY_NAME:
         return "inventory"
+    if find_text_suffix(place.name):
+        return "list"
     with explain_errors(place), open_file(place) as file:
         what = name_container(file.read(HEAD_BYTES))
     if what is not None:
         raise UsageError(f"{place} is {what}")
     raise UsageError(
-        f"{place} is one file, neither a list (.csv, .tsv, .txt, .jsonl, .parquet), a .tar nor the"
-        f" {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the end),"
-        " and --include for an image"
+        f"{place} is one file, neither a list ({', '.join(TEXT_SUFFIXES)}, .parquet), a .tar nor"
+        f" the {INVENTORY_NAME} of an S3 Inventory; give its folder (in a bucket with / at the"
+        " end), and --include for an image"
     )
 
 

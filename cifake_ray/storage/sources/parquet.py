@@ -22,9 +22,15 @@ from cifake_ray.core.schema import MANIFEST_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, find_files, is_file
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.sources.columns import ColumnChoice, describe_left_out
+from cifake_ray.storage.sources.columns import (
+    ColumnChoice,
+    describe_left_out,
+    describe_type,
+    describe_unlabelled,
+    find_column,
+)
+from cifake_ray.storage.sources.held_images import HeldImages
 from cifake_ray.storage.sources.image_table import (
-    HeldImages,
     ImageColumn,
     ImageTable,
     find_image_column,
@@ -88,7 +94,8 @@ def choose_image_column(root: AnyPath, choice: ColumnChoice) -> ImageColumn:
         if (found := find_image_column(path, choice)) is not None:
             return found
     with open_parquet(paths[0]) as table:
-        names = ", ".join(table.schema_arrow.names) or "none"
+        fields = (f"{f.name} ({describe_type(f.type)})" for f in table.schema_arrow)
+        names = ", ".join(fields) or "none"
     if choice.image is not None:
         raise UsageError(f"{root}: --image-column {choice.image}: no such column, only {names}")
     raise StorageError(
@@ -157,10 +164,11 @@ class ParquetSource:
     def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
         schema = self._choose_schema(listing)
         labels = LabelReader(self.choice.label, self.choice.class_names)
-        is_foreign, columns = False, dict[str, None]()
+        is_foreign, is_unlabelled, columns = False, False, dict[str, None]()
         for table in open_tables(self.root, self.choice, listing.left_out):
             is_foreign |= not table.is_ours
             columns |= dict.fromkeys(table.schema.names)
+            is_unlabelled |= table.label is None and table.of_path.label is None
             if "key" in table.columns:
                 listing.key_column = "key"
             for groups in self._group_rows(table):
@@ -174,27 +182,25 @@ class ParquetSource:
             labels.check(self.root, HINT_CONVERT)
         if is_foreign and labels.counts:
             listing.notes.append(labels.describe())
-        elif is_foreign and self.needs_labels and self.choice.label not in self.choice.drop:
-            listing.notes.append(
-                f"no labels: no column `{self.choice.label}`, only {', '.join(columns)};"
-                " --label-column names one"
-            )
+        elif is_unlabelled and self.needs_labels and self.choice.label not in self.choice.drop:
+            listing.notes.append(describe_unlabelled(self.choice.label, columns))
 
     def _choose_schema(self, listing: Listing) -> pa.Schema:
         """Return the columns of the manifest: those of every file, null where one lacks them."""
 
-        def read_footer(path: AnyPath) -> tuple[pa.Schema, bool]:
+        def read_footer(path: AnyPath) -> tuple[pa.Schema, bool, set[str | None]]:
             with ImageTable(path, path.name, self.choice) as table:
                 is_foreign = table.has_images and not table.is_ours
-                return table.schema.remove_metadata(), is_foreign
+                split = find_column(table.columns, "split")
+                used = {"key", split, self.choice.image, table.label, table.source}
+                return table.schema.remove_metadata(), is_foreign, used
 
         paths = find_tables(self.root)
         with ThreadPoolExecutor(NUM_FOOTER_THREADS) as threads:
             footers = list(threads.map(read_footer, paths))
-        self.choice.check_names({n: 0 for schema, _ in footers for n in schema.names}, self.root)
-        used = {"key", "split", self.choice.image, self.choice.label, self.choice.source}
+        self.choice.check_names({n: 0 for schema, *_ in footers for n in schema.names}, self.root)
         kept, left_out = [], dict[str, None]()
-        for path, (schema, is_foreign) in zip(paths, footers, strict=True):
+        for path, (schema, is_foreign, used) in zip(paths, footers, strict=True):
             others = [column for column in schema if column.name not in used]
             extra, dropped = self.choice.choose_extra(others, path, REPLACED_COLUMNS)
             kept.append(pa.schema(extra))
@@ -239,12 +245,9 @@ class ParquetSource:
             self.key_filter.keeps(key) and self.split in (None, split)
             for key, split in zip(keys, facts.splits, strict=True)
         ]
-        class_names = table.label_names
-        has_labels = self.choice.label in table.columns
-        read_labels = [
-            labels.read(value, class_names) if has_labels and is_chosen else None
-            for value, is_chosen in zip(facts.labels, chosen, strict=True)
-        ]
+        values = [value for value, is_chosen in zip(facts.labels, chosen, strict=True) if is_chosen]
+        understood = iter(table.understand_labels(values, labels))
+        read_labels = [next(understood) if is_chosen else None for is_chosen in chosen]
         columns: dict[str, Any] = {
             "key": keys,
             "location": [table.name] * len(keys),

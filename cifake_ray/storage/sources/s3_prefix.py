@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from cifake_ray.errors import ImageError
 from cifake_ray.storage.s3.client import open_client
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
-from cifake_ray.storage.s3.listing import KeyLister, Query
+from cifake_ray.storage.s3.listing import KeyLister, Page, Query
 from cifake_ray.storage.s3.location import SCHEME, check_bucket
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.source import (
@@ -57,7 +56,7 @@ class S3PrefixSource:
     def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
         client = open_client(self.store, self.limits, self.bucket)
 
-        def ask(query: Query) -> ET.Element:
+        def ask(query: Query) -> Page:
             return client.list_page(self.bucket, query, lister.stop)
 
         lister = KeyLister(ask, min(LISTING_THREADS, self.limits.max_in_flight))

@@ -17,12 +17,13 @@ import pyarrow as pa
 from cifake_ray.core.labels import PathLabels, read_path
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
-from cifake_ray.storage.sources.listing_counts import ListingCounts
+from cifake_ray.storage.sources.listing_counts import UNLABELLED, ListingCounts
 
 LISTING_BATCH_ROWS = 16_384
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384  # images in a shard, unless --shard-size says
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_NOTES = 5
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 _WILDCARD = re.compile(r"[*?[]")
 
 
@@ -41,13 +42,22 @@ class Listing:
     notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
     key_column: str | None = None  # where the keys are from, if from a column
     counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
+    tables: list[str] = field(default_factory=list)  # left out, the first few: may hold labels
 
     def leave_out(self, key: str, reason: str) -> None:
         """Count a file of a store that is no row, and say if it describes the others."""
-        self.left_out[reason] += 1
         name = key.rpartition("/")[2]
         if name in METADATA_NAMES and len(self.notes) < MAX_NOTES:
             self.notes.append(f"{key} is not read beside images in a store: give it as the source")
+        self.leave_out_file(key, reason)
+
+    def leave_out_file(self, key: str, reason: str) -> None:
+        """Count a file that is no row, and keep in mind if it may describe the others."""
+        self.left_out[reason] += 1
+        name = key.rpartition("/")[2].lower()
+        is_table = name.removesuffix(".gz").endswith(TABLE_SUFFIXES) and name not in METADATA_NAMES
+        if reason == "sidecar" and is_table and len(self.tables) < MAX_NOTES:
+            self.tables.append(key)
 
     def leave_out_folder(self, folder: str, error: OSError) -> None:
         """Count a folder that cannot be listed, and name the first few."""
@@ -73,6 +83,11 @@ class Listing:
                 yield batch
             if describe:
                 self.notes.extend(self.counts.describe_unused())
+                if self.tables and self.counts.labels[UNLABELLED]:
+                    self.notes.append(
+                        f"{', '.join(self.tables)}: beside the images, and not read; give it as the"
+                        " source if it has their paths and labels"
+                    )
 
         self.change_batches(count)
 

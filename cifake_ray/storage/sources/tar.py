@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
-from cifake_ray.core.labels import SPLIT_NAMES, LabelReader
+from cifake_ray.core.labels import LabelReader, split_file_name
 from cifake_ray.core.schema import LABEL_NAMES, MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
@@ -62,9 +61,6 @@ DETAILS = {
     "not_found": "a link to nothing",
     "not_an_image": "the tar was listed as a file; start again in a new folder",
 }
-# In the name of a tar; dev and eval are rather a part of the name of a model.
-SPLIT_WORDS = SPLIT_NAMES.keys() - {"dev", "eval"}
-SHARD_NUMBER = re.compile(r"(^|[-_.])\d+(-of-\d+)?$")
 
 
 class Tar(NamedTuple):
@@ -141,19 +137,6 @@ def holds_tars(names: Iterable[str]) -> bool:
     return bool(tars & tables if tables else tars)
 
 
-def split_tar_name(name: str, class_names: dict[str, int]) -> Iterator[str]:
-    """Yield what the path of a tar says of its images, as if each were the name of a folder.
-
-    `imagenet_midjourney-train-000.tar` is in `imagenet_midjourney/train`.
-    """
-    *folders, name = name.split("/")
-    yield from folders
-    words = "|".join(re.escape(word) for word in SPLIT_WORDS | class_names.keys())
-    name = SHARD_NUMBER.sub("", re.sub(r"\.(tar(\.\w+)?|tgz)$", "", name, flags=re.I))
-    for part in re.split(rf"(?:^|[-_.])({words})(?=[-_.]|$)", name, flags=re.I):
-        yield SHARD_NUMBER.sub("", part).strip("-_.")
-
-
 @dataclass(frozen=True)
 class TarSource:
     """Every image in the tars below a folder of any store, or in one tar."""
@@ -215,7 +198,7 @@ class TarSource:
         window = _Window(partial(self._read_part, tar), tar.size_bytes, large_bytes)
         read_label = partial(read_sidecar, labels=labels)
         read_labels = make_label_reader(self.class_names)
-        folder = "/".join(split_tar_name(tar.name, self.class_names))
+        folder = "/".join(split_file_name(tar.name, self.class_names))
         for image in list_images(window.read_at, tar.size_bytes, read_label):
             if isinstance(image, str):
                 yield image

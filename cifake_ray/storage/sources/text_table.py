@@ -1,7 +1,7 @@
-"""The rows of a list that is text: .csv, .tsv, .txt or .jsonl, each also as .gz.
+"""The rows of a list that is text: .csv, .tsv, .txt, .lst, .jsonl or .json, each also as .gz.
 
 Separator, spaces around it and a missing header are found in the text itself; the suffix only says
-whether lines without any of that are paths (.txt) or an error.
+whether lines without any of that are paths (.txt, .lst) or an error.
 """
 
 from __future__ import annotations
@@ -18,26 +18,34 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from cifake_ray.core.imaging.containers import HEAD_BYTES, name_container
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import open_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.sources.columns import rename_columns
 
-TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".lst", ".list", ".jsonl", ".ndjson", ".json")
 SEPARATORS = (",", "\t", ";", "|")
-# Names of the column of paths, in any case, if none has the name `path`.
-PATH_NAMES = ("file_name", "filename", "file_path", "filepath", "image_path", "img_path", "image")
 HEADER_LINES = 20  # a name in the header may hold line breaks
 MAX_LABELS = 1000  # that are told apart
 # Prompts and workflows are long. An open quote ends here, and not with the memory.
 MAX_FIELD_CHARS = 64 * 2**20
-# `a b.jpg 0` and `a.png,fake`: lists of ImageNet, Caffe and timm have no header.
-_SEPARATOR = r'"?(?:[ \t]*[,;|\t][ \t]*|[ \t]+)'
-_NUMBERED = re.compile(rf'"?(.+?\.\w{{1,5}}){_SEPARATOR}(-?\d+)\s*')
-_NAMED = re.compile(
-    rf'"?(.+?\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic)){_SEPARATOR}([^\W\d]\w*)\s*'
+MAX_JSON_BYTES = 256 * 2**20  # of one array, which is held in memory
+# `a b.jpg 0`, `a.png,fake` and `real a.png`: lists of ImageNet, Caffe and timm have no header;
+# MXNet's have a number before each label.
+_SEPARATOR = r'"?(?:[ \t]*[,;|\t][ \t]*|[ \t]+)"?'
+_IMAGE = r"\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic)"
+_LABEL_BEHIND = (
+    re.compile(rf'"?(?P<path>.+?\.\w{{1,5}}){_SEPARATOR}(?P<label>-?\d+)"?\s*'),
+    re.compile(rf'"?(?P<path>.+?{_IMAGE}){_SEPARATOR}(?P<label>[^\W\d]\w*)"?\s*'),
+)
+# A first word may be part of a name with spaces, `my photo.jpg`, unless it is a class.
+_LABEL_BEFORE = (
+    re.compile(rf"(?:\d+\t)?(?P<label>-?\d+(?:\.\d+)?)[\t,;|] *(?P<path>.+{_IMAGE})\s*"),
+    re.compile(rf'"?(?P<label>-1|[01]|(?i:real|fake)){_SEPARATOR}(?P<path>.+{_IMAGE})"?\s*'),
 )
 
 _EXCEL_SEPARATOR = re.compile(r"sep=.\s*")  # a first line that Excel writes and does not show
@@ -63,42 +71,31 @@ def open_text_table(path: AnyPath, path_column: str, label_column: str) -> TextT
     if what is not None and not path.name.lower().endswith(".gz"):
         raise UsageError(f"{path} is {what}")
     suffix = find_text_suffix(path.name)
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in (".jsonl", ".ndjson", ".json"):
         table = _open_json_lines(path)
     else:
         header = list(islice(_read_lines(path, ""), HEADER_LINES))
         separator = _find_separator(header, path_column)
         if separator is None and (table_or_none := _open_labelled(path, path_column, label_column)):
             return table_or_none
-        if separator is None and suffix == ".txt":
+        if separator is None and suffix in (".txt", ".lst", ".list"):
             return TextTable([path_column], ((n, (line,)) for n, line in _iterate_text(path)))
         table = _open_csv(path, header, separator or ",")
-    names = _rename(table.names, path_column, label_column)
+    names = rename_columns(table.names, path_column, label_column)
     if path_column not in names:
+        is_header = not any(re.search(rf"{_IMAGE}$", name) for name in names)
         raise UsageError(
-            f"{path}: no column {path_column!r}, only {', '.join(names) or 'none'};"
-            " name it with --path-column"
+            f"{path}: no column {path_column!r}, only {shorten(', '.join(names), 500) or 'none'}; "
+            + ("name it with --path-column" if is_header else "put a line with names before them")
         )
     return table._replace(names=names)
-
-
-def _rename(names: Sequence[str], path_column: str, label_column: str) -> list[str]:
-    """Return the names, those of known columns as they are asked for: `Label`, `file_name`."""
-    renamed = list(names)
-    for wanted in (path_column, label_column, "split", "source"):
-        others = [wanted, *PATH_NAMES] if wanted == "path" else [wanted]
-        for other in others:
-            found = [i for i, name in enumerate(renamed) if name.lower() == other.lower()]
-            if wanted not in renamed and len(found) == 1:
-                renamed[found[0]] = wanted
-    return renamed
 
 
 def _find_separator(header: Sequence[str], path_column: str) -> str | None:
     """Return the separator with which the first line is a header with a column of paths."""
     for separator in SEPARATORS:
         names = _read_header(header, separator)
-        if path_column in _rename(names, path_column, "label") and (
+        if path_column in rename_columns(names, path_column, "label") and (
             len(names) > 1 or names[0] == path_column  # else the path of one image
         ):
             return separator
@@ -132,9 +129,11 @@ def _iterate_csv(
     num_columns = None
     try:
         for values in reader:
-            if not values:
+            if not any(value.strip() for value in values) and len(values) <= 1:
                 continue
             num_columns = num_columns or len(values)
+            while len(values) > num_columns and not values[-1].strip():
+                values.pop()  # a comma that ends the line, but not the header
             if len(values) != num_columns:
                 raise UsageError(
                     f"{path}, line {reader.line_num}: {len(values)} values for {num_columns}"
@@ -150,29 +149,36 @@ def _name_separator(separator: str) -> str:
 
 
 def _open_labelled(path: AnyPath, path_column: str, label_column: str) -> TextTable | None:
-    """Open a list without a header, a label behind each path; None if any line is no such line.
+    """Open a list without a header, a label beside each path; None if any line is no such line.
 
     Numbers beyond 0 and 1 are classes of something else: their column is `class`.
     """
+    for patterns in (_LABEL_BEHIND, _LABEL_BEFORE):
+        if labels := _find_labels(path, patterns):
+            is_class = any(re.fullmatch(r"-?\d+", label) for label in labels - {"0", "1", "-1"})
+            match = partial(_match_labelled, patterns)
+            rows = ((n, match(line) or (line, None)) for n, line in _iterate_text(path))
+            return TextTable([path_column, "class" if is_class else label_column], rows)
+    return None
+
+
+def _find_labels(path: AnyPath, patterns: Sequence[re.Pattern[str]]) -> set[str]:
+    """Return the labels of a list, of which all lines match a pattern; none if one does not."""
     labels: set[str] = set()
     for _, line in _iterate_text(path):
-        found = _match_labelled(line)
+        found = _match_labelled(patterns, line)
         if found is None:
-            return None
+            return set()
         if not labels and isinstance(path, Path) and os.path.lexists(path.parent / line):
-            return None  # the name of a file that only looks like a path and a label
+            return set()  # the name of a file that only looks like a path and a label
         if len(labels) < MAX_LABELS:
             labels.add(found[1])
-    if not labels:
-        return None
-    is_class = any(re.fullmatch(r"-?\d+", label) for label in labels - {"0", "1", "-1"})
-    rows = ((n, _match_labelled(line) or (line, None)) for n, line in _iterate_text(path))
-    return TextTable([path_column, "class" if is_class else label_column], rows)
+    return labels
 
 
-def _match_labelled(line: str) -> tuple[str, str] | None:
-    match = _NUMBERED.fullmatch(line) or _NAMED.fullmatch(line)
-    return None if match is None else (match[1], match[2])
+def _match_labelled(patterns: Sequence[re.Pattern[str]], line: str) -> tuple[str, str] | None:
+    match = next((match for pattern in patterns if (match := pattern.fullmatch(line))), None)
+    return None if match is None else (match["path"], match["label"])
 
 
 def _iterate_text(path: AnyPath) -> Iterator[tuple[int, str]]:
@@ -192,6 +198,9 @@ def _open_json_lines(path: AnyPath) -> TextTable:
 
 
 def _iterate_json(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
+    if find_text_suffix(path.name) == ".json":
+        yield from enumerate(_read_json_array(path), 1)
+        return
     for number, line in _iterate_text(path):
         try:
             record = json.loads(line)
@@ -200,6 +209,26 @@ def _iterate_json(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise UsageError(f"{path}, line {number}: no JSON object; give one a line")
         yield number, record
+
+
+def _read_json_array(path: AnyPath) -> list[dict[str, Any]]:
+    """Return the objects of a file that is one array of them."""
+    lines, size_bytes = [], 0
+    for line in _read_lines(path, "\n"):
+        lines.append(line)
+        size_bytes += len(line)
+        if size_bytes > MAX_JSON_BYTES:
+            raise UsageError(f"{path}: too large for one array; write an object a line (.jsonl)")
+    try:
+        records = json.loads("".join(lines))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: no JSON ({error})") from error
+    if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
+        raise UsageError(
+            f'{path}: no array of objects, [{{"path": ..., "label": ...}}, ...]; write one, or an'
+            " object a line (.jsonl)"
+        )
+    return records
 
 
 def _write_value(value: Any) -> str | None:

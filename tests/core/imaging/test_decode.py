@@ -196,6 +196,25 @@ def test_pixels_do_not_need_texts_however_large(name: bytes, head: bytes, place:
     np.testing.assert_array_equal(decode_image(broken), pixels)
 
 
+@pytest.mark.parametrize("place", [33, -12])
+@pytest.mark.parametrize("name", [b"tEXt", b"pHYs", b"tIME", b"zTXt"])
+def test_pixels_do_not_need_a_text_whose_checksum_is_wrong(name: bytes, place: int) -> None:
+    pixels = make_pixels()
+    good = encode(pixels, "PNG")
+    data = good[:place] + make_chunk(name, b"a\0text.....")[:-4] + b"none" + good[place:]
+    np.testing.assert_array_equal(decode_image(data), pixels)
+    assert inspect_image(data).width == pixels.shape[1]
+
+
+@pytest.mark.parametrize("name", [b"tRNS", b"PLTE"])
+def test_a_piece_that_the_picture_needs_must_be_whole(name: bytes) -> None:
+    image = Image.fromarray(make_pixels()).quantize(16)
+    good = encode(image, "PNG", transparency=3)
+    start = good.index(name) + 4
+    with pytest.raises(ImageError, match="decode_failed"):
+        decode_image(good[:start] + bytes([good[start] ^ 1]) + good[start + 1 :])
+
+
 def test_the_exif_of_imagemagick_in_a_text_still_turns() -> None:
     pixels = make_pixels()
     exif = Image.Exif()

@@ -88,7 +88,7 @@ class Bench:
                 paths={},
                 make_processor=make_processor,
                 on_progress=on_progress,
-                started_s=time.time(),
+                started_s=time.monotonic(),
                 log=print,
             )
         )

@@ -395,7 +395,7 @@ class BatchRunMachine(RuleBasedStateMachine):
     def start(self, config: Any) -> BatchSummary:
         """Run a command to its end."""
         with self.computer.start_process():
-            summary: BatchSummary = pipeline.run_verb(config, time.time())[0]
+            summary: BatchSummary = pipeline.run_verb(config, time.monotonic())[0]
             return summary
 
     @cache  # noqa: B019 - checking the options of a config takes milliseconds

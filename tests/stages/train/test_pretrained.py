@@ -51,7 +51,7 @@ def cifake_shards(
         for path in sorted((cifake_folder / "train" / name).iterdir())[:IMAGES_PER_CLASS]:
             shutil.copy(path, folder / "images" / name)
     config = ConvertConfig(src=str(folder / "images"), out=str(folder / "shards"))
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     return folder / "shards"
 
 
@@ -74,7 +74,7 @@ def make_config(shards: Path, run: Path, **options: Any) -> TrainConfig:
 def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
     log = options.pop("log", lambda message: None)
     config = make_config(shards, run, **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), log)
+    return train_detector(config, lambda row, epochs: None, time.monotonic(), log)
 
 
 @pytest.fixture(scope="module")

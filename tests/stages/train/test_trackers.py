@@ -73,7 +73,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, on_epoch, time.time(), log)
+    return train_detector(config, on_epoch, time.monotonic(), log)
 
 
 def stop_at(epoch: int) -> Callable[[dict[str, Any], int], None]:
@@ -344,7 +344,7 @@ def test_trials_of_a_search_are_logged(shards: Path, tmp_path: Path, store: Mlfl
         track=("tensorboard",),
         cache_dir=str(tmp_path / "cache"),
     )
-    tune_detector(config, time.time())
+    tune_detector(config, time.monotonic())
     for number in (0, 1):
         check_tensorboard(run / "trials" / f"{number:05d}" / "run-0")
 

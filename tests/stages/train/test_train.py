@@ -45,7 +45,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), log)
+    return train_detector(config, lambda row, epochs: None, time.monotonic(), log)
 
 
 def read_losses(run: Path) -> list[float]:
@@ -142,7 +142,7 @@ def test_images_that_do_not_decode_are_counted_and_left_out(
         data = path.read_bytes()
         target.write_bytes(data[: len(data) - 200] if number == 7 else data)
     config = ConvertConfig(src=str(source), out=str(tmp_path / "shards"))
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     for name, cache_gb in (("cached", 1.0), ("streamed", 0.0)):
         summary = run_train(tmp_path / "shards", tmp_path / name, cache_gb=cache_gb)
         assert summary["unusable"] == {"truncated": 1}
@@ -236,7 +236,7 @@ def test_more_workers_than_cpus_are_refused_with_numbers(shards: Path, tmp_path:
 
 def test_shards_without_labels_are_refused(sample_folder: Path, tmp_path: Path) -> None:
     config = ConvertConfig(src=str(sample_folder / "train" / "REAL"), out=str(tmp_path / "shards"))
-    run_verb(config, time.time())
+    run_verb(config, time.monotonic())
     with pytest.raises(ValueError, match=r"no labelled REAL image for training.*--real-name"):
         run_train(tmp_path / "shards", tmp_path / "run")
 

@@ -20,6 +20,7 @@ from PIL import Image
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import CacheError, CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.stages.cluster import Node, Resources
+from cifake_ray.stages.train import placement
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.train.ray_train import _EndAtOnce, place_training
 from cifake_ray.storage.bundles.bundle import read_bundle_info
@@ -67,7 +68,7 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
         **options,
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
-    return train_detector(config, lambda row, epochs: None, time.time(), log)
+    return train_detector(config, lambda row, epochs: None, time.monotonic(), log)
 
 
 def test_an_outlier_among_the_real_images_costs_a_threshold_and_no_bundle(
@@ -213,6 +214,24 @@ def test_scoring_takes_as_many_images_at_once_as_the_network_allows(
     assert batch_sizes[1] < 128
 
 
+@pytest.mark.parametrize(
+    ("side", "fit", "warns"),
+    [(64, "resize", True), (63, "resize", False), (64, "crop", False), (None, "resize", False)],
+)
+def test_it_warns_when_images_lose_most_of_their_pixels(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side: int | None,
+    fit: str,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(placement, "read_typical_side", lambda rows: side)
+    said: list[str] = []
+    run_train(shards, tmp_path / "run", fit=fit, dry_run=True, log=said.append)
+    assert any("64 pixels are resized to 32" in line for line in said) == warns
+
+
 def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path: Path) -> None:
     images: list[tuple[bytes, int | None, str | None]] = [
         (encode_image(180 if n % 2 else 20, n), n % 2, "train") for n in range(40)
@@ -226,7 +245,7 @@ def test_it_says_which_rows_it_takes_and_counts_images_of_both_classes(tmp_path:
     plan = run_train(shards, tmp_path / "run", dry_run=True, log=said.append)
     assert (plan["train_images"], plan["val_images"]) == (43, 6)
     for line in (
-        "train: 43 to train on (43 of split train); 6 to validate on (6 of split val);"
+        "train: 43 to train on (of split train); 6 to validate on (of split val);"
         " 9 left out (7 of split test, 2 without a label)",
         "train: 3 images have the same bytes as one with the other label; check the labels",
     ):
@@ -247,7 +266,7 @@ def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(
         for lr in (0.003, 0.1):
             before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
             with pytest.raises(StorageError, match="another `train` is at work in it") as failure:
-                train_detector(replace(config, lr=lr), lambda row, epochs: None, time.time())
+                train_detector(replace(config, lr=lr), lambda row, epochs: None, time.monotonic())
             assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
             refused.append(str(failure.value))
 
@@ -259,9 +278,9 @@ def test_a_second_command_on_a_run_at_work_is_refused_and_changes_nothing(
         num_workers="0",
         cache_dir=str(tmp_path / "cache"),
     )
-    train_detector(config, start_another, time.time())
+    train_detector(config, start_another, time.monotonic())
     assert len(refused) == 2
-    assert train_detector(config, start_another, time.time())["epochs"] == 1
+    assert train_detector(config, start_another, time.monotonic())["epochs"] == 1
 
 
 def test_more_epochs_on_a_run_are_refused_with_the_way_to_train_on(

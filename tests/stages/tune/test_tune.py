@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cifake_ray.config import ScoreConfig, TrainConfig, TuneConfig
-from cifake_ray.errors import CifakeError, ResourceError, RunMismatch
+from cifake_ray.errors import CifakeError, ResourceError, RunMismatch, StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.train.driver import train_detector
@@ -59,7 +59,7 @@ def make_config(shards: Path, run: Path, files: dict[str, str], **options: Any) 
 
 def run_tune(shards: Path, run: Path, files: dict[str, str], **options: Any) -> dict[str, Any]:
     log = options.pop("log", lambda message: None)
-    return tune_detector(make_config(shards, run, files, **options), time.time(), log)
+    return tune_detector(make_config(shards, run, files, **options), time.monotonic(), log)
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def test_every_trial_is_in_the_tables_and_the_best_scores(
     assert again == json.loads((run / "_SUCCESS").read_text())
     assert read_stamps(run) == before, "a finished search was touched"
     config = ScoreConfig(src=str(sample_folder), out=str(tmp_path / "scores"), bundle=str(run))
-    scored, _ = run_verb(config, time.time())
+    scored, _ = run_verb(config, time.monotonic())
     assert isinstance(scored, BatchSummary)
     assert scored.done == 60
 
@@ -127,7 +127,7 @@ def test_the_recipe_makes_the_best_trial_again(
         cache_dir=str(tmp_path / "cache"),
         **read_recipe(run / "recipe.yaml"),
     )
-    again = train_detector(config, lambda row, epochs: None, time.time())
+    again = train_detector(config, lambda row, epochs: None, time.monotonic())
     assert again["val_accuracy"] == summary["best"]
     bundles = [run / "bundle", tmp_path / "again" / "bundle"]
     weights, same = ((path / "model.safetensors").read_bytes() for path in bundles)
@@ -197,6 +197,17 @@ def test_other_settings_on_the_same_folder_are_refused(
 
 
 @pytest.mark.parametrize("searcher", ["random", "grid", "tpe"])
+def test_a_second_search_on_a_folder_at_work_is_refused_and_changes_nothing(
+    shards: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    with (
+        TuneRun(tmp_path / "run").lock(),
+        pytest.raises(StorageError, match="another `tune` is at work in it"),
+    ):
+        run_tune(shards, tmp_path / "run", files)
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_finished_search_is_extended_by_more_trials(
     shards: Path, files: dict[str, str], tmp_path: Path, searcher: Literal["random", "grid", "tpe"]
 ) -> None:
@@ -309,7 +320,7 @@ def test_a_folder_of_another_verb_is_refused_and_stays_as_it_is(
         run_tune(shards, converted, files)
     config = TrainConfig(shards=str(shards), run=str(searched), num_workers="0")
     with pytest.raises(RunMismatch, match="command: 'tune' there, 'train' here"):
-        train_detector(config, lambda row, epochs: None, time.time())
+        train_detector(config, lambda row, epochs: None, time.monotonic())
     assert read_stamps(tmp_path) == before
 
 

@@ -195,13 +195,16 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
         start(tmp_path / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("name", ["", "pytorch_model.bin"])
-@pytest.mark.parametrize("around", [None, "state_dict", "model"])
+@pytest.mark.parametrize("name", ["", "pytorch_model.bin", "checkpoint.pth.tar", "epoch-3"])
+@pytest.mark.parametrize("around", [None, "state_dict", "model", "net"])
 def test_a_pickle_is_taken_with_permission(tmp_path: Path, name: str, around: str | None) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
     weights = make_weights(2)
     saved = weights if around is None else {around: weights, "epoch": 3}
-    torch.save(saved, tmp_path / "pytorch_model.bin")
+    torch.save(saved, tmp_path / (name or "pytorch_model.bin"))
+    if name:
+        with pytest.raises(BundleError, match=r"a pickle, .*--allow-pickle"):
+            start(tmp_path / name)
     detector, taken = start(tmp_path / name, allow_pickle=True)
     assert taken is not None
     assert taken.num_loaded == len(weights)

@@ -16,7 +16,7 @@ from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
-from cifake_ray.storage.datasets.domain import read_domain
+from cifake_ray.storage.datasets.domain import read_domain, read_typical_side
 from cifake_ray.storage.datasets.training_set import (
     ImageSet,
     open_training_data,
@@ -80,6 +80,13 @@ def test_it_is_that_of_the_images_that_train(tmp_path: Path) -> None:
     assert read_domain(images) == TrainingDomain(
         sides=(20, 200), formats=("JPEG", "PNG"), jpeg_qualities=(60, 90)
     )
+
+
+def test_the_typical_side_is_the_median_of_the_first_rows(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
+    assert read_typical_side(open_images(tmp_path, tmp_path / "cache").rows) == 30
+    write_shards(tmp_path / "a.parquet", None)
+    assert read_typical_side(open_images(tmp_path, tmp_path / "cache").rows) is None
 
 
 @pytest.mark.parametrize("metadata", [None, {b"huggingface": b"{}"}])

@@ -185,6 +185,33 @@ def test_another_user_reads_what_is_there_and_is_told_what_is_not(
     assert "--cache-dir" in said
 
 
+@pytest.mark.parametrize("planted", [".npy", ".json", ".lock", ".writing", "a link"])
+@pytest.mark.parametrize("owner", ["a stranger", "the owner of the folder"])
+def test_pixels_of_a_stranger_in_a_shared_folder_are_not_learned_from(
+    shards: Path, tmp_path: Path, planted: str, owner: str
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root makes files of others")
+    cache = tmp_path / "cache"
+    good = read_reds(open_data(shards, cache, val_split="val").train)
+    cache.chmod(0o1777)
+    (pixels,) = cache.glob("*.npy")
+    array = np.load(pixels)
+    np.save(pixels, np.full_like(array, 255))
+    path = pixels.with_suffix(".npy" if planted == "a link" else planted)
+    if planted == "a link":
+        path = path.rename(tmp_path / "elsewhere.npy")
+        pixels.symlink_to(path)
+        path = pixels
+    path.touch()
+    os.chown(path, 12345, 12345, follow_symlinks=False)
+    if owner != "a stranger":
+        os.chown(cache, 12345, 12345)
+    learned = read_reds(open_data(shards, cache, val_split="val").train)
+    assert learned == (good if owner == "a stranger" else [255] * len(good))
+    assert read_reds(open_data(shards, cache, val_split="val").train) == learned
+
+
 def test_a_damaged_file_is_named(shards: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     open_data(shards, cache, val_split="val")
@@ -192,6 +219,47 @@ def test_a_damaged_file_is_named(shards: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(CacheError, match=f"{path.name}: damaged .*; delete it"):
         open_data(shards, cache, val_split="val")
+
+
+@pytest.mark.parametrize(("suffix", "cache_gb"), [(".npy", 1.0), (".json", 1.0), (".json", 0.0)])
+def test_no_damage_gives_other_pixels_or_other_images(
+    shards: Path, tmp_path: Path, suffix: str, cache_gb: float
+) -> None:
+    """It is told, with what to delete; then the images are decoded again."""
+
+    def read() -> tuple[bytes, dict[str, int]]:
+        data = open_data(shards, tmp_path / "cache", val_split="val", cache_gb=cache_gb)
+        pixels = data.train.read(np.arange(len(data.train.labels)))
+        return pixels.tobytes(), data.unusable
+
+    wanted, told = read(), list[str]()
+    (path,) = (tmp_path / "cache").glob(f"*{suffix}")
+    good = path.read_bytes()
+    lengths = (0, 1, 60, len(good) // 2, len(good) - 1)
+    damaged = [good[:length] for length in lengths if length < len(good)]
+    for place in range(0, len(good), 1 + len(good) // 100):
+        damaged.append(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            assert read() == wanted
+        except CacheError as error:
+            told.append(str(error))
+    assert all(path.stem in words and "delete it" in words for words in told)
+    assert len(told) > 0.8 * len(damaged)
+    path.unlink()
+    assert read() == wanted
+
+
+def test_what_an_earlier_version_decoded_is_used(shards: Path, tmp_path: Path) -> None:
+    first = read_reds(open_data(shards, tmp_path / "cache", val_split="val").train)
+    (path,) = (tmp_path / "cache").glob("*.json")
+    record = json.loads(path.read_text())
+    del record["crc32"]
+    path.write_text(json.dumps(record))
+    before = path.stat().st_mtime_ns
+    assert read_reds(open_data(shards, tmp_path / "cache", val_split="val").train) == first
+    assert path.stat().st_mtime_ns == before
 
 
 def test_decoding_says_how_far_it_is(
@@ -204,6 +272,5 @@ def test_decoding_says_how_far_it_is(
     )
     open_training_data(read_training_rows(config), PREPROCESSING, config, 1, said.append)
     assert said[-1] == "train: decoded 31 of 31 images, once for all"
-    assert json.loads(next((tmp_path / "cache").glob("*.json")).read_text()) == {
-        "unusable": {"8": "not_an_image"}
-    }
+    record = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
+    assert record["unusable"] == {"8": "not_an_image"}

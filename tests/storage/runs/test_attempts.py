@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cifake_ray.storage.io.files import find_files, write_bytes
+from cifake_ray.storage.io.files import find_files, make_folder, write_bytes
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.attempts import (
     clear_attempts,
@@ -31,7 +31,7 @@ def make_run(out: AnyPath) -> Run:
 @pytest.fixture(params=["disk", "bucket"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     if request.param == "disk":
-        return make_run(tmp_path / "out")
+        return make_run(tmp_path)
     server = request.getfixturevalue("s3_env")
     return make_run(resolve_path(f"s3://{server.make_bucket()}/out"))
 
@@ -63,6 +63,7 @@ def test_each_command_counts_its_own_attempts(run: Run) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 30, b"[]", b'{"shard": 1}', b"\xff"])
 def test_a_damaged_note_still_calls_for_caution(run: Run, data: bytes) -> None:
+    make_folder(run.attempts_folder)
     write_bytes(find_heartbeat(run, 1), data)
     attempt = read_attempt(run, 1)
     assert attempt is not None

@@ -23,8 +23,9 @@ from cifake_ray.storage.io import files
 from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
 from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, ShardStats, check_settings, finish_run, identify_run
+from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.settings import check_settings, identify_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
@@ -126,7 +127,9 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
 
 def test_a_setting_that_only_one_side_has_is_a_difference(tmp_path: Path) -> None:
     open_here(tmp_path, old=1)
-    with pytest.raises(RunMismatch, match=r"new: None there, 2 here; old: 1 there, None here"):
+    with pytest.raises(
+        RunMismatch, match=r"new: not given there, 2 here; old: 1 there, not given here"
+    ):
         open_here(tmp_path, fail_to_list, new=2)
 
 
@@ -431,8 +434,8 @@ def test_leftovers_are_removed_but_not_what_another_host_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, pid: int, age_s: float, stays: bool
 ) -> None:
     """A process of another host or container is not alive here, but it may be there."""
-    hosts = {"mine": files._identify_host(), "other": "0123abcd"}
-    monkeypatch.setattr(files, "_identify_host", lambda: hosts[host])
+    hosts = {"mine": files.identify_host(), "other": "0123abcd"}
+    monkeypatch.setattr(files, "identify_host", lambda: hosts[host])
     monkeypatch.setattr(os, "getpid", lambda: pid)
 
     def leave(temporary: Path, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifake_ray.storage.s3.errors import S3Error
-from cifake_ray.storage.s3.listing import KeyLister, Query, parse_page
+from cifake_ray.storage.s3.listing import KeyLister, Page, Query, parse_page
 
 
 def sort_by_bytes(key: str) -> Any:
@@ -27,11 +26,11 @@ def sort_by_folder(key: str) -> Any:
 
 def make_store(
     keys: set[str], order: Callable[[str], Any], queries: list[Query] | None = None
-) -> Callable[[Query], ET.Element]:
+) -> Callable[[Query], Page]:
     """Answers ListObjectsV2 for these keys, in this order."""
     ordered = sorted(keys, key=order)
 
-    def ask(query: Query) -> ET.Element:
+    def ask(query: Query) -> Page:
         if queries is not None:
             queries.append(query)
         found = [key for key in ordered if key.startswith(query["prefix"])]
@@ -46,16 +45,16 @@ def make_store(
             for key in page
         )
         following = f"<NextContinuationToken>{start + size}</NextContinuationToken>"
-        return ET.fromstring(
-            "<R><EncodingType>url</EncodingType>"
+        return parse_page(
+            "<ListBucketResult><EncodingType>url</EncodingType>"
             f"<IsTruncated>{str(is_truncated).lower()}</IsTruncated>"
-            f"{following if is_truncated else ''}{contents}</R>"
+            f"{following if is_truncated else ''}{contents}</ListBucketResult>".encode()
         )
 
     return ask
 
 
-def list_all(ask: Callable[[Query], ET.Element], prefix: str = "", page_keys: int = 2) -> list[str]:
+def list_all(ask: Callable[[Query], Page], prefix: str = "", page_keys: int = 2) -> list[str]:
     lister = KeyLister(ask, num_threads=4, page_keys=page_keys)
     return [entry.key for page in lister.list_entries(prefix) for entry in page]
 
@@ -112,7 +111,7 @@ def test_the_first_error_ends_the_listing() -> None:
     ask = make_store({f"{number:04d}" for number in range(2_000)}, sort_by_bytes)
     asked = threading.Semaphore(20)
 
-    def fail_later(query: Query) -> ET.Element:
+    def fail_later(query: Query) -> Page:
         if not asked.acquire(blocking=False):
             raise S3Error(403, "AccessDenied", "no more")
         return ask(query)
@@ -125,7 +124,7 @@ def test_the_first_error_ends_the_listing() -> None:
 def test_a_mistake_in_a_thread_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
 
-    def break_down(query: Query) -> ET.Element:
+    def break_down(query: Query) -> Page:
         raise ZeroDivisionError
 
     with pytest.raises(RuntimeError, match="ended unexpectedly"):
@@ -149,11 +148,9 @@ def wait_for_threads() -> None:
 
 def test_a_page_says_keys_sizes_and_etags() -> None:
     page = parse_page(
-        ET.fromstring(
-            '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-            "<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>"
-            "<Contents><Key>a+b%2B%0A%01</Key><Size>3</Size><ETag>&quot;x&quot;</ETag></Contents>"
-            "<Contents><Key>%FF</Key><Size>0</Size></Contents></ListBucketResult>"
-        )
+        b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        b"<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>"
+        b"<Contents><Key>a+b%2B%0A%01</Key><Size>3</Size><ETag>&quot;x&quot;</ETag></Contents>"
+        b"<Contents><Key>%FF</Key><Size>0</Size></Contents></ListBucketResult>"
     )
     assert page == ([("a b+\n\x01", 3, '"x"'), ("\udcff", 0, None)], None)

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from cifake_ray.config import ConvertConfig
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, UsageError
+from cifake_ray.storage.sources.allowed_paths import make_allowed_paths
 from cifake_ray.storage.sources.open_source import open_source
 
 
@@ -192,3 +193,11 @@ def test_rows_with_odd_bytes_do_not_break_the_fence(folder: Path) -> None:
     image = read_list(write_rows(folder, "loop/a.jpg"))["loop/a.jpg"]
     assert isinstance(image, ImageError)
     assert image.error == "not_found"
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "s3n"])
+def test_s3_may_be_called_as_hadoop_calls_it(folder: Path, scheme: str) -> None:
+    allowed = make_allowed_paths(folder / "list.csv", [f"{scheme}://bucket/in/"])
+    assert allowed.locate(f"{scheme}://bucket/in/s3a://a.jpg") == "s3://bucket/in/s3a://a.jpg"
+    with pytest.raises(UsageError, match="outside"):
+        allowed.locate(f"{scheme}://bucket/inside/a.jpg")

@@ -41,7 +41,7 @@ from cifake_ray.errors import ImageError, NothingToDo
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3 import prefetch
 from cifake_ray.storage.s3.listing import KeyLister
-from cifake_ray.storage.sources import folder, fsspec_prefix, image_table, s3_prefix, tar
+from cifake_ray.storage.sources import folder, fsspec_prefix, held_images, s3_prefix, tar
 from cifake_ray.storage.sources import source as source_module
 from cifake_ray.storage.sources.source import Source
 
@@ -230,6 +230,12 @@ CLUTTER = {
     "REAL/@eaDir/a.jpg": "system folder",
     "REAL/.ipynb_checkpoints/a.jpg": "system folder",
     ".git/objects": "system folder",
+    "REAL/IMG_0001.MOV": "video or sound",
+    "REAL/.a.jpg.crc": "sidecar",
+    "REAL/.picasaoriginals/a.jpg": "system folder",
+    "REAL/@__thumb/a.jpg": "system folder",
+    ".stfolder/a": "system folder",
+    "_SUCCESS": "system file",
 }
 
 
@@ -259,7 +265,7 @@ def test_metadata_beside_images_is_used_or_said_to_be_there(kind: SourceKind) ->
     listing = kind.open().list_images()
     labels = [label for batch in listing.batches for label in batch.column("label").to_pylist()]
     assert labels in ([FAKE], [None])
-    (note,) = listing.notes
+    note = listing.notes[0]
     assert "set/metadata.csv" in note
     assert "source" in note
 
@@ -358,7 +364,7 @@ def test_what_changed_or_went_after_the_listing_is_the_error_of_its_row_alone(
 def test_an_image_above_the_limit_is_too_large_and_its_neighbours_are_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
+    for module in (folder, fsspec_prefix, held_images, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("exact", b"x" * 10), Image("large", b"x" * 11), Image("other", b""))
     source = kind.open()
@@ -373,7 +379,7 @@ def test_an_image_above_the_limit_is_not_read(
     kind: SourceKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need(kind, "unread")
-    for module in (folder, fsspec_prefix, image_table, prefetch, tar):
+    for module in (folder, fsspec_prefix, held_images, prefetch, tar):
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 10)
     kind.put(Image("large", b"x" * 11))
     source = kind.open()

@@ -16,7 +16,7 @@ from test_sources import error_of, gather, make_png, open_images, put, read_all
 
 from cifake_ray.config import ScoreConfig
 from cifake_ray.core.imaging.decode import decode_image
-from cifake_ray.core.labels import find_split
+from cifake_ray.core.labels import read_file_path
 from cifake_ray.core.schema import FAKE, FOOTER_KEY, REAL
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import write_manifest
@@ -160,6 +160,51 @@ def test_a_label_column_of_any_name_is_read_with_the_class_names_of_its_own(tmp_
     assert "label (the output has its own)" in listing.notes[0]
 
 
+@pytest.mark.parametrize("names", [("Label", "Split", "Source"), ("labels", "SPLIT", "sources")])
+def test_columns_are_found_in_any_case(tmp_path: Path, names: tuple[str, ...]) -> None:
+    label, split, source = names
+    features = {label: {"names": ["fake", "real"], "_type": "ClassLabel"}}
+    values = {split: ["train", "Testing", None] * 2, source: ["sdxl"] * NUM_ROWS}
+    path = write(tmp_path / "set" / "a.parquet", features, **{label: LABELS}, **values)
+    for src in (path, path.parent):
+        table = read_listing(open_images(src))[0]
+        assert table.column("label").to_pylist() == [FAKE, REAL] * 3
+        assert table.column("split").to_pylist() == ["train", "test", None] * 2
+        assert table.column("source").to_pylist() == ["sdxl"] * NUM_ROWS
+        assert not {*names} & {*table.column_names}
+
+
+def test_a_column_of_splits_may_have_another_name(tmp_path: Path) -> None:
+    write(tmp_path / "set" / "a.parquet", subset=["train", "Test", "celeba"] * 2)
+    table = read_listing(open_images(tmp_path / "set"))[0]
+    assert table.column("split").to_pylist() == ["train", "test", None] * 2
+    assert "subset" in table.column_names
+    assert find_splits(tmp_path / "set") == {"train", "test"}
+    write(tmp_path / "b" / "a.parquet", set=[["train"]] * NUM_ROWS)
+    assert list_column(open_images(tmp_path / "b"), "split") == [None] * NUM_ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("real.parquet", (REAL, None, None)),
+        ("FAKE/sdxl/0000.parquet", (FAKE, None, "sdxl")),
+        ("split=test/label=fake/part-0.parquet", (FAKE, "test", None)),
+        ("fake-train-00001-of-00002.parquet", (FAKE, "train", None)),
+    ],
+)
+def test_without_columns_the_path_of_a_file_tells_label_split_and_source(
+    tmp_path: Path, name: str, facts: tuple[int | None, str | None, str | None]
+) -> None:
+    write(tmp_path / "set" / name)
+    table, listing = read_listing(open_images(tmp_path / "set"))
+    found = zip(*(table.column(c).to_pylist() for c in ("label", "split", "source")), strict=True)
+    assert set(found) == {facts}
+    assert not any("no labels" in note for note in listing.notes)
+    write(tmp_path / "set" / name, label=[1 - (facts[0] or 0)] * NUM_ROWS)
+    assert set(list_column(open_images(tmp_path / "set"))) == {1 - (facts[0] or 0)}
+
+
 def test_converting_without_a_label_column_says_which_columns_there_are(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", is_ai=LABELS)
     assert "only image, is_ai; --label-column" in read_listing(open_images(path))[1].notes[-1]
@@ -173,7 +218,7 @@ def test_an_option_that_names_no_column_is_refused_with_those_there_are(
 ) -> None:
     write(tmp_path / "set" / "a.parquet", is_ai=LABELS)
     with pytest.raises(
-        UsageError, match=f"--{option.replace('_', '-')} {name}: .*only image, is_ai"
+        UsageError, match=f"--{option.replace('_', '-')} {name}: .*only image.*, is_ai"
     ):
         list_column(open_images(tmp_path / "set", **{option: name}))
 
@@ -190,8 +235,9 @@ def test_an_option_that_names_no_column_is_refused_with_those_there_are(
         pa.array(IMAGES, pa.large_binary()),
         pa.array(IMAGES).dictionary_encode(),
         [None, *STRUCTS[1:]],
+        pa.array([list(data) for data in IMAGES], pa.list_(pa.uint8())),
     ],
-    ids=["struct", "binary", "large_binary", "dictionary", "null_first"],
+    ids=["struct", "binary", "large_binary", "dictionary", "null_first", "list_of_bytes"],
 )
 def test_the_only_column_with_images_is_found(tmp_path: Path, name: str, values: Any) -> None:
     columns = {"caption": ["x"] * NUM_ROWS, "phash": [b"12345678"] * NUM_ROWS, name: values}
@@ -303,13 +349,18 @@ def test_splits_are_those_that_datasets_finds(tmp_path: Path, names: tuple[str, 
         found |= {os.path.relpath(path, tmp_path): str(split) for path in paths}
     short = {"validation": "val"}
     expected = {name: short.get(split, split) for name, split in found.items()}
-    assert {n: s for n in names if (s := find_split(n))} == expected
+    assert {n: s for n in names if (s := read_file_path(n, {}).split)} == expected
 
 
 @pytest.mark.parametrize(
     ("path", "split"),
     [
-        ("Training/Test_1.parquet", "train"),  # the folder counts before the file
+        ("Training/Test_1.parquet", "test"),  # never train on a test image
+        ("FLUX.1-dev/train-00000-of-00001.parquet", "train"),
+        ("FLUX.1-dev/0000.parquet", None),
+        ("split=test/part-0.parquet", "test"),
+        ("my_testset.parquet", "test"),
+        ("progan_val/0.parquet", "val"),
         ("train/deep/test/x.parquet", "test"),
         ("train_test_split/test/x.parquet", "test"),
         ("train_test_split/x.parquet", None),
@@ -319,8 +370,8 @@ def test_splits_are_those_that_datasets_finds(tmp_path: Path, names: tuple[str, 
         ("x.parquet", None),
     ],
 )
-def test_the_innermost_folder_with_one_word_decides(path: str, split: str | None) -> None:
-    assert find_split(path) == split
+def test_the_path_of_a_file_tells_its_split(path: str, split: str | None) -> None:
+    assert read_file_path(path, {}).split == split
 
 
 def test_a_split_column_counts_before_the_name(tmp_path: Path) -> None:

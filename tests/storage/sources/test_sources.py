@@ -23,7 +23,7 @@ from PIL import Image
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL, SHARD_FIELDS
-from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
@@ -460,6 +460,7 @@ def test_metadata_beside_images_labels_them(tmp_path: Path, name: str, text: str
         "REAL/c.jpg": (REAL, None, None),
     }
     assert any(name in note for note in notes)
+    assert any("FAKE" in note and "--real-name 1 --fake-name 0" in note for note in notes)
 
 
 def test_names_of_classes_and_columns_hold_for_metadata(tmp_path: Path) -> None:
@@ -478,6 +479,21 @@ def test_metadata_about_something_else_changes_nothing(tmp_path: Path) -> None:
         assert len(notes) == 1
         assert notes[0].startswith("not used: ")
         assert "metadata.csv" in notes[0]
+
+
+@pytest.mark.parametrize(("folder", "is_told"), [("images", True), ("FAKE", False)])
+def test_a_table_beside_images_without_labels_is_named(
+    tmp_path: Path, folder: str, is_told: bool
+) -> None:
+    for name in ("0.jpg", "1.jpg", "0.json", "notes.txt"):
+        put(tmp_path / "set" / folder / name)
+    put(tmp_path / "set" / "train.csv", b"filename,label\n0.jpg,1\n")
+    listing = open_images(tmp_path / "set").list_images()
+    listing.count_rows(describe=True)
+    gather(listing)
+    told = [note for note in listing.notes if "train.csv: beside the images" in note]
+    assert len(told) == is_told
+    assert listing.left_out["sidecar"] == 3
 
 
 def test_metadata_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
@@ -585,9 +601,64 @@ def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
 
 
 def test_a_list_without_its_path_column_says_which_columns_it_has(tmp_path: Path) -> None:
-    path = write_list(tmp_path, "file,label\na.jpg,1\n")
-    with pytest.raises(ValueError, match=r"'path'.*file, label.*--path-column"):
+    path = write_list(tmp_path, "place,label\na.jpg,1\n")
+    with pytest.raises(ValueError, match=r"'path'.*place, label.*--path-column"):
         list_rows(path)
+    with pytest.raises(ValueError, match=r"only a\.jpg, real, train; put a line with names"):
+        list_rows(write_list(tmp_path, "a.jpg,real,train\nb.jpg,fake,test\n"))
+
+
+def test_a_list_without_a_label_column_says_which_columns_it_has(tmp_path: Path) -> None:
+    listing = open_images(write_list(tmp_path, "path,kind\na.jpg,1\n")).list_images()
+    gather(listing)
+    assert any("only path, kind; --label-column" in note for note in listing.notes)
+
+
+def test_an_image_as_text_is_no_path(tmp_path: Path) -> None:
+    text = "/9j/" + "4AAQSkZJRg" * 1000
+    with pytest.raises(UsageError, match=r"line 2: 10,004 characters .* are no path") as caught:
+        list_rows(write_list(tmp_path, f"image,label\n{text},1\n"))
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("train.csv", "train"), ("my_testset.txt", "test"), ("list.csv", None), ("val.jsonl", "val")],
+)
+def test_the_split_of_a_list_is_in_its_name(tmp_path: Path, name: str, split: str | None) -> None:
+    paths = ["a.jpg", "test/b.jpg"]
+    lines = [json.dumps({"path": p}) if name == "val.jsonl" else p for p in paths]
+    header = ["path"] if name.endswith(".csv") else []
+    rows = list_rows(write_list(tmp_path, "\n".join(header + lines), name))
+    assert [rows[path]["split"] for path in paths] == [split, "test"]  # never train on a test image
+
+
+@pytest.mark.parametrize(("name", "label"), [("real.txt", REAL), ("generated.txt", None)])
+def test_the_class_of_a_list_is_in_its_name(tmp_path: Path, name: str, label: int | None) -> None:
+    rows = list_rows(write_list(tmp_path, "a.jpg\nfake/b.jpg\n", name))
+    assert [row["label"] for row in rows.values()] == [label, FAKE]
+
+
+@pytest.mark.parametrize("column", ["Split", "subset", "Set", "Usage"])
+@pytest.mark.parametrize("is_metadata", [False, True])
+def test_a_column_of_splits_may_have_another_name(
+    tmp_path: Path, column: str, is_metadata: bool
+) -> None:
+    """What is no split in it is none, unless the column is called so."""
+    put(tmp_path / "set" / "a.jpg")
+    values = {"a.jpg": "Training", "b.jpg": "Test Set", "c.jpg": "celeba"}
+    lines = [f"{name},{value}" for name, value in values.items()]
+    text = "\n".join([f"file_name,{column}", *lines])
+    for name in values:
+        put(tmp_path / "set" / name)
+    src = write_list(tmp_path / "set", text, "metadata.csv")
+    rows = list_rows(tmp_path / "set" if is_metadata else src)
+    is_split = column == "Split"
+    assert [rows[name]["split"] for name in values] == [
+        "train",
+        "Test Set" if is_split else "test",
+        "celeba" if is_split else None,
+    ]
 
 
 def test_an_empty_csv_is_refused(tmp_path: Path) -> None:
@@ -743,6 +814,15 @@ AS_WRITTEN = {
     '{"label": 1, "file_name": "set/c.jpg", "other": {"a": [1]}}\n',
     "backslashes.csv": "path,label\nset\\a b.jpg,0\nset\\c.jpg,1\n",
     "backslashes.txt": ".\\set\\a b.jpg 0\r\n.\\set\\c.jpg 1\r\n",
+    "before.txt": "0 set/a b.jpg\n1 set/c.jpg\n",
+    "words-before.txt": "REAL set/a b.jpg\nFake set/c.jpg\n",
+    "before.csv": '0,"set/a b.jpg"\n1,"set/c.jpg"\n',
+    "mxnet.lst": "0\t0.000000\tset/a b.jpg\n1\t1.000000\tset/c.jpg\n",
+    "array.json": '[{"path": "set/a b.jpg", "label": "real"}, {"path": "set/c.jpg", "label": 1}]',
+    "blank-end.csv": "path,label\nset/a b.jpg,0\nset/c.jpg,1\n   \n\t\n",
+    "comma-end.csv": "path,label\nset/a b.jpg,0,\nset/c.jpg,1, \n",
+    "img-name.csv": "id,img_name,Labels\n7,set/a b.jpg,0\n8,set/c.jpg,1\n",
+    "image-path.csv": "ImagePath,label\nset/a b.jpg,0\nset/c.jpg,1\n",
 }
 
 
@@ -784,6 +864,11 @@ def test_files_whose_names_look_like_a_path_and_a_label_are_files(
 def test_one_line_without_a_label_makes_all_of_them_paths(tmp_path: Path) -> None:
     src = write_list(tmp_path, "a.jpg 1\nb c.jpg\n", "list.txt")
     assert set(list_rows(src)) == {"a.jpg 1", "b c.jpg"}
+
+
+def test_the_first_word_of_a_name_is_no_label(tmp_path: Path) -> None:
+    for lines in (["my a.jpg", "his b.jpg"], ["0 a.jpg", "1 b.jpg", "2 c.jpg"]):
+        assert set(list_rows(write_list(tmp_path, "\n".join(lines), "list.txt"))) == {*lines}
 
 
 def test_a_file_with_a_backslash_in_its_name_is_that_file(tmp_path: Path) -> None:
@@ -859,7 +944,10 @@ def test_a_file_uri_that_is_not_encoded_is_that_file(tmp_path: Path) -> None:
     [
         ("list.jsonl", b'{"path": "a.jpg"}\nno\n', r"line 2: no JSON"),
         ("list.jsonl", b'["a.jpg"]\n', r"line 1: no JSON object"),
-        ("list.jsonl", b'{"file": "a.jpg"}\n', r"'path'.*file.*--path-column"),
+        ("list.jsonl", b'{"place": "a.jpg"}\n', r"'path'.*place.*--path-column"),
+        ("list.json", b'{"images": []}', r"no array of objects.*jsonl"),
+        ("list.json", b'["a.jpg"]', r"no array of objects.*jsonl"),
+        ("list.json", b'[{"path": "a.jpg"', r"no JSON"),
         ("list.csv.gz", gzip.compress(b"path\na.jpg\n" * 99)[:-9], r"gzip"),
         ("list.csv.gz", b"path\na.jpg\n", r"gzip"),
         ("list.csv", b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),

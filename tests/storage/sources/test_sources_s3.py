@@ -17,7 +17,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.errors import CifakeError, ImageError, NothingToDo, StorageError
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path
-from cifake_ray.storage.sources import open_source as sources
+from cifake_ray.storage.sources import glance
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.parquet import ParquetSource
@@ -88,7 +88,7 @@ def test_a_prefix_is_a_folder_byte_for_byte(s3_env: S3Server, bucket: str) -> No
     ],
 )
 def test_a_prefix_is_taken_byte_for_byte(uri: str, prefix: str) -> None:
-    assert sources.split_prefix(uri) == ("b", prefix)
+    assert glance.split_prefix(uri) == ("b", prefix)
 
 
 def test_a_bucket_is_a_folder(s3_env: S3Server, bucket: str) -> None:
@@ -112,7 +112,7 @@ def test_the_output_of_convert_is_shards_however_many_keys_come_first(
     for name in ("A", "B", "C", "_run.json"):
         s3_env.put(bucket, f"run/{name}", b"{}")
     s3_env.put(bucket, "run/shards/part-00000.parquet", encode_table(range(2)))
-    monkeypatch.setattr(sources, "GLANCE_KEYS", 2)
+    monkeypatch.setattr(glance, "GLANCE_KEYS", 2)
     assert isinstance(open_images(f"s3://{bucket}/run"), ParquetSource)
 
 
@@ -121,7 +121,7 @@ def test_no_more_than_the_first_keys_are_looked_at(
 ) -> None:
     for name in ("a.jpg", "b.jpg", "z.parquet"):
         s3_env.put(bucket, f"images/{name}", b"")
-    monkeypatch.setattr(sources, "GLANCE_KEYS", 2)
+    monkeypatch.setattr(glance, "GLANCE_KEYS", 2)
     assert isinstance(open_images(f"s3://{bucket}/images"), S3PrefixSource)
 
 

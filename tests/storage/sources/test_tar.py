@@ -19,6 +19,7 @@ from s3_server import S3Server
 from source_kinds import Image, LocalStore, MemoryStore, S3Store, Store, make_tar
 
 from cifake_ray.config import ConvertConfig
+from cifake_ray.core.labels import split_file_name
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL
 from cifake_ray.errors import ImageError, NothingToDo, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import write_manifest
@@ -27,7 +28,7 @@ from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
 from cifake_ray.storage.sources.open_source import detect_kind, open_source
 from cifake_ray.storage.sources.source import Source
-from cifake_ray.storage.sources.tar import TarSource, split_tar_name
+from cifake_ray.storage.sources.tar import TarSource
 from cifake_ray.storage.sources.tar_members import list_members
 
 Row = dict[str, Any]
@@ -401,7 +402,7 @@ def test_tar_and_member_together_are_the_path_that_tells_the_label(
     ],
 )
 def test_the_words_of_a_tar_are_told_from_its_number(name: str, parts: list[str]) -> None:
-    assert [part for part in split_tar_name(name, {"fake": FAKE}) if part] == parts
+    assert [part for part in split_file_name(name, {"fake": FAKE}) if part] == parts
 
 
 # --- which folders are tars ----------------------------------------------------------------------
