@@ -26,7 +26,7 @@ import torch
 from cifake_ray.config import TrainConfig, TuneConfig, fingerprint_settings, list_options
 from cifake_ray.core.search.space import Space, count_grid, list_grid, sample_space
 from cifake_ray.core.search.trial_table import find_best, find_interval
-from cifake_ray.errors import CifakeError, ResourceError, StorageError, UsageError
+from cifake_ray.errors import CifakeError, ResourceError, UsageError
 from cifake_ray.report.tune_page import render_tune_page
 from cifake_ray.report.tune_text import format_recipe
 from cifake_ray.stages.cluster import (
@@ -185,12 +185,7 @@ def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -
     """
     config, search = plan.config, plan.search
     known = search.read_trials()
-    for trial in known:
-        if trial.chosen.keys() != space.keys():  # any other would be an option of the training
-            raise StorageError(
-                f"{search.folder_of(trial.number)}: it has {sorted(trial.chosen)}, the search has"
-                f" {sorted(space)}; it was edited: remove this folder to try the trial again"
-            )
+    search.check_options_of(known, space)
     if known:
         over = sum(trial.end is not None for trial in known)
         log(f"tune: resuming with {len(known)} trials, {over} of them over")

@@ -8,7 +8,7 @@ pickled, so it is never read.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,6 +101,15 @@ class TuneRun(RunFolder):
                 " command again, which tries this trial again"
             ) from error
         return trial
+
+    def check_options_of(self, trials: Iterable[Trial], names: Collection[str]) -> None:
+        """Raise StorageError when a trial has others than these: they would be those of `train`."""
+        for trial in trials:
+            if trial.chosen.keys() != set(names):
+                raise StorageError(
+                    f"{self.folder_of(trial.number)}: it has {sorted(trial.chosen)}, the search has"
+                    f" {sorted(names)}; it was edited: delete this folder to try the trial again"
+                )
 
     def write_trial(self, trial: Trial) -> None:
         record = asdict(trial)

@@ -95,3 +95,11 @@ def test_a_folder_of_another_name_is_no_trial(tmp_path: Path, name: str) -> None
     write_run(tmp_path)
     (tmp_path / "trials" / name).mkdir()
     assert TuneRun(tmp_path).read_trials() == [Trial(0, {"lr": 0.1})]
+
+
+@pytest.mark.parametrize("other", [{}, {"lr": 1, "shards": "/etc"}, {"run": "../outside"}])
+def test_a_trial_brings_no_options_of_its_own(tmp_path: Path, other: dict[str, Any]) -> None:
+    search = TuneRun(tmp_path)
+    search.check_options_of([Trial(0, {"lr": 0.1})], ["lr"])
+    with pytest.raises(StorageError, match="trials/00000: it has"):
+        search.check_options_of([Trial(0, other)], ["lr"])
