@@ -127,7 +127,7 @@ def load_bundle(
     try:
         with torch.device("meta"):  # without memory: a name can stand for any number of weights
             blank = build_detector(info.architecture, image_size=size, fit=fit)
-        blank.network.load_state_dict(state)
+        blank.network.load_state_dict(state, assign=True)
         detector = build_detector(info.architecture, image_size=size, fit=fit)
         detector.set_preprocessing(info.preprocessing)
         detector.network.load_state_dict(state)
