@@ -105,6 +105,7 @@ HOSTILE = [
     "\u202egpj.exe\u2066\u2069\u200f",
     "\x00\x08\x1b]0;title\x07\r\n\x85\u2028",
     "\ud800\udc80",
+    r"$\frac{$",
 ]
 
 

@@ -186,6 +186,7 @@ def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -
     """
     config, search = plan.config, plan.search
     known = search.read_trials()
+    search.check_options_of(known, space)
     if known:
         over = sum(trial.end is not None for trial in known)
         log(f"tune: resuming with {len(known)} trials, {over} of them over")

@@ -28,7 +28,7 @@ from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.datasets.pixel_cache import PixelCache, locate_cache
-from cifake_ray.storage.io.files import stamp_file
+from cifake_ray.storage.io.digest import stamp_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.held_images import get_bytes

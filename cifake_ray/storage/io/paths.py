@@ -144,7 +144,8 @@ def link_path(path: AnyPath) -> str:
 def is_inside(path: AnyPath, folder: AnyPath) -> bool:
     """Return whether a path is a folder or is below it; links are followed."""
     if isinstance(path, Path) and isinstance(folder, Path):
-        return path.resolve().is_relative_to(folder.resolve())
+        real = os.path.realpath(path)  # Path.resolve raises for a link to itself
+        return Path(real).is_relative_to(os.path.realpath(folder))
     return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
@@ -212,6 +213,9 @@ def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
         errno.EFBIG: "the file would exceed a size limit; raise it and run the same command again",
         errno.ENOTDIR: "a file is where a folder is needed",
         errno.EISDIR: "a folder is where a file is needed",
+        errno.EINVAL: "a pipe, a socket or a device is where a file is needed",
+        errno.EOVERFLOW: "it is no such file; put the right one there",
+        errno.ELOOP: "a link leads to itself; remove it",
     }
     remedy = remedies.get(error.errno or 0, "check the disk and run the same command again")
     reason = str(error.strerror or error).rstrip(".")

@@ -278,7 +278,9 @@ class TarSource:
             tar, image = Tar("", location, 0, *stamp), None
             if error or start is None:
                 error = error or "not_an_image"
-                image = ImageError(error, DETAILS[error])
+                image = ImageError(error, DETAILS.get(error, "so it was listed"))
+            elif size_bytes is None or start < 0 or size_bytes < 0:
+                image = ImageError("changed", "the tar was listed otherwise")
             elif size_bytes > MAX_IMAGE_BYTES:
                 image = ImageError(
                     "too_large", f"{size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}"

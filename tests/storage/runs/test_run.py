@@ -30,8 +30,9 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, ShardStats, check_settings, finish_run, identify_run
+from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.settings import check_settings, identify_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
