@@ -136,8 +136,8 @@ class LoadedDetector:
         """Return `p_fake` of each image: float32[N], 0 to 1.
 
         An image is encoded bytes, a Pillow image or RGB pixels, uint8[H, W, 3]. By default as many
-        images are computed at once as `score` does. ImageError, which names the image's position,
-        when one cannot be used.
+        images are computed at once as `score` does. When one cannot be used, ImageError, or
+        UsageError when it is something else; both name its position.
         """
         from cifake_ray.core.evaluation.calibration import compute_p_fake
 
@@ -167,9 +167,25 @@ class LoadedDetector:
         return np.concatenate(batches)
 
     def _load_image(self, image: AnyImage, position: int) -> np.ndarray:
+        from PIL.Image import Image
+
         from cifake_ray.core.imaging.decode import convert_image, decode_image
         from cifake_ray.core.imaging.preprocessing import fit_image
 
+        is_rgb = (
+            isinstance(image, np.ndarray)
+            and image.dtype == np.uint8
+            and image.ndim == 3
+            and image.shape[2] == 3
+        )
+        if not is_rgb and not isinstance(image, bytes | Image):
+            kind = type(image).__name__
+            if isinstance(image, np.ndarray):
+                kind = f"{image.dtype}{list(image.shape)}"
+            raise UsageError(
+                f"image {position} is {kind}; give the bytes of its file, a Pillow image, or RGB"
+                " pixels as uint8[H, W, 3]"
+            )
         preprocessing = self.detector.preprocessing
         try:
             if isinstance(image, bytes):

@@ -259,9 +259,15 @@ def show_line(line: str, stream: TextIO | None = None) -> None:
 
 
 def show_bytes(chunks: Iterable[bytes]) -> None:
-    """Write a result to stdout as it is; after a broken pipe (`| head`) no more is made."""
+    """Write a result to stdout; after a broken pipe (`| head`) no more is made.
+
+    It is written as it is, but for a terminal, which control characters of a key could control.
+    """
     try:
         for chunk in chunks:
+            if sys.stdout.isatty():
+                lines = chunk.decode("utf-8", "backslashreplace").split("\n")
+                chunk = "\n".join(map(clean_text, lines)).encode()
             sys.stdout.buffer.write(chunk)
         sys.stdout.buffer.flush()
     except BrokenPipeError:

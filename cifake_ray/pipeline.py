@@ -45,10 +45,11 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
+    from cifake_ray.stages.evaluate import read_metrics
     from cifake_ray.stages.resources import runs_here
     from cifake_ray.stages.train.placement import place_training, trains_here
     from cifake_ray.stages.train.prepare import build_checked
-    from cifake_ray.storage.io.files import exists, read_json
+    from cifake_ray.storage.io.files import exists
 
     root = resolve_path(config.root, config.store)
     shards, run, report, scores = (str(root / n) for n in ("shards", "run", "report", "scores"))
@@ -78,7 +79,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
             if not (is_trained or config.scale_timeout_s or trains_here(train)):
                 place_training(train, resources)
         codes = [run_verb(step, time.monotonic())[1] for step in steps]
-    metrics = read_json(root / "report" / "metrics.json")
+    metrics = read_metrics(root / "report")
     result = {
         "command": "pipeline",
         "out": str(root),

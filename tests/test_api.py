@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,22 @@ def test_an_image_that_cannot_be_used_is_named() -> None:
     detector = cifake_ray.load_detector()
     with pytest.raises(ImageError, match="not_an_image: image 1: no decoder knows"):
         detector.predict([Image.new("L", (8, 8)), b"text"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ("photo.jpg", "str"),
+        (Path("photo.jpg"), "PosixPath"),
+        (np.zeros((8, 8), np.uint8), r"uint8\[8, 8\]"),
+        (np.zeros((8, 8, 4), np.uint8), r"uint8\[8, 8, 4\]"),
+        (np.zeros((8, 8, 3), np.float32), r"float32\[8, 8, 3\]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_image_is_refused_by_its_kind(wrong: Any, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"image 1 is {kind}; give the bytes"):
+        cifake_ray.load_detector().predict([Image.new("L", (8, 8)), wrong])
 
 
 def test_the_examples_run(

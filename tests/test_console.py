@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -24,6 +25,7 @@ from cifake_ray.console import (
     format_time,
     log,
     run_command,
+    show_bytes,
     show_epoch,
 )
 from cifake_ray.errors import (
@@ -401,3 +403,19 @@ def test_a_log_for_programs_has_an_object_in_each_line(
     assert (epoch["epoch"], epoch["val_accuracy"]) == (1, 0.9)
     assert said["message"] == "a\x1b[31m name"
     assert datetime.fromisoformat(said["time"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_an_export_controls_no_terminal_and_is_exact_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    data = "key\n\x1b]0;owned\x07\x9b31m\u202egpj.exe\n".encode() + b"\xff\n"
+    stdout = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    show_bytes([data])
+    shown = stdout.buffer.getvalue()
+    if is_terminal:
+        assert all(c.isprintable() or c == "\n" for c in shown.decode())
+    else:
+        assert shown == data

@@ -305,15 +305,15 @@ def test_the_printed_file_is_the_defaults(seen: list[Any], tmp_path: Path) -> No
     for verbs in (["score"], ["train"], ["train", "score", "submit"]):
         result = CliRunner().invoke(cli.app, ["config", *verbs])
         assert result.exit_code == 0, result.output
-        file.write_text(result.output)
+        file.write_text(result.stdout)
         for verb in set(verbs) - {"submit"}:
             run(verb, "a", "b", "--config", str(file))
             config = seen.pop()
             required = {f.name: v for f, v in zip(*find_required(type(config)), strict=False)}
             assert config == type(config)(**required)
     for field in fields(TrainConfig):
-        assert re.search(rf"^  (# )?{field.name}: ", result.output, re.MULTILINE), field.name
-        assert doc_of(TrainConfig, field.name).help[:40] in result.output
+        assert re.search(rf"^  (# )?{field.name}: ", result.stdout, re.MULTILINE), field.name
+        assert doc_of(TrainConfig, field.name).help[:40] in result.stdout
 
 
 def find_required(config_class: Any) -> tuple[list[Any], str]:

@@ -237,6 +237,10 @@ class LabelReader:
                 self.assumed |= {} if named is not None else taken.items() - self.meanings.items()
                 self.meanings |= taken
         self.counts: Counter[tuple[str, int | None]] = Counter()  # by value and label
+        # Millions of rows have a few values.
+        self._read_words = lru_cache(MAX_COUNTED_VALUES)(
+            lambda text: read_folder_name(text, self.meanings).label
+        )
 
     def read(self, value: object, names: Sequence[str] | None = None) -> int | None:
         """Return the label of a value, which is a number of a name if there are `names`.
@@ -251,7 +255,7 @@ class LabelReader:
             text = ""
         label = self.meanings.get(text.lower())
         if label is None:
-            label = read_folder_name(text, self.meanings).label
+            label = self._read_words(text)
         # A column of free text has endless values.
         key = (text, label) if len(self.counts) < MAX_COUNTED_VALUES else ("others", label)
         self.counts[key] += 1

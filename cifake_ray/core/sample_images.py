@@ -135,6 +135,13 @@ def assign_image(index: int, num_images: int) -> tuple[str, int]:
     return ("test" if pair < 2 * num_held_out else "train"), label
 
 
+def name_image(index: int, num_images: int, seed: int) -> str:
+    """Return the path of an image below the folder of the sample, without its extension."""
+    split, label = assign_image(index, num_images)
+    name = hashlib.sha256(f"{seed}:{index}".encode()).hexdigest()[:20]
+    return f"{split}/{LABEL_NAMES[label]}/{name}"
+
+
 def find_photograph(name: str) -> Path:
     """Return the path of a `PHOTOGRAPHS` entry without importing its package.
 
@@ -167,8 +174,7 @@ def _generate_range(
                 data = simplejpeg.encode_jpeg(
                     images[row], quality=JPEG_QUALITY, colorsubsampling="420"
                 )
-            name = hashlib.sha256(f"{seed}:{index}".encode()).hexdigest()[:20]
-            yield SampleImage(f"{split}/{LABEL_NAMES[label]}/{name}.{extension}", data)
+            yield SampleImage(f"{name_image(index, num_images, seed)}.{extension}", data)
 
 
 # --- crops ---------------------------------------------------------------------------------------

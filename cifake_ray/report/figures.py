@@ -219,7 +219,7 @@ def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
     axes.set_xlim(0, 1.0)
     axes.xaxis.set_major_formatter("{x:.0%}")
     which = "" if len(shown) == len(ordered) else f", the lowest {len(shown)} of {len(ordered)}"
-    axes.set_title(f"Accuracy per slice (images){which}")
+    axes.set_title(f"Accuracy per source (images){which}")
     return encode_figure(figure)
 
 

@@ -32,7 +32,7 @@ CAPTIONS = {
     ),
     "loss": "Loss while the detector was trained, on its own images, not those of this report.",
     "accuracy": "Accuracy while the detector was trained, on its own validation images.",
-    "slices": "Accuracy at 0.5 per slice with 95% intervals, lowest first.",
+    "slices": "Accuracy at 0.5 per source with 95% intervals, lowest first.",
 }
 
 

@@ -158,12 +158,13 @@ def draw_parallel(
                 ha="center",
                 fontsize=7,
                 color=INK,
+                parse_math=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
                 zorder=4,
             )
     axes.grid(False)
     axes.set_xticks([])
-    axes.set_yticks(heights, [shorten(name) for name in axes_of])
+    axes.set_yticks(heights, [shorten(name) for name in axes_of], parse_math=False)
     axes.set_xlim(-0.06, 1.06)
     axes.set_ylim(-0.4, len(axes_of) - 0.4)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -178,7 +179,7 @@ def draw_bars(values: Mapping[str, float], label: str) -> bytes:
     figure, (axes,) = new_figure(height=1.4 + ROW_HEIGHT * len(values))
     names = [shorten(name) for name in values]
     axes.barh(range(len(names)), list(values.values()), color=COLOURS["REAL"])
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     are_counts = all(isinstance(value, int) for value in values.values())
     axes.xaxis.set_major_locator(MaxNLocator(integer=are_counts))
     axes.invert_yaxis()

@@ -6,7 +6,6 @@ The shards are scored exactly as `score` would do it; the report is computed fro
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,8 @@ from cifake_ray.core.evaluation.metrics import RANKING_METRICS, compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import fit_image
 from cifake_ray.core.labels import parse_split
-from cifake_ray.core.schema import FAKE, REAL
-from cifake_ray.errors import ImageError, NothingToDo, UsageError
+from cifake_ray.core.schema import FAKE, REAL, SCORE_FIELDS
+from cifake_ray.errors import ImageError, NothingToDo, StorageError, UsageError
 from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import Mistake, render_report
 from cifake_ray.report.text import KEY_METRICS, describe_unlike, format_threshold
@@ -31,8 +30,9 @@ from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
-from cifake_ray.storage.io.files import make_folder, read_if_exists, write_bytes, write_json
+from cifake_ray.storage.io.files import exists, make_folder, read_json, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
@@ -44,6 +44,9 @@ MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
 MIN_SLICE_IMAGES = 30  # with fewer, the interval of a slice is too wide to be useful
 MAX_SLICES = 50
+MEASURED_FIELDS = [
+    f for f in SCORE_FIELDS if f.name in ("key", "logit", "p_fake", "error", "label", "source")
+]
 SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in KEY_METRICS))
 
 
@@ -118,8 +121,8 @@ def evaluate_detector(
 
 def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
     """Add the main metrics, and a link to the report, of a run that has finished."""
-    found = read_if_exists(out / "metrics.json")  # a person may have removed it
-    metrics = json.loads(found) if found else {}
+    # A person may have removed it.
+    metrics = read_metrics(out) if exists(out / "metrics.json") else {}
     return EvaluateSummary(
         **vars(summary),
         metrics={name: metrics[name] for name in SUMMARY_METRICS if name in metrics},
@@ -127,12 +130,47 @@ def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
     )
 
 
+@dataclass(frozen=True)
+class _Interval:
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """What others read of `metrics.json`."""
+
+    num_images: int
+    num_real: int
+    num_fake: int
+    accuracy: _Interval
+    auroc: _Interval
+    tpr_at_fpr_1pct: _Interval
+
+
+def read_metrics(out: AnyPath) -> dict[str, Any]:
+    """Return the metrics of a finished run. StorageError when they are missing or damaged."""
+    path = out / "metrics.json"
+    metrics = read_json(path)
+    try:
+        parse_record(_Metrics, metrics)
+    except ValueError as error:
+        raise StorageError(
+            f"{path}: not the metrics of an evaluation ({error}); remove {out / '_SUCCESS'} and run"
+            " the same command again"
+        ) from error
+    return metrics
+
+
 def write_report(
     run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
     """Write metrics.json, figures/*.png and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
-    predictions = pa.concat_tables([read_shard(run.shard_path(shard)) for shard in shards])
+    predictions = pa.concat_tables(
+        [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
+    )
     scored = predictions.filter(pc.is_null(predictions.column("error")))
     errors = pc.value_counts(predictions.column("error").drop_null()).to_pylist()
     if not scored.num_rows:

@@ -34,7 +34,7 @@ def start_contained(
 ) -> subprocess.Popen[str]:
     """The command with mounts, processes, and a host name of its own."""
     box.mkdir()
-    script = f'set -e; hostname {name}; {prepare}; exec "$@"'
+    script = f'set -e\nhostname {name}\n{prepare}\nexec "$@"'
     enter = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [sys.executable, "-m", "cifake_ray", *arguments, "--json"]
     return subprocess.Popen(

@@ -105,6 +105,7 @@ HOSTILE = [
     "\u202egpj.exe\u2066\u2069\u200f",
     "\x00\x08\x1b]0;title\x07\r\n\x85\u2028",
     "\ud800\udc80",
+    r"$\frac{$",
 ]
 
 
@@ -191,7 +192,7 @@ def test_page_has_its_parts_in_order(page, metrics):
         "Decisions",
         "Per class",
         "Figures",
-        "Slices",
+        "Sources",
         "Images without a score",
         "Worst mistakes",
         "REAL called FAKE",
@@ -202,6 +203,13 @@ def test_page_has_its_parts_in_order(page, metrics):
     assert "1,200" in page
     assert ">empty<" not in page
     assert page.index("alert(1)") < page.index("dull.png")  # the surest mistake first
+
+
+def test_page_warns_of_images_unlike_those_of_training(metrics):
+    parts = {"title": "t", "metrics": metrics, "figures": {}, "mistakes": [], "facts": {}}
+    page = render_report(**parts, errors={}, unlike="9 of 9 images are <unlike> those")
+    assert "9 of 9 images are &lt;unlike&gt; those" in page
+    assert 'class="warning"' not in render_report(**parts, errors={})
 
 
 def test_page_of_one_class_and_nothing_else():

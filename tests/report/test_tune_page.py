@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_report import HOSTILE, Elements
 
 from cifake_ray.core.search.trial_table import to_row
 from cifake_ray.report.tune_page import draw_bars, draw_objective, draw_parallel, render_tune_page
@@ -71,6 +72,30 @@ def test_the_page_shows_every_trial_and_what_was_saved() -> None:
     assert "&lt;script&gt;" in page
     assert page.count("<figure>") == 4
     assert "lr: 0.1\nmodel: cnn" in page
+
+
+def test_nothing_that_others_named_becomes_an_element_or_a_formula() -> None:
+    """The same elements with hostile names as with harmless ones, wherever a name can stand."""
+
+    def render(names: list[str]) -> Elements:
+        rows, histories = make_search()
+        for number, row in enumerate(rows):
+            row[names[0]] = names[number % len(names)]
+            row["end"] = f"failed: {names[0]}"
+        chosen = {names[0]: names[1], **SUMMARY["chosen"]}
+        paths = dict.fromkeys(("bundle", "recipe", "out"), names[0])
+        summary = {**SUMMARY, **paths, "chosen": chosen}
+        page = render_tune_page(summary, rows, histories, names[0], names[0])
+        page.encode()
+        return Elements(page)
+
+    harmless = render([f"name {n}" for n in range(len(HOSTILE))])
+    for turn in range(len(HOSTILE)):
+        page = render(HOSTILE[turn:] + HOSTILE[:turn])
+        assert [(tag, set(attributes)) for tag, attributes in page.elements] == [
+            (tag, set(attributes)) for tag, attributes in harmless.elements
+        ]
+        assert all(c.isprintable() or c == "\n" for c in page.text)
 
 
 def test_a_small_search_says_why_it_shows_no_importance() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from computer import disturb_every_change
 
 from cifake_ray.config import ScoreConfig
 from cifake_ray.core.evaluation.calibration import compute_p_fake
@@ -39,10 +38,6 @@ BUNDLE = read_bundle_info(locate_bundle(None))
 CALIBRATION = replace(
     BUNDLE.calibration, temperature=1.0, threshold=0.5, threshold_fpr_1=0.75, threshold_fpr_01=0.9
 )
-
-
-class Stopped(Exception):
-    """The command ends here, as if it was killed."""
 
 
 @pytest.fixture(autouse=True)
@@ -153,22 +148,20 @@ def test_only_verdicts_and_footers_change(src: Path, tmp_path: Path) -> None:
     assert (run.settings["target_fpr"], run.config["target_fpr"]) == (0.01, 0.01)
 
 
-def test_it_may_be_killed_before_any_change_and_is_repeated(
+def test_anything_may_happen_at_any_change_and_it_is_repeated(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_score(src, tmp_path / "first")
     wanted = run_score(src, tmp_path / "wanted", target_fpr=0.01)
     forbid_scoring(monkeypatch)
-    for number in range(100):
-        out = tmp_path / f"{number}"
+    monkeypatch.setattr(driver, "DECIDING_THREADS", 1)  # the same order each time
+    out, before = tmp_path / "out", read_verdicts(tmp_path / "first")
+
+    def prepare() -> None:
+        shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "first", out)
-        before = read_verdicts(out)
-        with monkeypatch.context() as patch:
-            is_killed = kill_at_change(patch, number)
-            try:
-                run_score(src, out, target_fpr=0.01)
-            except Stopped:
-                assert is_killed
+
+    def check_half() -> None:
         try:
             is_verified = verify_files(out) == []
         except StorageError:
@@ -178,32 +171,19 @@ def test_it_may_be_killed_before_any_change_and_is_repeated(
             assert read_verdicts(out) == (
                 before if is_told_old else read_verdicts(tmp_path / "wanted")
             )
+
+    def check_whole(may_leave_files: bool) -> None:
         assert run_score(src, out, target_fpr=0.01).called_fake == wanted.called_fake
         assert read_verdicts(out) == read_verdicts(tmp_path / "wanted")
         assert verify_files(out) == []
-        if not is_killed:
-            assert number > 6
-            return
-    raise AssertionError("it never ended")
 
-
-def kill_at_change(patch: pytest.MonkeyPatch, number: int) -> list[None]:
-    """Let nothing be renamed or removed from the given change on; the list is filled by then."""
-    is_killed: list[None] = []
-    counter = itertools.count()
-
-    def guard(change: Any) -> Any:
-        def do(*args: Any, **options: Any) -> Any:
-            if next(counter) >= number:
-                is_killed.append(None)
-                raise Stopped
-            return change(*args, **options)
-
-        return do
-
-    patch.setattr(os, "replace", guard(os.replace))
-    patch.setattr(Path, "unlink", guard(Path.unlink))
-    return is_killed
+    num_changes = disturb_every_change(
+        lambda: run_score(src, out, target_fpr=0.01),
+        prepare=prepare,
+        check_half=check_half,
+        check_whole=check_whole,
+    )
+    assert num_changes > 20
 
 
 def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import io
 import itertools
 import json
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray.data
 import torch
 import yaml
-from computer import Computer, SimulatedData, disturb_every_change
+from computer import Computer, SimulatedPool, disturb_every_change
 from PIL import Image
 from ray import tune
 
@@ -138,13 +139,10 @@ def connect_nothing(*arguments: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "connect_cluster", connect_nothing)
+    monkeypatch.setattr(driver, "runs_here", lambda *arguments: True)
+    monkeypatch.setattr(driver, "LocalPool", lambda task, n: SimulatedPool(Computer(), task))
     monkeypatch.setattr(shard_worker, "faulthandler", Mock())  # it would end these tests
     monkeypatch.setattr(shard_worker, "Quarantine", AllAreGood)
-    monkeypatch.setattr(shard_worker, "WorkMetrics", lambda verb: Mock())
-    monkeypatch.setattr(
-        ray.data, "from_items", lambda rows, **options: SimulatedData(Computer(), rows)
-    )
 
 
 def test_anything_may_happen_at_any_change_of_an_evaluation(
@@ -248,6 +246,7 @@ def test_anything_may_happen_at_any_change_of_a_search(
         tune_driver, "finish_trial", lambda train, cpus, use_gpu: write_stub_bundle(train)
     )
     monkeypatch.setattr(trial_worker, "train_detector", train_in_no_time)
+    monkeypatch.setattr(tune_driver, "render_tune_page", lambda *arguments: "a page")
     monkeypatch.setattr(tune, "Tuner", InTurn)
     monkeypatch.setattr(tune, "with_resources", lambda trainable, room: trainable)
     recipe, space, out = tmp_path / "recipe.yaml", tmp_path / "space.yaml", tmp_path / "out"
@@ -295,6 +294,11 @@ def test_anything_may_happen_at_any_change_of_a_search(
     )
     assert json.loads((out / "_SUCCESS").read_text())["best_trial"] == 1
     assert num_changes > 100
+    for damaged in ("trials/00000", "trials/00001/run-0"):  # and a person deletes it, as was said
+        remove(out / damaged)
+        (out / "_SUCCESS").unlink()
+        tune_detector(config, time.monotonic())
+        check_whole(False)
 
 
 class Output:
@@ -338,7 +342,6 @@ class Output:
 def test_an_output_may_be_moved_deleted_or_replaced_before_any_change(
     shards: Path, tmp_path: Path, no_ray: None, verb: str
 ) -> None:
-    torch.set_num_threads(1)
     output, wanted = Output(tmp_path / "out"), list[Any]()
 
     def run() -> None:
@@ -346,11 +349,11 @@ def test_an_output_may_be_moved_deleted_or_replaced_before_any_change(
             config = ConvertConfig(src=str(shards), out=str(output.out), shard_size=16)
             run_verb(config, time.monotonic())
         else:
-            run_train(shards, output.out)
+            train = TrainConfig(shards=str(shards), run=str(output.out), epochs=2)
+            train_in_no_time(train, lambda row, epochs: None, 0.0)
 
     def check_half() -> None:
-        is_said = (output.out / "_SUCCESS").exists()
-        if is_said:
+        if all((output.out / name).exists() for name in ("_run.json", "_SUCCESS")):
             check_whole(True)
         output.put_back()
 
@@ -359,7 +362,7 @@ def test_an_output_may_be_moved_deleted_or_replaced_before_any_change(
             assert verify_files(output.out) == []
             found: Any = pq.read_table(output.out / "shards")
         else:
-            found = load_bundle(output.out / "bundle")[1].fingerprint
+            found = (output.out / "bundle" / "model.safetensors").read_bytes()
         wanted.append(found)
         assert wanted[0] == found
 
@@ -373,12 +376,76 @@ def test_an_output_may_be_moved_deleted_or_replaced_before_any_change(
     assert num_changes > 20
 
 
-@pytest.mark.parametrize("jump_s", [-86_400.0, 365 * 86_400.0])
-def test_a_clock_that_jumps_changes_nothing(
-    shards: Path, tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch, jump_s: float
+def test_a_source_may_be_deleted_before_any_change_of_a_conversion(
+    shards: Path, tmp_path: Path, no_ray: None
 ) -> None:
-    """At every look at it, back and forth."""
-    begun_s, now, ahead_s = time.monotonic(), time.time, itertools.cycle([0.0, jump_s])
+    """Rows say that it was not found, or the command ends; it never has fewer rows."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    config = ConvertConfig(src=str(source), out=str(out), shard_size=16)
+    wanted: list[dict[str, Any]] = []
+
+    def bring_back() -> None:
+        remove(source)
+        shutil.copytree(shards, source)
+
+    def prepare() -> None:
+        remove(out)
+        bring_back()
+
+    def check_whole(may_leave_files: bool) -> None:
+        rows = pq.read_table(out / "shards").sort_by("key").to_pylist()
+        if not wanted:
+            wanted.extend(rows)
+        assert [row["key"] for row in rows] == [row["key"] for row in wanted]
+        for row, whole in zip(rows, wanted, strict=True):
+            assert row == whole or row["error"] == "not_found"
+
+    disturb_every_change(
+        lambda: run_verb(config, time.monotonic()),
+        prepare=prepare,
+        check_half=bring_back,
+        check_whole=check_whole,
+        others={"delete the source": lambda: remove(source)},
+    )
+
+
+@contextmanager
+def jump(by_s: float) -> Iterator[None]:
+    """At every look at the clock, back and forth."""
+    now, ahead_s = time.time, itertools.cycle([0.0, by_s])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() + next(ahead_s))
+        yield
+
+
+@contextmanager
+def send_signals() -> Iterator[None]:
+    """A thousand times a second whatever waits in the system is interrupted (EINTR)."""
+    is_over, main = threading.Event(), threading.get_ident()
+
+    def send() -> None:
+        while not is_over.wait(0.001):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    thread, before = threading.Thread(target=send), signal.signal(signal.SIGUSR1, lambda *_: None)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [lambda: jump(-86_400.0), lambda: jump(365 * 86_400.0), send_signals],
+    ids=["a day back", "a year ahead", "signals"],
+)
+def test_jumps_of_the_clock_and_signals_change_nothing(
+    shards: Path, tmp_path: Path, no_ray: None, disturb: Callable[[], AbstractContextManager[None]]
+) -> None:
+    begun_s = time.monotonic()
 
     def run_both(root: Path) -> tuple[Any, dict[str, Any], pa.Table, bytes]:
         config = ConvertConfig(src=str(shards), out=str(root / "out"), shard_size=16)
@@ -388,8 +455,8 @@ def test_a_clock_that_jumps_changes_nothing(
         return converted, trained, rows, (root / "run/bundle/model.safetensors").read_bytes()
 
     *_, rows, weights = run_both(tmp_path / "calm")
-    monkeypatch.setattr(time, "time", lambda: now() + next(ahead_s))
-    converted, trained, *found = run_both(tmp_path / "jumping")
+    with disturb():
+        converted, trained, *found = run_both(tmp_path / "disturbed")
     assert found == [rows, weights]
     elapsed_s = time.monotonic() - begun_s
     assert 0 < converted.elapsed_s < elapsed_s

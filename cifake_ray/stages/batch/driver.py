@@ -169,7 +169,9 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         force_names(found)
         found = plan.run.change_verdicts(found)
         if found.earlier_identities and not is_finished(found):
-            plan.log(f"{plan.command}: deciding again at {plan.threshold}, without scoring again")
+            plan.log(
+                f"{plan.command}: deciding again at {plan.threshold:.4g}, without scoring again"
+            )
             if (summary := decide_again(plan, found)) is not None:
                 return summary
     with ExitStack() as stack:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.core.processing.processor import Processor
-from cifake_ray.core.schema import RETRYABLE_ERRORS
+from cifake_ray.core.schema import ERROR_FIELDS, RETRYABLE_ERRORS
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.image_batches import (
     PreparedBatch,
@@ -176,7 +176,7 @@ class ShardWorker:
         """
         with self._attempt(shard) as (heartbeat, is_suspect):
             rows = read_manifest_shard(self.run.manifest_folder, self.run.find_file(shard), shard)
-            old = read_shard(self.run.shard_path(shard)).replace_schema_metadata(None)
+            old = read_shard(self.run.shard_path(shard), ERROR_FIELDS).replace_schema_metadata(None)
             error = old.column("error")
             failed = pc.fill_null(pc.is_in(error, pa.array(RETRYABLE_ERRORS)), False)
             if not pc.any(failed).as_py():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 
 from cifake_ray.errors import ExitCode, StorageError
 from cifake_ray.stages.batch.shard_worker import ShardReport
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import ShardStats
 
 
@@ -111,16 +112,9 @@ def read_summary(out: AnyPath) -> BatchSummary:
     path = out / "_SUCCESS"
     record = read_json(path)
     try:
-        return BatchSummary(
-            **{
-                f.name: record[f.name]
-                for f in fields(BatchSummary)
-                # One with a default may be newer than the run.
-                if f.name in record or f.default is f.default_factory is MISSING
-            }
-        )
-    except KeyError as error:
+        return parse_record(BatchSummary, record)  # a field with a default may be newer than it
+    except ValueError as error:
         raise StorageError(
-            f"{path}: no {error} in it; it was edited, or an older version wrote it: `cifake-ray"
-            " repair` restores it"
+            f"{path}: {error}; it was edited, or an older version wrote it: `cifake-ray repair`"
+            " restores it"
         ) from error

@@ -7,7 +7,6 @@ timeout, so Ctrl-C works at once, and reads the heartbeat files when there is no
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -37,17 +36,16 @@ def watch_progress(
     heartbeat file of the session changes. Contents are compared, never clocks.
     """
     thread, attempts = ThreadPoolExecutor(1), list[Attempt]()
-    waiting = thread.submit(next, reports, None)
+    waiting, look_s = thread.submit(next, reports, None), min(MAX_LOOK_S, timeout_s / 10)
     try:
         while True:
-            since_s = time.monotonic()
-            while not wait([waiting], min(MAX_LOOK_S, timeout_s / 10)).done:
+            silence_s = 0.0  # counted in looks: a process that was stopped (Ctrl-Z) missed none
+            while not wait([waiting], look_s).done:
                 before = attempts
                 with suppress(StorageError):  # a failed listing is not progress
                     attempts = list_attempts(run, session)
-                if attempts != before:
-                    since_s = time.monotonic()
-                elif time.monotonic() - since_s >= timeout_s:
+                silence_s = 0.0 if attempts != before else silence_s + look_s
+                if silence_s >= timeout_s:
                     raise ResourceError(explain_stall(attempts, timeout_s, describe_workers()))
             report = waiting.result()
             if report is None:

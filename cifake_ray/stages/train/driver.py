@@ -205,6 +205,7 @@ def _find_finished(
         loaded = load_starting_weights(config, build_checked(config))
         settings["weights"] = loaded and loaded.digest
     settings = run.check_options(settings, unread)
+    log("train: had finished before, so nothing is trained; give a new RUN to train again")
     if not config.track:
         return summary
     with Tracking(config.track, run, settings, log) as tracking:

@@ -84,8 +84,9 @@ def describe_start(prepared: Prepared, run: TrainRun, epochs_done: int) -> list[
     size = prepared.detector.preprocessing.image_size
     lines = [
         f"{config.model}, {prepared.detector.num_parameters:,} parameters, {size} px;"
-        f" {config.epochs} epochs, batches of {config.batch_size}, {config.optimizer}, lr"
-        f" {config.lr:g}, augment {'on' if config.policy.to_dict() else 'none'}",
+        f" {config.epochs} epoch{'s' * (config.epochs > 1)}, batches of {config.batch_size},"
+        f" {config.optimizer}, lr {config.lr:g},"
+        f" augment {'on' if config.policy.to_dict() else 'none'}",
     ]
     if prepared.weights:
         lines.append(f"starting from {prepared.weights}")

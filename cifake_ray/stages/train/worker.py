@@ -30,6 +30,7 @@ from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.stages.train.prepare import Prepared, describe_options, prepare_training
 from cifake_ray.stages.train.progress import Send, StepMeter, send_to_driver
 from cifake_ray.storage.bundles.bundle import write_bundle
+from cifake_ray.storage.bundles.weights import UNPICKLING_ERRORS
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
 from cifake_ray.storage.io.paths import resolve_path
@@ -110,7 +111,10 @@ def train_rank(
         trainer.on_step = StepMeter(trainer, send)
     domain = read_domain(data.train) if trainer.rank == 0 else None
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        try:
+            trainer.resume(checkpoint)
+        except UNPICKLING_ERRORS as error:
+            raise run.refuse_checkpoint(error) from error
         if trainer.rank == 0:  # an earlier attempt may have died before it wrote the history
             _show_history(run, trainer, on_save)
 

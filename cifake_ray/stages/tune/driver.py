@@ -118,6 +118,7 @@ def tune_detector(
         search.check_options(settings, unread=["rows"])
         is_whole = config.searcher == "grid" and success["trials"] == count_grid(space)
         if config.trials <= success["trials"] or is_whole:
+            log("tune: had finished before, so nothing is trained; more --trials extend it")
             return success
     rows = read_training_rows(shared)
     settings["rows"] = rows.hash_rows()
@@ -185,6 +186,7 @@ def _prepare_trials(plan: TrialPlan, space: Space, log: Callable[[str], None]) -
     """
     config, search = plan.config, plan.search
     known = search.read_trials()
+    search.check_options_of(known, space)
     if known:
         over = sum(trial.end is not None for trial in known)
         log(f"tune: resuming with {len(known)} trials, {over} of them over")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -29,14 +28,16 @@ from cifake_ray.storage.bundles.weights import (
     load_weights,
 )
 from cifake_ray.storage.io.files import (
+    MAX_JSON_BYTES,
     encode_json,
-    encode_json_lines,
     exists,
     make_folder,
     read_bytes,
     write_bytes,
 )
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.io.text_rows import encode_json_lines
 
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
@@ -115,6 +116,8 @@ def load_bundle(
 
     BundleError as `read_bundle_info`, and when the weights are not those of the architecture.
     """
+    import torch
+
     from cifake_ray.core.models.detector import build_detector
 
     info, weights = _read_bundle(path, expect_sha256, allow_pickle)
@@ -122,6 +125,9 @@ def load_bundle(
     weights_path = path / info.weights_name
     state = load_weights(weights_path, weights)
     try:
+        with torch.device("meta"):  # without memory: a name can stand for any number of weights
+            blank = build_detector(info.architecture, image_size=size, fit=fit)
+        blank.network.load_state_dict(state, assign=True)
         detector = build_detector(info.architecture, image_size=size, fit=fit)
         detector.set_preprocessing(info.preprocessing)
         detector.network.load_state_dict(state)
@@ -144,7 +150,7 @@ def _read_bundle(
         raise BundleError(
             f"{path}: no config.json; give the bundle folder of a finished training run"
         )
-    config = read_bytes(path / "config.json")
+    config = read_bytes(path / "config.json", MAX_JSON_BYTES)
     weights_name = find_weights(path, allow_pickle)
     weights = read_bytes(path / weights_name)
     digests = (hashlib.sha256(data).digest() for data in (config, weights))
@@ -168,16 +174,18 @@ def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: st
                 f"{path}: schema_version {ours['schema_version']}, this program reads"
                 f" {SCHEMA_VERSION}; train again or use the version that wrote it"
             )
+        parse_record(Calibration, ours["calibration"])  # the types
         architecture, calibration = config["architecture"], Calibration(**ours["calibration"])
         if not isinstance(architecture, str):
             raise ValueError(f"architecture is {architecture!r}")
-        numbers = asdict(calibration)
-        missing = [name for name in ("temperature", "threshold") if numbers[name] is None]
-        if missing or not all(math.isfinite(v) for v in numbers.values() if v is not None):
-            raise ValueError("calibration lacks a number, or holds one that is not finite")
         if calibration.temperature <= 0:
             raise ValueError(f"temperature is {calibration.temperature}")
+        for name in ("threshold", "threshold_fpr_1", "threshold_fpr_01"):
+            if not 0 <= (getattr(calibration, name) or 0) <= 1:
+                raise ValueError(f"{name} is {getattr(calibration, name)}, not from 0 to 1")
         domain = ours.get("domain")
+        if domain is not None:
+            parse_record(TrainingDomain, domain)
         return BundleInfo(
             path=path,
             weights_name=weights_name,

@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "model.safetensors"
 CHECKPOINT_NAMES = ("state_dict", "model_state_dict", "model", "network", "net", "params")
+# What the unpickler of torch raises for bytes that are no checkpoint.
+UNPICKLING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -89,21 +104,7 @@ def load_weights(path: AnyPath, data: bytes) -> Mapping[str, torch.Tensor]:
             for name, tensor in state.items()
         ):
             raise ValueError("not a mapping of names to tensors")
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        # What the unpickler of torch raises for bytes that are no checkpoint.
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        struct.error,
-    ) as error:
+    except (SafetensorError, *UNPICKLING_ERRORS) as error:
         raise BundleError(
             f"{path}: damaged, or not weights alone ({type(error).__name__}); copy or train the"
             " bundle again, or save its weights as safetensors"

@@ -87,12 +87,16 @@ class PixelCache:
     @property
     def _base(self) -> Path:
         """The path, or one beside it that is ours while a stranger's files have that name."""
-        paths = (self.path.with_suffix(suffix) for suffix in SUFFIXES)
-        owners = {path.lstat().st_uid for path in paths if os.path.lexists(path)}
-        others = owners - {os.getuid(), 0}
-        if not others or others == {self.path.parent.stat().st_uid}:
-            return self.path
-        return self.path.with_name(f"{self.path.name}-{os.getuid()}")
+        for base in (self.path, self.path.with_name(f"{self.path.name}-{os.getuid()}")):
+            paths = (base.with_suffix(suffix) for suffix in SUFFIXES)
+            owners = {path.lstat().st_uid for path in paths if os.path.lexists(path)}
+            others = owners - {os.getuid(), 0}
+            if not others or others == {base.parent.stat().st_uid}:
+                return base
+        raise CacheError(
+            f"{base}: another user has put files there, which may hold other pixels; choose another"
+            " folder with --cache-dir"
+        )
 
     @property
     def _pixels_path(self) -> Path:

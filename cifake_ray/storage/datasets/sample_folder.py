@@ -7,7 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from cifake_ray.config import SampleConfig
-from cifake_ray.core.sample_images import generate_images
+from cifake_ray.core.sample_images import generate_images, name_image
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import check_writable
 from cifake_ray.storage.io.paths import explain_os_error, resolve_local
 
@@ -15,9 +16,20 @@ RANGE_SIZE = 4_096  # images a process makes at a time
 
 
 def write_sample(config: SampleConfig) -> Path:
-    """Write the folder; files that have the right bytes already are left alone."""
+    """Write the folder; files that have the right bytes already are left alone.
+
+    UsageError when it holds other images, such as those of a sample of another size, in which an
+    image may have another split.
+    """
     out = resolve_local(config.out, "the sample")
     check_writable(out)
+    names = {name_image(n, config.images, config.seed) for n in range(config.images)}
+    found = (path.relative_to(out) for path in out.glob("*/*/*") if path.is_file())
+    if others := [path for path in found if path.with_suffix("").as_posix() not in names]:
+        raise UsageError(
+            f"{out} holds other files, {len(others):,} such as {min(others)}; choose a new folder"
+            " for the sample, or give the same settings"
+        )
     starts = range(0, config.images, RANGE_SIZE)
     arguments = [(config, start, min(start + RANGE_SIZE, config.images)) for start in starts]
     if len(arguments) == 1:

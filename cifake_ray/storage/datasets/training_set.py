@@ -28,7 +28,7 @@ from cifake_ray.core.labels import LabelReader, parse_split
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import ImageError, UsageError
 from cifake_ray.storage.datasets.pixel_cache import PixelCache, locate_cache
-from cifake_ray.storage.io.files import stamp_file
+from cifake_ray.storage.io.digest import stamp_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.held_images import get_bytes
@@ -334,6 +334,5 @@ def _decode_rows(
                 yield start + place, image
                 if time.monotonic() - logged_s >= LOG_INTERVAL_S:
                     logged_s = time.monotonic()
-                    log(
-                        f"train: decoded {start + place + 1:,} of {num_rows:,} images, once for all"
-                    )
+                    num_done = start + place + 1
+                    log(f"train: decoded {num_done:,} of {num_rows:,} images into the cache")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,11 +24,14 @@ from cifake_ray.storage.io.objects import (
     replace_object,
 )
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.io.regular_file import open_regular, read_regular
 
 TEMPORARY_PREFIX = ".writing-"
 TEMPORARY_NAME = re.compile(r"\.writing-(?P<pid>\d+)-(?P<host>[0-9a-f]{8})-[0-9a-f]{8}")
 PROBE_NAME = f"{TEMPORARY_PREFIX}probe"
 FOREIGN_AGE_S = 3600.0  # a write that another host has not touched for so long is over
+MAX_READ_BYTES = 16 * 2**30  # of a file that is read whole: weights, a shard
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def make_folder(folder: AnyPath, *, parents: bool = True) -> None:
@@ -74,21 +75,21 @@ def is_file(path: AnyPath) -> bool:
             return False
 
 
-def read_bytes(path: AnyPath) -> bytes:
-    """Return the content of a file. StorageError when it cannot be read."""
+def read_bytes(path: AnyPath, max_bytes: int = MAX_READ_BYTES) -> bytes:
+    """Return the content of a file. StorageError when it cannot be read, or is too large."""
     with explain_errors(path):
-        return _read(path)
+        return _read(path, max_bytes)
 
 
-def _read(path: AnyPath) -> bytes:
-    return path.read_bytes() if isinstance(path, Path) else read_object(path)
+def _read(path: AnyPath, max_bytes: int) -> bytes:
+    return read_regular(path, max_bytes) if isinstance(path, Path) else read_object(path)
 
 
 def read_if_exists(path: AnyPath) -> bytes | None:
     """Return the content of a file, None when there is none. StorageError when it is unreadable."""
     with explain_errors(path):
         try:
-            return _read(path)
+            return _read(path, MAX_READ_BYTES)
         except FileNotFoundError:
             return None
 
@@ -96,7 +97,7 @@ def read_if_exists(path: AnyPath) -> bytes | None:
 def open_file(path: AnyPath) -> IO[bytes]:
     """Open a file to read at any position. StorageError when it cannot be opened."""
     with explain_errors(path):
-        file: IO[bytes] = path.open("rb")
+        file: IO[bytes] = open_regular(path) if isinstance(path, Path) else path.open("rb")
         return file
 
 
@@ -107,7 +108,7 @@ def open_ranges(path: AnyPath) -> IO[bytes]:
     """
     with explain_errors(path):
         if isinstance(path, Path):
-            return path.open("rb")
+            return open_regular(path)
         return path.open("rb", cache_type="none")
 
 
@@ -136,16 +137,6 @@ def find_files(folder: AnyPath) -> list[str]:
             return [name for name in list_objects(folder) if name and not name.endswith("/")]
         prefix = folder.path.rstrip("/") + "/"
         return sorted(path.removeprefix(prefix) for path in folder.fs.find(folder.path))
-
-
-def stamp_file(path: AnyPath) -> tuple[int, str]:
-    """Return the size in bytes and what changes with the content: a time or the store's etag."""
-    with explain_errors(path):
-        if isinstance(path, Path):
-            status = path.stat()
-            return status.st_size, str(status.st_mtime_ns)
-        info = path.fs.info(path.path)
-        return int(info["size"]), str(info.get("ETag") or info.get("mtime") or "")
 
 
 def remove(path: AnyPath) -> None:
@@ -281,32 +272,22 @@ def _link(temporary: Path, path: Path) -> None:
 
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Return the JSON object in a file. StorageError when it is missing or not JSON."""
-    return parse_json(path, read_bytes(path))
+    return parse_json(path, read_bytes(path, MAX_JSON_BYTES))
 
 
 def parse_json(path: AnyPath, data: bytes) -> dict[str, Any]:
     """Return the JSON object in the content of a file. StorageError when it is none."""
     try:
-        value = json.loads(data)
-    except ValueError as error:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path}: not valid JSON ({error}); it may have been edited") from error
     if not isinstance(value, dict):
         raise StorageError(f"{path}: holds no JSON object; it may have been edited")
     return value
 
 
-def encode_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return the rows as CSV with a header; a value that a row lacks is empty."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue().encode()
-
-
-def encode_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return a line of JSON for each row."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def write_json(path: AnyPath, value: dict[str, Any]) -> None:
@@ -322,14 +303,6 @@ def encode_json(value: dict[str, Any]) -> bytes:
 def hash_json(value: Any) -> str:
     """Return the sha256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def hash_file(path: AnyPath) -> str:
-    """Return the sha256 of a file. StorageError when it cannot be read."""
-    if not isinstance(path, Path):
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    with explain_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: AnyPath) -> None:

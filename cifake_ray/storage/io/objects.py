@@ -98,10 +98,8 @@ def list_objects(folder: UPath, delimiter: str = "") -> list[str]:
             page: dict[str, Any] = folder.fs.call_s3("list_objects_v2", **query)
         except FileNotFoundError:
             return []
-        except ValueError as error:  # botocore's, of a size that is no number
-            raise OSError(f"its listing cannot be read ({error})") from error
-        keys = [entry["Key"] for entry in page.get("Contents", ())]
-        keys += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+        keys = [entry.get("Key", "") for entry in page.get("Contents", ())]
+        keys += [entry.get("Prefix", "") for entry in page.get("CommonPrefixes", ())]
         if outside := [key for key in keys if not key.startswith(prefix)]:
             raise OSError(f"its listing has {outside[0]!r}, which is not below {prefix!r}")
         found = {key.removeprefix(prefix) for key in keys}

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ S3_CONFIG = {
     "read_timeout": 30,
     "retries": {"mode": "standard", "max_attempts": 5},
 }
-MAX_REASON_CHARS = 200  # of what a store answers
+MAX_REASON_CHARS = 300  # of what a store answers
 _CREDENTIALS = re.compile(
     r"://[^/]*@|[?&](X-Amz-\w|AWSAccessKeyId=|access_key=|secret|sig(nature)?=|pass(word)?=|token=)",
     re.IGNORECASE,
@@ -143,7 +144,8 @@ def link_path(path: AnyPath) -> str:
 def is_inside(path: AnyPath, folder: AnyPath) -> bool:
     """Return whether a path is a folder or is below it; links are followed."""
     if isinstance(path, Path) and isinstance(folder, Path):
-        return path.resolve().is_relative_to(folder.resolve())
+        real = os.path.realpath(path)  # Path.resolve raises for a link to itself
+        return Path(real).is_relative_to(os.path.realpath(folder))
     return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
@@ -174,8 +176,23 @@ def explain_errors(path: AnyPath) -> Iterator[None]:
     except (BotoCoreError, ClientError) as error:
         raise explain_store_error(error, path) from error
     except list_store_errors() as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _shorten(str(error)) or type(error).__name__
         raise StorageError(f"{path}: {reason}; check the network and the path") from error
+    except (KeyError, TypeError, ValueError) as error:
+        if not is_from_s3fs(error):
+            raise
+        reason = f"an answer that is not S3's ({_shorten(repr(error))})"
+        raise StorageError(f"{path}: {reason}; check --s3-endpoint-url") from error
+
+
+def is_from_s3fs(error: Exception) -> bool:
+    """Return whether an error is of s3fs, or of botocore below it, whatever it was called by."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("s3fs") for frame, _ in frames)
+
+
+def _shorten(text: str) -> str:
+    return " ".join(text.split())[:MAX_REASON_CHARS]
 
 
 def list_store_errors() -> tuple[type[Exception], ...]:
@@ -196,11 +213,14 @@ def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
         errno.EFBIG: "the file would exceed a size limit; raise it and run the same command again",
         errno.ENOTDIR: "a file is where a folder is needed",
         errno.EISDIR: "a folder is where a file is needed",
+        errno.EINVAL: "a pipe, a socket or a device is where a file is needed",
+        errno.EOVERFLOW: "it is no such file; put the right one there",
+        errno.ELOOP: "a link leads to itself; remove it",
     }
     remedy = remedies.get(error.errno or 0, "check the disk and run the same command again")
     reason = str(error.strerror or error).rstrip(".")
     if isinstance(path, UPath):  # fsspec's errors carry no errno
-        reason = " ".join(reason.split())[:MAX_REASON_CHARS] or type(error).__name__
+        reason = _shorten(reason) or type(error).__name__
         remedy = "run the same command again"
         if read_code(error) == "RequestTimeTooSkewed":
             remedy = "set the clock of this computer"
@@ -221,8 +241,8 @@ def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str)
     """Return a one-line error for what botocore raises without an answer of the store."""
     for kind, remedy in REMEDIES.items():
         if isinstance(error, kind):
-            return StorageError(f"{path}: {' '.join(str(error).split())}; {remedy}")
+            return StorageError(f"{path}: {_shorten(str(error))}; {remedy}")
     if isinstance(error, NoCredentialsError):
         remedy = "set up the AWS chain (variables, --s3-profile, a role) or give --s3-anonymous"
         return StorageError(f"{path}: no AWS credentials found; {remedy}")
-    return StorageError(f"{path}: {error}; run the same command again")
+    return StorageError(f"{path}: {_shorten(str(error))}; run the same command again")

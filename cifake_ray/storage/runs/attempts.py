@@ -25,6 +25,7 @@ from cifake_ray.storage.io.files import (
     write_volatile,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import Run
 
 HEARTBEAT_NAME = re.compile(r"(\d{5,})\.json")
@@ -61,8 +62,8 @@ def read_attempt(run: Run, shard: int) -> Attempt | None:
     if data is None:
         return None
     try:
-        return Attempt(**json.loads(data))
-    except (ValueError, TypeError):
+        return parse_record(Attempt, json.loads(data))
+    except (ValueError, RecursionError):
         return Attempt(shard, session="", number=0, host="?", pid=0, started="?")
 
 

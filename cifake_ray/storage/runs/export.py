@@ -15,9 +15,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cifake_ray.config import ExportConfig
-from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, list_folder, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
+from cifake_ray.storage.io.records import PARQUET_ERRORS
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
 
@@ -81,14 +83,22 @@ def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> I
         paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]
     if not paths:
         raise StorageError(f"{scores}: no part-*.parquet; give the output of score or evaluate")
-    yield from encode(_read_tables(paths, config, counts))
+    try:
+        yield from encode(_read_tables(paths, config, counts))
+    except CifakeError:
+        raise
+    except (*PARQUET_ERRORS, ArithmeticError, TypeError) as error:  # values that Python cannot hold
+        raise StorageError(
+            f"{scores}: rows cannot be exported as {config.chosen_format} ({error}); choose another"
+            " format or other --columns"
+        ) from error
 
 
 def _read_tables(
     paths: list[AnyPath], config: ExportConfig, counts: list[int]
 ) -> Iterator[tuple[AnyPath, pa.Table]]:
     for path in paths:
-        table = read_shard(path)
+        table = read_shard(path, SCORE_FIELDS[:1])
         for condition in config.where:
             table = table.filter(_find_rows(table, condition))
         for name in config.column_names:
@@ -219,6 +229,6 @@ def _to_json(value: Any, path: AnyPath, field: pa.Field) -> Any:
 def _encode_keys(tables: Tables) -> Iterator[bytes]:
     for path, table in tables:
         keys = table.column("key").to_pylist()
-        if odd := [key for key in keys if "\n" in key or "\r" in key]:
+        if odd := [key for key in keys if key is None or "\n" in key or "\r" in key]:
             raise StorageError(f"{path}: the key {odd[0]!r} is more than a line; export .jsonl")
         yield "".join(f"{key}\n" for key in keys).encode()

@@ -8,6 +8,7 @@ memory is that of a 64th of the keys and a kill leaves nothing behind.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -19,10 +20,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import SCHEMA_VERSION, SPLITS
+from cifake_ray.core.schema import (
+    FAKE,
+    IMAGE_ERRORS,
+    MANIFEST_FIELDS,
+    REAL,
+    SCHEMA_VERSION,
+    SPLITS,
+)
 from cifake_ray.errors import NothingToDo, StorageError, UsageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
+from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -30,6 +39,7 @@ from cifake_ray.storage.sources.source import (
     Listing,
 )
 
+FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 NUM_RANGES = 64  # temporary files while sorting; memory is one of them
 SHARDS_PER_FILE = 256
 
@@ -49,6 +59,18 @@ class Manifest:
     files: tuple[ManifestFile, ...]
     num_rows: int
     size_bytes: int
+
+    def check(self) -> None:
+        """Raise ValueError for files that `write_manifest` does not write."""
+        next_shard = 0
+        for file in self.files:
+            if not FILE_NAME.fullmatch(file.name):
+                raise ValueError(f"{file.name!r} is no name of a manifest file")
+            if file.first_shard != next_shard or not 1 <= file.num_shards <= SHARDS_PER_FILE:
+                raise ValueError(f"{file.name} does not hold the shards from {next_shard} on")
+            next_shard += file.num_shards
+        if not 1 <= next_shard <= self.num_rows:
+            raise ValueError(f"{next_shard} shards cannot hold {self.num_rows} rows")
 
     @property
     def num_shards(self) -> int:
@@ -219,6 +241,8 @@ def find_shards_by_split(
             for group in range(file.num_shards):
                 counts = table.metadata.row_group(group)
                 values = counts.column(column).statistics
+                if values is None:
+                    return None
                 is_null = values.null_count == counts.num_rows
                 is_mixed = not is_null and (values.null_count or values.min != values.max)
                 split = None if is_null else values.min
@@ -230,16 +254,27 @@ def find_shards_by_split(
 
 @contextmanager
 def _open_manifest(path: AnyPath) -> Iterator[pq.ParquetFile]:
-    try:
-        with open_ranges(path) as opened:
-            yield pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StorageError(
-            f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
-        ) from error
+    with explain_errors(path):
+        try:
+            with open_ranges(path) as opened:
+                yield pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
+        except PARQUET_ERRORS as error:
+            if is_from_s3fs(error):  # the store has failed, which says nothing of the file
+                raise
+            raise StorageError(
+                f"{path}: the manifest is damaged or missing ({error}); start again in a new folder"
+            ) from error
 
 
 def read_manifest_shard(folder: AnyPath, file: ManifestFile, shard: int) -> pa.Table:
     """Return the rows of one shard, in key order. StorageError when the manifest is damaged."""
     with _open_manifest(folder / file.name) as table:
-        return table.read_row_group(shard - file.first_shard)
+        check_columns(table.schema_arrow, MANIFEST_FIELDS)
+        rows = table.read_row_group(shard - file.first_shard)
+        if rows.column("key").null_count:
+            raise ValueError("a row without a key")
+        for name, known in (("label", (REAL, FAKE)), ("error", IMAGE_ERRORS)):
+            values = rows.column(name).drop_null()
+            if pc.any(pc.invert(pc.is_in(values, pa.array(known, values.type)))).as_py():
+                raise ValueError(f"the column {name} holds something else than {known}")
+        return rows

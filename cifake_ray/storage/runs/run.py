@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
@@ -34,13 +33,15 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
-from cifake_ray.storage.runs.manifest import Manifest, ManifestFile
+from cifake_ray.storage.runs.links import check_links
+from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
+from cifake_ray.storage.runs.settings import check_settings
 from cifake_ray.version import __version__
 
 RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
-MANIFEST_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
 FILES_FIELDS = [
@@ -111,8 +112,30 @@ class OtherVerb(RunMismatch):
         self.command = command
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What `_run.json` holds of a batch run."""
+
+    command: str
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    manifest: Manifest
+    left_out: dict[str, int]
+    earlier_identities: tuple[str, ...] = ()
+    has_private_folders: bool = False
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.command not in RESULTS:
+            raise ValueError(f"no command {self.command!r}")
+        self.manifest.check()
+        if unknown := self.counts.keys() - {"labels", "splits", "sources"}:
+            raise ValueError(f"counts of {sorted(unknown)}")
+
+
 def read_run(out: AnyPath) -> Run | None:
     """Return the run of an output folder, or None when none has been frozen there."""
+    check_links(out)
     path = out / "_run.json"
     if (data := read_if_exists(path)) is None:
         return None
@@ -125,30 +148,22 @@ def read_run(out: AnyPath) -> Run | None:
     if "manifest" not in record:
         raise OtherVerb(out, str(record.get("command")))
     try:
-        manifest = record["manifest"]
-        command = str(record["command"])
-        if command not in RESULTS:
-            raise ValueError(f"no command {command!r}")
-        return Run(
-            out=out,
-            command=command,
-            settings=dict(record["settings"]),
-            config=dict(record["config"]),
-            manifest=Manifest(
-                files=tuple(ManifestFile(**file) for file in manifest["files"]),
-                num_rows=manifest["num_rows"],
-                size_bytes=manifest["size_bytes"],
-            ),
-            left_out=record["left_out"],
-            earlier_identities=tuple(record.get("earlier_identities", ())),
-            prefix=PRIVATE_PREFIX if record.get("has_private_folders") else "",
-            counts=record.get("counts", {}),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        found = parse_record(_Record, record)
+    except ValueError as error:
         raise StorageError(
-            f"{path}: not the metadata of a run ({type(error).__name__}: {error}); it may have"
-            " been edited"
+            f"{path}: not the metadata of a run ({error}); it may have been edited"
         ) from error
+    return Run(
+        out=out,
+        command=found.command,
+        settings=found.settings,
+        config=found.config,
+        manifest=found.manifest,
+        left_out=found.left_out,
+        earlier_identities=found.earlier_identities,
+        prefix=PRIVATE_PREFIX if found.has_private_folders else "",
+        counts=found.counts,
+    )
 
 
 def read_again(out: AnyPath, identity: str | None = None) -> Run:
@@ -174,59 +189,6 @@ def require_run(out: AnyPath) -> Run:
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
     return run
-
-
-def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return `epochs: 5 there, 6 here` for every setting that differs."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return "; ".join(
-        f"{name}: {_show_setting(old.get(name))} there, {_show_setting(new.get(name))} here"
-        for name in names
-    )
-
-
-def _show_setting(value: Any) -> str:
-    return "not given" if value in (None, []) else repr(value)
-
-
-def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise RunMismatch with the difference when the folder belongs to other settings.
-
-    An option that one side does not have, since its version has no such option, has its default.
-    """
-    if old.get("command") != new["command"]:  # nothing else is comparable
-        old, new = ({"command": settings.get("command")} for settings in (old, new))
-    else:
-        old, new = (_add_defaults(new["command"], *pair) for pair in ((old, new), (new, old)))
-    if old != new:
-        remedy = "choose a new output folder, or give the same settings"
-        if new["command"] == "train" and {**old, "epochs": new.get("epochs")} == new:
-            remedy = (
-                "its learning rates follow from its epochs; to train on from its result, choose a"
-                f" new folder and give --weights {out / 'bundle'}"
-            )
-        raise RunMismatch(
-            f"{out} belongs to another run ({describe_difference(old, new)}); {remedy}"
-        )
-
-
-def _add_defaults(command: str, settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings with the default of each option that only the other ones have."""
-    defaults = {field.name: field.default for field in fields(VERBS[command])}
-    absent = {
-        name: list(default) if isinstance(default, tuple) else default
-        for name, default in defaults.items()
-        if name in other and default is not MISSING
-    }
-    settings = {**absent, **settings}
-    if isinstance(settings.get("recipe"), dict):  # the options of the trainings of a search
-        settings["recipe"] = _add_defaults("train", settings["recipe"], other.get("recipe", {}))
-    return settings
-
-
-def identify_run(command: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a fingerprint covers: two runs are the same if these are."""
-    return {"command": command, "schema_version": SCHEMA_VERSION, **settings}
 
 
 def claim_folder(
@@ -260,8 +222,9 @@ def claim_folder(
 
 def read_record(path: AnyPath) -> dict[str, Any]:
     """Return the content of `_run.json`. RunMismatch when it is not of cifake-ray."""
+    check_links(path)
     record = read_json(path / "_run.json")
-    if "settings" not in record:
+    if not isinstance(record.get("settings"), dict):
         raise RunMismatch(f"{path / '_run.json'}: not a run of cifake-ray; choose a new folder")
     return record
 
@@ -345,7 +308,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
                 discard(path)
     named = {file.name for file in run.manifest.files}
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
-        if path.name not in named and MANIFEST_NAME.fullmatch(path.name):
+        if path.name not in named and FILE_NAME.fullmatch(path.name):
             discard(path)
     create_bytes(
         run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
@@ -356,3 +319,4 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
     record |= summary
     write_json(run.out / "_SUCCESS", record)
+    read_again(run.out, run.identity)  # it may have been moved since

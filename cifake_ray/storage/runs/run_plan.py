@@ -18,22 +18,20 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.manifest import write_manifest
+from cifake_ray.storage.runs.links import check_links
+from cifake_ray.storage.runs.manifest import FILE_NAME, write_manifest
 from cifake_ray.storage.runs.run import (
-    MANIFEST_NAME,
     PRIVATE_PREFIX,
     RESULTS,
     Run,
-    check_settings,
     claim_folder,
-    describe_difference,
-    identify_run,
     is_finished,
     read_again,
     read_record,
     read_run,
     reopen_run,
 )
+from cifake_ray.storage.runs.settings import check_settings, describe_difference, identify_run
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
@@ -102,6 +100,7 @@ class RunPlan:
         """Raise UsageError, RunMismatch or StorageError before a long listing, not after it."""
         if str(self.out).startswith("memory://"):
             raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
+        check_links(self.out)
         names = (f"{PRIVATE_PREFIX}manifest", f"{PRIVATE_PREFIX}attempts", RESULTS[self.command])
         folders = [self.out / name for name in names]
         foreign = [
@@ -109,7 +108,7 @@ class RunPlan:
             for folder in folders
             for path in list_folder(folder)
             if not path.name.startswith(TEMPORARY_PREFIX)
-            and not (folder == folders[0] and MANIFEST_NAME.fullmatch(path.name))
+            and not (folder == folders[0] and FILE_NAME.fullmatch(path.name))
         ]
         if foreign and self.find() is None:  # else another process has just frozen it
             raise RunMismatch(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, datasets_metadata
+from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, SCORE_FIELDS, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import make_folder, read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
@@ -62,7 +63,7 @@ def commit_shard(
     data = sink.getvalue().to_pybytes()
     make_folder(run.results_folder, parents=False)
     write_bytes(run.shard_path(shard), data)
-    return _describe_shard(shard, footer, data)
+    return _describe_shard(shard, parse_record(_Footer, footer), data)
 
 
 def _count_fake(table: pa.Table, thresholds: dict[str, float]) -> dict[str, int]:
@@ -110,11 +111,16 @@ def _open_shard(data: bytes) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
 
 
-def read_shard(path: AnyPath) -> pa.Table:
-    """Read one result shard and verify its checksums. StorageError when it is damaged."""
+def read_shard(path: AnyPath, wanted: Iterable[pa.Field] = ()) -> pa.Table:
+    """Read one result shard and verify its checksums.
+
+    StorageError when it is damaged, or lacks one of the columns in `wanted`.
+    """
     try:
-        return pa.concat_tables(_read_groups(_open_shard(read_bytes(path))))
-    except (OSError, pa.ArrowInvalid) as error:
+        shard = _open_shard(read_bytes(path))
+        check_columns(shard.schema_arrow, wanted)
+        return pa.concat_tables(_read_groups(shard))
+    except PARQUET_ERRORS as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
 
 
@@ -128,11 +134,11 @@ def inspect_shard(run: Run, shard: int) -> ShardStats | None:
     try:
         part = _open_shard(data)
         footer = _read_footer(part)
-        if footer.get("run") != run.identity:
+        if footer.run != run.identity:
             return None
         num_rows = sum(group.num_rows for group in _read_groups(part))
-        return _describe_shard(shard, footer, data) if num_rows == footer["rows"] else None
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        return _describe_shard(shard, footer, data) if num_rows == footer.rows else None
+    except PARQUET_ERRORS:
         return None
 
 
@@ -146,32 +152,55 @@ def decide_shard(run: Run, shard: int, threshold: float) -> ShardStats | None:
         return stats
     try:
         part = _open_shard(data)
-        footer, table = _read_footer(part), part.read()
-        if footer.get("run") not in run.earlier_identities or footer["rows"] != table.num_rows:
+        footer = _read_footer(part)
+        if footer.run not in run.earlier_identities or footer.rows != part.metadata.num_rows:
             return None
-        unlike = footer["unlike_training"]
-        kept = ["bundle", "preprocessing", "thresholds"]
-        extra: dict[str, str] = {name: footer[name] for name in kept if name in footer}
+        check_columns(part.schema_arrow, SCORE_FIELDS)
+        table = part.read()
+        found = {name: getattr(footer, name) for name in ("bundle", "preprocessing", "thresholds")}
+        extra = {name: value for name, value in found.items() if value is not None}
+        parse_record(_Thresholds, {"values": json.loads(extra.get("thresholds", "{}"))})
         verdicts = _decide(table.column("p_fake"), threshold)
-    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+    except PARQUET_ERRORS:
         return None
     index = table.schema.get_field_index("is_fake")
     table = table.set_column(index, table.schema.field(index), verdicts)
-    return commit_shard(run, shard, table, {**extra, "threshold": str(threshold)}, unlike)
+    extra["threshold"] = str(threshold)
+    return commit_shard(run, shard, table, extra, footer.unlike_training)
 
 
-def _read_footer(part: pq.ParquetFile) -> dict[str, Any]:
-    footer = json.loads((part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}"))
-    return footer if isinstance(footer, dict) else {}
+@dataclass(frozen=True)
+class _Footer:
+    """What the footer of a shard says; `commit_shard` writes it."""
+
+    run: str
+    rows: int
+    errors: dict[str, int]
+    unlike_training: dict[str, int]
+    called_fake: dict[str, int] = field(default_factory=dict)
+    bundle: str | None = None
+    preprocessing: str | None = None
+    thresholds: str | None = None
 
 
-def _describe_shard(shard: int, footer: dict[str, Any], data: bytes) -> ShardStats:
+@dataclass(frozen=True)
+class _Thresholds:
+    values: dict[str, float]
+
+
+def _read_footer(part: pq.ParquetFile) -> _Footer:
+    """Return what the footer says. ValueError for that of another file."""
+    data = (part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}")
+    return parse_record(_Footer, json.loads(data))
+
+
+def _describe_shard(shard: int, footer: _Footer, data: bytes) -> ShardStats:
     return ShardStats(
         shard=shard,
-        rows=footer["rows"],
-        errors=footer["errors"],
-        unlike_training=footer["unlike_training"],
-        called_fake=footer.get("called_fake", {}),
+        rows=footer.rows,
+        errors=footer.errors,
+        unlike_training=footer.unlike_training,
+        called_fake=footer.called_fake,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )

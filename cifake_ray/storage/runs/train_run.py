@@ -6,7 +6,6 @@ import fcntl
 import io
 import json
 import os
-import pickle
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from typing import Any, ClassVar
 
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
+from cifake_ray.storage.bundles.weights import UNPICKLING_ERRORS
 from cifake_ray.storage.io.files import (
-    encode_csv,
-    encode_json_lines,
+    MAX_JSON_BYTES,
     exists,
     make_folder,
     read_bytes,
@@ -30,30 +29,84 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.run import check_settings, claim_folder, identify_run, read_record
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.io.text_rows import encode_csv, encode_json_lines
+from cifake_ray.storage.runs.links import check_links
+from cifake_ray.storage.runs.run import claim_folder, read_record
+from cifake_ray.storage.runs.settings import check_settings, identify_run
 
 # What zipfile and torch raise for bytes that are not those that were written.
-DAMAGE = (
-    EOFError,
-    RuntimeError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+DAMAGE = (*UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
-def read_history(path: AnyPath) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class AnyEpoch:
+    """What a row of a history has in every version."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Epoch(AnyEpoch):
+    """What a row of the history of a run has too."""
+
+    step: int
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    val_auroc: float
+    train_s: float
+    images_per_s: float
+
+
+@dataclass(frozen=True)
+class _TrainSummary:
+    epochs: int
+    stopped: str
+    bundle: str
+
+
+@dataclass(frozen=True)
+class _State:
+    epoch: int
+    step: int
+    batch: int
+    history: list[Epoch]
+    patience: dict[str, Any]
+    kept: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        if len(self.history) != self.epoch or bool(self.kept) != bool(self.epoch):
+            raise ValueError(f"{len(self.history)} epochs in its history, not {self.epoch}")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What `Trainer.resume` reads; it checks the tensors."""
+
+    network: dict[str, Any]
+    ema: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+    state: _State
+    precision: str = ""
+
+
+def read_history(path: AnyPath, kind: type[AnyEpoch] = AnyEpoch) -> list[dict[str, Any]]:
     """Return the history of a training, a row per epoch. BundleError when it is damaged."""
     history = path / "history.jsonl"
     if not exists(history):
         return []
     try:
-        return [dict(json.loads(line)) for line in read_bytes(history).splitlines()]
-    except (TypeError, ValueError, RecursionError) as error:
+        rows = [json.loads(line) for line in read_bytes(history, MAX_JSON_BYTES).splitlines()]
+        for row in rows:
+            parse_record(kind, row)
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{history}: damaged ({error}); remove the file or copy the bundle again"
         ) from error
+    return rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +115,7 @@ class RunFolder:
 
     path: AnyPath
     command: ClassVar[str]
+    summary: ClassVar[type]  # what others read of `_SUCCESS`
 
     def has_begun(self) -> bool:
         """Return whether work is stored that belongs to the settings of `_run.json`."""
@@ -73,6 +127,7 @@ class RunFolder:
 
         The folder itself is locked, and the end of the process releases it. Stores have no locks.
         """
+        check_links(self.path)
         if not isinstance(self.path, Path):
             yield
             return
@@ -108,14 +163,26 @@ class RunFolder:
 
     def read_success(self) -> dict[str, Any] | None:
         """Return the summary of a finished run, or None when it has not finished."""
+        check_links(self.path)
         path = self.path / "_SUCCESS"
-        return read_json(path) if exists(path) else None
+        if not exists(path):
+            return None
+        record = read_json(path)
+        try:
+            parse_record(self.summary, record)
+        except ValueError as error:
+            raise StorageError(
+                f"{path}: not the summary of a {self.command} run ({error}); remove this file and"
+                " run the same command again"
+            ) from error
+        return record
 
     def write_success(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished, and remove what killed processes left."""
         read_record(self.path)  # another folder may have taken its place
         remove_leftovers(self.path)
         write_json(self.path / "_SUCCESS", {"schema_version": SCHEMA_VERSION, **summary})
+        read_record(self.path)
 
 
 @dataclass(frozen=True)
@@ -123,6 +190,7 @@ class TrainRun(RunFolder):
     """The folder RUN of `train`."""
 
     command = "train"
+    summary = _TrainSummary
 
     @property
     def checkpoint_path(self) -> AnyPath:
@@ -149,11 +217,18 @@ class TrainRun(RunFolder):
             checkpoint: dict[str, Any] = torch.load(
                 io.BytesIO(data), map_location="cpu", weights_only=True
             )
+            parse_record(_Checkpoint, checkpoint)
         except DAMAGE as error:
-            raise StorageError(
-                f"{self.checkpoint_path}: damaged; delete the folder {self.path} to start again"
-            ) from error
+            raise self.refuse_checkpoint(error) from error
         return checkpoint
+
+    def refuse_checkpoint(self, error: Exception) -> StorageError:
+        """Return what to raise for a checkpoint that is not of this training."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return StorageError(
+            f"{self.checkpoint_path}: damaged ({reason}); delete the folder {self.path} to start"
+            " again"
+        )
 
     def write_checkpoint(self, data: bytes) -> None:
         """Commit a checkpoint."""
@@ -173,7 +248,7 @@ class TrainRun(RunFolder):
         """
         summary = read_if_exists(self.path / "summary.csv")
         try:
-            history = read_history(self.path)
+            history = read_history(self.path, Epoch)
             if summary is not None:
                 names, *lines = summary.decode().splitlines()
                 same = history[: len(lines)]

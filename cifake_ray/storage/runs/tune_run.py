@@ -7,8 +7,8 @@ pickled, so it is never read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,19 +17,23 @@ import pyarrow.parquet as pq
 
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
-    encode_csv,
     exists,
     hash_json,
     list_folder,
     make_folder,
     read_bytes,
+    read_json,
     remove,
     write_bytes,
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.io.text_rows import encode_csv
 from cifake_ray.storage.runs.run import read_record
 from cifake_ray.storage.runs.train_run import RunFolder, TrainRun
+
+TRIAL_NAME = re.compile(r"[0-9]{5,9}")
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,17 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class _TuneSummary:
+    trials: int
+    bundle: str
+
+
+@dataclass(frozen=True)
 class TuneRun(RunFolder):
     """The folder RUN of `tune`."""
 
     command = "tune"
+    summary = _TuneSummary
 
     def has_begun(self) -> bool:
         return bool(self.read_trials())
@@ -71,25 +82,34 @@ class TuneRun(RunFolder):
         """Return the trials by number."""
         if not exists(self.path / "trials"):
             return []
-        numbers = sorted(int(f.name) for f in list_folder(self.path / "trials") if f.name.isdigit())
+        names = [f.name for f in list_folder(self.path / "trials") if TRIAL_NAME.fullmatch(f.name)]
+        numbers = sorted(map(int, names))
         return [self.read_trial(n) for n in numbers if exists(self.folder_of(n) / "trial.json")]
 
     def read_trial(self, number: int) -> Trial:
         """Return a trial. StorageError when it is not as it was written."""
         path = self.folder_of(number) / "trial.json"
-        data = read_bytes(path)
+        record = read_json(path)
         try:
-            record = json.loads(data)
             sha256 = record.pop("sha256", None)  # earlier versions wrote none
-            trial = Trial(**record)
+            trial = parse_record(Trial, record)
             if trial.number != number or sha256 not in (None, hash_json(asdict(trial))):
                 raise ValueError("its sha256 is another")
-        except (AttributeError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise StorageError(
-                f"{path}: damaged; delete the folder {path.parent} and run the same command again,"
-                " which tries this trial again"
+                f"{path}: damaged ({error}); delete the folder {path.parent} and run the same"
+                " command again, which tries this trial again"
             ) from error
         return trial
+
+    def check_options_of(self, trials: Iterable[Trial], names: Collection[str]) -> None:
+        """Raise StorageError when a trial has others than these: they would be those of `train`."""
+        for trial in trials:
+            if trial.chosen.keys() != set(names):
+                raise StorageError(
+                    f"{self.folder_of(trial.number)}: it has {sorted(trial.chosen)}, the search has"
+                    f" {sorted(names)}; it was edited: delete this folder to try the trial again"
+                )
 
     def write_trial(self, trial: Trial) -> None:
         record = asdict(trial)

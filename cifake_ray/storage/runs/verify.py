@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import shard_name
 from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.digest import hash_file, stamp_file
 from cifake_ray.storage.io.files import (
     exists,
-    hash_file,
     list_folder,
     move,
     read_bytes,
-    stamp_file,
 )
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.run import (
     ASIDE_PREFIX,
     FILES_FIELDS,
@@ -55,9 +55,11 @@ def read_files(run: Run) -> list[dict[str, Any]]:
     """Return name, size_bytes, sha256, rows and errors of each shard of a finished run."""
     path = run.out / "_files.parquet"
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(path)))
-        rows: list[dict[str, Any]] = table.cast(pa.schema(FILES_FIELDS)).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        table = pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+        check_columns(table.schema_arrow, FILES_FIELDS)
+        is_whole = table.metadata.num_rows == run.manifest.num_shards
+        rows: list[dict[str, Any]] = table.read().to_pylist() if is_whole else []
+    except PARQUET_ERRORS as error:
         raise StorageError(f"{path}: damaged ({error}); `cifake-ray repair` restores it") from error
     expected = [f"{run.results}/{shard_name(n)}" for n in range(run.manifest.num_shards)]
     if [row["name"] for row in rows] != expected:

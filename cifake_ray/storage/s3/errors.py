@@ -41,6 +41,7 @@ class S3Error(Exception):
     """A request failed for good: `status` and `code` of the answer; 0 and "" without one."""
 
     def __init__(self, status: int, code: str, detail: str, pause_s: float = 0.0) -> None:
+        detail = " ".join(detail.split())[:MAX_DETAIL_CHARS]  # may be of the store
         super().__init__(f"{code or status or 'no answer'}: {detail}")
         self.status = status
         self.code = code

@@ -28,7 +28,7 @@ from cifake_ray.storage.s3.errors import S3Error, parse_xml
 PAGE_KEYS = 1000
 MAX_KEY_BYTES = 1024
 LAST_CHAR = "\U0010ffff"
-SIZE = re.compile("[0-9]{1,18}")
+SIZE = re.compile("[0-9]{1,15}")
 MAX_EMPTY_PAGES = 100  # one after another; a store may scan what was deleted
 WAKE_S = 0.2  # how soon a thread that waits for room sees that all is over
 

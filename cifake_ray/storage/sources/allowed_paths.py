@@ -71,6 +71,13 @@ class AllowedPaths:
             return self._check_remote(f"{self.root}/{path}")
         return self._check_local(os.path.join(self.root, path))
 
+    def allows(self, path: str) -> bool:
+        """Return whether `locate` finds a path."""
+        try:
+            return bool(self.locate(path))
+        except UsageError:
+            return False
+
     def find_below(self, location: str) -> str | None:
         """Return the path of an image below the folder of the list; None when it lies elsewhere."""
         root = self.root.rstrip("/") + "/"

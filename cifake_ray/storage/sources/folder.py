@@ -34,6 +34,8 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    check_locations,
+    climbs,
     escape_key,
     make_label_reader,
 )
@@ -144,6 +146,7 @@ class FolderSource:
             yield from entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        check_locations(rows, lambda path: not climbs(path) or path == str(self.root))
         names = ("location", "size_bytes", "mtime_ns", "row")
         locations, sizes, mtimes_ns, offsets = (rows.column(name).to_pylist() for name in names)
         allowed = None if self.follow_symlinks else self.root

@@ -28,6 +28,7 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    check_locations,
     make_label_reader,
 )
 
@@ -93,6 +94,8 @@ class FsspecPrefixSource:
             return entries
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        root = f"{str(self.root).partition('://')[0]}://{self.root.path.strip('/')}/"
+        check_locations(rows, lambda uri: f"{uri}/".startswith(root) and ".." not in uri.split("/"))
         names = ("location", "size_bytes", "etag", "row")
         columns = (rows.column(name).to_pylist() for name in names)
         return read_fsspec_files(self.store, *columns)

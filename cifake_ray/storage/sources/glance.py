@@ -30,7 +30,7 @@ def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
             page = place.fs.call_s3(
                 "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
             )
-            yield from (entry["Key"][len(prefix) :] for entry in page.get("Contents", ()))
+            yield from (entry.get("Key", "")[len(prefix) :] for entry in page.get("Contents", ()))
         else:
             own = place.path.rstrip("/")  # some stores list a file or folder within itself
             names = (name.rstrip("/") for name in place.fs.ls(own, detail=False))

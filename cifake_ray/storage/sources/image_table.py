@@ -22,7 +22,8 @@ from cifake_ray.core.labels import LabelReader, PathLabels, read_file_path
 from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import open_file, open_ranges
-from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
+from cifake_ray.storage.io.regular_file import open_regular
 from cifake_ray.storage.sources.columns import (
     ColumnChoice,
     check_text,
@@ -72,6 +73,8 @@ def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
         {"buffer_size": GLANCE_BUFFER_BYTES} if glance else {"pre_buffer": True}
     )
     with explain_errors(path):
+        if isinstance(path, Path):  # pyarrow would wait for a pipe
+            open_regular(path).close()
         try:
             # pyarrow opens local files itself; from a store it merges ranges into few reads.
             file = path if isinstance(path, Path) else open_ranges(path)
@@ -79,6 +82,8 @@ def open_parquet(path: AnyPath, *, glance: bool = False) -> pq.ParquetFile:
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
+            if is_from_s3fs(error):  # the store has failed, which says nothing of the file
+                raise
             with open_file(path) as opened:
                 if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise StorageError(
@@ -102,6 +107,8 @@ def _explain_damage(path: AnyPath) -> Iterator[None]:
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
+            if is_from_s3fs(error):  # the store has failed, which says nothing of the file
+                raise
             raise StorageError(
                 f"{path}: damaged, or not read by pyarrow ({error}); `cifake-ray repair` redoes a"
                 " damaged shard"

@@ -51,6 +51,7 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    check_locations,
     make_label_reader,
 )
 from cifake_ray.storage.sources.text_table import open_text_table
@@ -243,6 +244,9 @@ class ListFileSource:
             "s3": partial(read_objects, self.store),
             "fsspec": partial(read_fsspec_files, self.store),
         }
+        place = self.path if is_file(self.path) else self.path / "list"
+        allowed = make_allowed_paths(place, self.allow_prefix)
+        check_locations(rows, allowed.allows)
         rows = rows.select(["location", "size_bytes", "mtime_ns", "etag"])
         kinds = [_find_kind(location) for location in rows.column("location").to_pylist()]
         images = {}  # each kind is read ahead by itself

@@ -42,6 +42,8 @@ from cifake_ray.storage.sources.source import (
     MIN_SHARD_ROWS,
     KeyFilter,
     Listing,
+    check_locations,
+    climbs,
 )
 
 NUM_FOOTER_THREADS = 16
@@ -283,6 +285,7 @@ class ParquetSource:
         return keys
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        check_locations(rows, lambda path: not climbs(path))
         opened = None
         with ExitStack() as stack:  # one file is open, and only while this is read
             for location, row in zip(

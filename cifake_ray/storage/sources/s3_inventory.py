@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote_plus
 
@@ -36,6 +37,7 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    check_locations,
     make_label_reader,
 )
 
@@ -165,8 +167,15 @@ class S3InventorySource:
             yield copy
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        root = f"s3://{_find_bucket(self.place)}/"
+        check_locations(rows, lambda uri: uri.startswith(root))
         columns = (rows.column(name).to_pylist() for name in ("location", "size_bytes", "etag"))
         return read_objects(self.store, *columns)
+
+
+@lru_cache(maxsize=4)  # a worker asks for each shard
+def _find_bucket(place: AnyPath) -> str:
+    return read_inventory(place).bucket
 
 
 def _check_columns(names: Sequence[str]) -> None:

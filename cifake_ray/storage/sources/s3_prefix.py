@@ -22,6 +22,7 @@ from cifake_ray.storage.sources.source import (
     KeyFilter,
     Listing,
     batch_rows,
+    check_locations,
     escape_key,
     make_label_reader,
 )
@@ -84,6 +85,7 @@ class S3PrefixSource:
             raise explain_s3_error(error, self.uri) from error
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
+        check_locations(rows, lambda uri: f"{uri}/" == self.uri or uri.startswith(self.uri))
         names = ("location", "size_bytes", "etag", "row")
         locations, sizes, etags, offsets = (rows.column(name).to_pylist() for name in names)
         return read_objects(self.store, locations, sizes, etags, self.limits, offsets)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from cifake_ray.core.labels import PathLabels, read_path
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
 from cifake_ray.storage.sources.listing_counts import UNLABELLED, ListingCounts
 
@@ -208,6 +208,24 @@ def _may_match_below(glob: str, folder: str) -> bool:
 
 
 KEEP_ALL = KeyFilter()
+
+
+def check_locations(rows: pa.Table, lies_within: Callable[[str], bool]) -> None:
+    """Raise StorageError when a row of the manifest names what no listing of the source gives.
+
+    The manifest is a file of the output, and whoever made that may have named any file or object.
+    """
+    for location in rows.column("location").drop_null().to_pylist():
+        if not lies_within(location):
+            raise StorageError(
+                f"the manifest names {location!r}, which is not in the source; it was edited: start"
+                " again in a new folder"
+            )
+
+
+def climbs(path: str) -> bool:
+    """Return whether a path may lead out of the folder that it is relative to."""
+    return path.startswith("/") or ".." in path.split("/")
 
 
 def escape_key(name: str) -> str | None:

@@ -40,6 +40,7 @@ from cifake_ray.storage.sources.source import (
 )
 from cifake_ray.storage.sources.tar_images import (
     IMAGE_SUFFIXES,
+    ReadLabel,
     list_images,
     read_sidecar,
 )
@@ -159,7 +160,9 @@ class TarSource:
         max_rows = self.min_shard_rows or MIN_SHARD_ROWS
         shard: list[tuple[Any, ...]] = []
         num_bytes = 0
-        listings = (self._list_tar(tar, labels) for tar in tars)
+        unused = Counter[str]()
+        read_label = partial(read_sidecar, labels=labels, unused=unused)
+        listings = (self._list_tar(tar, read_label) for tar in tars)
         with closing(take_turns(listings, LISTING_THREADS, max_rows)) as rows:
             for row in rows:
                 if isinstance(row, str):
@@ -173,6 +176,11 @@ class TarSource:
         yield from batch_rows(shard, pa.schema(MANIFEST_FIELDS), max_rows)
         if labels.counts:
             listing.notes.append(labels.describe())
+        for suffix, count in unused.items():
+            listing.notes.append(
+                f"{count:,} images have 0 or 1 in their {suffix}, which may be classes of any kind:"
+                " --real-name 0 --fake-name 1, or the other way round, takes them for labels"
+            )
 
     def _find_tars(self, left_out: Counter[str], notes: list[str]) -> list[Tar]:
         listing = self.files.list_images()
@@ -188,7 +196,7 @@ class TarSource:
         notes += listing.notes
         return sorted(tars, key=attrgetter("name"))
 
-    def _list_tar(self, tar: Tar, labels: LabelReader) -> Iterator[tuple[Any, ...] | str]:
+    def _list_tar(self, tar: Tar, read_label: ReadLabel) -> Iterator[tuple[Any, ...] | str]:
         """Yield the rows of a tar, and the reason for each member that is none."""
         if tar.location is None or tar.size_bytes is None:  # a name, or a link, that leads nowhere
             reason = "not_found" if tar.location else "bad_key"
@@ -196,7 +204,6 @@ class TarSource:
             return
         large_bytes = SMALL_READ_BYTES if isinstance(self.files, FolderSource) else LARGE_READ_BYTES
         window = _Window(partial(self._read_part, tar), tar.size_bytes, large_bytes)
-        read_label = partial(read_sidecar, labels=labels)
         read_labels = make_label_reader(self.class_names)
         folder = "/".join(split_file_name(tar.name, self.class_names))
         for image in list_images(window.read_at, tar.size_bytes, read_label):
@@ -271,7 +278,9 @@ class TarSource:
             tar, image = Tar("", location, 0, *stamp), None
             if error or start is None:
                 error = error or "not_an_image"
-                image = ImageError(error, DETAILS[error])
+                image = ImageError(error, DETAILS.get(error, "so it was listed"))
+            elif size_bytes is None or start < 0 or size_bytes < 0:
+                image = ImageError("changed", "the tar was listed otherwise")
             elif size_bytes > MAX_IMAGE_BYTES:
                 image = ImageError(
                     "too_large", f"{size_bytes} bytes; the limit is {MAX_IMAGE_BYTES}"

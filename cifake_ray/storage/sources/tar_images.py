@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -45,11 +45,12 @@ class TarImage(NamedTuple):
     error: str | None = None
 
 
-def read_sidecar(suffix: str, data: bytes, labels: LabelReader) -> int | None:
+def read_sidecar(suffix: str, data: bytes, labels: LabelReader, unused: Counter[str]) -> int | None:
     """Return the label that a `.cls` file, or the field `labels.column` of a `.json` file, names.
 
     Any `labels.column` but `label` was asked for: then nothing else is read (`cls` is that file),
-    and 0 and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless class names.
+    and 0 and 1 mean REAL and FAKE. Else numbers are classes of any kind, unless class names, and
+    counted in `unused`.
     """
     is_cls, is_asked = suffix == ".cls", labels.column != "label"
     if is_asked and is_cls != (labels.column == "cls"):
@@ -59,6 +60,7 @@ def read_sidecar(suffix: str, data: bytes, labels: LabelReader) -> int | None:
     except (ValueError, LookupError, TypeError, RecursionError):  # no text, JSON or field
         return None
     if not is_asked and str(value).strip().lower() in labels.assumed:
+        unused[suffix] += 1
         return None
     return labels.read(value)
 

@@ -204,7 +204,7 @@ def _iterate_json(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _iterate_text(path):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: no JSON ({error})") from error
         if not isinstance(record, dict):
             raise UsageError(f"{path}, line {number}: no JSON object; give one a line")
@@ -243,7 +243,13 @@ def _read_lines(path: AnyPath, newline: str) -> Iterator[str]:
             if path.suffix.lower() == ".gz":
                 file = stack.enter_context(gzip.open(file))
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-            for number, line in enumerate(stack.enter_context(text)):
+            stack.enter_context(text)
+            for number, line in enumerate(iter(partial(text.readline, MAX_FIELD_CHARS), "")):
+                if len(line) == MAX_FIELD_CHARS:
+                    raise UsageError(
+                        f"{path}, line {number + 1}: more than {MAX_FIELD_CHARS:,} characters; a"
+                        " list has a line for each image"
+                    )
                 if number or not _EXCEL_SEPARATOR.fullmatch(line):
                     yield line
         except UnicodeDecodeError as error:

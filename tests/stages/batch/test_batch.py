@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -200,6 +202,36 @@ def test_a_run_that_stands_still_ends_and_names_what_it_waited_for(
     ):
         next(reports)
     assert time.monotonic() - started_s < 7.0, "it waited for the thread"
+
+
+STOPPED_DRIVER = """
+import sys, time
+from pathlib import Path
+from cifake_ray.stages.batch.watchdog import watch_progress
+sys.path.insert(0, sys.argv[2])
+from test_batch import make_run
+
+def report():
+    print("started", flush=True)
+    for _ in range(20):
+        time.sleep(0.1)
+    yield "done"
+
+print(*watch_progress(report(), make_run(Path(sys.argv[1])), "mine", 3.0))
+"""
+
+
+def test_a_driver_that_was_stopped_for_longer_does_not_stand_still(tmp_path: Path) -> None:
+    """As by Ctrl-Z and `fg`: its workers had no time either."""
+    command = [sys.executable, "-c", STOPPED_DRIVER, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "started\n"
+        time.sleep(0.5)
+        driver.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        driver.send_signal(signal.SIGCONT)
+        assert driver.communicate(timeout=60)[0] == "done\n"
 
 
 def test_a_heartbeat_that_changes_is_progress(tmp_path: Path) -> None:

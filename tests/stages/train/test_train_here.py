@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,47 @@ def test_an_outlier_among_the_real_images_costs_a_threshold_and_no_bundle(
         info.threshold(0.01)
     card = (tmp_path / "run" / "bundle" / "README.md").read_text()
     assert "cannot be reached on validation" in card
+
+
+CHECKPOINTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "code": lambda checkpoint: RunsCode(),
+    "a list": lambda checkpoint: [],
+    "no state": lambda checkpoint: checkpoint.pop("state"),
+    "an epoch in words": lambda checkpoint: checkpoint["state"].update(epoch="x"),
+    "an epoch before the first": lambda checkpoint: checkpoint["state"].update(epoch=-1),
+    "a history of others": lambda checkpoint: checkpoint["state"].update(history=[{"a": 1}]),
+    "an unknown field": lambda checkpoint: checkpoint["state"].update(run="/etc"),
+    "weights of others": lambda checkpoint: checkpoint.update(network={"a": torch.zeros(1)}),
+    "weights in words": lambda checkpoint: checkpoint.update(network={"a": "b"}),
+    "no moments": lambda checkpoint: checkpoint.update(optimizer={}),
+    "moments in words": lambda checkpoint: checkpoint.update(optimizer={"state": 1}),
+    "an epoch kept without weights": lambda checkpoint: checkpoint["state"].update(kept=[{}]),
+    "no epoch kept": lambda checkpoint: checkpoint["state"].update(kept=[]),
+}
+
+
+class RunsCode:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def test_a_checkpoint_that_somebody_else_wrote_is_refused_and_runs_no_code(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run_train(shards, run, epochs=1)
+    (run / "_SUCCESS").unlink()
+    last = run / "checkpoints" / "last.pt"
+    good = last.read_bytes()
+    for name, change in CHECKPOINTS.items():
+        checkpoint = torch.load(io.BytesIO(good), weights_only=True)
+        result = change(checkpoint)
+        is_other = isinstance(result, RunsCode) or result == []
+        torch.save(result if is_other else checkpoint, last)
+        with pytest.raises(StorageError, match=r"last\.pt: damaged"):
+            run_train(shards, run, epochs=1)
+        assert not (tmp_path / "ran").exists(), name
 
 
 def test_the_precision_of_a_run_is_recorded_and_kept_on_another_machine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load, save
+from wrong_values import WRONG_KINDS, WRONG_VALUES, list_places, put
 
 from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
@@ -579,6 +581,7 @@ def test_thresholds_are_chosen_by_false_positive_rate(tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_found_in_its_run_and_on_its_own(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     bundle = write(tmp_path / "run" / "bundle", make_detector())
     assert locate_bundle(str(tmp_path / "run")) == bundle
     assert locate_bundle(str(bundle)) == bundle
@@ -597,3 +600,66 @@ def test_a_write_that_breaks_off_leaves_no_bundle(tmp_path: Path) -> None:
         write(tmp_path / "b", make_detector())
     with pytest.raises(BundleError, match=r"no config\.json"):
         read_bundle_info(tmp_path / "b")
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_any_value_of_a_config_may_be_any_other(tmp_path: Path, wrong: str) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    record = json.loads((bundle / "config.json").read_bytes())
+    places = [p for p in list_places(record) if p[:1] in ((), ("architecture",), ("cifake_ray",))]
+    for place in places:  # pixels of any size would take long
+        (bundle / "config.json").write_text(json.dumps(put(record, place, WRONG_VALUES[wrong])))
+        try:
+            info = read_bundle_info(bundle)
+        except BundleError:
+            continue
+        assert all(0 <= threshold <= 1 for threshold in info.list_thresholds().values())
+        if place == ("architecture",):
+            with pytest.raises(BundleError, match="not the weights of"):
+                load_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/x", "local-dir:/etc", "../../x", "", "\x00"])
+def test_a_name_of_a_network_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    edit_config(bundle, set_architecture(name))
+    weights = load((bundle / "model.safetensors").read_bytes())
+    (bundle / "model.safetensors").write_bytes(save(weights))  # they no longer name theirs
+    monkeypatch.setattr(socket, "socket", None)
+    with pytest.raises(BundleError, match="not the weights of"):
+        load_bundle(bundle)
+
+
+def test_a_name_of_a_network_of_any_size_takes_no_memory(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "b", make_detector())
+    edit_config(bundle, set_architecture("small_cnn_w9999_d99"))  # 350 GB
+    weights = load((bundle / "model.safetensors").read_bytes())
+    (bundle / "model.safetensors").write_bytes(save(weights))
+    with pytest.raises(BundleError, match="not the weights of small_cnn_w9999_d99"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("kind", WRONG_KINDS.values(), ids=WRONG_KINDS)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.pt"])
+def test_a_file_of_a_bundle_may_be_no_file(
+    tmp_path: Path, name: str, kind: Callable[[Path], Any]
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "victim").write_bytes(b"mine")
+    bundle = write(tmp_path / "a" / "b", make_detector())
+    if name == "model.pt":
+        (bundle / "model.safetensors").unlink()
+    (bundle / name).unlink(missing_ok=True)
+    kind(bundle / name)
+    with pytest.raises(CifakeError, match="a/b"):
+        load_bundle(bundle, allow_pickle=True)
+
+
+def test_a_bundle_in_the_cache_of_a_hub_is_one_of_links(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "blobs", make_detector())
+    (tmp_path / "snapshot").mkdir()
+    for path in bundle.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    assert load_bundle(tmp_path / "snapshot")[1].fingerprint == read_bundle_info(bundle).fingerprint

@@ -212,6 +212,19 @@ def test_pixels_of_a_stranger_in_a_shared_folder_are_not_learned_from(
     assert read_reds(open_data(shards, cache, val_split="val").train) == learned
 
 
+def test_a_stranger_who_takes_our_name_too_is_refused(shards: Path, tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root makes files of others")
+    cache = tmp_path / "cache"
+    open_data(shards, cache, val_split="val")
+    (pixels,) = cache.glob("*.npy")
+    for path in (pixels, pixels.with_name(f"{pixels.stem}-0.npy")):
+        path.touch()
+        os.chown(path, 12345, 12345)
+    with pytest.raises(CacheError, match=r"another user has put files there.*--cache-dir"):
+        open_data(shards, cache, val_split="val")
+
+
 def test_a_damaged_file_is_named(shards: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     open_data(shards, cache, val_split="val")
@@ -271,6 +284,6 @@ def test_decoding_says_how_far_it_is(
         shards=str(shards), run="r", cache_dir=str(tmp_path / "cache"), val_split="val"
     )
     open_training_data(read_training_rows(config), PREPROCESSING, config, 1, said.append)
-    assert said[-1] == "train: decoded 31 of 31 images, once for all"
+    assert said[-1] == "train: decoded 31 of 31 images into the cache"
     record = json.loads(next((tmp_path / "cache").glob("*.json")).read_text())
     assert record["unusable"] == {"8": "not_an_image"}

@@ -19,19 +19,26 @@ from cifake_ray.errors import StorageError
 from cifake_ray.storage.io import objects, paths
 from cifake_ray.storage.io.files import (
     create_bytes,
+    discard,
     exists,
     find_files,
+    is_file,
     list_folder,
     move,
+    open_ranges,
     read_bytes,
     read_if_exists,
     remove,
+    stamp_file,
     write_bytes,
+    write_chunks,
 )
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, ShardStats, finish_run, is_finished, read_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.sources.image_table import open_parquet, read_columns
+from cifake_ray.storage.sources.open_source import iterate_names
 from cifake_ray.storage.sources.source import Listing
 
 SETTLE_S = 0.5
@@ -285,6 +292,21 @@ def test_a_record_that_is_refused_is_told_and_not_taken_for_missing(
     assert is_finished(run)
 
 
+@pytest.mark.parametrize("status", [301, 307])
+def test_a_bucket_in_another_region_is_asked_there(
+    store: LyingStore, out: AnyPath, status: int
+) -> None:
+    def move(request: Request) -> bool | None:
+        if "eu-west-1" in request.headers["Authorization"]:
+            return None
+        elsewhere = {"Location": "http://127.0.0.1:9/", "x_amz_bucket_region": "eu-west-1"}
+        return request.answer_error(status, "PermanentRedirect", **elsewhere)
+
+    store.lies[:] = [move]
+    write_bytes(out / "a", b"1")
+    assert read_bytes(out / "a") == b"1"
+
+
 def answer_list(body: bytes) -> Lie:
     return lambda request: "list-type" in request.path and request.answer(200, body)
 
@@ -316,9 +338,95 @@ def test_a_listing_that_is_none_or_has_no_end_is_told(
         one_line(error)
 
 
-def test_a_footer_of_another_length_is_a_damaged_manifest(store: LyingStore, out: AnyPath) -> None:
+PARTS: dict[str, tuple[Lie, str]] = {
+    "garbage": (lambda r: r.answer(206, b"PAR1" * 3), "damaged or missing"),
+    "busy": (lambda r: r.answer_error(503, "SlowDown"), "run the same command again"),
+    "denied": (lambda r: r.answer_error(403, "AccessDenied"), "check the credentials"),
+    "broken": (
+        lambda r: r.answer(206, b"PAR1", Content_Length="1000"),
+        "check the network",
+    ),
+}
+
+
+def test_a_part_of_parquet_that_does_not_come_is_not_a_damaged_file(
+    store: LyingStore, out: AnyPath
+) -> None:
     run = make_plan(out, lambda: list_keys(["a", "b", "c"])).open()
-    store.lies[:] = [lambda r: bool(r.headers.get("Range")) and r.answer(206, b"PAR1" * 3)]
-    with pytest.raises(StorageError) as error:
-        read_manifest_shard(run.manifest_folder, run.manifest.files[0], 0)
-    one_line(error)
+    path = run.manifest_folder / run.manifest.files[0].name
+    table = open_parquet(path)
+    for name, (lie, words) in PARTS.items():
+        store.lies[:] = [lambda r, lie=lie: bool(r.headers.get("Range")) and lie(r)]
+        for step in (lambda: open_parquet(path), lambda: read_columns(table, path, [0], ["key"])):
+            with pytest.raises(StorageError) as error:
+                step()
+            message = one_line(error)
+            assert ("repair" in message) == (name == "garbage"), message
+            assert name == "garbage" or words in message
+
+
+def test_a_part_of_a_manifest_that_does_not_come_is_not_a_damaged_manifest(
+    store: LyingStore, out: AnyPath
+) -> None:
+    run = make_plan(out, lambda: list_keys(["a", "b", "c"])).open()
+    for name, (lie, words) in PARTS.items():
+        store.lies[:] = [lambda r, lie=lie: bool(r.headers.get("Range")) and lie(r)]
+        with pytest.raises(StorageError) as error:
+            read_manifest_shard(run.manifest_folder, run.manifest.files[0], 0)
+        assert words in one_line(error), name
+
+
+def say(status: int, body: bytes = b"", **headers: str) -> Lie:
+    return lambda request: request.answer(status, body, **headers)
+
+
+LISTING = "<ListBucketResult><IsTruncated>false</IsTruncated>{}</ListBucketResult>"
+NONSENSE: dict[str, Lie] = {
+    "no-length": say(200, Transfer_Encoding="identity"),
+    "length-of-5000-digits": say(200, Content_Length="9" * 5000),
+    "length-of-words": say(200, Content_Length="many"),
+    "date": say(200, b"x", Last_Modified="yesterday"),
+    "number": say(200, b"x", x_amz_missing_meta="many"),
+    "header-of-300-kb": say(200, b"x", A="a" * 300_000),
+    "status-600": say(600),
+    "not-modified": say(304),
+    "no-key": say(200, LISTING.format("<Contents><Size>1</Size></Contents>").encode()),
+    "no-prefix": say(200, LISTING.format("<CommonPrefixes/>").encode()),
+    "key-count": say(200, LISTING.format("<KeyCount>many</KeyCount>").encode()),
+    "nested-error": say(400, b"<Error><Code><a/></Code></Error>"),
+    "error-of-another-encoding": say(400, b"<?xml version='1.0' encoding='x'?><Error/>"),
+    "error-of-html": say(502, b"<html><body>Bad gateway<br></body></html>"),
+}
+STEPS: dict[str, Callable[[AnyPath], Any]] = {
+    "exists": lambda out: exists(out / "a"),
+    "is_file": lambda out: is_file(out / "a"),
+    "read": lambda out: read_bytes(out / "a"),
+    "list": list_folder,
+    "find": find_files,
+    "stamp": lambda out: stamp_file(out / "a"),
+    "write": lambda out: write_bytes(out / "a", b"1"),
+    "create": lambda out: create_bytes(out / "b", b"1"),
+    "remove": lambda out: remove(out / "a"),
+    "discard": lambda out: discard(out / "a"),
+    "move": lambda out: move(out / "a", out / "b"),
+    "chunks": lambda out: write_chunks(out / "c", [b"1"]),
+    "open": lambda out: open_ranges(out / "a"),
+    "glance": lambda out: list(iterate_names(out, str(out))),
+}
+
+
+@pytest.mark.parametrize("lie", NONSENSE.values(), ids=NONSENSE)
+def test_an_answer_that_is_not_s3s_is_one_line(store: LyingStore, out: AnyPath, lie: Lie) -> None:
+    """No exception of a library gets out, at whatever step the answer comes."""
+    store.lies[:] = [lie]
+    num_told = 0
+    for step in STEPS.values():
+        try:
+            step(out)
+        except StorageError as error:
+            num_told += 1
+            message = str(error)
+            assert message.startswith("s3://b/out")
+            assert "\n" not in message
+            assert len(message) < 500
+    assert num_told

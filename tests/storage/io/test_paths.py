@@ -15,6 +15,7 @@ from upath import UPath
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.io.digest import stamp_file
 from cifake_ray.storage.io.files import (
     check_writable,
     create_bytes,
@@ -26,7 +27,6 @@ from cifake_ray.storage.io.files import (
     read_bytes,
     read_if_exists,
     remove,
-    stamp_file,
     write_bytes,
 )
 from cifake_ray.storage.io.paths import (

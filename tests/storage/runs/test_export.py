@@ -17,7 +17,7 @@ from upath import UPath
 
 from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError, UsageError
-from cifake_ray.storage.io.files import hash_file
+from cifake_ray.storage.io.digest import hash_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs import export as export_module
 from cifake_ray.storage.runs.export import export_scores

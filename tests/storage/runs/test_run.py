@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,11 +21,18 @@ from cifake_ray.config import VERBS, ConvertConfig, Doc, fingerprint_settings
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
 from cifake_ray.storage.io import files
-from cifake_ray.storage.io.files import create_bytes, remove_leftovers, write_bytes, write_chunks
+from cifake_ray.storage.io.files import (
+    create_bytes,
+    make_folder,
+    remove_leftovers,
+    write_bytes,
+    write_chunks,
+)
 from cifake_ray.storage.runs import shards
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, ShardStats, check_settings, finish_run, identify_run
+from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.settings import check_settings, identify_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
 from cifake_ray.storage.sources.source import Listing, batch_rows
@@ -220,6 +228,7 @@ def test_a_listing_that_breaks_off_freezes_nothing(tmp_path: Path) -> None:
 
 FREEZE = """
 import sys, time
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_run
@@ -345,11 +354,18 @@ def test_a_lost_or_doubled_row_is_refused(tmp_path: Path) -> None:
 
 
 def test_write_bytes_replaces_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "file"
+    path = tmp_path / "file"
     write_bytes(path, b"old")
     write_bytes(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_gone_does_not_come_into_being_again(tmp_path: Path) -> None:
+    for write in (partial(write_bytes, data=b"x"), partial(make_folder, parents=False)):
+        with pytest.raises(StorageError, match=r"out was moved or deleted .*; put it back"):
+            write(tmp_path / "out" / "file")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_create_bytes_does_not_overwrite(tmp_path: Path) -> None:
@@ -375,6 +391,7 @@ def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
 
 WRITE_TOO_MUCH = """
 import resource, signal, sys
+from functools import partial
 from pathlib import Path
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import write_bytes

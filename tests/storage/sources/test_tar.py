@@ -357,6 +357,22 @@ def test_a_label_is_read_from_a_sidecar_if_it_means_real_or_fake(
         assert rows["train/0.tar/7.jpg"]["split"] == "train"
 
 
+def test_numbers_that_are_not_taken_for_labels_are_told_with_the_remedy(tmp_path: Path) -> None:
+    members = [(f"{n}.cls", str(n % 2).encode()) for n in range(4)] + [("9.json", b'{"label": 1}')]
+    images = [(name.partition(".")[0] + ".jpg", b"image") for name, _ in members]
+    put_tar(tmp_path / "0.tar", *sorted(members + images))
+    source = open_uri(str(tmp_path))
+    listing = source.list_images()
+    list(listing.batches)
+    told = [note for note in listing.notes if "--real-name 0 --fake-name 1" in note]
+    assert [note.partition(", which")[0] for note in told] == [
+        "4 images have 0 or 1 in their .cls",
+        "1 images have 0 or 1 in their .json",
+    ]
+    rows, _ = list_rows(open_uri(str(tmp_path), real_name=("0",), fake_name=("1",)))
+    assert [row["label"] for _, row in sorted(rows.items())] == [REAL, FAKE, REAL, FAKE, FAKE]
+
+
 def test_a_sidecar_beats_the_path_and_leaves_its_split_and_source(tmp_path: Path) -> None:
     for folder in ("train/FAKE/sdxl", "train/FAKE"):
         put_tar(tmp_path / folder / "0.tar", ("1.cls", b"real"), ("1.jpg", b"1"), ("2.jpg", b"2"))
