@@ -205,6 +205,14 @@ def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
     return StorageError(f"{path}: {reason}; {remedy}")
 
 
+def explain_loss(path: Path) -> StorageError:
+    """Return a one-line error for a file or folder whose parent is gone."""
+    return StorageError(
+        f"{path}: {path.parent} was moved or deleted while a command wrote to it; put it back and"
+        " run the same command again"
+    )
+
+
 def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str) -> StorageError:
     """Return a one-line error for what botocore raises without an answer of the store."""
     for kind, remedy in REMEDIES.items():
