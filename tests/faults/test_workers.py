@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,25 @@ def test_each_worker_may_be_killed_once(
     summary = json.loads(output)
     assert summary["listed"] == summary["done"] == NUM_MANY
     assert read_rows(tmp_path / "out") == read_rows(whole)
+
+
+def test_workers_and_their_node_may_be_stopped_for_a_while(
+    many_images: Path, scores: Path, head: JobsCluster, tmp_path: Path
+) -> None:
+    """SIGSTOP, as a machine does that is suspended or that swaps."""
+    process = start_group(make_command("score", many_images, tmp_path / "out"), join(head))
+    wait_until(lambda: count_parts(tmp_path / "out") >= 5)
+    stopped = [p for name in ("ShardWorker", "raylet/raylet") for p in find_workers(head.pid, name)]
+    assert len(stopped) > 1
+    for each in stopped:
+        each.suspend()
+    time.sleep(15)
+    for each in stopped:
+        each.resume()
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(output)["shards_retried"] == 0
+    assert read_rows(tmp_path / "out") == read_rows(scores)
 
 
 DEADLY_DETECTOR = """

@@ -23,7 +23,7 @@ from cifake_ray.storage.io.objects import (
     read_object,
     replace_object,
 )
-from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, explain_loss
 from cifake_ray.storage.io.regular_file import open_regular, read_regular
 
 TEMPORARY_PREFIX = ".writing-"
@@ -37,8 +37,7 @@ MAX_JSON_BYTES = 64 * 2**20
 def make_folder(folder: AnyPath, *, parents: bool = True) -> None:
     """Create a local folder and its parents; stores have none. StorageError when it fails.
 
-    Without `parents`, the folder that it is in must be there: an output that is moved or deleted
-    while a command writes to it does not come into being again, with half of its files.
+    Without `parents` it fails where they are gone, so that no output that was moved comes back.
     """
     if not isinstance(folder, Path):
         return
@@ -48,14 +47,7 @@ def make_folder(folder: AnyPath, *, parents: bool = True) -> None:
         except FileExistsError:  # a file has the name
             raise NotADirectoryError(errno.ENOTDIR, "Not a directory") from None
         except FileNotFoundError as error:
-            raise _explain_loss(folder) from error
-
-
-def _explain_loss(path: Path) -> StorageError:
-    return StorageError(
-        f"{path}: {path.parent} was moved or deleted while a command wrote to it; put it back and"
-        " run the same command again"
-    )
+            raise explain_loss(folder) from error
 
 
 def exists(path: AnyPath) -> bool:
@@ -168,10 +160,7 @@ def move(path: AnyPath, target: AnyPath) -> None:
 def _write_atomically(
     path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
 ) -> None:
-    """Write a temporary file next to `path`, force it to disk, then publish it in one step.
-
-    The folder must be there: see `make_folder`.
-    """
+    """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
     name = f"{TEMPORARY_PREFIX}{os.getpid()}-{identify_host()}-{secrets.token_hex(4)}"
     temporary = path.parent / name
     with explain_errors(path):
@@ -183,9 +172,7 @@ def _write_atomically(
                     os.fsync(file.fileno())
             publish(temporary, path)
         except FileNotFoundError as error:
-            if path.parent.exists():
-                raise
-            raise _explain_loss(path) from error
+            raise error if path.parent.exists() else explain_loss(path) from error
         finally:
             discard(temporary)
         if durable:

@@ -237,6 +237,14 @@ def read_code(error: OSError) -> str:
     return response.get("Error", {}).get("Code", "")
 
 
+def explain_loss(path: Path) -> StorageError:
+    """Return a one-line error for a file or folder whose parent is gone."""
+    return StorageError(
+        f"{path}: {path.parent} was moved or deleted while a command wrote to it; put it back and"
+        " run the same command again"
+    )
+
+
 def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str) -> StorageError:
     """Return a one-line error for what botocore raises without an answer of the store."""
     for kind, remedy in REMEDIES.items():

@@ -196,7 +196,6 @@ def test_other_settings_on_the_same_folder_are_refused(
         run_tune(shards, tmp_path / "run", files, trials=1, seed=1)
 
 
-@pytest.mark.parametrize("searcher", ["random", "grid", "tpe"])
 def test_a_second_search_on_a_folder_at_work_is_refused_and_changes_nothing(
     shards: Path, files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -208,6 +207,7 @@ def test_a_second_search_on_a_folder_at_work_is_refused_and_changes_nothing(
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("searcher", ["random", "grid", "tpe"])
 def test_a_finished_search_is_extended_by_more_trials(
     shards: Path, files: dict[str, str], tmp_path: Path, searcher: Literal["random", "grid", "tpe"]
 ) -> None:
