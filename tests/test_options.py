@@ -352,7 +352,7 @@ def test_a_wrong_variable_is_refused() -> None:
 @pytest.mark.parametrize(
     ("config_class", "values", "flag"),
     [
-        (ConvertConfig, {"num_workers": 0}, "--num-workers"),
+        (ConvertConfig, {"num_workers": -1}, "--num-workers"),
         (ConvertConfig, {"shard_size": 0}, "--shard-size"),
         (ConvertConfig, {"max_error_rate": 1.5}, "--max-error-rate"),
         (ConvertConfig, {"max_error_rate": float("nan")}, "--max-error-rate"),

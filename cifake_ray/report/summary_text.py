@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cifake_ray.core.search.trial_table import format_value
 from cifake_ray.report.numbers import format_interval, format_share
 
 Record = Mapping[str, Any]
@@ -189,6 +188,8 @@ def _describe_search(record: Record) -> list[str]:
     recipe = (
         "" if record["baseline"] is None else f"; the recipe as it is: {record['baseline']:.3f}"
     )
+    from cifake_ray.core.search.trial_table import format_value  # with all that a search needs
+
     chosen = ", ".join(f"{name} {format_value(value)}" for name, value in record["chosen"].items())
     ends = ", ".join(f"{count:,} {end}" for end, count in record["ends"].items())
     return [

@@ -9,16 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray.data
 from PIL import Image
 from wrong_values import WRONG_KINDS, WRONG_VALUES, choose, list_places, put
 
@@ -27,22 +25,19 @@ from cifake_ray.config import ConvertConfig, ExportConfig, RepairConfig, VerifyC
 from cifake_ray.errors import CifakeError, StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch import driver, shard_worker
+from cifake_ray.stages.batch.shard_worker import WorkerTask
 
 
-class InlineData:
-    """What the driver uses of Ray Data, in this process."""
+class InlinePool(nullcontext[Any]):
+    """What the driver uses of LocalPool, in this process."""
 
-    def __init__(self, rows: list[dict[str, Any]], **options: Any) -> None:
-        self.rows = rows
+    def __init__(self, task: WorkerTask, num_workers: int) -> None:
+        super().__init__(self)
+        self.task = task
 
-    def map_batches(self, actor: Any, *, fn_constructor_args: Any, **options: Any) -> InlineData:
-        self.actor = actor(*fn_constructor_args)
-        return self
-
-    def iter_rows(self) -> Iterator[dict[str, Any]]:
-        for row in self.rows:
-            results = self.actor({name: [value] for name, value in row.items()})
-            yield {name: values[0] for name, values in results.items()}
+    def report_shards(self) -> Iterator[Any]:
+        worker = shard_worker.ShardWorker(self.task)
+        yield from map(worker.report_shard, range(self.task.run.manifest.num_shards))
 
 
 class InlineQuarantine(nullcontext[Any]):
@@ -55,17 +50,11 @@ class InlineQuarantine(nullcontext[Any]):
         return images
 
 
-@contextmanager
-def connect_nothing(*arguments: Any) -> Iterator[Any]:
-    yield SimpleNamespace(num_cpus=2, num_gpus=0, nodes=(), count_places=lambda cpus, gpus: 2)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def without_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "connect_cluster", connect_nothing)
-        patch.setattr(ray.data, "from_items", InlineData)
-        patch.setattr(shard_worker, "WorkMetrics", Mock())
+        patch.setattr(driver, "runs_here", lambda *arguments: True)
+        patch.setattr(driver, "LocalPool", InlinePool)
         patch.setattr(shard_worker, "Quarantine", InlineQuarantine)
         patch.setattr(shard_worker, "faulthandler", Mock())  # it would end these tests
         patch.setattr(pipeline, "log", Mock())
@@ -75,17 +64,17 @@ def without_ray() -> Iterator[None]:
 
 def convert(root: Path, **options: Any) -> Any:
     src, out = str(root / "images"), str(root / "out")
-    return run_verb(ConvertConfig(src=src, out=out, shard_size=3, **options), time.time())
+    return run_verb(ConvertConfig(src=src, out=out, shard_size=3, **options), time.monotonic())
 
 
 VERBS: dict[str, Callable[[Path], Any]] = {
     "convert": convert,
     "retry": lambda root: convert(root, retry_errors=True),
-    "verify": lambda root: run_verb(VerifyConfig(out=str(root / "out")), time.time()),
-    "repair": lambda root: run_verb(RepairConfig(out=str(root / "out")), time.time()),
+    "verify": lambda root: run_verb(VerifyConfig(out=str(root / "out")), time.monotonic()),
+    "repair": lambda root: run_verb(RepairConfig(out=str(root / "out")), time.monotonic()),
     "export": lambda root: run_verb(
         ExportConfig(scores=str(root / "out"), file=str(root / "e.txt"), overwrite=True),
-        time.time(),
+        time.monotonic(),
     ),
 }
 

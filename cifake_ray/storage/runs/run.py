@@ -166,13 +166,15 @@ def read_run(out: AnyPath) -> Run | None:
     )
 
 
-def read_again(out: AnyPath, identity: str | None = None) -> Run:
-    """Return the run that was just there. StorageError when another folder has taken its place."""
+def read_again(out: AnyPath, earlier: Run | None = None) -> Run:
+    """Return the run that was just there. StorageError when another has taken its place."""
     run = read_run(out)
-    if run is None or identity not in (None, run.identity):
+    if run is None or (
+        earlier is not None and (run.identity, run.manifest) != (earlier.identity, earlier.manifest)
+    ):
         raise StorageError(
-            f"{out}: it was moved, or another folder has taken its place, while the command ran;"
-            " put it back and run the same command again"
+            f"{out}: it was moved, or another process has replaced it, while the command ran; put"
+            " it back and run the same command again, by one process at a time"
         )
     return run
 
@@ -261,16 +263,6 @@ def force_names(run: Run) -> None:
     sync_folder(run.results_folder)
 
 
-def check_current(run: Run) -> None:
-    """Raise StorageError when `_run.json` is not that of this run any more."""
-    found = read_run(run.out)
-    if found is None or (found.identity, found.manifest) != (run.identity, run.manifest):
-        raise StorageError(
-            f"{run.out / '_run.json'}: another process has replaced or removed it meanwhile; run"
-            " the same command again, by one process at a time"
-        )
-
-
 def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
@@ -279,7 +271,7 @@ def reopen_run(run: Run) -> None:
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
     """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
-    read_again(run.out, run.identity)
+    read_again(run.out, run)
     there = {path.name for path in list_folder(run.results_folder)}
     committed = {part.shard for part in parts if shard_name(part.shard) in there}
     missing = set(range(run.manifest.num_shards)) - committed
@@ -289,7 +281,6 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
             f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
             f" {rows} rows written, {len(missing)} shards missing; run the same command again"
         )
-    check_current(run)
     parts = sorted(parts, key=lambda part: part.shard)
     columns = {
         "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],
@@ -319,4 +310,4 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
     record |= summary
     write_json(run.out / "_SUCCESS", record)
-    read_again(run.out, run.identity)  # it may have been moved since
+    read_again(run.out, run)  # it may have been moved since

@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
+    MAX_JSON_BYTES,
     exists,
     hash_json,
     list_folder,
     make_folder,
+    parse_json,
     read_bytes,
-    read_json,
     remove,
     write_bytes,
     write_json,
@@ -89,13 +90,14 @@ class TuneRun(RunFolder):
     def read_trial(self, number: int) -> Trial:
         """Return a trial. StorageError when it is not as it was written."""
         path = self.folder_of(number) / "trial.json"
-        record = read_json(path)
+        data = read_bytes(path, MAX_JSON_BYTES)
         try:
+            record = parse_json(path, data)
             sha256 = record.pop("sha256", None)  # earlier versions wrote none
             trial = parse_record(Trial, record)
             if trial.number != number or sha256 not in (None, hash_json(asdict(trial))):
                 raise ValueError("its sha256 is another")
-        except ValueError as error:
+        except (StorageError, ValueError) as error:
             raise StorageError(
                 f"{path}: damaged ({error}); delete the folder {path.parent} and run the same"
                 " command again, which tries this trial again"

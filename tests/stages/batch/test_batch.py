@@ -217,7 +217,7 @@ def report():
         time.sleep(0.1)
     yield "done"
 
-print(*watch_progress(report(), make_run(Path(sys.argv[1])), "mine", 3.0))
+print(*watch_progress(report(), make_run(Path(sys.argv[1])), "mine", 3.0, lambda: "2 workers"))
 """
 
 

@@ -648,6 +648,7 @@ def test_a_file_of_a_bundle_may_be_no_file(
 ) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "victim").write_bytes(b"mine")
+    (tmp_path / "a").mkdir()
     bundle = write(tmp_path / "a" / "b", make_detector())
     if name == "model.pt":
         (bundle / "model.safetensors").unlink()

@@ -17,6 +17,7 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io import objects, paths
+from cifake_ray.storage.io.digest import stamp_file
 from cifake_ray.storage.io.files import (
     create_bytes,
     discard,
@@ -29,7 +30,6 @@ from cifake_ray.storage.io.files import (
     read_bytes,
     read_if_exists,
     remove,
-    stamp_file,
     write_bytes,
     write_chunks,
 )
@@ -37,8 +37,8 @@ from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, ShardStats, finish_run, is_finished, read_run
 from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.sources.glance import iterate_names
 from cifake_ray.storage.sources.image_table import open_parquet, read_columns
-from cifake_ray.storage.sources.open_source import iterate_names
 from cifake_ray.storage.sources.source import Listing
 
 SETTLE_S = 0.5
@@ -169,6 +169,8 @@ def finish(run: Run) -> None:
         )
         for n in range(run.manifest.num_shards)
     ]
+    for n in range(run.manifest.num_shards):
+        write_bytes(run.shard_path(n), b"rows")
     finish_run(run, parts, {})
 
 

@@ -14,7 +14,8 @@ from cifake_ray.errors import StorageError
 from cifake_ray.storage.runs.train_run import TrainRun
 from cifake_ray.storage.runs.tune_run import Trial, TuneRun
 
-HISTORY = [{"epoch": n, "step": 7 * n, "val_loss": 0.1 / n, "val_auroc": 0.5} for n in (1, 2)]
+MEASURED = ("train_loss", "val_loss", "val_accuracy", "val_auroc", "train_s", "images_per_s")
+HISTORY = [{"epoch": n, "step": 7 * n, **dict.fromkeys(MEASURED, 0.1 / n)} for n in (1, 2)]
 TRIAL = Trial(3, {"lr": 0.003, "augment.flip": 0.5}, 0, "all 2 epochs done", 1382)
 
 
@@ -27,8 +28,9 @@ def flatten(value: Any) -> Any:
 
 def write_checkpoint(root: Path) -> Callable[[], Any]:
     run, buffer = TrainRun(root), io.BytesIO()
-    state = {"epoch": 2, "step": 14, "history": HISTORY}
-    torch.save({"network": {"weight": torch.arange(300.0)}, "state": state}, buffer)
+    state = {"epoch": 2, "step": 14, "batch": 0, "history": HISTORY, "patience": {}, "kept": [{}]}
+    parts: dict[str, Any] = {name: {} for name in ("ema", "optimizer", "schedule", "scaler")}
+    torch.save({"network": {"weight": torch.arange(300.0)}, "state": state, **parts}, buffer)
     run.write_checkpoint(buffer.getvalue())
     return lambda: flatten(run.read_checkpoint())
 
