@@ -224,11 +224,13 @@ def train_in_no_time(
             accuracy = 0.5 + config.lr * epoch
             history.append({"epoch": epoch, "step": epoch, "train_s": 0.5, "val_s": 0.5})
             history[-1] |= {"val_accuracy": accuracy, "val_loss": 0.1, "val_auroc": 0.5}
+            history[-1] |= {"train_loss": 0.1, "images_per_s": 9.0}
             run.write_checkpoint(b"a checkpoint")
             run.write_history(history)
             on_epoch(history[-1], config.epochs)
         write_stub_bundle(config)
-        run.write_success({"stopped": f"all {config.epochs} epochs done"})
+        stopped = f"all {config.epochs} epochs done"
+        run.write_success({"stopped": stopped, "epochs": config.epochs, "bundle": "bundle"})
 
 
 def write_stub_bundle(config: TrainConfig) -> None:
