@@ -325,7 +325,7 @@ def test_workers_and_their_node_may_be_stopped_for_a_while(
     """SIGSTOP, as a machine does that is suspended or that swaps."""
     process = start_group(make_command("score", many_images, tmp_path / "out"), join(head))
     wait_until(lambda: count_parts(tmp_path / "out") >= 5)
-    stopped = [p for name in ("ShardWorker", "raylet/raylet") for p in find_workers(head.pid, name)]
+    stopped = [p for name in ("ShardActor", "raylet/raylet") for p in find_workers(head.pid, name)]
     assert len(stopped) > 1
     for each in stopped:
         each.suspend()
