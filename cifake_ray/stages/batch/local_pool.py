@@ -35,7 +35,7 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        self.is_ready, self.starts = False, self.starts + 1
+        self.starts += 1
         self.child = ChildProcess(__spec__.name, env=self.env)
 
 

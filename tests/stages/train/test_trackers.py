@@ -37,7 +37,8 @@ from cifake_ray.storage.runs.train_run import TrainRun
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-ROW = {"epoch": 1, "step": 2, "train_loss": 0.5, "val_accuracy": 0.25, "lr": 0.001}
+MEASURED = ("train_loss", "val_loss", "val_accuracy", "val_auroc", "train_s", "images_per_s")
+ROW = {"epoch": 1, "step": 2, "lr": 0.001, **dict.fromkeys(MEASURED, 0.25)}
 NOT_LOGGED = {"epoch"}  # to TensorBoard: it is the step of all others
 
 
@@ -165,8 +166,9 @@ def test_a_resumed_run_logs_no_epoch_twice_and_leaves_none_out(
         run_train(shards, run, on_epoch=stop_at(3), track=both, **options)
     check_tensorboard(run)
     assert check_mlflow(run, store).info.status == "KILLED"
-    history = (run / "history.jsonl").read_text().splitlines(keepends=True)
-    (run / "history.jsonl").write_text("".join(history[:2]))  # killed before it was written
+    for name, num_lines in (("history.jsonl", 2), ("summary.csv", 3)):  # killed before the third
+        lines = (run / name).read_text().splitlines(keepends=True)
+        (run / name).write_text("".join(lines[:num_lines]))
     summary = run_train(shards, run, track=both, **options)
     assert (summary["epochs"], summary["epochs_resumed"]) == (4, 2)
     check_tensorboard(run)
