@@ -162,12 +162,17 @@ class RunFolder:
         return settings
 
     def read_success(self) -> dict[str, Any] | None:
-        """Return the summary of a finished run, or None when it has not finished."""
+        """Return the summary of a finished run, or None when it has not finished.
+
+        RunMismatch when the folder is that of another verb.
+        """
         check_links(self.path)
         path = self.path / "_SUCCESS"
         if not exists(path):
             return None
         record = read_json(path)
+        verb = {"command": read_record(self.path)["settings"].get("command")}
+        check_settings(self.path, verb, {"command": self.command})
         try:
             parse_record(self.summary, record)
         except ValueError as error:
