@@ -94,7 +94,7 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
 
 
 def run_demo(out: str, *, images: int, seed: int) -> tuple[dict[str, Any], int]:
-    """Run the whole pipeline on the sample, which makes a report in about two minutes."""
+    """Run the whole pipeline on the sample, which makes a report in less than a minute."""
     root = resolve_path(out)
     log(f"demo: writing a sample of {images:,} images to {root / 'images'}")
     run_verb(SampleConfig(out=str(root / "images"), images=images, seed=seed), time.monotonic())
