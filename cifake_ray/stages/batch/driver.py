@@ -43,7 +43,7 @@ from cifake_ray.stages.batch.summary import (
     read_summary,
 )
 from cifake_ray.stages.batch.watchdog import watch_progress
-from cifake_ray.stages.resources import Placement, Resources, read_local_resources, runs_here
+from cifake_ray.stages.resources import Placement, read_local_resources, runs_here
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
@@ -177,8 +177,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     with ExitStack() as stack:
         is_local = runs_here(plan.config, plan.config.num_workers, plan.device)
         start = _start_here if is_local else _start_on_ray
-        run, resources = start(plan, found, stack)
-        placement = choose_placement(resources, plan.config.num_workers, plan.device)
+        run, placement = start(plan, found, stack)
         if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
@@ -213,11 +212,14 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         return finish_batch(plan, run, totals, ran_on)
 
 
-def _start_here(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Resources]:
-    return found or plan.run.freeze(), read_local_resources(plan.device)
+def _start_here(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Placement]:
+    """Place the workers on this machine, and list the source."""
+    here = read_local_resources(plan.device)
+    placement = choose_placement(here, plan.config.num_workers, plan.device)
+    return found or plan.run.freeze(), placement
 
 
-def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Resources]:
+def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Placement]:
     """Connect to a cluster, or start Ray, while the source is listed."""
     from cifake_ray.stages.cluster import connect_cluster
 
@@ -231,8 +233,8 @@ def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple
         opening.result()  # report an error of the source before starting Ray
     least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
     resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
-    choose_placement(resources, plan.config.num_workers, plan.device)  # or say what is missing now
-    return opening.result(), resources
+    placement = choose_placement(resources, plan.config.num_workers, plan.device)
+    return opening.result(), placement
 
 
 def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> BatchSummary:

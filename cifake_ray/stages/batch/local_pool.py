@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Generator
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any
 
 from cifake_ray.errors import CifakeError, ResourceError
@@ -51,12 +50,7 @@ class LocalPool:
     def __enter__(self) -> LocalPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.is_open = False
         for worker in self.workers:  # what they had begun is redone, as after any kill
             worker.child.process.kill()
