@@ -122,10 +122,13 @@ class LoadedDetector:
     (2,)
     """
 
-    def __init__(self, detector: Detector, bundle: BundleInfo, device: str) -> None:
-        self.detector = detector.to(device)
+    def __init__(
+        self, detector: Detector, bundle: BundleInfo, device: str, batch_size: int
+    ) -> None:
+        self.detector = detector
         self.bundle = bundle
         self.device = device
+        self.batch_size = batch_size
 
     @property
     def threshold(self) -> float:
@@ -154,11 +157,8 @@ class LoadedDetector:
         import torch
 
         from cifake_ray.core.processing.score import predict_logit
-        from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
-        if batch_size is None:
-            size = self.detector.preprocessing.image_size
-            batch_size = choose_eval_batch_size(self.detector.network, size, self.device)
+        batch_size = batch_size or self.batch_size
         batches = [np.zeros(0, np.float32)]
         for start in range(0, len(images), batch_size):
             stop = min(start + batch_size, len(images))
@@ -198,16 +198,27 @@ class LoadedDetector:
 
 
 def load_detector(
-    bundle: str | None = None, *, device: str = "cpu", store: StoreConfig | None = None
+    bundle: str | None = None,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    store: StoreConfig | None = None,
 ) -> LoadedDetector:
     """Load a bundle, or a run of `train` that holds one; without `bundle` the built-in detector.
 
-    `device` is torch's name ("cpu", "cuda"), `store` configures access to buckets. BundleError
-    when the bundle is missing, incomplete or damaged.
+    `device` is torch's name ("cpu", "cuda"), `precision` one of those of `score`, which may itself
+    choose another one; `store` configures access to buckets. BundleError when the bundle is
+    missing, incomplete or damaged, UsageError when it or the device does not have the precision.
 
     >>> load_detector().bundle.architecture
     'small_cnn'
     """
+    from cifake_ray.core.models.precision import use_precision
+    from cifake_ray.core.training.device_limits import choose_eval_batch_size
     from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
 
-    return LoadedDetector(*load_bundle(locate_bundle(bundle, store)), device)
+    detector, info = load_bundle(locate_bundle(bundle, store))
+    batch_size = choose_eval_batch_size(detector.network, info.preprocessing.image_size, device)
+    ranges = info.checks[precision].ranges if precision in info.checks else None
+    detector = use_precision(detector, precision, device, ranges)
+    return LoadedDetector(detector, info, device, batch_size)

@@ -42,7 +42,8 @@ DOOR_RANK = 4
 ROOMS = {
     "core": [
         {"schema", "imaging"},
-        {"labels", "models", "evaluation", "sample_images"},
+        {"labels", "evaluation", "sample_images"},
+        {"models"},
         {"processing", "training"},
         {"search"},
     ],

@@ -6,7 +6,15 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
+from cifake_ray.config.fields import (
+    ClusterConfig,
+    Device,
+    Doc,
+    RuntimeDoc,
+    ScorePrecision,
+    check,
+    check_least,
+)
 
 SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 
@@ -135,6 +143,13 @@ class BundleConfig(BatchConfig):
         ),
     ] = None
     device: Annotated[Device, RuntimeDoc("auto: GPUs if there are any")] = "auto"
+    precision: Annotated[  # what it becomes is in the fingerprint
+        ScorePrecision,
+        RuntimeDoc(
+            "auto: on CPUs int8 or bf16, if fast there and harmless by the bundle's own check, else"
+            " float32; tf32 and fp16 are for GPUs"
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

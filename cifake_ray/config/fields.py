@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 from cifake_ray.errors import UsageError, suggest_word
 
 Device = Literal["auto", "cpu", "cuda"]
+ScorePrecision = Literal["auto", "float32", "tf32", "bf16", "fp16", "int8"]
 Fit = Literal["resize", "crop"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
 

@@ -34,6 +34,7 @@ BATCH_FIELDS = {
     "images_per_s",
     "steady_images_per_s",
     "ran_on",
+    "precision",
     "threshold",
     "thresholds",
     "called_fake",
@@ -115,6 +116,7 @@ def _describe_speed(record: Record) -> str:
     if record["shards_retried"]:
         before += f"; {_count(record['shards_retried'], 'shard')} started again after a crash"
     on = f" with {record['ran_on']}" if record.get("ran_on") else ""
+    on += f" in {record['precision']}" if record.get("precision") else ""
     if not record["images_per_s"]:
         return f"{record['elapsed_s']:,.1f} s{on}{before}."
     return (

@@ -28,7 +28,7 @@ from cifake_ray.report.text import KEY_METRICS, describe_unlike, format_threshol
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
-from cifake_ray.stages.score import MakeScoreProcessor
+from cifake_ray.stages.score import MakeScoreProcessor, resolve_precision
 from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import exists, make_folder, read_json, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
@@ -94,16 +94,17 @@ def evaluate_detector(
             " detector was trained on look better than others would"
         )
     threshold = bundle.threshold(None)
+    precision = resolve_precision(config, bundle, out)
     plan = BatchPlan(
         command="evaluate",
         config=config,
         out=out,
         source=source,
         paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
-        inputs={"split": split, "bundle": bundle.fingerprint},
-        facts={"bundle": str(bundle.path), "threshold": bundle.threshold(None)},
+        inputs={"split": split, "bundle": bundle.identify(precision), "precision": precision},
+        facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size),
+        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size, precision),
         threshold=threshold,
         thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
@@ -190,6 +191,7 @@ def write_report(
         "Architecture": bundle.architecture,
         "Bundle": bundle.fingerprint,
         "Split": split or "all rows",
+        "Precision": run.settings.get("precision", "float32"),
         "Temperature": f"{bundle.calibration.temperature:.4f}",
         "Threshold": format_threshold(bundle.calibration.threshold),
         "Threshold for 1% FPR": format_threshold(bundle.calibration.threshold_fpr_1),

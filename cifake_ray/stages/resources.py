@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -120,6 +121,12 @@ def read_local_resources(device: Device) -> Resources:
 
         num_gpus = torch.cuda.device_count()
     return Resources((Node(count_local_cpus(), num_gpus),))
+
+
+def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return what this processor has, in Linux's words, and its vendor; empty where unknown."""
+    found = re.findall(r"^(?:vendor_id|flags)\s*:(.*)$", _read_text(cpuinfo) or "", re.MULTILINE)
+    return set(" ".join(found[:2]).split())
 
 
 def count_local_cpus() -> int:

@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig
-from cifake_ray.errors import ResourceError
+from cifake_ray.config.batch import BundleConfig
+from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.malloc import keep_freed_memory
-from cifake_ray.stages.resources import Placement
+from cifake_ray.stages.resources import (
+    Placement,
+    names_cluster,
+    read_cpu_flags,
+    read_local_resources,
+)
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.run import read_run
 from cifake_ray.storage.sources.open_source import open_source
 
 if TYPE_CHECKING:
@@ -34,9 +41,11 @@ class MakeScoreProcessor:
     bundle: BundleInfo
     threshold: float
     batch_size: int | None
+    precision: str = "float32"
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
+        from cifake_ray.core.models.precision import compare_probe, use_precision
         from cifake_ray.core.processing.score import ScoreProcessor
         from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
@@ -48,15 +57,22 @@ class MakeScoreProcessor:
             allow_pickle=self.bundle.is_pickle,
         )
         device, size = find_device(placement), bundle.preprocessing.image_size
+        batch_size = choose_eval_batch_size(detector.network, size, device)
+        check = self.bundle.checks.get(self.precision)
+        ranges = check.ranges if check else None
+        detector = use_precision(detector, self.precision, device, ranges)
+        if check is not None:
+            compare_probe(detector, check, bundle.calibration.temperature, self.precision)
         return ScoreProcessor(
             detector,
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
-            batch_size=self.batch_size or choose_eval_batch_size(detector.network, size, device),
+            batch_size=self.batch_size or batch_size,
             device=device,
             footer={
-                "bundle": bundle.fingerprint,
+                "bundle": self.bundle.identify(self.precision),
+                "precision": self.precision,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
                 "threshold": str(self.threshold),
                 "thresholds": json.dumps(bundle.list_thresholds()),
@@ -78,6 +94,41 @@ def find_device(placement: Placement) -> str:
     return "cuda"
 
 
+def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) -> str:
+    """Return what `--precision` means for this run, bundle and processor.
+
+    `auto` is what a run that was begun in `out` uses. Else on CPUs the first of int8 and bf16 that
+    this processor has and that the bundle's check found harmless. GPUs, and clusters, which may
+    have them, get float32. UsageError for int8 without a check, and for a precision of GPUs
+    where there is none.
+    """
+    has_gpu = config.device != "cpu" and (
+        names_cluster(config) or read_local_resources(config.device).num_gpus > 0
+    )
+    wanted = config.precision
+    if wanted in ("fp16", "tf32") and not has_gpu:
+        raise UsageError(f"--precision {wanted} needs a GPU; use float32, bf16 or int8")
+    if wanted == "int8" and "int8" not in bundle.checks:
+        raise UsageError(
+            f"--precision int8: {bundle.path} has no ranges for it. train finds them for networks"
+            " that torch can quantise and that gain by it, with 1,000 validation images or more"
+            " (with --expect-sha256, give the sha256 that its error shows); use float32"
+        )
+    if wanted != "auto":
+        return wanted
+    if (run := read_run(out)) is not None:
+        return str(run.settings.get("precision", "float32"))
+    if has_gpu or config.device == "cuda":
+        return "float32"
+    flags = read_cpu_flags()
+    has = {
+        "int8": bool(flags & {"avx512_vnni", "avx_vnni"}),
+        "bf16": "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= flags,
+    }
+    usable = (name for name in has if has[name] and name in bundle.checks)
+    return next((name for name in usable if bundle.checks[name].is_harmless), "float32")
+
+
 def score_images(
     config: ScoreConfig,
     src: AnyPath,
@@ -96,17 +147,21 @@ def score_images(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
     threshold = bundle.threshold(config.target_fpr)
+    precision = resolve_precision(config, bundle, out)
     plan = BatchPlan(
         command="score",
         config=config,
         out=out,
         source=source,
         paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
-        inputs={"bundle": bundle.fingerprint},
-        facts={"bundle": str(bundle.path), "threshold": bundle.threshold(config.target_fpr)},
+        inputs={"bundle": bundle.identify(precision), "precision": precision},
+        facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
         make_processor=MakeScoreProcessor(
-            bundle=bundle, threshold=threshold, batch_size=config.batch_size
+            bundle=bundle,
+            threshold=threshold,
+            batch_size=config.batch_size,
+            precision=precision,
         ),
         threshold=threshold,
         thresholds=bundle.list_thresholds(),

@@ -52,6 +52,7 @@ class Detector(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.network = network
+        self.dtype = torch.float32  # of the network
         self.set_preprocessing(preprocessing)
 
     def set_preprocessing(self, preprocessing: Preprocessing) -> None:
@@ -64,7 +65,7 @@ class Detector(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # [B, S, S, 3] seen as [B, 3, S, S] is channels-last already; no copy is made.
         normalised = (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)
-        outputs: torch.Tensor = self.network(normalised)
+        outputs: torch.Tensor = self.network(normalised.to(self.dtype))
         return outputs.float()
 
     def find_logit(self, images: torch.Tensor) -> torch.Tensor:

@@ -260,6 +260,7 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> Batc
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,
         ran_on=ran_on,
+        precision=plan.inputs.get("precision", ""),
         **run.counts,
     )
     plan.before_success(run)

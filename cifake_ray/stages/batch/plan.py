@@ -39,6 +39,7 @@ class DryRun:
     device: str
     bundle: str | None = None
     threshold: float | None = None
+    precision: str | None = None
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         return ExitCode.OK

@@ -43,6 +43,7 @@ class BatchSummary:
     images_per_s: float
     steady_images_per_s: float
     ran_on: str = ""  # the workers; empty in outputs of earlier versions
+    precision: str = ""  # of the detector; empty for convert and in outputs of earlier versions
     # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
     threshold: float | None = None
     called_fake: dict[str, int] = field(default_factory=dict)

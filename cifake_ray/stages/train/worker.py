@@ -20,6 +20,7 @@ from cifake_ray.core.evaluation.calibration import calibrate
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.training.check_precision import check_precisions
 from cifake_ray.core.training.device_limits import agree_on_precision, check_batch_share
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
@@ -185,6 +186,7 @@ def _write_best(
     trainer.detector.network.load_state_dict(best.weights)
     logit, label = best.logit.numpy(), data.val.labels
     calibration = calibrate(logit, label)
+    checks = check_precisions(trainer.detector, calibration, logit, label, data.val.read)
     metrics = compute_metrics(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
@@ -223,4 +225,5 @@ def _write_best(
         metrics=metrics,
         history=state.history,
         model_card=card,
+        checks=checks,
     )

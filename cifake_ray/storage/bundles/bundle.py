@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
@@ -39,6 +40,8 @@ from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.io.text_rows import encode_json_lines
 
+PRECISION_NAME = "precision.json"  # beside the weights, not in the fingerprint of float32
+
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
 
@@ -55,6 +58,13 @@ class BundleInfo:
     calibration: Calibration
     domain: TrainingDomain | None  # what it was trained on; None in bundles that do not name it
     training: dict[str, Any]  # settings and counts of the run that made it
+    # By precision; {} if the bundle has none, or --expect-sha256 does not cover them.
+    checks: dict[str, PrecisionCheck] = field(default_factory=dict)
+    checks_fingerprint: str = ""  # as `fingerprint`, and of PRECISION_NAME: the ranges of int8
+
+    def identify(self, precision: str) -> str:
+        """Return the fingerprint of all that decides scores in a precision."""
+        return self.checks_fingerprint if precision == "int8" else self.fingerprint
 
     @property
     def is_pickle(self) -> bool:
@@ -88,6 +98,13 @@ class BundleInfo:
             "fpr_0.001": calibration.threshold_fpr_01,
         }
         return {name: value for name, value in thresholds.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """What PRECISION_NAME holds."""
+
+    precisions: dict[str, PrecisionCheck]
 
 
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
@@ -153,16 +170,39 @@ def _read_bundle(
     config = read_bytes(path / "config.json", MAX_JSON_BYTES)
     weights_name = find_weights(path, allow_pickle)
     weights = read_bytes(path / weights_name)
-    digests = (hashlib.sha256(data).digest() for data in (config, weights))
-    fingerprint = hashlib.sha256(b"".join(digests)).hexdigest()
-    if expect_sha256 is not None and fingerprint != expect_sha256.lower():
+    fingerprint = whole = _combine(config, weights)
+    checked = None
+    if exists(path / PRECISION_NAME):
+        checked = read_bytes(path / PRECISION_NAME, MAX_JSON_BYTES)
+        whole = _combine(config, weights, checked)
+    wanted = (expect_sha256 or whole).lower()
+    if wanted not in (fingerprint, whole):
         raise BundleError(
-            f"{path}: its sha256 is {fingerprint}, expected is {expect_sha256}; it is another"
+            f"{path}: its sha256 is {whole}, expected is {expect_sha256}; it is another"
             " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
         )
     info = _parse_config(path, config, weights_name, fingerprint)
     check_weights(path / weights_name, weights, info.architecture)
+    if checked is not None and wanted == whole:
+        checks = _parse_checks(path / PRECISION_NAME, checked)
+        info = replace(info, checks=checks, checks_fingerprint=whole)
     return info, weights
+
+
+def _combine(*contents: bytes) -> str:
+    """Return the sha256 of the sha256 of each."""
+    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in contents)).hexdigest()
+
+
+def _parse_checks(path: AnyPath, data: bytes) -> dict[str, PrecisionCheck]:
+    try:
+        record = parse_record(_Checks, json.loads(data))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: not the precisions of a bundle ({error}); copy the bundle again, or remove"
+            " this file: scores are then computed in float32"
+        ) from error
+    return record.precisions
 
 
 def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: str) -> BundleInfo:
@@ -213,6 +253,7 @@ def write_bundle(
     metrics: Mapping[str, Any],
     history: list[dict[str, Any]],
     model_card: str,
+    checks: Mapping[str, PrecisionCheck] | None = None,
 ) -> None:
     """Write a bundle, `config.json` last, so that a bundle that has one is complete."""
     preprocessing = detector.preprocessing
@@ -246,4 +287,7 @@ def write_bundle(
     write_bytes(path / "history.jsonl", encode_json_lines(history))
     write_bytes(path / "metrics.json", encode_json(dict(metrics)))
     write_bytes(path / "README.md", model_card.encode())
+    if checks:
+        record = {name: asdict(check) for name, check in checks.items()}
+        write_bytes(path / PRECISION_NAME, encode_json({"precisions": record}))
     write_bytes(path / "config.json", encode_json(config))

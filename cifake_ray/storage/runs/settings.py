@@ -10,6 +10,9 @@ from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import RunMismatch
 from cifake_ray.storage.io.paths import AnyPath
 
+# What runs of before did, whose settings lack these names.
+BEFORE = {"score": {"precision": "float32"}, "evaluate": {"precision": "float32"}}
+
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Return `epochs: 5 there, 6 here` for every setting that differs."""
@@ -48,6 +51,7 @@ def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> No
 def _add_defaults(command: str, settings: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with the default of each option that only the other ones have."""
     defaults = {field.name: field.default for field in fields(VERBS[command])}
+    defaults |= BEFORE.get(command, {})
     absent = {
         name: list(default) if isinstance(default, tuple) else default
         for name, default in defaults.items()
