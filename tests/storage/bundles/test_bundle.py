@@ -23,6 +23,7 @@ from wrong_values import WRONG_KINDS, WRONG_VALUES, list_places, put
 from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
 from cifake_ray.core.evaluation.metrics import compute_metrics
+from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
@@ -664,3 +665,50 @@ def test_a_bundle_in_the_cache_of_a_hub_is_one_of_links(tmp_path: Path) -> None:
     for path in bundle.iterdir():
         (tmp_path / "snapshot" / path.name).symlink_to(path)
     assert load_bundle(tmp_path / "snapshot")[1].fingerprint == read_bundle_info(bundle).fingerprint
+
+
+CHECKS = {
+    "int8": PrecisionCheck(
+        images=1000,
+        flips=0.001,
+        accuracy_loss=-0.001,
+        auroc_loss=0.0,
+        max_p_fake_difference=0.1,
+        speedup=3.5,
+        probe=[0.5, -0.5],
+        ranges={"activation_post_process_0": [-1.0, 1.0]},
+    )
+}
+
+
+def test_precisions_are_read_as_they_were_written_and_pinned_apart(tmp_path: Path) -> None:
+    plain = read_bundle_info(write(tmp_path / "a", make_detector()))
+    info = read_bundle_info(write(tmp_path / "b", make_detector(), checks=CHECKS))
+    assert plain.checks == {}
+    assert info.checks == CHECKS
+    assert info.fingerprint == plain.fingerprint == info.identify("float32")
+    assert info.identify("int8") not in (plain.fingerprint, "")
+    assert read_bundle_info(tmp_path / "b", expect_sha256=info.fingerprint).checks == {}
+    whole = read_bundle_info(tmp_path / "b", expect_sha256=info.identify("int8"))
+    assert whole.checks == CHECKS
+    with pytest.raises(BundleError, match=info.identify("int8")):
+        read_bundle_info(tmp_path / "b", expect_sha256="0" * 64)
+    (tmp_path / "b" / "precision.json").write_bytes(b'{"precisions": {}}')
+    with pytest.raises(BundleError, match="expected is"):
+        read_bundle_info(tmp_path / "b", expect_sha256=info.identify("int8"))
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_any_value_of_the_precisions_may_be_any_other(tmp_path: Path, wrong: str) -> None:
+    bundle = write(tmp_path / "b", make_detector(), checks=CHECKS)
+    path = bundle / "precision.json"
+    record = json.loads(path.read_bytes())
+    for place in list_places(record):
+        path.write_text(json.dumps(put(record, place, WRONG_VALUES[wrong])))
+        try:
+            info = read_bundle_info(bundle)
+        except BundleError:
+            continue
+        for check in info.checks.values():
+            str(check)
+            assert check.is_harmless in (True, False)
