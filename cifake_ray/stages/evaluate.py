@@ -112,6 +112,8 @@ def evaluate_detector(
         log=log,
         before_success=lambda run: write_report(run, source, bundle, config, split),
     )
+    if precision in bundle.checks:
+        log(f"evaluate: computing in {precision}: {bundle.checks[precision]}")
     result = run_batch(plan)
     if not isinstance(result, BatchSummary):
         return result

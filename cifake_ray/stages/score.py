@@ -169,6 +169,8 @@ def score_images(
         started_s=started_s,
         log=log,
     )
+    if precision in bundle.checks:
+        log(f"score: computing in {precision}: {bundle.checks[precision]}")
     result = run_batch(plan)
     if isinstance(result, BatchSummary) and bundle.domain and result.unlike_training["any"]:
         log(f"score: {describe_unlike(result.unlike_training, result.done, bundle.domain)}")

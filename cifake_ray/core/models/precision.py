@@ -57,10 +57,27 @@ def use_precision(
         detector.dtype = DTYPES.get(precision, torch.float32)
         detector.network.to(detector.dtype)
     if device != "cpu":
-        products = "tf32" if precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = products
-        torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+        round_products("tf32" if precision == "tf32" else "ieee")
     return detector.to(device).eval()
+
+
+def round_products(precision: str) -> None:
+    """Let GPUs multiply float32 exactly ("ieee") or in TF32, in matrices and convolutions."""
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 exactly on GPUs, as scoring does; then as before."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    round_products("ieee")
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def fold_norms(network: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import nn
 from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
+from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.schema import FAKE
 from cifake_ray.core.training.batches import Batch, Batches, Images, to_device
 from cifake_ray.core.training.device_limits import DevicePrecision, choose_eval_batch_size
@@ -224,6 +225,7 @@ class Trainer:
         return float(shared)
 
     @torch.inference_mode()
+    @exact_products()
     def predict(self, images: Images) -> torch.Tensor:
         """Return float32[N] on the CPU, the same on every rank: each computes its share, once.
 

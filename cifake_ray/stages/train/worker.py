@@ -133,7 +133,7 @@ def train_rank(
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         send({"message": "train: writing the bundle ..."})
-        _write_best(config, run, trainer, data, domain, best, averaged)
+        _write_best(config, run, trainer, data, domain, best, averaged, send)
 
 
 @contextmanager
@@ -180,6 +180,7 @@ def _write_best(
     domain: TrainingDomain | None,
     best: KeptEpoch,
     averaged: list[int],
+    send: Send,
 ) -> None:
     """Write the bundle: the best weights, calibrated on the validation images."""
     state = trainer.state
@@ -187,6 +188,8 @@ def _write_best(
     logit, label = best.logit.numpy(), data.val.labels
     calibration = calibrate(logit, label)
     checks = check_precisions(trainer.detector, calibration, logit, label, data.val.read)
+    for name, check in checks.items():
+        send({"message": f"train: scores in {name}, {check.speedup:.1f} times as fast: {check}"})
     metrics = compute_metrics(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )

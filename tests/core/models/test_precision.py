@@ -16,6 +16,7 @@ from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.models.precision import (
     INPUT_OBSERVER,
     compare_probe,
+    exact_products,
     find_probe_logits,
     find_ranges,
     fold_norms,
@@ -142,6 +143,14 @@ def test_bf16_computes_nearly_the_same() -> None:
     after = find_logits(detector, images)
     assert after.dtype == np.float32
     assert 0 < np.abs(after - before).max() < 0.1 * before.std() + 0.05
+
+
+def test_products_are_exact_only_where_that_is_asked() -> None:
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [kind.fp32_precision for kind in kinds]
+    with exact_products():
+        assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
+    assert [kind.fp32_precision for kind in kinds] == before
 
 
 @pytest.mark.parametrize(
