@@ -220,7 +220,9 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.export import encode_scores, export_scores
 
-    scores = open_path(config.scores, config.store)
+    if config.chosen_format == "onnx":
+        return _export_detector(config), ExitCode.OK
+    scores = open_path(config.src, config.store)
     if config.file == STDOUT:
         counts: list[int] = []
         show_bytes(encode_scores(scores, config, counts))
@@ -228,6 +230,22 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
         return None, ExitCode.OK
     rows = export_scores(scores, resolve_path(config.file, config.store), config)
     return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
+
+
+def _export_detector(config: ExportConfig) -> dict[str, Any]:
+    from cifake_ray.storage.bundles.bundle import locate_bundle
+    from cifake_ray.storage.runs.export_onnx import export_detector
+
+    file = resolve_path(config.file, config.store)
+    info, found = export_detector(locate_bundle(config.src, config.store), file, config)
+    return {
+        "command": "export",
+        "out": config.file,
+        "architecture": info.architecture,
+        "image_size": info.preprocessing.image_size,
+        "bundle_sha256": info.fingerprint,
+        **asdict(found),
+    }
 
 
 # Each resolves the paths of its verb, and imports its stage itself.

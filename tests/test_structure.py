@@ -179,6 +179,8 @@ def test_the_pure_floors_know_only_each_other(floor: str) -> None:
         ("click", {"doors"}),
         ("matplotlib", {"report"}),
         ("jinja2", {"report"}),
+        ("onnx_ir", {"core"}),
+        ("onnxruntime", {"core"}),
         ("torch.distributed", {"core"}),
     ],
 )

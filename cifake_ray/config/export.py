@@ -7,20 +7,27 @@ from typing import Annotated, Literal
 
 from cifake_ray.config.fields import RuntimeDoc, StoreConfig, check
 
-ExportFormat = Literal["auto", "csv", "parquet", "jsonl", "txt"]
-FORMATS = ("csv", "parquet", "jsonl", "txt")
+ExportFormat = Literal["auto", "csv", "parquet", "jsonl", "txt", "onnx"]
+FORMATS = ("csv", "parquet", "jsonl", "txt", "onnx")
 STDOUT = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(StoreConfig):
-    """export: write scores as one file: CSV that a spreadsheet opens safely, Parquet, JSON."""
+    """export: write scores as one file (CSV, Parquet, JSON), or a detector as ONNX."""
 
-    scores: Annotated[str, RuntimeDoc("Output of score or evaluate", positional=True)]
+    src: Annotated[
+        str,
+        RuntimeDoc(
+            "Output of score or evaluate; for .onnx a bundle, or its RUN",
+            positional=True,
+        ),
+    ]
     file: Annotated[
         str,
         RuntimeDoc(
-            "File to write: .csv, .parquet, .jsonl or .txt (keys only); - is standard output",
+            "File to write: .csv, .parquet, .jsonl or .txt (keys only), .onnx for a detector; - is"
+            " standard output",
             positional=True,
         ),
     ]
@@ -35,19 +42,29 @@ class ExportConfig(StoreConfig):
         RuntimeDoc("Only rows like this, such as 'p_fake >= 0.9', 'error = null'; repeatable"),
     ] = ()
     overwrite: Annotated[bool, RuntimeDoc("Replace FILE if it exists")] = False
+    allow_pickle: Annotated[
+        bool, RuntimeDoc("Accept a bundle's weights in .bin .pt .pth .ckpt .pkl: tensors only")
+    ] = False
 
     @property
     def chosen_format(self) -> str:
-        """Return the format to write, of FORMATS. UsageError when FILE does not say it."""
-        extension = self.file.rpartition(".")[2].lower()
-        if self.format != "auto":
-            return self.format
+        """Return the format to write, of FORMATS.
+
+        UsageError when FILE does not say it, or for options that the format does not have.
+        """
+        chosen: str = self.format
+        if chosen == "auto":
+            chosen = "csv" if self.file == STDOUT else self.file.rpartition(".")[2].lower()
         check(
-            self.file == STDOUT or extension in FORMATS,
-            f"{self.file}: its extension is none of .csv, .parquet, .jsonl and .txt; give one of"
-            " them, or --format",
+            chosen in FORMATS,
+            f"{self.file}: its extension is none of .csv, .parquet, .jsonl, .txt and .onnx; give"
+            " one of them, or --format",
         )
-        return "csv" if self.file == STDOUT else extension
+        check(
+            chosen != "onnx" or not (self.columns or self.where or self.file == STDOUT),
+            "--columns, --where and - are for scores; a detector is written to an .onnx file",
+        )
+        return chosen
 
     @property
     def column_names(self) -> list[str]:

@@ -207,6 +207,21 @@ def _describe_search(record: Record) -> list[str]:
     ]
 
 
+def _describe_export(record: Record) -> list[str]:
+    if "rows" in record:
+        return [f"{_count(record['rows'], 'row')} written to {record['out']}."]
+    size = record["image_size"]
+    return [
+        f"Detector {record['architecture']} written to {record['out']}: images uint8[N, {size},"
+        f" {size}, 3] to logit and p_fake, float32[N].",
+        f"ONNX Runtime agrees with the bundle on {record['images']:,} made-up images: logit within"
+        f" {record['largest_logit_difference']:.2g}, p_fake within"
+        f" {record['largest_p_fake_difference']:.2g},"
+        f" {_count(record['verdicts_changed'], 'verdict')} changed.",
+        f"Bundle: sha256 {record['bundle_sha256']}",
+    ]
+
+
 def _describe_next(record: Record) -> list[str]:
     return [
         f"Detector: {record['bundle']}",
@@ -225,6 +240,6 @@ DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "repair": _describe_check,
     "pipeline": _describe_pipeline,
     "demo": _describe_pipeline,
-    "export": lambda record: [f"{_count(record['rows'], 'row')} written to {record['out']}."],
+    "export": _describe_export,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
 }

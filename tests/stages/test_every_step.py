@@ -478,7 +478,7 @@ def test_anything_may_happen_at_any_change_of_an_export(
     for number in range(2):
         table = pa.table({"key": [f"{number}.png"], "logit": [0.5]})
         pq.write_table(table, scores / f"part-{number:05d}.parquet")
-    config = ExportConfig(scores=str(scores), file=str(file), overwrite=there == "overwritten")
+    config = ExportConfig(src=str(scores), file=str(file), overwrite=there == "overwritten")
     wanted: list[bytes] = []
 
     def prepare() -> None:

@@ -73,7 +73,7 @@ VERBS: dict[str, Callable[[Path], Any]] = {
     "verify": lambda root: run_verb(VerifyConfig(out=str(root / "out")), time.monotonic()),
     "repair": lambda root: run_verb(RepairConfig(out=str(root / "out")), time.monotonic()),
     "export": lambda root: run_verb(
-        ExportConfig(scores=str(root / "out"), file=str(root / "e.txt"), overwrite=True),
+        ExportConfig(src=str(root / "out"), file=str(root / "e.txt"), overwrite=True),
         time.monotonic(),
     ),
 }

@@ -177,7 +177,7 @@ def test_logits_that_are_not_finite_become_errors(
 
 def test_scores_export_as_csv(sample_folder: Path, bundle: Path, tmp_path: Path) -> None:
     run_score(sample_folder, tmp_path / "out", bundle=str(bundle))
-    config = ExportConfig(scores=str(tmp_path / "out"), file=str(tmp_path / "scores.csv"))
+    config = ExportConfig(src=str(tmp_path / "out"), file=str(tmp_path / "scores.csv"))
     assert run_verb(config, time.monotonic())[0]["rows"] == 60
     with open(tmp_path / "scores.csv", newline="") as file:
         rows = {row["key"]: row for row in csv.DictReader(file)}

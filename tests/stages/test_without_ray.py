@@ -73,8 +73,9 @@ def test_the_plan_of_a_batch_says_what_where_and_how(images: Path, verb: str) ->
         (["version"], {"ray", "torch", "pyarrow", "numpy"}),
         (["convert", "IMAGES", "OUT"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
         (["score", "IMAGES", "OUT"], {"ray", "sklearn", "botocore.session", "matplotlib"}),
+        (["export", "SHARDS", "FILE"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
     ],
-    ids=["help", "version", "convert", "score"],
+    ids=["help", "version", "convert", "score", "export"],
 )
 def test_a_command_imports_what_it_uses(images: Path, words: list[str], unused: set[str]) -> None:
     """In its own process and in those of its workers: imports are most of a short command."""

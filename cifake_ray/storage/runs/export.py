@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +26,8 @@ from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
 # A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
 # blanks or in full width. Source: OWASP, CSV injection.
 FORMULA_START = r"^([\t\r\n]|[\s\v\x00\x{a0}\x{feff}]*[=+\-@\x{ff1d}\x{ff0b}\x{ff0d}\x{ff20}])"
+
+EXISTS = "{} exists; choose another file, or give --overwrite"
 
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 PLAIN = (
@@ -55,15 +57,25 @@ def export_scores(scores: AnyPath, file: AnyPath, config: ExportConfig) -> int:
     """
     if exists(scores / "_run.json") and is_inside(file, scores):
         raise UsageError(f"{file} is inside {scores}; choose a file outside it")
-    try:
-        if not config.overwrite and exists(file):
-            raise FileExistsError
-        counts: list[int] = []
-        make_folder(file.parent)
-        write_chunks(file, encode_scores(scores, config, counts), overwrite=config.overwrite)
-    except FileExistsError as error:
-        raise UsageError(f"{file} exists; choose another file, or give --overwrite") from error
+    counts: list[int] = []
+    write_export(file, encode_scores(scores, config, counts), config)
     return sum(counts)
+
+
+def write_export(file: AnyPath, chunks: Iterable[bytes], config: ExportConfig) -> None:
+    """Write a file, whole or not at all. UsageError when it exists and is not to be replaced."""
+    refuse_existing(file, config)
+    make_folder(file.parent)
+    try:
+        write_chunks(file, chunks, overwrite=config.overwrite)
+    except FileExistsError as error:  # it appeared meanwhile
+        raise UsageError(EXISTS.format(file)) from error
+
+
+def refuse_existing(file: AnyPath, config: ExportConfig) -> None:
+    """Raise UsageError when a file exists and is not to be replaced."""
+    if not config.overwrite and exists(file):
+        raise UsageError(EXISTS.format(file))
 
 
 def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> Iterator[bytes]:
@@ -82,7 +94,10 @@ def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> I
     else:
         paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]
     if not paths:
-        raise StorageError(f"{scores}: no part-*.parquet; give the output of score or evaluate")
+        raise StorageError(
+            f"{scores}: no part-*.parquet; give the output of score or evaluate, or for a bundle a"
+            " file that ends in .onnx"
+        )
     try:
         yield from encode(_read_tables(paths, config, counts))
     except CifakeError:

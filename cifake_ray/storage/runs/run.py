@@ -185,8 +185,7 @@ def require_run(out: AnyPath) -> Run:
         run = read_run(out)
     except OtherVerb as error:
         raise StorageError(
-            f"{out} is the output of {error.command}; verify, repair and export take that of"
-            " convert, score or evaluate"
+            f"{out} is the output of {error.command}; give that of convert, score or evaluate"
         ) from error
     if run is None:
         raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")

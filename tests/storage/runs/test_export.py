@@ -36,7 +36,7 @@ def make_scores(keys: list[str], **columns: Any) -> pa.Table:
 
 
 def configure(folder: Path, file: AnyPath, **options: Any) -> ExportConfig:
-    return ExportConfig(scores=str(folder), file=str(file), **options)
+    return ExportConfig(src=str(folder), file=str(file), **options)
 
 
 def export(folder: Path) -> list[dict[str, str]]:
@@ -252,9 +252,9 @@ def test_a_wrong_choice_is_named(folder: Path, options: dict[str, Any], expected
 
 @pytest.mark.parametrize("name", ["scores", "scores.xlsx", "scores.csv.gz", "a.csv/b"])
 def test_an_unknown_extension_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"none of \.csv, \.parquet, \.jsonl and \.txt"):
-        export_scores(Path("s"), Path(name), ExportConfig(scores="s", file=name))
-    assert ExportConfig(scores="s", file=name, format="jsonl").chosen_format == "jsonl"
+    with pytest.raises(UsageError, match=r"none of \.csv, \.parquet, \.jsonl, \.txt and \.onnx"):
+        export_scores(Path("s"), Path(name), ExportConfig(src="s", file=name))
+    assert ExportConfig(src="s", file=name, format="jsonl").chosen_format == "jsonl"
 
 
 def test_a_file_that_exists_is_kept(folder: Path) -> None:

@@ -552,5 +552,7 @@ def test_papers_that_were_edited_are_named(tmp_path: Path, name: str) -> None:
 def test_the_folder_of_a_training_is_named_to_those_who_check_files(tmp_path: Path) -> None:
     record = {"schema_version": SCHEMA_VERSION, "command": "train", "settings": {}}
     (tmp_path / "_run.json").write_text(json.dumps(record))
-    with pytest.raises(StorageError, match="output of train; verify, repair and export take"):
+    with pytest.raises(
+        StorageError, match="output of train; give that of convert, score or evaluate"
+    ):
         verify_files(tmp_path)
