@@ -6,7 +6,8 @@ One thread, the batch that `score` takes, no test-time flip, no decoding. Conten
 each of seven rounds; rates are medians, ratios are to PyTorch in float32. int8 is calibrated on two
 other batches. Only the built-in detector is trained: of the others the differences of logits say
 nothing about accuracy. Backends whose package is missing (`pip install openvino nncf`) are left out
-by name, and so are those that do not take a network.
+by name, and so are those that do not take a network, and bf16 where the CPU only emulates it
+(a quarter to a third of float32).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from run import describe_machine
 
 from cifake_ray.core.models.detector import Detector, build_detector, to_logit
 from cifake_ray.core.models.onnx_model import encode_onnx
-from cifake_ray.core.training.device_limits import choose_eval_batch_size
+from cifake_ray.core.training.device_limits import choose_eval_batch_size, choose_precision
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
@@ -219,6 +220,9 @@ def compare(name: str, paths: list[Path], compiles: bool, work: Path) -> None:
     left_out = []
     for method, (title, packages) in ROWS.items():
         if method == "torch_compiled" and not compiles:
+            continue
+        if "bf16" in method and choose_precision("cpu", "auto").name != "bf16":
+            left_out.append(f"{title}: this CPU only emulates it")
             continue
         if missing := [package for package in packages if find_spec(package) is None]:
             left_out.append(f"{title}: {', '.join(missing)} is not installed")

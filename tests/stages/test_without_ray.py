@@ -73,13 +73,16 @@ def test_the_plan_of_a_batch_says_what_where_and_how(images: Path, verb: str) ->
         (["version"], {"ray", "torch", "pyarrow", "numpy"}),
         (["convert", "IMAGES", "OUT"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
         (["score", "IMAGES", "OUT"], {"ray", "sklearn", "botocore.session", "matplotlib"}),
-        (["export", "SHARDS", "FILE"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
+        (["export", "SCORES", "FILE"], {"ray", "torch", "scipy", "botocore.session", "matplotlib"}),
     ],
     ids=["help", "version", "convert", "score", "export"],
 )
 def test_a_command_imports_what_it_uses(images: Path, words: list[str], unused: set[str]) -> None:
     """In its own process and in those of its workers: imports are most of a short command."""
-    paths = {"IMAGES": str(images / "images"), "OUT": str(images / "out")}
+    (images / "scores").mkdir()
+    pq.write_table(pa.table({"key": ["a"]}), images / "scores" / "part-00000.parquet")
+    names = {"IMAGES": "images", "OUT": "out", "SCORES": "scores", "FILE": "scores.csv"}
+    paths = {word: str(images / name) for word, name in names.items()}
     command = [sys.executable, "-m", "cifake_ray", *(paths.get(word, word) for word in words)]
     env = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     process = subprocess.run(command, env=env, capture_output=True, text=True, check=True)

@@ -78,7 +78,7 @@ def encode_onnx(detector: Detector, temperature: float, properties: Mapping[str,
             f" ({str(error).strip().splitlines()[0]}); choose a bundle of another architecture"
         ) from error
     assert program is not None
-    # Torch's own notes hold source lines and paths of this machine.
+    # Torch's own hold source lines and paths of this machine.
     model = ClearMetadataAndDocStringPass()(program.model).model
     model.metadata_props.update(properties)
     data: bytes = program.model_proto.SerializeToString()
