@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -12,10 +13,16 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 TIMEOUT_S = 3600.0
 DAY_S = 24 * 3600.0
@@ -30,31 +37,40 @@ class Result:
     images: int
     elapsed_s: float
     steady_images_per_s: float | None  # measured by the command itself
-    peak_mb: float  # resident memory, without child processes
+    driver_mb: float  # peak of the first process, or of the copy of it that does its work
+    family_mb: float  # peak of all its processes together, shared pages counted once
+    gap: float | None = None  # see `Answers`
 
     @property
     def images_per_s(self) -> float:
         return self.images / self.elapsed_s
 
 
-def run_command(command: list[str], out: Path) -> Result:
-    """Run a command, read its JSON line, remove its output `out`."""
+def run_command(
+    command: list[str],
+    out: Path,
+    measure_gap: Callable[[Path], float] | None = None,
+) -> Result:
+    """Run a command, read its JSON line, measure its output `out` and remove it."""
     pipe = subprocess.PIPE
     started_s = time.perf_counter()
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
-    peaks = [0.0]
-    threading.Thread(target=_watch_memory, args=(process.pid, peaks), daemon=True).start()
+    peak = Peak()
+    for watch in (peak.watch_driver, peak.watch_family):
+        threading.Thread(target=watch, args=(process.pid,), daemon=True).start()
     try:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     finally:
+        peak.ended.set()
         process.kill()
     elapsed_s = time.perf_counter() - started_s
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{errors[-3000:]}")
     record = json.loads(output.splitlines()[-1])
     images, steady = _read_counts(record, out)
+    gap = measure_gap(out) if measure_gap is not None else None
     shutil.rmtree(out, ignore_errors=True)
-    return Result(images, elapsed_s, steady, peaks[-1])
+    return Result(images, elapsed_s, steady, peak.driver_mb, peak.family_mb, gap)
 
 
 class Failure(Exception):
@@ -85,36 +101,110 @@ def finish_command(
     return record
 
 
-def _watch_memory(pid: int, peaks: list[float]) -> None:
-    """Poll VmHWM, a peak, until the process ends. (getrusage would include its children.)"""
-    while True:
-        try:
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        except OSError:
-            return
-        if found is None:  # it is a zombie
-            return
-        peaks.append(int(found[1]) / 1024)
-        time.sleep(SAMPLING_S)
+@dataclass
+class Peak:
+    """Peak memory of a command, in MB, watched until it ends."""
+
+    driver_mb: float = 0.0
+    family_mb: float = 0.0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def watch_driver(self, pid: int) -> None:
+        """Poll VmHWM, a peak. (getrusage would include its children.)"""
+        proc = Path("/proc")
+        while not self.ended.wait(SAMPLING_S):
+            with suppress(OSError):
+                line = (proc / str(pid) / "cmdline").read_bytes()
+                children = (proc / f"{pid}/task/{pid}/children").read_text().split()
+                for one in (str(pid), *children):
+                    if (proc / one / "cmdline").read_bytes() == line:
+                        found = re.search(r"VmHWM:\s+(\d+)", (proc / one / "status").read_text())
+                        self.driver_mb = max(self.driver_mb, int(found[1]) / 1024 if found else 0)
+
+    def watch_family(self, pid: int) -> None:
+        """Add up the proportional set sizes of all its processes, in at most 3% of a core."""
+        pause_s = SAMPLING_S
+        while not self.ended.wait(pause_s):
+            started_s = time.thread_time()
+            with suppress(psutil.NoSuchProcess):
+                first = psutil.Process(pid)
+                sizes = map(_read_pss_mb, [first, *first.children(recursive=True)])
+                self.family_mb = max(self.family_mb, sum(sizes))
+            pause_s = max(0.2, 30 * (time.thread_time() - started_s))
+
+
+def _read_pss_mb(process: psutil.Process) -> float:
+    """Return 0 for a process that has ended."""
+    try:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+@dataclass
+class Answers:
+    """What the first contender that is measured wrote, and how far others are from it."""
+
+    source: str
+    column: str  # `logit`, or `sha256`
+    first: pa.Table | None = None
+
+    def measure_gap(self, out: Path) -> float:
+        """Return the largest difference of a number; infinite if rows or other values differ."""
+        found = self._read(out)
+        if self.first is None:
+            self.first = found
+        if not found.column("path").equals(self.first.column("path")):
+            return math.inf
+        mine, others = found.column(self.column), self.first.column(self.column)
+        if not pa.types.is_floating(mine.type):
+            return 0.0 if mine.equals(others) else math.inf
+        return float(pc.max(pc.abs(pc.subtract(mine, others))).as_py())
+
+    def _read(self, out: Path) -> pa.Table:
+        """Read paths below the source and answers from whatever Parquet files are there."""
+        root = re.escape(self.source.removeprefix("s3://"))
+        kept = []
+        for path in out.rglob("*.parquet"):
+            names = pq.read_schema(path).names
+            key = "key" if "key" in names else "path"
+            if self.column not in names or path.name.startswith((".", "_")):
+                continue
+            table = pq.read_table(path, columns=[key, self.column]).rename_columns(["path", "x"])
+            below = pc.replace_substring_regex(table["path"], f"^(file://|s3://)?{root}/", "")
+            value = table["x"].cast(pa.float32() if self.column == "logit" else pa.binary())
+            kept.append(pa.table({"path": below.cast(pa.string()), self.column: value}))
+        return pa.concat_tables(kept).sort_by("path").combine_chunks()
 
 
 def _read_counts(record: dict[str, Any], out: Path) -> tuple[int, float | None]:
-    """Return images and steady rate of a peer, a batch command, train (last epoch) or sample."""
+    """Return images and steady rate of a peer, a batch command, train (last epoch), tune, sample."""
     if record.get("command") == "train":
         last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
         return record["train_images"] * record["epochs"], last["images_per_s"]
+    if record.get("command") == "tune":
+        lines = (p.read_text().splitlines() for p in out.glob("trials/*/run-*/history.jsonl"))
+        rows = [json.loads(line) for trial in lines for line in trial]
+        return round(sum(row["images_per_s"] * row["train_s"] for row in rows)), None
     images = record["listed"] if "listed" in record else record["images"]
     return images, record.get("steady_images_per_s")
 
 
 def link_images(source: Path, folder: Path, num_images: int) -> Path:
-    """Hard-link `num_images` of the source's files, evenly chosen, into a folder."""
+    """Hard-link `num_images` of the source's files, evenly chosen, into a folder.
+
+    More than there are: each of them several times, by other names.
+    """
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    if len(files) < num_images:
-        sys.exit(f"{source} has {len(files):,} images, {num_images:,} are needed; lower --images")
+    seen: Path | None = None
     for index in range(num_images):
         path = files[index * len(files) // num_images]
         target = folder / path.relative_to(source)
+        if path == seen:
+            target = target.with_name(f"{index}-{path.name}")
+        seen = path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, target)

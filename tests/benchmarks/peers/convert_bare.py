@@ -8,9 +8,7 @@ import sys
 import time
 from typing import Any
 
-from shared import NUM_CORES, Share, list_files, read_bytes, run_processes
-
-PART_ROWS = 1024
+from shared import NUM_CORES, Share, read_batches, run_processes
 
 
 def inspect_bytes(data: list[bytes]) -> dict[str, list[Any]]:
@@ -32,15 +30,16 @@ def convert_share(rank: int) -> Share:
 
     source, out = sys.argv[1:]
     os.makedirs(out, exist_ok=True)
-    files = list_files(source)[rank::NUM_CORES]
+    batches = read_batches(source, rank, NUM_CORES)
+    next(batches)
     started_s = time.time()
-    for start in range(0, len(files), PART_ROWS):
-        some = files[start : start + PART_ROWS]
-        data = [read_bytes(path) for path in some]
-        table = pa.table({"path": some, "bytes": data, **inspect_bytes(data)})
+    num_images = 0
+    for files, data in batches:
+        table = pa.table({"path": files, "bytes": data, **inspect_bytes(data)})
         compression = {n: "none" if n == "bytes" else "zstd" for n in table.column_names}
-        pq.write_table(table, f"{out}/{rank}-{start}.parquet", compression=compression)
-    return Share(len(files), len(files), started_s, time.time())
+        pq.write_table(table, f"{out}/{rank}-{num_images}.parquet", compression=compression)
+        num_images += len(files)
+    return Share(num_images, num_images, started_s, time.time())
 
 
 if __name__ == "__main__":

@@ -5,33 +5,51 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shared import NUM_CORES, Share, list_files, read_bytes, run_processes
+from shared import NUM_CORES, Share, read_batches, run_processes
 
 from cifake_ray.stages.malloc import keep_freed_memory
 
-BATCH_SIZE = 256
-
 
 class Scorer:
-    """The detector of a bundle: uint8[B, S, S, 3] -> float32[B] logits."""
+    """The detector of a bundle; it is loaded in the process that first scores with it."""
 
     def __init__(self, bundle: str) -> None:
+        self.bundle = bundle
+
+    @cached_property
+    def detector(self) -> Any:
         from cifake_ray.storage.bundles.bundle import load_bundle
 
-        self.detector, _ = load_bundle(Path(bundle))
+        return load_bundle(Path(self.bundle))[0]
+
+    def fit(self, image: Any) -> Any:
+        """Pillow's image of a peer -> uint8[S, S, 3], as `load_image` fits what it decodes."""
+        import numpy as np
+
+        from cifake_ray.core.imaging.preprocessing import fit_image
+
+        wanted = self.detector.preprocessing
+        pixels = np.array(image if isinstance(image, np.ndarray) else image.convert("RGB"))
+        return fit_image(pixels, size=wanted.image_size, fit=wanted.fit)
 
     def score_pixels(self, pixels: Any) -> Any:
+        """uint8[B, S, S, 3] -> float32[B] logits."""
         import torch
 
         with torch.inference_mode():
             return self.detector.find_logit(torch.as_tensor(pixels)).numpy()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of Ray Data, whose arrays are read-only."""
-        return {"path": batch["path"], "logit": self.score_pixels(batch["image"].copy())}
+    def score_bytes(self, data: Sequence[bytes]) -> Any:
+        """Encoded images -> float32[B] logits."""
+        import numpy as np
+
+        load_image = self.detector.preprocessing.load_image
+        return self.score_pixels(np.stack([load_image(each) for each in data]))
 
 
 def write_logits(files: list[str], logits: list[Any], path: str) -> None:
@@ -44,21 +62,23 @@ def write_logits(files: list[str], logits: list[Any], path: str) -> None:
 
 
 def score_share(rank: int) -> Share:
-    import numpy as np
     import torch
 
     source, out, bundle = sys.argv[1:]
     torch.set_num_threads(1)
     keep_freed_memory()  # as our workers do, so that the ratio is about everything else
     scorer = Scorer(bundle)
-    load_image = scorer.detector.preprocessing.load_image
-    files = list_files(source)[rank::NUM_CORES]
-    started_s = time.time()
+    _ = scorer.detector
+    files: list[str] = []
     logits = []
-    for start in range(0, len(files), BATCH_SIZE):
-        batch = files[start : start + BATCH_SIZE]
-        logits.append(scorer.score_pixels(np.stack([load_image(read_bytes(p)) for p in batch])))
-    write_logits(files, logits, f"{out}/{rank}.parquet")
+    batches = read_batches(source, rank, NUM_CORES)
+    next(batches)
+    started_s = time.time()
+    for some, data in batches:
+        files += some
+        logits.append(scorer.score_bytes(data))
+    if files:
+        write_logits(files, logits, f"{out}/{rank}.parquet")
     return Share(len(files), len(files), started_s, time.time())
 
 

@@ -1,4 +1,7 @@
-"""Code shared by the peers: listing files, one process per core, printing the result."""
+"""Code shared by the peers: reading a source, one process per core, printing the result.
+
+A source is a folder of files, a folder that `convert` wrote, or s3://BUCKET/PREFIX.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 NUM_CORES = len(os.sched_getaffinity(0))
+S3_THREADS = 16  # requests in flight of a process
+BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,28 @@ class Share:
     finished_s: float
 
 
-def list_files(folder: str) -> list[str]:
-    """Every file below a folder, sorted."""
-    found, pending = [], [folder]
+def list_shards(source: str) -> list[str]:
+    """The Parquet files of a folder that `convert` wrote; none for any other source."""
+    return sorted(map(str, Path(source).glob("shards/*.parquet")))
+
+
+def open_s3() -> Any:
+    """pyarrow's client, at the server that the environment names."""
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = os.environ["AWS_ENDPOINT_URL"].partition("://")
+    region = os.environ["AWS_REGION"]
+    return S3FileSystem(endpoint_override=host, scheme=scheme, region=region)
+
+
+def list_files(source: str) -> list[str]:
+    """Every file below a folder or a prefix, sorted; those in a bucket start with s3://."""
+    if source.startswith("s3://"):
+        from pyarrow.fs import FileSelector, FileType
+
+        entries = open_s3().get_file_info(FileSelector(source[5:], recursive=True))
+        return sorted(f"s3://{e.path}" for e in entries if e.type is FileType.File)
+    found, pending = [], [source]
     while pending:
         with os.scandir(pending.pop()) as entries:
             for entry in entries:
@@ -34,9 +60,46 @@ def list_files(folder: str) -> list[str]:
     return sorted(found)
 
 
+def count_images(source: str) -> int:
+    import pyarrow.parquet as pq
+
+    shards = list_shards(source)
+    return sum(pq.read_metadata(p).num_rows for p in shards) or len(list_files(source))
+
+
 def read_bytes(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
+
+
+def read_batches(source: str, rank: int, num_ranks: int) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Yield paths and bytes of one rank's share, up to BATCH_SIZE at once.
+
+    The first item is empty: then everything is imported and listed, and the clock may start.
+    """
+    if shards := list_shards(source):
+        import pyarrow.parquet as pq
+
+        yield [], []
+        for path in shards[rank::num_ranks]:
+            for batch in pq.ParquetFile(path).iter_batches(BATCH_SIZE, columns=["key", "image"]):
+                images = batch.column("image").field("bytes")
+                yield batch.column("key").to_pylist(), images.to_pylist()
+        return
+    files = list_files(source)[rank::num_ranks]
+    read: Callable[[str], bytes] = read_bytes
+    if source.startswith("s3://"):
+        client = open_s3()
+
+        def read(path: str) -> bytes:
+            with client.open_input_file(path[5:]) as file:
+                return file.read()  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(S3_THREADS) as threads:
+        yield [], []
+        for start in range(0, len(files), BATCH_SIZE):
+            some = files[start : start + BATCH_SIZE]
+            yield some, list((threads.map if source.startswith("s3://") else map)(read, some))
 
 
 def print_result(shares: list[Share]) -> None:

@@ -8,20 +8,79 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from shared import NUM_CORES, Share, run_processes
 
 from cifake_ray.stages.malloc import keep_freed_memory
 
+if TYPE_CHECKING:
+    import torch
+
+DrawEpoch = Callable[[int], "Iterable[tuple[torch.Tensor, torch.Tensor]]"]
+
+
+def read_arrays(config: Any, detector: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8[N, S, S, 3] and int64[N] of the training images, decoded or from the cache."""
+    import numpy as np
+    import torch
+
+    from cifake_ray.storage.datasets.training_set import open_training_data, read_training_rows
+
+    rows = read_training_rows(config)
+    data = open_training_data(rows, detector.preprocessing, config, 1).train
+    labels = torch.from_numpy(data.labels)
+    return torch.from_numpy(data.read(np.arange(len(labels)))), labels
+
+
+def fit(config: Any, detector: Any, model: Any, num_steps: int, draw_epoch: DrawEpoch) -> Share:
+    """Train with the optimiser, schedule and flips of our `train`; `num_steps` are an epoch's."""
+    import torch
+
+    from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
+
+    optimizer = make_optimizer(detector.network, config)
+    schedule = make_schedule(optimizer, config, num_steps * config.epochs)
+    num_images = 0
+    for epoch in range(config.epochs):
+        started_s, images_before = time.time(), num_images
+        model.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for pixels, labels in draw_epoch(epoch):
+            mirrored = torch.rand(len(pixels)) < 0.5
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+            loss = torch.nn.functional.cross_entropy(model(pixels), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            num_images += len(pixels)
+    return Share(num_images, num_images - images_before, started_s, time.time())
+
+
+def draw_arrays(
+    images: torch.Tensor, labels: torch.Tensor, batch_size: int, rank: int = 0, num_ranks: int = 1
+) -> DrawEpoch:
+    """Draw a rank's share of each whole batch, in another order each epoch."""
+    import torch
+
+    def draw_epoch(epoch: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
+        for start in range(0, len(labels) // batch_size * batch_size, batch_size):
+            share = order[start + rank : start + batch_size : num_ranks]
+            yield images[share], labels[share]
+
+    return draw_epoch
+
 
 def train_share(rank: int) -> Share:
-    import numpy as np
     import torch
     import torch.distributed as dist
 
     from cifake_ray.config import TrainConfig
-    from cifake_ray.core.training.optimizer import build_for_training, make_optimizer, make_schedule
-    from cifake_ray.storage.datasets.training_set import open_training_data, read_training_rows
+    from cifake_ray.core.training.optimizer import build_for_training
 
     shards, out, cache = sys.argv[1:4]
     epochs, num_ranks = int(sys.argv[4]), int(sys.argv[5])
@@ -30,42 +89,18 @@ def train_share(rank: int) -> Share:
     torch.manual_seed(0)
     config = TrainConfig(shards=shards, run=out, cache_dir=cache, epochs=epochs)
     detector = build_for_training(config)
-    rows = read_training_rows(config)
-    data = open_training_data(rows, detector.preprocessing, config, 1).train
-    labels = torch.from_numpy(data.labels)
-    images = torch.from_numpy(data.read(np.arange(len(labels))))
+    images, labels = read_arrays(config, detector)
     model: torch.nn.Module = detector
     if num_ranks > 1:
         os.makedirs(out, exist_ok=True)
         meeting = f"file://{out}/meeting"
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks)
         model = torch.nn.parallel.DistributedDataParallel(detector)
-    num_steps = len(labels) // config.batch_size
-    optimizer = make_optimizer(detector.network, config)
-    schedule = make_schedule(optimizer, config, num_steps * epochs)
-    num_images = 0
-    for epoch in range(epochs):
-        started_s, images_before = time.time(), num_images
-        model.train()
-        total = torch.zeros((), dtype=torch.float64)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
-        for step in range(num_steps):
-            start = step * config.batch_size
-            share = order[start + rank : start + config.batch_size : num_ranks]
-            mirrored = torch.rand(len(share)) < 0.5
-            pixels = images[share]
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-            loss = torch.nn.functional.cross_entropy(model(pixels), labels[share])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-            num_images += len(share)
-    finished_s = time.time()
+    draw_epoch = draw_arrays(images, labels, config.batch_size, rank, num_ranks)
+    share = fit(config, detector, model, len(labels) // config.batch_size, draw_epoch)
     if num_ranks > 1:
         dist.destroy_process_group()
-    return Share(num_images, num_images - images_before, started_s, finished_s)
+    return share
 
 
 if __name__ == "__main__":
