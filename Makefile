@@ -7,7 +7,7 @@ AUDIT := $(VENV)-audit
 # Processes for the tests without a Ray cluster. Tests with one run one by one: each uses all cores.
 PROCESSES ?= 2
 
-.PHONY: env demo test test-all check hosts bench audit sbom clean
+.PHONY: env demo test test-all check hosts gpu bench audit sbom clean
 
 env: $(VENV)/.installed
 
@@ -39,8 +39,14 @@ test-all: check
 hosts: env
 	CIFAKE_TEST_HOSTS=1 $(BIN)/pytest -s tests/hosts
 
+# On a machine with a GPU, 8 minutes at most; with CIFAKE_TEST_DEVICE=cpu what a CPU can do of it.
+gpu: env
+	$(BIN)/pytest -s --confcutdir=tests/gpu tests/gpu
+
+# One page of every verb beside its peers: hours. PAGE names its file.
+PAGE ?= bench.md
 bench: env
-	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/run.py --page $(PAGE)
 
 $(AUDIT)/.installed: Makefile
 	$(PYTHON) -m venv $(AUDIT)

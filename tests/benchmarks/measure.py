@@ -180,7 +180,7 @@ class Answers:
 
 
 def _read_counts(record: dict[str, Any], out: Path) -> tuple[int, float | None]:
-    """Return images and steady rate of a peer, a batch command, train (last epoch), tune, sample."""
+    """Return images, and the steady rate where the command tells one (of train the last epoch)."""
     if record.get("command") == "train":
         last = json.loads((out / "history.jsonl").read_text().splitlines()[-1])
         return record["train_images"] * record["epochs"], last["images_per_s"]

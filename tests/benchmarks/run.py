@@ -56,8 +56,9 @@ ABOUT = """\
 "From process start" lasts until the process ends; "steady" is timed by the command itself: first
 work to last commit, for training the last epoch. "to bare" is the ratio to the bare loop of the
 same repeat. Each rate is the median of {repeats} repeats, with the range in brackets. "driver MB"
-is the peak of the first process, "all MB" that of all its processes together, shared pages counted
-once. "gap" is the largest difference of a logit from the bare loop's."""
+is the peak of the first process, with all libraries it shares, "all MB" that of all processes
+together, with shared pages counted once. "gap" is the largest difference of a
+logit from the bare loop's; of `convert`, 0 says that the sha256 of every file is the same."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class Bench:
         """Run the contenders in turn, and write their table and their commands."""
         chosen = self.options.only
         contenders = [
-            c for c in contenders if not chosen or c.is_ours or c.name in (c.bare, *chosen)
+            c for c in contenders if chosen is None or c.is_ours or c.name in (c.bare, *chosen)
         ]
         missing = [c for c in contenders if not find_version(c.needs)]
         contenders = [c for c in contenders if c not in missing]
@@ -237,10 +238,10 @@ class Bench:
         return {**sources, "S3 on loopback": self.bucket(folder)}
 
     def list_folders(self) -> dict[str, Path]:
-        return {
-            self.describe_source(): self.images(self.options.images),
-            f"JPEGs of {WIDTH} x {HEIGHT}": self.photos(self.options.photos),
-        }
+        folders = {self.describe_source(): self.images(self.options.images)}
+        if self.options.photos:
+            folders[f"JPEGs of {WIDTH} x {HEIGHT}"] = self.photos(self.options.photos)
+        return folders
 
     def describe_source(self) -> str:
         return self.source.name.upper() if self.source else "the sample"
@@ -435,7 +436,7 @@ def parse_options(benches: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--heavy", type=int, default=500, help="images of a network of 224 pixels")
     parser.add_argument("--growth", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="+", metavar="PEER", help="these, ours and the bare loop")
+    parser.add_argument("--only", nargs="*", metavar="PEER", help="ours, the bare loop and these")
     parser.add_argument("--source", type=Path, help="image folder (default: CIFAKE or the sample)")
     parser.add_argument("--workdir", type=Path, help="parent of the temporary folder")
     parser.add_argument("--json", type=Path, help="file for all single results")

@@ -33,7 +33,9 @@ def main() -> None:
         @daft.method.batch(return_dtype=facts, unnest=True, batch_size=1024)
         def inspect(self, data: daft.Series) -> Any:
             columns = inspect_bytes(data.to_pylist())
-            return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values())]
+            return [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
 
     num_images = count_images(source)
     started_s = time.time()

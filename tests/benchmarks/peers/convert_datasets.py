@@ -1,4 +1,4 @@
-"""convert_datasets.py SRC OUT: Hugging Face's `datasets`: map (header facts, sha256), to_parquet."""
+"""convert_datasets.py SRC OUT: `datasets` of Hugging Face: header facts, sha256, to_parquet."""
 
 from __future__ import annotations
 
