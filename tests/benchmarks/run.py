@@ -197,9 +197,9 @@ class Bench:
                 command = contender.make_command(out)
                 result = run_command(command, out, measure_gap=answers and answers.measure_gap)
                 results[contender.name].append(result)
+        title = f"{title}: {results[contenders[0].name][0].images:,} images"
         self.results[title] = results
-        num_images = results[contenders[0].name][0].images
-        self.write(f"\n### {title}: {num_images:,} images\n")
+        self.write(f"\n### {title}\n")
         self.write(format_table([HEAD, *(make_row(c, results) for c in contenders)]))
         for contender in missing:
             self.write(f"\n{contender.name}: left out, since {contender.needs} is not installed.")
@@ -349,7 +349,7 @@ class Bench:
                     Contender(f"cifake-ray {verb}", ours),
                     *self.list_peers(verb, source, *flags[1:], only=["bare loop"]),
                 ]
-                results = self.compare(f"growth of {verb}, {size:,}", contenders)
+                results = self.compare(f"growth of {verb}", contenders)
                 drivers.append(median(run.driver_mb for run in results[f"cifake-ray {verb}"]))
             more = drivers[-1] - drivers[0]
             verdict = "ok" if more < MORE_MB else "TOO MUCH"

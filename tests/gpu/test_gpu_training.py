@@ -24,7 +24,7 @@ from cifake_ray.core.training.optimizer import sync_batch_norms
 from cifake_ray.core.training.trainer import Trainer
 
 NUM_IMAGES = 200
-MAX_GAP = 2e-3  # of the loss of a step: rounding, through 18 steps
+MAX_GAP = 5e-4  # of the loss of a step: rounding alone, through 18 steps, makes 1e-6 on a CPU
 
 
 @dataclass
