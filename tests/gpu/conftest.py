@@ -11,14 +11,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from gpu_cases import RATES, set_float32
 
 from cifake_ray.core.training.device_limits import choose_precision
-
-RATES: list[list[str]] = []  # rows of the table at the end
 
 
 @pytest.fixture(scope="session")
@@ -27,26 +25,6 @@ def device() -> str:
     if asked is None and not torch.cuda.is_available():
         pytest.skip("no GPU; CIFAKE_TEST_DEVICE=cpu runs what a CPU can")
     return asked or "cuda"
-
-
-@pytest.fixture
-def cuda(device: str) -> str:
-    """A device that is a GPU."""
-    if device != "cuda":
-        pytest.skip("only a GPU can do this")
-    return device
-
-
-@contextmanager
-def set_float32(name: str) -> Iterator[None]:
-    """Multiply and convolve float32 as `ieee` or as `tf32`, which torch's default is for cuDNN."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = name
-    yield
-    for backend, old in zip(backends, before, strict=True):
-        backend.fp32_precision = old
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,7 @@ from itertools import cycle, islice
 import numpy as np
 import pytest
 import torch
-from conftest import RATES
-from inputs import ARCHITECTURES, BUILT_IN, load_pixels, make_detector, make_jpegs
+from gpu_cases import ARCHITECTURES, BUILT_IN, RATES, load_pixels, make_detector, make_jpegs
 from test_gpu_scoring import score_double_buffered
 
 from cifake_ray.core.models.detector import Detector

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import set_float32
-from inputs import ARCHITECTURES, BUILT_IN, load_pixels, make_detector
+from gpu_cases import ARCHITECTURES, BUILT_IN, load_pixels, make_detector, set_float32
 
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.score import predict_logit

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import set_float32
+from gpu_cases import set_float32
 from torch import nn
 
 from cifake_ray.config import TrainConfig
