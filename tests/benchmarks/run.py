@@ -264,9 +264,11 @@ class Bench:
         bundle = str(self.bundle())
         for images, folder in self.list_folders().items():
             for place, source in self.list_sources(folder).items():
-                ours = run_ours("score", str(source), "{out}", "--bundle", bundle)
+                words = ("score", str(source), "{out}", "--bundle", bundle)
+                exact = ("--precision", "float32")
                 contenders = [
-                    Contender("cifake-ray score", ours),
+                    Contender("cifake-ray score", run_ours(*words)),
+                    Contender("cifake-ray score, float32", run_ours(*words, *exact)),
                     *self.list_peers("score", source, bundle),
                 ]
                 answers = Answers(str(source), "logit")

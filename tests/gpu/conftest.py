@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_cases import RATES, set_float32
+from gpu_cases import RATES
 
-from cifake_ray.core.training.device_limits import choose_precision
+from cifake_ray.core.models.precision import exact_products
 
 
 @pytest.fixture(scope="session")
@@ -38,17 +38,15 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def exact_float32() -> Iterator[None]:
-    with set_float32("ieee"):
+    with exact_products():
         yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not RATES:
         return
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    auto = choose_precision(device, "auto").name
-    terminalreporter.write_line(f"\n{name}, torch {torch.__version__}, auto is {auto}\n")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    terminalreporter.write_line(f"\nImages/s on {name}, torch {torch.__version__}\n")
     widths = [max(map(len, column)) for column in zip(*RATES, strict=True)]
     for row in (RATES[0], ["-" * width for width in widths], *RATES[1:]):
         cells = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))

@@ -1,11 +1,9 @@
-"""Detectors, images and settings of the tests, and the rates that they found."""
+"""Detectors and images of the tests, and the rates that they found."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 
@@ -22,20 +20,6 @@ BUILT_IN = "built-in"
 ARCHITECTURES = (BUILT_IN, "resnet18", "efficientnet_b0", "vit_small_patch16_224")
 
 RATES: list[list[str]] = []  # rows of the table at the end
-
-
-@contextmanager
-def set_float32(name: str) -> Iterator[None]:
-    """Multiply and convolve float32 as `ieee` or as `tf32`, which torch's default is for cuDNN."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = name
-    try:
-        yield
-    finally:
-        for backend, old in zip(backends, before, strict=True):
-            backend.fp32_precision = old
 
 
 def make_detector(architecture: str) -> Detector:

@@ -1,4 +1,7 @@
-"""Images per second of four networks: pixels in memory, two pinned buffers, and with decoding."""
+"""Images per second of four networks: by precision, from two pinned buffers, with decoding.
+
+Decoding is done in a thread for each core. The columns behind the precisions are in fp16.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from gpu_cases import ARCHITECTURES, BUILT_IN, RATES, load_pixels, make_detector
 from test_gpu_scoring import score_double_buffered
 
 from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.models.precision import use_precision
 from cifake_ray.core.processing.score import predict_logit
-from cifake_ray.core.training.device_limits import choose_precision
 
 NUM_THREADS = len(os.sched_getaffinity(0))
-MIN_TIMED_S = {"cuda": 5.0, "cpu": 0.2}
+MIN_TIMED_S = {"cuda": 1.0, "cpu": 0.2}
 BATCH_SIZES = {"cuda": {BUILT_IN: 4096}, "cpu": {BUILT_IN: 256}}
-HEAD = ("", "pixels", "precision", "batch", "plain", "pinned", "compiled", "with decode", "decode")
+PRECISIONS = {"cuda": ("float32", "tf32", "bf16", "fp16"), "cpu": ("bf16", "float32")}
+COLUMNS = (*PRECISIONS["cuda"], "buffered", "compiled", "with decode", "decode")
 
 
 def time_batches(run: Callable[[int], int], device: str) -> float:
@@ -57,41 +61,39 @@ def decode_batches(
         yield pending.popleft().result()
 
 
+@pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rates(architecture: str, device: str) -> None:
-    detector = make_detector(architecture).to(device)
-    precision = choose_precision(device, "auto")
+    detector = make_detector(architecture)
     batch_size = BATCH_SIZES[device].get(architecture, 256 if device == "cuda" else 4)
     pixels = load_pixels(detector, min(batch_size, 400))
     pixels = pixels.repeat(-(-batch_size // len(pixels)), 1, 1, 1)[:batch_size]
 
-    def score_plainly(num_batches: int) -> int:
-        return sum(len(detector.find_logit(pixels.to(device)).cpu()) for _ in range(num_batches))
+    def score(num_batches: int) -> int:
+        return sum(len(predict_logit(detector, pixels, device)) for _ in range(num_batches))
 
-    def score_pinned(num_batches: int) -> int:
+    def score_buffered(num_batches: int) -> int:
         return sum(map(len, score_double_buffered(detector, [pixels] * num_batches, device)))
 
-    with ThreadPoolExecutor(NUM_THREADS) as threads, torch.inference_mode(), precision.autocast:
+    rates: dict[str, float] = {}
+    for precision in PRECISIONS[device]:  # the last one is that of all other columns
+        detector = use_precision(make_detector(architecture), precision, device)
+        rates[precision] = time_batches(score, device)
+    with ThreadPoolExecutor(NUM_THREADS) as threads, torch.inference_mode():
         decoded = decode_batches(detector, threads, batch_size)
 
         def score_decoded(num_batches: int) -> int:
-            return sum(
-                len(predict_logit(detector, batch, device))
-                for batch in islice(decoded, num_batches)
-            )
+            some = islice(decoded, num_batches)
+            return sum(len(predict_logit(detector, batch, device)) for batch in some)
 
-        def decode_only(num_batches: int) -> int:
-            return sum(map(len, islice(decoded, num_batches)))
-
-        rates = [time_batches(run, device) for run in (score_plainly, score_pinned)]
-        last = [time_batches(run, device) for run in (score_decoded, decode_only)]
+        rates["buffered"] = time_batches(score_buffered, device)
+        rates["with decode"] = time_batches(score_decoded, device)
+        rates["decode"] = time_batches(lambda n: sum(map(len, islice(decoded, n))), device)
         if device == "cuda":
             detector.network.compile()
-            rates.append(time_batches(score_plainly, device))
-    cells = [f"{rate:,.0f}" for rate in rates] + ["-"] * (3 - len(rates))
-    size = detector.preprocessing.image_size
+            rates["compiled"] = time_batches(score, device)
     if not RATES:
-        RATES.append([*HEAD[:-1], f"decode, {NUM_THREADS} threads"])
-    row = [architecture, str(size), precision.name, str(batch_size), *cells]
-    RATES.append([*row, *(f"{rate:,.0f}" for rate in last)])
-    assert all(rate > 0 for rate in [*rates, *last])
+        RATES.append(["", "pixels", "batch", *COLUMNS])
+    cells = [f"{rates[name]:,.0f}" if name in rates else "-" for name in COLUMNS]
+    RATES.append([architecture, str(detector.preprocessing.image_size), str(batch_size), *cells])
+    assert min(rates.values()) > 0

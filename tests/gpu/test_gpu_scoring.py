@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from gpu_cases import ARCHITECTURES, BUILT_IN, load_pixels, make_detector, set_float32
+from gpu_cases import ARCHITECTURES, BUILT_IN, load_pixels, make_detector
 
 from cifake_ray.core.models.detector import Detector
+from cifake_ray.core.models.precision import use_precision
 from cifake_ray.core.processing.score import predict_logit
-from cifake_ray.core.training.device_limits import DTYPES, choose_precision
+from cifake_ray.core.training.device_limits import choose_precision
 
 # Largest difference from the CPU's logit, as a share of the largest logit: mantissas of 24, 11, 11
 # and 8 bits, through some fifty layers.
@@ -28,22 +29,16 @@ def case(request: pytest.FixtureRequest) -> tuple[Detector, torch.Tensor, torch.
     return detector, pixels, torch.from_numpy(predict_logit(detector, pixels, "cpu"))
 
 
+@pytest.mark.usefixtures("exact_float32")  # what one test sets, it does not leave to the next
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_logits_are_those_of_the_cpu(
     case: tuple[Detector, torch.Tensor, torch.Tensor], precision: str, device: str
 ) -> None:
     detector, pixels, expected = case
-    dtype = DTYPES.get(precision, torch.float32)
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
-        pytest.skip("this GPU only emulates bf16")
-    autocast: Any = nullcontext()
-    if dtype != torch.float32:
-        autocast = torch.autocast(device, dtype)
-    try:
-        with set_float32("tf32" if precision == "tf32" else "ieee"), autocast:
-            found = torch.from_numpy(predict_logit(detector.to(device), pixels, device))
-    finally:
-        detector.to("cpu")
+    if device == "cpu" and precision in ("tf32", "fp16"):
+        pytest.skip(f"{precision} is for GPUs")
+    detector = use_precision(copy.deepcopy(detector), precision, device)
+    found = torch.from_numpy(predict_logit(detector, pixels, device))
     gap = float((found - expected).abs().max())
     flips = int(((found >= 0) != (expected >= 0)).sum())
     scale = float(expected.abs().max())
@@ -51,7 +46,7 @@ def test_logits_are_those_of_the_cpu(
     assert gap < BOUNDS[precision] * scale
     if len(pixels) == 400:
         assert flips <= 4
-    if dtype != torch.float32:
+    if precision != "float32":
         assert gap > 0, "it was float32"
 
 

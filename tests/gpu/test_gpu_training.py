@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from gpu_cases import set_float32
 from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_detector
+from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.training.batches import Batch
 from cifake_ray.core.training.device_limits import DevicePrecision
 from cifake_ray.core.training.optimizer import sync_batch_norms
@@ -109,7 +109,7 @@ def run_rank(rank: int, num_ranks: int, device: str, folder: str) -> None:
     dist.init_process_group(
         backend, init_method=f"file://{folder}/meet-{num_ranks}", rank=rank, world_size=num_ranks
     )
-    with set_float32("ieee"):
+    with exact_products():
         losses = train(device, "float32", pick_model(device), is_distributed=True)
     if rank == 0:
         np.save(f"{folder}/{num_ranks}.npy", losses)
