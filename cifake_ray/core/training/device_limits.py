@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import Detector
@@ -73,17 +75,40 @@ def agree_on_precision(device: str, precision: str) -> DevicePrecision:
     return choose_precision(device, chosen)
 
 
-def count_macs(network: nn.Module, image_size: int) -> int:
-    """Return the multiply-accumulates for an image, counted without computing them.
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up torch's own counts of what is computed inside.
 
-    Those of convolutions, matrix products and attention, on a copy on torch's meta device.
+    So does its FlopCounterMode, but that imports torch's compiler, to keep it out, for a second.
     """
-    # The counter hooks into all that has a gradient, which breaks some networks.
-    network = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size, device="meta"))
-    flops: int = counter.get_total_flops()  # two for each multiply-accumulate
-    return flops // 2
+
+    num_flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.num_flops += count(*args, **(kwargs or {}), out_val=outputs)
+        return outputs
+
+
+def count_macs(network: nn.Module, image_size: int) -> int:
+    """Return the multiply-accumulates for an image, counted while one is computed.
+
+    Those of convolutions, matrix products and attention.
+    """
+    was_training, device = network.training, next(network.parameters()).device
+    network.eval()
+    counter = _FlopCounter()  # type: ignore[no-untyped-call]
+    # Fused attention is not among torch's counts on every device.
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        # Not `network(...)`, which `--compile` may have replaced.
+        network.forward(torch.zeros(1, 3, image_size, image_size, device=device))
+    network.train(was_training)
+    num_macs: int = counter.num_flops // 2
+    return num_macs
 
 
 def check_batch_share(

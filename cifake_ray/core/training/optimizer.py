@@ -1,10 +1,11 @@
 """Build what training needs before the first step: network, optimizer, schedule.
 
-timm's optimizer and layer groups are imported only when they are asked for.
+timm's optimizer and layer groups are imported only when they are asked for, torch's compiler never.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -14,6 +15,26 @@ from torch import nn
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import Detector, build_detector, find_head
 from cifake_ray.errors import UsageError
+
+
+class _Uncompiled(torch.optim.Optimizer):
+    """An optimizer without the decorators that keep torch's compiler out of its methods.
+
+    They import it to do so, which takes a second, and nothing but the network is compiled here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class SGD(_Uncompiled, torch.optim.SGD):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 def build_for_training(config: TrainConfig) -> Detector:
@@ -46,7 +67,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     """
     groups = _make_groups(network, config)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        return SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
         )
     if config.optimizer == "muon":
@@ -57,7 +78,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         )
         return muon
     # fused: one pass over each tensor instead of one for each operation
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    return AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
 def _make_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, object]]:

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from cifake_ray.config import POLICIES, Augmentation, TrainConfig
-from cifake_ray.core.evaluation.metrics import find_tpr
+from cifake_ray.core.evaluation.metrics import find_auroc, find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.schema import FAKE
@@ -253,7 +252,8 @@ class Trainer:
             raise CifakeError(
                 f"validation outputs became infinite in epoch {self.state.epoch + 1}; lower --lr"
             )
-        is_fake = torch.from_numpy(self.val_images.labels == FAKE)
+        labels = self.val_images.labels
+        is_fake = torch.from_numpy(labels == FAKE)
         loss = nn.functional.binary_cross_entropy_with_logits(logit, is_fake.float())
         return {
             "epoch": self.state.epoch + 1,
@@ -261,8 +261,8 @@ class Trainer:
             "train_loss": round(train_loss, 6),
             "val_loss": round(float(loss), 6),
             "val_accuracy": round(float(((logit >= 0) == is_fake).double().mean()), 6),
-            "val_auroc": round(float(roc_auc_score(is_fake, logit)), 6),
-            "val_tpr_at_fpr_1pct": round(find_tpr(logit.numpy(), self.val_images.labels, 0.01), 6),
+            "val_auroc": round(find_auroc(logit.numpy(), labels), 6),
+            "val_tpr_at_fpr_1pct": round(find_tpr(logit.numpy(), labels, 0.01), 6),
             "lr": max(self.schedule.get_last_lr()),
         }
 

@@ -11,13 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import ray
 import torch
-from ray.experimental.internal_kv import (
-    _internal_kv_del,
-    _internal_kv_get,
-    _internal_kv_put,
-)
 
 from cifake_ray.core.training.trainer import Trainer
 
@@ -64,12 +58,18 @@ def _make_key(run: str) -> bytes:
 
 def send_to_driver(run: str, row: dict[str, Any]) -> None:
     """Leave a message for the driver of the training in folder `run`."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_put
+
     with suppress(ray.exceptions.RayError):  # training does not depend on it
         _internal_kv_put(_make_key(run), json.dumps(row).encode(), overwrite=True)
 
 
 def receive(run: str) -> dict[str, Any] | None:
     """Return the latest message, once; None when there is none, or Ray is not connected."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get
+
     if not ray.is_initialized():
         return None
     with suppress(ray.exceptions.RayError):

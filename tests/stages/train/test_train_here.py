@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -69,6 +71,24 @@ def run_train(shards: Path, run: Path, **options: Any) -> dict[str, Any]:
     }
     config = TrainConfig(shards=str(shards), run=str(run), **options)
     return train_detector(config, lambda row, epochs: None, time.monotonic(), log)
+
+
+def test_nothing_slow_is_imported_that_a_training_here_does_not_need(
+    shards: Path, tmp_path: Path
+) -> None:
+    """torch's compiler takes a second, scikit-learn 0.7 s, Ray 0.2 s, timm longer than all."""
+    config = {"shards": str(shards), "run": str(tmp_path / "run"), "cache_dir": str(tmp_path)}
+    script = f"""
+import sys
+from cifake_ray.config import TrainConfig
+from cifake_ray.stages.train.driver import train_detector
+
+config = TrainConfig(**{config}, epochs=1, val_split="val", num_workers="0")
+train_detector(config, lambda row, epochs: None, 0.0)
+print({{"torch._dynamo", "sklearn", "ray", "timm"}} & set(sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stdout == "set()\n", ended.stderr
 
 
 def test_an_outlier_among_the_real_images_costs_a_threshold_and_no_bundle(
