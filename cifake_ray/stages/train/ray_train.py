@@ -10,13 +10,18 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from cifake_ray.errors import CacheError, CifakeError, StorageError
+from cifake_ray.errors import CifakeError
 from cifake_ray.stages.cluster import connect_cluster
-from cifake_ray.stages.resources import Placement, find_cause
+from cifake_ray.stages.resources import Placement, find_cause, names_cluster
 from cifake_ray.stages.train.placement import describe_workers, place_training
 from cifake_ray.stages.train.prepare import Prepared
-from cifake_ray.stages.train.rank_group import RankGroup
-from cifake_ray.stages.train.worker import RankTask, start_rank
+from cifake_ray.stages.train.rank_group import (
+    EndAtOnce,
+    RankGroup,
+    RankTask,
+    start_rank,
+    unwrap_failure,
+)
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.train_run import TrainRun
 
@@ -28,6 +33,8 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
     # Ray Train takes one report per worker and check: every 2 s by default, for which an epoch of a
     # small run would wait.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not names_cluster(config):  # no node of which could be taken away
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     threads = ThreadPoolExecutor(1)  # in the main thread, Ray Train would handle Ctrl-C
     least, most = config.worker_range or (None, None)
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
@@ -49,7 +56,7 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
         trainer = TorchTrainer(
             start_rank,
             train_loop_config={"task": task},
-            torch_config=RankGroup(),
+            torch_config=RankGroup(),  # type: ignore[arg-type]
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=task.use_gpu,
@@ -64,7 +71,7 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
                 storage_filesystem=filesystem,
                 # Announced node removals are not counted: Ray Train allows any number.
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_EndAtOnce()],  # type: ignore[list-item]
+                callbacks=[EndAtOnce()],  # type: ignore[list-item]
             ),
         )
         try:
@@ -80,25 +87,12 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
             threads.shutdown(wait=False)
 
 
-class _EndAtOnce(ray.train.UserCallback):
-    """Ends a training, instead of starting it again, for what every attempt would meet."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for failure in map(_unwrap, worker_exceptions.values()):
-            may_pass = isinstance(failure, StorageError) and not isinstance(failure, CacheError)
-            if isinstance(failure, CifakeError) and not may_pass:
-                raise failure  # Ray Train repeats no attempt that a callback ended
-
-
 def _find_failure(error: ray.train.TrainingFailedError) -> CifakeError | None:
     """Return the first error for the user among those that ended a training."""
     if isinstance(error, ray.train.WorkerGroupError):
-        failures: list[object] = [_unwrap(failure) for failure in error.worker_failures.values()]
+        failures: list[object] = [
+            unwrap_failure(failure) for failure in error.worker_failures.values()
+        ]
     else:
         failures = [getattr(error, "controller_failure", None)]
     return next((failure for failure in failures if isinstance(failure, CifakeError)), None)
-
-
-def _unwrap(failure: Exception) -> BaseException:
-    """Return what a worker raised; Ray Train wraps it to keep the text of its traceback."""
-    return getattr(failure, "_base_exc", failure)

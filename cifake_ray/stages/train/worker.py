@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,39 +26,14 @@ from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
-from cifake_ray.stages.train.prepare import Prepared, describe_options, prepare_training
-from cifake_ray.stages.train.progress import Send, StepMeter, send_to_driver
+from cifake_ray.stages.train.prepare import Prepared, describe_options
+from cifake_ray.stages.train.progress import Send, StepMeter
 from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.weights import UNPICKLING_ERRORS
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.train_run import TrainRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankTask:
-    """Task of a worker of Ray Train."""
-
-    config: TrainConfig
-    rows_hash: str  # of the rows that the driver found
-    use_gpu: bool
-    num_threads: int
-
-
-def start_rank(loop_config: dict[str, RankTask]) -> None:
-    """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
-
-    task = loop_config["task"]
-    torch.set_num_threads(task.num_threads)
-    prepared = prepare_training(task.config)
-    if prepared.rows_hash != task.rows_hash:
-        raise CifakeError(
-            f"{task.config.shards}: the shards changed while the training started; run the same"
-            " command again once they are complete"
-        )
-    send = partial(send_to_driver, task.config.run)
-    train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads, send=send)
 
 
 def train_rank(

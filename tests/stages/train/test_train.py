@@ -24,7 +24,7 @@ from cifake_ray.errors import (
 from cifake_ray.pipeline import run_pipeline, run_verb
 from cifake_ray.stages.train import driver as stages_train
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.stages.train.worker import RankTask, start_rank
+from cifake_ray.stages.train.rank_group import RankTask, start_rank
 from cifake_ray.storage.bundles.bundle import load_bundle
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

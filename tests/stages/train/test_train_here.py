@@ -24,7 +24,8 @@ from cifake_ray.errors import CacheError, CifakeError, RunMismatch, StorageError
 from cifake_ray.stages.resources import Node, Resources
 from cifake_ray.stages.train import placement
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.stages.train.ray_train import _EndAtOnce, place_training
+from cifake_ray.stages.train.rank_group import EndAtOnce
+from cifake_ray.stages.train.ray_train import place_training
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 
 RESNET: dict[str, Any] = {"model": "resnet18", "image_size": 32}
@@ -89,6 +90,12 @@ print({{"torch._dynamo", "sklearn", "ray", "timm"}} & set(sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.stdout == "set()\n", ended.stderr
+
+
+def test_the_controller_of_ray_train_imports_no_torch() -> None:
+    script = "import sys; import cifake_ray.stages.train.rank_group; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr
 
 
 def test_an_outlier_among_the_real_images_costs_a_threshold_and_no_bundle(
@@ -208,7 +215,7 @@ def test_by_default_each_gpu_has_images_of_every_batch() -> None:
 def test_what_every_attempt_would_meet_ends_a_training_at_once() -> None:
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-    ends = _EndAtOnce()
+    ends = EndAtOnce()
     for failure in (UsageError("no"), CacheError("no"), CifakeError("no")):
         with pytest.raises(type(failure)):
             ends.after_exception(None, {1: UserExceptionWithTraceback(failure, "")})
