@@ -9,9 +9,9 @@ from statistics import median
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 from cifake_ray.core.evaluation.calibration import Calibration, Floats, Ints, compute_p_fake
+from cifake_ray.core.evaluation.metrics import find_auroc
 from cifake_ray.core.evaluation.precision_check import MIN_IMAGES, PrecisionCheck
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.models.precision import (
@@ -115,7 +115,7 @@ def _compare(
     before, after = (compute_p_fake(logit, calibration.temperature) for logit in (exact, fast))
     verdicts = before >= calibration.threshold, after >= calibration.threshold
     right = [float((verdict == label).mean()) for verdict in verdicts]
-    auroc = [float(roc_auc_score(label, logit)) for logit in (exact, fast)]
+    auroc = [find_auroc(logit, label) for logit in (exact, fast)]
     return {
         "flips": float((verdicts[0] != verdicts[1]).mean()),
         "accuracy_loss": right[0] - right[1],
