@@ -100,7 +100,7 @@ class _Backend(Backend):
         ray.get(joins)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        leaves = worker_group.execute_async(_leave_group)
+        leaves = worker_group.execute_async(_leave_group, len(worker_group) > 1)
         with suppress(ray.exceptions.GetTimeoutError):
             ray.get(leaves, timeout=LEAVE_TIMEOUT_S)
 
@@ -112,11 +112,10 @@ def _join_group(**options: Any) -> None:
     config._setup_torch_process_group(**options)
 
 
-def _leave_group() -> None:
-    import torch.distributed as dist
+def _leave_group(is_group: bool) -> None:
+    from ray.train.torch import config
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.destroy_process_group()
+    config._shutdown_torch(destroy_process_group=is_group)  # type: ignore[no-untyped-call]
 
 
 class EndAtOnce(ray.train.UserCallback):
