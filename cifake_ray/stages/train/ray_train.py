@@ -12,7 +12,7 @@ from ray.train.torch import TorchTrainer
 
 from cifake_ray.errors import CifakeError
 from cifake_ray.stages.cluster import connect_cluster
-from cifake_ray.stages.resources import Placement, find_cause, names_cluster
+from cifake_ray.stages.resources import Placement, find_cause
 from cifake_ray.stages.train.placement import describe_workers, place_training
 from cifake_ray.stages.train.prepare import Prepared
 from cifake_ray.stages.train.rank_group import (
@@ -33,8 +33,6 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
     # Ray Train takes one report per worker and check: every 2 s by default, for which an epoch of a
     # small run would wait.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if not names_cluster(config):  # no node of which could be taken away
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     threads = ThreadPoolExecutor(1)  # in the main thread, Ray Train would handle Ctrl-C
     least, most = config.worker_range or (None, None)
     room = Placement(least or 1, config.cpus_per_worker or 1, int(config.device == "cuda"))
