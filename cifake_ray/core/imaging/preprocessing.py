@@ -10,7 +10,13 @@ import numpy as np
 from PIL import Image
 
 from cifake_ray.config import MAX_IMAGE_SIZE, Fit
-from cifake_ray.core.imaging.decode import decode_image
+from cifake_ray.core.imaging.decode import (
+    ImageHeader,
+    StoredPixels,
+    decode_stored,
+    decode_with_header,
+)
+from cifake_ray.core.imaging.pillow_pixels import turn_upright
 
 
 def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
@@ -34,10 +40,7 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
         return pixels
     if fit == "resize":
         short = min(pixels.shape[:2])
-        pixels = _crop_center(pixels, 4 * short, 4 * short)
-        height, width = pixels.shape[:2]
-        scaled = (size * width // short, size * height // short)
-        pixels = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.BICUBIC))
+        pixels = _resize(Image.fromarray(_crop_center(pixels, 4 * short, 4 * short)), size)
     else:
         missing = [max(size - side, 0) for side in pixels.shape[:2]]
         if any(missing):
@@ -46,6 +49,18 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
             pixels = np.pad(cropped, (*margins, (0, 0)), mode="symmetric")
     # A copy: a view would keep a 64-megapixel image alive for the sake of its centre.
     return np.array(_crop_center(pixels, size, size))
+
+
+def _resize(image: Image.Image, size: int, filled: tuple[float, float] | None = None) -> np.ndarray:
+    """Resize the shorter side to `size`. Of the image only a part may be `filled`, from its corner.
+
+    Powers of two divide `filled`, so its floats are exact, and the result has the shape it has for
+    the whole image.
+    """
+    width, height = filled or image.size
+    short = min(width, height)
+    scaled = (int(size * width // short), int(size * height // short))
+    return np.asarray(image.resize(scaled, Image.Resampling.BICUBIC, (0, 0, width, height)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +98,26 @@ class Preprocessing:
 
     def load_image(self, data: bytes) -> np.ndarray:
         """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
-        return fit_image(decode_image(data), size=self.image_size, fit=self.fit)
+        return self._fit(decode_stored(data))
+
+    def load_with_header(self, data: bytes) -> tuple[ImageHeader, np.ndarray]:
+        """Return what `inspect_image` and `load_image` return, in one pass. Raises ImageError."""
+        header, stored = decode_with_header(data, None)
+        return header, self._fit(stored)
+
+    def _fit(self, stored: StoredPixels) -> np.ndarray:
+        image, size = stored.pixels, self.image_size
+        is_plain = (  # resized where it is, without two copies of a large image
+            isinstance(image, Image.Image)
+            and stored.orientation == 1
+            and max(image.size) <= 4 * min(image.size)
+        )
+        if self.fit != "resize" or not (stored.scaled or is_plain):
+            return fit_image(stored.to_array(), size=size, fit=self.fit)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        pixels = turn_upright(_resize(image, size, stored.scaled), stored.orientation)
+        return np.array(_crop_center(pixels, size, size))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, for a bundle's config."""
