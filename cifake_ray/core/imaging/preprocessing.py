@@ -18,6 +18,11 @@ from cifake_ray.core.imaging.decode import (
 )
 from cifake_ray.core.imaging.pillow_pixels import turn_upright
 
+# A JPEG decoded at a smaller scale has at least so many times the input's side. At 4 a network
+# learned to tell such images from others, at 6 not (wild crops and mixed generators, 512 to 32
+# pixels: 87% and 55% of pairs), and of the built-in detector's verdicts 1.6% and 0.3% were others.
+MIN_SCALED_RATIO = 6
+
 
 def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
     """Fit an image to a square: uint8[H, W, 3] -> uint8[size, size, 3].
@@ -72,6 +77,7 @@ class Preprocessing:
     mean: tuple[float, float, float]  # RGB mean in [0, 1] units, as timm's
     std: tuple[float, float, float]  # RGB deviation in [0, 1] units, as timm's
     test_time_flip: bool = False  # the detector sees the mirror image too, see `find_logit`
+    jpeg_scale: bool = False  # large JPEGs are decoded at a smaller scale, see `load_image`
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
@@ -81,8 +87,9 @@ class Preprocessing:
             )
         if self.fit not in get_args(Fit):
             raise ValueError(f"fit={self.fit!r} must be one of {get_args(Fit)}; choose one of them")
-        if type(self.test_time_flip) is not bool:
-            raise ValueError(f"test_time_flip={self.test_time_flip!r} must be true or false")
+        for name in ("test_time_flip", "jpeg_scale"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, lowest in (("mean", "0 <= v"), ("std", "0 < v")):
             values = getattr(self, name)
             if (
@@ -97,13 +104,25 @@ class Preprocessing:
                 )
 
     def load_image(self, data: bytes) -> np.ndarray:
-        """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
-        return self._fit(decode_stored(data))
+        """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError.
+
+        With `jpeg_scale` and `fit` "resize", JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if
+        that leaves MIN_SCALED_RATIO times the input's side. That takes a half to a fifth of the
+        time and changes the result by 0.13 of 255 on average, 0.6 in the worst image, and by 10
+        in single values (750 real images).
+        """
+        return self._fit(decode_stored(data, self._min_side))
 
     def load_with_header(self, data: bytes) -> tuple[ImageHeader, np.ndarray]:
         """Return what `inspect_image` and `load_image` return, in one pass. Raises ImageError."""
-        header, stored = decode_with_header(data, None)
+        header, stored = decode_with_header(data, self._min_side)
         return header, self._fit(stored)
+
+    @property
+    def _min_side(self) -> int | None:
+        if self.jpeg_scale and self.fit == "resize":
+            return MIN_SCALED_RATIO * self.image_size
+        return None
 
     def _fit(self, stored: StoredPixels) -> np.ndarray:
         image, size = stored.pixels, self.image_size
@@ -127,7 +146,7 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Invert `to_dict`. Raises ValueError for missing, unknown or impossible values."""
         names = set(cls.__dataclass_fields__)
-        values = {"test_time_flip": False, **values}  # bundles older than the field
+        values = {"test_time_flip": False, "jpeg_scale": False, **values}  # older than the fields
         if set(values) != names:
             raise ValueError(
                 f"preprocessing has the keys {sorted(values)}, must have exactly {sorted(names)}; "

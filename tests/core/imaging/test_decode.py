@@ -998,6 +998,65 @@ def test_preprocessing_refuses_unknown_and_missing_keys(change: dict[str, Any]) 
         Preprocessing.from_dict(values)
 
 
+# JPEGs at a smaller scale
+
+EXACT, SCALED = Preprocessing(**GOOD), Preprocessing(**GOOD, jpeg_scale=True)
+
+
+def measure_scaling(data: bytes) -> tuple[float, int]:
+    """The mean and the largest difference that the smaller scale makes."""
+    difference = np.abs(SCALED.load_image(data).astype(int) - EXACT.load_image(data))
+    return float(difference.mean()), int(difference.max())
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("shape", [(389, 401), (771, 1001), (1999, 1537)])
+def test_a_smaller_scale_changes_next_to_nothing(
+    shape: tuple[int, int], mode: str, orientation: int
+) -> None:
+    """Blocks as large as a pixel of the result, which no shift of the picture would leave alone."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    blocks = np.random.default_rng(0).integers(64, 192, (200, 200, 3)).astype(np.uint8)
+    pixels = np.kron(blocks, np.ones((12, 12, 1), np.uint8))[: shape[0], : shape[1]]
+    image = Image.fromarray(pixels).convert(mode)
+    mean, most = measure_scaling(encode(image, "JPEG", quality=90, exif=exif))
+    assert 0 < mean < 0.4
+    assert most <= 4
+
+
+def test_both_paths_give_the_same_pixels_at_each_scale() -> None:
+    data = encode(make_pixels(401, 533), "JPEG", progressive=True)
+    for min_side, factor in ((201, 1), (200, 2), (100, 4), (50, 8), (1, 8)):
+        fast = images._decode_fast(images._File(data), min_side)
+        slow = images._decode_slow(images._File(data), min_side)
+        assert fast is not None
+        np.testing.assert_array_equal(fast.to_array(), slow.to_array())
+        assert fast.to_array().shape == (-(-401 // factor), -(-533 // factor), 3)
+        assert fast.scaled == slow.scaled == (None if factor == 1 else (533 / factor, 401 / factor))
+
+
+def test_what_is_small_long_or_no_jpeg_or_cropped_is_decoded_whole() -> None:
+    large, crop = make_pixels(400, 500), Preprocessing(**{**GOOD, "fit": "crop"}, jpeg_scale=True)
+    assert measure_scaling(encode(large, "JPEG"))[0] > 0
+    for data in (
+        encode(make_pixels(383, 500), "JPEG"),
+        encode(make_pixels(1541, 385), "JPEG"),
+        encode(large, "PNG"),
+    ):
+        assert measure_scaling(data) == (0, 0)
+    whole = fit_image(decode_image(encode(large, "JPEG")), size=32, fit="crop")
+    np.testing.assert_array_equal(crop.load_image(encode(large, "JPEG")), whole)
+
+
+def test_bundles_older_than_the_smaller_scale_keep_every_bit() -> None:
+    older = EXACT.to_dict()
+    del older["jpeg_scale"]
+    assert Preprocessing.from_dict(older) == EXACT != SCALED
+    assert Preprocessing.from_dict(SCALED.to_dict()) == SCALED
+
+
 # Real images
 
 
@@ -1048,3 +1107,15 @@ def test_real_cifake_takes_the_fast_path_and_equals_the_slow_one() -> None:
         assert fast is not None, name
         np.testing.assert_array_equal(fast, decode_slow(data), err_msg=name)
         assert inspect_image(data) == ImageHeader(32, 32, "JPEG", "RGB", 75, 1), name
+
+
+def test_a_smaller_scale_changes_no_real_image_by_more_than_it_says() -> None:
+    means, most = [], 0
+    for _, data in read_real("mixed-generators.tar", count=400, seed=1):
+        if find_error(data) is None and (found := measure_scaling(data)) != (0, 0):
+            means.append(found[0])
+            most = max(most, found[1])
+    assert len(means) > 100
+    assert np.mean(means) < 0.2
+    assert max(means) < 0.65
+    assert most <= 12

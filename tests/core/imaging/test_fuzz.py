@@ -38,6 +38,7 @@ HALF = (0.5, 0.5, 0.5)
 PREPROCESSINGS = [
     Preprocessing(image_size=32, fit="resize", mean=HALF, std=HALF),
     Preprocessing(image_size=64, fit="crop", mean=HALF, std=HALF),
+    Preprocessing(image_size=1, fit="resize", mean=HALF, std=HALF, jpeg_scale=True),
 ]
 
 
