@@ -169,7 +169,7 @@ class LoadedDetector:
     def _load_image(self, image: AnyImage, position: int) -> np.ndarray:
         from PIL.Image import Image
 
-        from cifake_ray.core.imaging.decode import convert_image, decode_image
+        from cifake_ray.core.imaging.pillow_pixels import convert_image
         from cifake_ray.core.imaging.preprocessing import fit_image
 
         is_rgb = (
@@ -189,9 +189,8 @@ class LoadedDetector:
         preprocessing = self.detector.preprocessing
         try:
             if isinstance(image, bytes):
-                pixels = decode_image(image)
-            else:
-                pixels = image if isinstance(image, np.ndarray) else convert_image(image)
+                return preprocessing.load_image(image)
+            pixels = image if isinstance(image, np.ndarray) else convert_image(image)
         except ImageError as error:
             raise ImageError(error.error, f"image {position}: {error.detail}") from error
         return fit_image(pixels, size=preprocessing.image_size, fit=preprocessing.fit)

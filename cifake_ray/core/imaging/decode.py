@@ -7,18 +7,16 @@
 from __future__ import annotations
 
 import logging
-import re
-import struct
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, ImagePalette, JpegImagePlugin, UnidentifiedImageError
 
-from cifake_ray.core.imaging.color_profile import convert_to_srgb, is_srgb
+from cifake_ray.core.imaging.color_profile import is_srgb
 from cifake_ray.core.imaging.formats import ALLOWED_FORMATS, explain_unidentified
 from cifake_ray.core.imaging.jpeg_header import count_scans, estimate_quality, scan_jpeg
 from cifake_ray.core.imaging.limits import (
@@ -26,6 +24,13 @@ from cifake_ray.core.imaging.limits import (
     check_frames,
     count_tiff_pages,
     is_cut_short,
+)
+from cifake_ray.core.imaging.pillow_pixels import (
+    convert_image,
+    load_rgb,
+    read_orientation,
+    silence_pillow,
+    turn_upright,
 )
 from cifake_ray.core.imaging.png_chunks import drop_text
 from cifake_ray.core.imaging.tiff_pages import find_page, is_tiff, put_first
@@ -53,19 +58,6 @@ MAX_SCANNED_PIXELS = 24 * MAX_IMAGE_PIXELS
 DECODE_POLICY = 2
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
-# EXIF orientation -> (swap the axes, then flip rows, flip columns). Source: Exif 2.32, tag 0x0112.
-_UPRIGHT = {
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-_ORIENTATION_TAG = 0x0112
-_XMP = ("xmp", "XML:com.adobe.xmp")  # keys of Image.info
-_PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 # Without a handler, Pillow's logs about broken files would go to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -83,13 +75,45 @@ class ImageHeader:
     num_frames: int  # frames or pages; 1 for stills
 
 
+class StoredPixels(NamedTuple):
+    """A decoded image, before its EXIF orientation is applied."""
+
+    pixels: np.ndarray | Image.Image  # RGB
+    orientation: int
+    # Width and height of a JPEG that was decoded at a smaller scale, in pixels of that scale; they
+    # may end within the last column and row. None if it was not.
+    scaled: tuple[float, float] | None = None
+
+    def to_array(self) -> np.ndarray:
+        """Return the image upright: uint8[H, W, 3], C-contiguous, writable."""
+        pixels = self.pixels if isinstance(self.pixels, np.ndarray) else np.array(self.pixels)
+        return turn_upright(pixels, self.orientation)
+
+
+class _File:
+    """The bytes of an image, and its header, of which each part is read once."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.jpeg = scan_jpeg(data)
+
+    @cached_property
+    def tiff(self) -> TiffLayout | None:
+        return TiffLayout(find_page(self.data)) if is_tiff(self.data) else None
+
+    @cached_property
+    def image(self) -> ImageFile.ImageFile:
+        """As Pillow opens it; of a TIFF the page that is decoded."""
+        return _open_image(put_first(self.tiff.page) if self.tiff else self.data)
+
+
 def inspect_image(data: bytes) -> ImageHeader:
     """Read the header; no pixel is decoded, so a truncated or corrupt body is not noticed.
 
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, format_not_allowed,
     truncated (inside the header), decode_failed.
     """
-    return _call_decoder(_read_header, data)
+    return _call_decoder(lambda data: _read_header(_File(data)), data)
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -116,7 +140,27 @@ def decode_image(data: bytes) -> np.ndarray:
     truncated, decode_failed. `truncated`: decoding failed and the container's own end is missing. A
     file that lacks only what follows its last pixel (PNG's IEND, a later frame) decodes.
     """
-    return _call_decoder(_decode_pixels, data)
+
+    return decode_stored(data).to_array()
+
+
+def decode_stored(data: bytes, min_side: int | None = None) -> StoredPixels:
+    """Decode as `decode_image` does, but do not turn the image.
+
+    With `min_side` JPEGs up to 4:1 are decoded at the smallest of the scales 1/2, 1/4 and 1/8 that
+    leaves the shorter side so many pixels.
+    """
+    return _call_decoder(lambda data: _decode(_File(data), min_side), data)
+
+
+def decode_with_header(data: bytes, min_side: int | None) -> tuple[ImageHeader, StoredPixels]:
+    """Return and raise what `inspect_image` and then `decode_stored` do, in one pass."""
+
+    def decode(data: bytes) -> tuple[ImageHeader, StoredPixels]:
+        file = _File(data)
+        return _read_header(file), _decode(file, min_side)
+
+    return _call_decoder(decode, data)
 
 
 def map_images(
@@ -152,90 +196,105 @@ def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
         raise ImageError("truncated" if is_truncated else "decode_failed", detail) from error
 
 
-def _read_header(data: bytes) -> ImageHeader:
-    header = scan_jpeg(data)
+def _read_header(file: _File) -> ImageHeader:
+    header = file.jpeg
     quality = estimate_quality(header.luminance_table) if header else None
     if header and not header.is_multi_picture:
         _check_pixels(header.width, header.height, MAX_JPEG_PIXELS)
         mode = _PILLOW_MODES[header.num_components]
         return ImageHeader(header.width, header.height, "JPEG", mode, quality, 1)
-    if is_tiff(data):
-        return _read_tiff_header(data)
-    image = _open_image(data)
+    if file.tiff:
+        return _read_tiff_header(file, file.tiff)
+    image = file.image
     width, height = image.size
     num_frames = getattr(image, "n_frames", 1)
     check_frames(num_frames)
+    if image.format == "GIF":  # its frames were sought to be counted
+        del file.image
     return ImageHeader(width, height, str(image.format), image.mode, quality, num_frames)
 
 
-def _read_tiff_header(data: bytes) -> ImageHeader:
-    page = find_page(data)
-    layout = TiffLayout(page)
+def _read_tiff_header(file: _File, layout: TiffLayout) -> ImageHeader:
     _check_pixels(layout.width, layout.height, MAX_IMAGE_PIXELS)
     try:
-        mode = _open_image(put_first(page)).mode
+        mode = file.image.mode
     except ImageError:
         if not layout.is_known:
             raise
         mode = layout.mode
-    return ImageHeader(layout.width, layout.height, "TIFF", mode, None, count_tiff_pages(data))
+    num_pages = count_tiff_pages(file.data)
+    return ImageHeader(layout.width, layout.height, "TIFF", mode, None, num_pages)
 
 
-def _decode_pixels(data: bytes) -> np.ndarray:
-    pixels = _decode_fast(data)
-    return _decode_slow(data) if pixels is None else pixels
+def _decode(file: _File, min_side: int | None) -> StoredPixels:
+    return _decode_fast(file, min_side) or _decode_slow(file, min_side)
 
 
-def _decode_fast(data: bytes) -> np.ndarray | None:
+def _decode_fast(file: _File, min_side: int | None) -> StoredPixels | None:
     """Decode with libjpeg-turbo alone; None at any failure or doubt."""
-    if not data.endswith(b"\xff\xd9"):
+    if not file.data.endswith(b"\xff\xd9"):
         return None
-    header = scan_jpeg(data)
+    header = file.jpeg
     if not header or not header.is_plain_ycbcr or not is_srgb(header.profile):
         return None
-    if _explain_costly_jpeg(data, header.width, header.height):
+    width, height = header.width, header.height
+    orientation = read_orientation(header)
+    if orientation is None or _explain_costly_jpeg(file.data, width, height):
         return None
+    factor, scaled = _choose_scale(width, height, min_side)
     options = {}
-    if header.width * header.height > MAX_IMAGE_PIXELS:
-        sides = {"min_width": -(-header.width // 2), "min_height": -(-header.height // 2)}
-        options = {"min_factor": 2, **sides}
+    if factor > 1:
+        sides = {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+        options = {"min_factor": factor, **sides}
     try:
         # Exact DCT and smooth upsampling, as Pillow's defaults.
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            data, fastdct=False, fastupsample=False, strict=True, **options
+            file.data, fastdct=False, fastupsample=False, strict=True, **options
         )
     except ValueError:  # also for what libjpeg only warns of; Pillow decides
         return None
-    return pixels
+    return StoredPixels(pixels, orientation, scaled)
 
 
-def _decode_slow(data: bytes) -> np.ndarray:
+def _decode_slow(file: _File, min_side: int | None) -> StoredPixels:
     """Decode with Pillow, whose errors decide what is wrong with a file."""
-    if is_tiff(data):
-        return _decode_tiff(data)
-    image = _open_image(data)
+    if file.tiff:
+        return StoredPixels(_decode_tiff(file, file.tiff), 1)
+    image, scaled = file.image, None
     if image.format in ("JPEG", "MPO"):
         width, height = image.size
-        if error := _explain_costly_jpeg(data, width, height):
+        if error := _explain_costly_jpeg(file.data, width, height):
             raise error
-        if width * height > MAX_IMAGE_PIXELS:
-            image.draft(image.mode, (width // 2, height // 2))
-    return convert_image(image)
+        factor, scaled = _choose_scale(width, height, min_side)
+        if factor > 1:
+            image.draft(image.mode, (width // factor, height // factor))
+    return StoredPixels(*load_rgb(image), scaled)
 
 
-def _decode_tiff(data: bytes) -> np.ndarray:
-    page = find_page(data)
-    layout = TiffLayout(page)
+def _choose_scale(
+    width: int, height: int, min_side: int | None
+) -> tuple[int, tuple[float, float] | None]:
+    """Return by what a JPEG's sides are divided, and `StoredPixels.scaled`."""
+    factor, short = 1, min(width, height)
+    if min_side and max(width, height) <= 4 * short:
+        factor = next((factor for factor in (8, 4, 2) if short >= factor * min_side), 1)
+    scaled = None if factor == 1 else (width / factor, height / factor)
+    if width * height > MAX_IMAGE_PIXELS:
+        factor = max(factor, 2)
+    return factor, scaled
+
+
+def _decode_tiff(file: _File, layout: TiffLayout) -> np.ndarray:
     _check_pixels(layout.width, layout.height, MAX_IMAGE_PIXELS)
     if layout.is_known and layout.is_misread:
         return convert_image(read_pixels(layout))
     try:
-        image = _open_image(put_first(page))
+        image = file.image
     except ImageError:
         if not layout.is_known:
             raise
         return convert_image(read_pixels(layout))
-    if image.mode in ("P", "PA") and has_8_bit_color_map(page):
+    if image.mode in ("P", "PA") and has_8_bit_color_map(layout.page):
         image.palette = ImagePalette.raw("RGB;L", bytes(image.tag_v2[COLOR_MAP]))  # type: ignore[attr-defined]
     try:
         return convert_image(image)
@@ -256,74 +315,9 @@ def _explain_costly_jpeg(data: bytes, width: int, height: int) -> ImageError | N
     return None
 
 
-def convert_image(image: Image.Image) -> np.ndarray:
-    """Return an image opened by Pillow as `decode_image` returns it: upright RGB, uint8[H, W, 3].
-
-    Raises ImageError (decode_failed) for values that have no place in 0..255, and what Pillow
-    raises for a broken file.
-    """
-    _ignore_xmp(image)  # Pillow turns a TIFF while it loads it
-    image.load()
-    _ignore_xmp(image)
-    pixels = _convert_to_rgb(image)
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except (SyntaxError, struct.error, ValueError, TypeError, OSError):
-        orientation = 1
-    swap_axes, flip_rows, flip_columns = _UPRIGHT.get(orientation, (False, False, False))
-    if swap_axes:
-        pixels = pixels.swapaxes(0, 1)
-    pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-    return np.ascontiguousarray(pixels)
-
-
-def _ignore_xmp(image: Image.Image) -> None:
-    """Forget an orientation in XMP, which only readers of JPEG apply."""
-    if image.format not in ("JPEG", "MPO"):
-        for key in _XMP:
-            image.info.pop(key, None)
-
-
-def _convert_to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _scale_deep_grey(image)
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
-        image = image.convert("RGB")
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:
-        # A 16-bit colour key: Pillow would compare its low bytes with the pixels' high bytes.
-        del image.info["transparency"]
-    image = convert_to_srgb(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _scale_deep_grey(image: Image.Image) -> Image.Image:
-    """Return 8-bit grey, white where the colour key says so. Raises ImageError (decode_failed)."""
-    values = np.asarray(image)
-    highest = 1 if image.mode == "F" else 65535
-    if not ((values >= 0) & (values <= highest)).all():  # NaN fails too
-        raise ImageError("decode_failed", f"mode {image.mode} pixels outside 0..{highest}")
-    if image.mode == "F":
-        grey = np.rint(values * 255).astype(np.uint8)
-    else:
-        grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        key = image.info.get("transparency")
-        if isinstance(key, int):
-            grey[values == key] = 255
-    scaled = Image.fromarray(grey)
-    scaled.info["icc_profile"] = image.info.get("icc_profile")
-    return scaled
-
-
 def _open_image(data: bytes) -> ImageFile.ImageFile:
     """Open with Pillow and check the caps. Raises ImageError, or what a parser raises."""
-    # A filter on Pillow's modules that stays, and not catch_warnings: that one is not safe in
-    # threads. It also keeps DecompressionBombWarning from preceding our own cap.
-    if warnings.filters[:1] != [_PILLOW_FILTER]:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()  # also of DecompressionBombWarning, which would precede our own cap
     # Other libraries switch it on for training; half an image must never be scored.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     profile = None

@@ -28,6 +28,7 @@ _STANDARD_LUMINANCE = np.array(
 _SOF_MARKERS = frozenset({0xC0, 0xC1, 0xC2})  # Huffman-coded baseline, extended, progressive
 # DHT, DRI, COM and the APPn that change nothing for us.
 MAX_SEGMENTS = 4096  # 64 MiB of metadata are a thousand
+_SCAN = re.compile(rb"\xff\xda")
 # What comes after the stuffed, the restart and the fill bytes of a scan.
 _NEXT_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SKIPPED_MARKERS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE3, 0xEE), 0xEF})
@@ -42,7 +43,9 @@ class JpegHeader(NamedTuple):
     luminance_table: bytes  # the first component's, as DQT stores it: 64 or 128 bytes
     is_multi_picture: bool  # an MPO index is present: more images follow the first
     profile: bytes  # ICC, in one piece; empty if there is none
-    is_plain_ycbcr: bool  # one YCbCr picture; nothing but `profile` changes its reading
+    exif: bytes  # in one piece; empty if there is none
+    has_xmp: bool  # or other metadata beside EXIF that may hold an orientation
+    is_plain_ycbcr: bool  # one YCbCr picture; nothing but the three before changes its reading
 
 
 def scan_jpeg(data: bytes) -> JpegHeader | None:
@@ -56,8 +59,8 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
         return None
     tables: dict[int, bytes] = {}
     frame = b""
-    profile = b""
-    is_jfif = is_altered = is_multi_picture = False
+    profile = exif = b""
+    is_jfif = has_xmp = is_altered = is_multi_picture = False
     adobe_transform = -1
     start, num_bytes, num_segments = 2, len(data), 0
     while start + 4 <= num_bytes and data[start] == 0xFF and num_segments < MAX_SEGMENTS:
@@ -79,8 +82,12 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
             frame = data[body:end]
         elif marker == 0xE0:
             is_jfif = is_jfif or data[body : body + 5] == b"JFIF\0"
-        elif marker == 0xE1:  # EXIF or XMP: either may hold an orientation
-            is_altered = True
+        elif marker == 0xE1:
+            if data[body : body + 6] == b"Exif\0\0":
+                is_altered = is_altered or bool(exif)
+                exif = data[body:end]
+            else:
+                has_xmp = True
         elif marker == 0xE2:
             is_multi_picture = is_multi_picture or data[body : body + 4] == b"MPF\0"
             if data[body : body + 12] == b"ICC_PROFILE\0":
@@ -109,8 +116,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
         is_jfif or adobe_transform == 1 or frame[6::3] == b"\1\2\3"
     )
     is_plain = frame[5] == 3 and is_ycbcr and not is_altered and not is_multi_picture
+    table = tables[frame[8]]
     return JpegHeader(
-        width, height, frame[5], tables[frame[8]], is_multi_picture, profile, is_plain
+        width, height, frame[5], table, is_multi_picture, profile, exif, has_xmp, is_plain
     )
 
 
@@ -119,9 +127,9 @@ def count_scans(data: bytes) -> int:
 
     Never raises. Files of more than MAX_SEGMENTS markers count as so many scans.
     """
-    most = data.count(b"\xff\xda")
-    if most < 2:  # nearly all files, and a hundred times faster
-        return most
+    first = _SCAN.search(data)
+    if not first or not _SCAN.search(data, first.end()):  # nearly all files; 2.5 times `count`
+        return int(first is not None)
     num_scans, start = 0, 2
     for _ in range(MAX_SEGMENTS):
         found = _NEXT_MARKER.search(data, start)

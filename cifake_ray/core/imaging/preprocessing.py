@@ -10,7 +10,18 @@ import numpy as np
 from PIL import Image
 
 from cifake_ray.config import MAX_IMAGE_SIZE, Fit
-from cifake_ray.core.imaging.decode import decode_image
+from cifake_ray.core.imaging.decode import (
+    ImageHeader,
+    StoredPixels,
+    decode_stored,
+    decode_with_header,
+)
+from cifake_ray.core.imaging.pillow_pixels import turn_upright
+
+# A JPEG decoded at a smaller scale has at least so many times the input's side. At 4 a network
+# told such images from their whole twins, at 6 hardly (225 mixed generators of mostly 512 to 32
+# pixels: 87% and 55% of pairs), and of the built-in detector's verdicts 1.6% and 0.3% were others.
+MIN_SCALED_RATIO = 6
 
 
 def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
@@ -34,10 +45,7 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
         return pixels
     if fit == "resize":
         short = min(pixels.shape[:2])
-        pixels = _crop_center(pixels, 4 * short, 4 * short)
-        height, width = pixels.shape[:2]
-        scaled = (size * width // short, size * height // short)
-        pixels = np.asarray(Image.fromarray(pixels).resize(scaled, Image.Resampling.BICUBIC))
+        pixels = _resize(Image.fromarray(_crop_center(pixels, 4 * short, 4 * short)), size)
     else:
         missing = [max(size - side, 0) for side in pixels.shape[:2]]
         if any(missing):
@@ -46,6 +54,18 @@ def fit_image(pixels: np.ndarray, *, size: int, fit: Fit) -> np.ndarray:
             pixels = np.pad(cropped, (*margins, (0, 0)), mode="symmetric")
     # A copy: a view would keep a 64-megapixel image alive for the sake of its centre.
     return np.array(_crop_center(pixels, size, size))
+
+
+def _resize(image: Image.Image, size: int, filled: tuple[float, float] | None = None) -> np.ndarray:
+    """Resize the shorter side to `size`. Of the image only a part may be `filled`, from its corner.
+
+    Powers of two divide `filled`, so its floats are exact, and the result has the shape it has for
+    the whole image.
+    """
+    width, height = filled or image.size
+    short = min(width, height)
+    scaled = (int(size * width // short), int(size * height // short))
+    return np.asarray(image.resize(scaled, Image.Resampling.BICUBIC, (0, 0, width, height)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +77,7 @@ class Preprocessing:
     mean: tuple[float, float, float]  # RGB mean in [0, 1] units, as timm's
     std: tuple[float, float, float]  # RGB deviation in [0, 1] units, as timm's
     test_time_flip: bool = False  # the detector sees the mirror image too, see `find_logit`
+    jpeg_scale: bool = False  # large JPEGs are decoded at a smaller scale, see `load_image`
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
@@ -66,8 +87,9 @@ class Preprocessing:
             )
         if self.fit not in get_args(Fit):
             raise ValueError(f"fit={self.fit!r} must be one of {get_args(Fit)}; choose one of them")
-        if type(self.test_time_flip) is not bool:
-            raise ValueError(f"test_time_flip={self.test_time_flip!r} must be true or false")
+        for name in ("test_time_flip", "jpeg_scale"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, lowest in (("mean", "0 <= v"), ("std", "0 < v")):
             values = getattr(self, name)
             if (
@@ -82,8 +104,39 @@ class Preprocessing:
                 )
 
     def load_image(self, data: bytes) -> np.ndarray:
-        """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError."""
-        return fit_image(decode_image(data), size=self.image_size, fit=self.fit)
+        """Decode bytes to uint8[image_size, image_size, 3], 0..255. Raises ImageError.
+
+        With `jpeg_scale` and `fit` "resize", JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if
+        that leaves MIN_SCALED_RATIO times the input's side. That takes a half to a fifth of the
+        time and changes the result by 0.13 of 255 on average, 0.6 in the worst image, and by 10
+        in single values (750 real images).
+        """
+        return self._fit(decode_stored(data, self._min_side))
+
+    def load_with_header(self, data: bytes) -> tuple[ImageHeader, np.ndarray]:
+        """Return what `inspect_image` and `load_image` return, in one pass. Raises ImageError."""
+        header, stored = decode_with_header(data, self._min_side)
+        return header, self._fit(stored)
+
+    @property
+    def _min_side(self) -> int | None:
+        if self.jpeg_scale and self.fit == "resize":
+            return MIN_SCALED_RATIO * self.image_size
+        return None
+
+    def _fit(self, stored: StoredPixels) -> np.ndarray:
+        image, size = stored.pixels, self.image_size
+        is_plain = (  # resized where it is, without two copies of a large image
+            isinstance(image, Image.Image)
+            and stored.orientation == 1
+            and max(image.size) <= 4 * min(image.size)
+        )
+        if self.fit != "resize" or not (stored.scaled or is_plain):
+            return fit_image(stored.to_array(), size=size, fit=self.fit)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        pixels = turn_upright(_resize(image, size, stored.scaled), stored.orientation)
+        return np.array(_crop_center(pixels, size, size))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, for a bundle's config."""
@@ -93,7 +146,7 @@ class Preprocessing:
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Invert `to_dict`. Raises ValueError for missing, unknown or impossible values."""
         names = set(cls.__dataclass_fields__)
-        values = {"test_time_flip": False, **values}  # bundles older than the field
+        values = {"test_time_flip": False, "jpeg_scale": False, **values}  # older than the fields
         if set(values) != names:
             raise ValueError(
                 f"preprocessing has the keys {sorted(values)}, must have exactly {sorted(names)}; "

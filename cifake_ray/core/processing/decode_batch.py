@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cifake_ray.core.imaging.decode import ImageHeader, inspect_image, map_images
+from cifake_ray.core.imaging.decode import ImageHeader, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.errors import ImageError
 
@@ -26,7 +26,7 @@ class Decoded:
 
 def decode_batch(preprocessing: Preprocessing, images: Iterable[bytes | ImageError]) -> Decoded:
     """Decode the images in order; an error takes the place of an image that fails."""
-    decoded = map_images(lambda data: (inspect_image(data), preprocessing.load_image(data)), images)
+    decoded = map_images(preprocessing.load_with_header, images)
     pixels = [each[1] for each in decoded if not isinstance(each, ImageError)]
     side = preprocessing.image_size
     return Decoded(

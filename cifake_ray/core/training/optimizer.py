@@ -42,8 +42,12 @@ def build_for_training(config: TrainConfig) -> Detector:
     detector = build_detector(
         config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
     )
-    if config.test_time_flip:
-        detector.set_preprocessing(replace(detector.preprocessing, test_time_flip=True))
+    preprocessing = replace(
+        detector.preprocessing,
+        test_time_flip=config.test_time_flip,
+        jpeg_scale=config.fit == "resize",  # crops need every pixel
+    )
+    detector.set_preprocessing(preprocessing)
     if config.channels_last:
         detector.network.to(memory_format=torch.channels_last)
     return detector

@@ -283,7 +283,10 @@ def open_training_data(
     shape = (int(rows.group_rows.sum()), *(preprocessing.image_size,) * 2, 3)
     fits = math.prod(shape) <= config.cache_gb * 1e9
     identity = json.dumps(
-        [DECODE_POLICY, rows.hash_files(), preprocessing.image_size, preprocessing.fit]
+        [
+            *(DECODE_POLICY, rows.hash_files()),
+            *(preprocessing.image_size, preprocessing.fit, preprocessing.jpeg_scale),
+        ]
     )
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     cache = PixelCache(locate_cache(config.cache_dir) / key, shape if fits else None)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decode_paths import decode_fast, decode_slow
 from PIL import Image, ImageCms
 
-from cifake_ray.core.imaging import decode as images
 from cifake_ray.core.imaging.decode import decode_image, inspect_image
 
 # Red, green and blue in XYZ of D50. Sources: Adobe RGB (1998), Display P3 and sRGB as their own
@@ -179,10 +179,10 @@ def test_both_ways_to_decode_a_jpeg_agree_on_profiles() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile, is_fast in ((b"", True), (srgb, True), (make_rgb_profile(P3), False)):
         data = encode(BLOCKS, "JPEG", quality=90, icc_profile=profile)
-        fast = images._decode_fast(data)
+        fast = decode_fast(data)
         assert (fast is not None) == is_fast
         if fast is not None:
-            np.testing.assert_array_equal(fast, images._decode_slow(data))
+            np.testing.assert_array_equal(fast, decode_slow(data))
 
 
 def test_a_profile_in_several_pieces_is_read_whole() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decode_paths import decode_fast, decode_slow
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from cifake_ray.core.imaging import decode as images
@@ -562,9 +563,9 @@ def test_a_jpeg_of_very_many_pixels_is_decoded_at_half_size(
     half = decode_image(data)
     assert half.shape == ((51, 67, 3) if orientation == 1 else (67, 51, 3))
     assert np.abs(half[:50, :50].astype(int) - whole[:100:2, :100:2]).mean() < 12
-    fast = images._decode_fast(data)
-    assert (fast is not None) == (mode == "RGB" and orientation == 1)
-    np.testing.assert_array_equal(images._decode_slow(data), half)
+    fast = decode_fast(data)
+    assert (fast is not None) == (mode == "RGB")
+    np.testing.assert_array_equal(decode_slow(data), half)
     header = inspect_image(data)
     assert (header.width, header.height) == (133, 101)
     monkeypatch.setattr(images, "MAX_PROGRESSIVE_PIXELS", 101 * 133 - 1)
@@ -599,9 +600,9 @@ def test_a_file_cut_anywhere_is_truncated(format: str, options: dict[str, Any]) 
 def test_no_truncated_jpeg_slips_through_the_fast_path(progressive: bool) -> None:
     data = encode(make_pixels(64, 64), "JPEG", progressive=progressive)
     for cut in range(4, len(data) - 2, 7):
-        assert images._decode_fast(data[:cut]) is None
+        assert decode_fast(data[:cut]) is None
         if not progressive:  # cut between two scans and closed, that is a complete coarser image
-            assert images._decode_fast(data[:cut] + b"\xff\xd9") is None
+            assert decode_fast(data[:cut] + b"\xff\xd9") is None
         assert refuse(data[:cut]).error == "truncated"
 
 
@@ -692,7 +693,7 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_an_optimised_one_is_not() -> N
     error = refuse(data)
     assert time.perf_counter() - start_s < 2  # decoding takes over a minute
     assert (error.error, error.detail) == ("decode_failed", "500 scans of 8000 x 8000 pixels")
-    assert images._decode_fast(data) is None
+    assert decode_fast(data) is None
     assert decode_image(make_scans(64, 1000)).shape == (1000, 1000, 3)
 
 
@@ -770,35 +771,93 @@ def test_the_fast_path_equals_the_slow_one(subsampling: str, progressive: bool) 
                 progressive=progressive,
                 restart_marker_blocks=seed % 3,
             )
-            fast = images._decode_fast(data)
+            fast = decode_fast(data)
             if subsampling == "4:1:1" and fast is None:
                 continue  # doubt is allowed, a difference is not
             assert fast is not None
-            np.testing.assert_array_equal(fast, images._decode_slow(data))
+            np.testing.assert_array_equal(fast, decode_slow(data))
             assert fast.flags.writeable
 
 
 def test_plain_cifake_like_jpegs_never_open_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(make_pixels(32, 32), "JPEG")
-    expected = images._decode_slow(data)
+    expected = decode_slow(data)
     monkeypatch.setattr(images, "_open_image", None)
     np.testing.assert_array_equal(decode_image(data), expected)
     assert inspect_image(data) == ImageHeader(32, 32, "JPEG", "RGB", 75, 1)
 
 
-def test_what_needs_judgement_is_left_to_pillow() -> None:
+@pytest.mark.parametrize("orientation", [*range(10), None])
+def test_jpegs_with_exif_take_the_fast_path_and_equal_pillow(orientation: int | None) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    if orientation is not None:
+        exif[0x0112] = orientation
+    data = encode(make_pixels(41, 67), "JPEG", exif=exif)
+    fast = decode_fast(data)
+    assert fast is not None
+    np.testing.assert_array_equal(fast, decode_slow(data))
+    assert fast.shape == ((67, 41, 3) if orientation in (5, 6, 7, 8) else (41, 67, 3))
+    assert fast.flags.c_contiguous
+    assert fast.flags.writeable
+    xmp = b'<x tiff:Orientation="3"/>'  # counts only where EXIF says nothing
+    data = encode(make_pixels(41, 67), "JPEG", exif=exif, xmp=xmp)
+    assert (decode_fast(data) is None) == (orientation is None)
+    expected = np.rot90(decode_slow(encode(make_pixels(41, 67), "JPEG")), 2)
+    if orientation is None:
+        np.testing.assert_array_equal(decode_image(data), expected)
+    else:
+        np.testing.assert_array_equal(decode_image(data), decode_slow(data))
+
+
+def test_one_pass_gives_header_pixels_and_errors_of_two() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
+    pixels, tall = make_pixels(90, 70), make_pixels(300, 20)
+    files = [
+        *(encode(pixels, format) for format in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")),
+        *(encode(pixels, format, exif=exif) for format in ("JPEG", "PNG", "WEBP", "TIFF")),
+        *(encode(tall, format) for format in ("JPEG", "PNG", "TIFF")),
+        encode(pixels[:32, :32], "PNG"),
+        encode(pixels, "GIF", save_all=True, append_images=[Image.fromarray(pixels[::-1])]),
+        encode(pixels, "MPO", save_all=True, append_images=[Image.fromarray(pixels)]),
+    ]
+    broken = [b"", b"text", make_bomb(), *(data[: len(data) // 2] for data in files)]
+    for fit in ("resize", "crop"):
+        made = Preprocessing(**{**GOOD, "fit": fit})
+        for data in files:
+            header, fitted = made.load_with_header(data)
+            assert header == inspect_image(data)
+            expected = fit_image(decode_image(data), size=32, fit=made.fit)
+            np.testing.assert_array_equal(fitted, expected)
+            np.testing.assert_array_equal(made.load_image(data), expected)
+            assert fitted.flags.writeable
+        for data in broken:
+            error = find_error(data, inspect_image) or refuse(data)
+            both = refuse(data, made.load_with_header)
+            assert (both.error, both.detail) == (error.error, error.detail)
+
+
+def test_a_header_that_is_refused_comes_before_pixels_that_are_not() -> None:
+    still = encode(make_pixels(), "PNG")
+    chunk = make_chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))
+    data = still[:33] + chunk + still[33:]
+    made = Preprocessing(**GOOD)
+    assert refuse(data, made.load_with_header).detail == refuse(data, inspect_image).detail
+    assert find_error(data, made.load_image) == find_error(data)
+
+
+def test_what_needs_judgement_is_left_to_pillow() -> None:
     rgb = make_pixels()
     for data in (
-        encode(rgb, "JPEG", exif=exif),
+        encode(rgb, "JPEG", xmp=b"<x/>"),
         encode(rgb[:, :, 0], "JPEG"),
         encode(Image.fromarray(rgb).convert("CMYK"), "JPEG"),
         encode(rgb, "JPEG", keep_rgb=True),
         encode(rgb, "MPO", save_all=True, append_images=[Image.fromarray(rgb)]),
         encode(rgb, "PNG"),
     ):
-        assert images._decode_fast(data) is None
+        assert decode_fast(data) is None
     np.testing.assert_array_less(
         np.abs(decode_image(encode(rgb, "JPEG", keep_rgb=True, quality=100)).astype(int) - rgb), 4
     )
@@ -939,6 +998,65 @@ def test_preprocessing_refuses_unknown_and_missing_keys(change: dict[str, Any]) 
         Preprocessing.from_dict(values)
 
 
+# JPEGs at a smaller scale
+
+EXACT, SCALED = Preprocessing(**GOOD), Preprocessing(**GOOD, jpeg_scale=True)
+
+
+def measure_scaling(data: bytes) -> tuple[float, int]:
+    """The mean and the largest difference that the smaller scale makes."""
+    difference = np.abs(SCALED.load_image(data).astype(int) - EXACT.load_image(data))
+    return float(difference.mean()), int(difference.max())
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("shape", [(389, 401), (771, 1001), (1999, 1537)])
+def test_a_smaller_scale_changes_next_to_nothing(
+    shape: tuple[int, int], mode: str, orientation: int
+) -> None:
+    """Blocks as large as a pixel of the result, which no shift of the picture would leave alone."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    blocks = np.random.default_rng(0).integers(64, 192, (200, 200, 3)).astype(np.uint8)
+    pixels = np.kron(blocks, np.ones((12, 12, 1), np.uint8))[: shape[0], : shape[1]]
+    image = Image.fromarray(pixels).convert(mode)
+    mean, most = measure_scaling(encode(image, "JPEG", quality=90, exif=exif))
+    assert 0 < mean < 0.4
+    assert most <= 4
+
+
+def test_both_paths_give_the_same_pixels_at_each_scale() -> None:
+    data = encode(make_pixels(401, 533), "JPEG", progressive=True)
+    for min_side, factor in ((201, 1), (200, 2), (100, 4), (50, 8), (1, 8)):
+        fast = images._decode_fast(images._File(data), min_side)
+        slow = images._decode_slow(images._File(data), min_side)
+        assert fast is not None
+        np.testing.assert_array_equal(fast.to_array(), slow.to_array())
+        assert fast.to_array().shape == (-(-401 // factor), -(-533 // factor), 3)
+        assert fast.scaled == slow.scaled == (None if factor == 1 else (533 / factor, 401 / factor))
+
+
+def test_what_is_small_long_or_no_jpeg_or_cropped_is_decoded_whole() -> None:
+    large, crop = make_pixels(400, 500), Preprocessing(**{**GOOD, "fit": "crop"}, jpeg_scale=True)
+    assert measure_scaling(encode(large, "JPEG"))[0] > 0
+    for data in (
+        encode(make_pixels(383, 500), "JPEG"),
+        encode(make_pixels(1541, 385), "JPEG"),
+        encode(large, "PNG"),
+    ):
+        assert measure_scaling(data) == (0, 0)
+    whole = fit_image(decode_image(encode(large, "JPEG")), size=32, fit="crop")
+    np.testing.assert_array_equal(crop.load_image(encode(large, "JPEG")), whole)
+
+
+def test_bundles_older_than_the_smaller_scale_keep_every_bit() -> None:
+    older = EXACT.to_dict()
+    del older["jpeg_scale"]
+    assert Preprocessing.from_dict(older) == EXACT != SCALED
+    assert Preprocessing.from_dict(SCALED.to_dict()) == SCALED
+
+
 # Real images
 
 
@@ -974,8 +1092,8 @@ def test_every_real_mixed_image_decodes_or_is_refused_by_name_and_fast_equals_sl
             continue
         decoded, facts = decode_image(data), inspect_image(data)
         num_good += 1
-        num_fast += images._decode_fast(data) is not None
-        np.testing.assert_array_equal(decoded, images._decode_slow(data), err_msg=name)
+        num_fast += decode_fast(data) is not None
+        np.testing.assert_array_equal(decoded, decode_slow(data), err_msg=name)
         with Image.open(BytesIO(data)) as opened:
             assert (facts.width, facts.height) == opened.size, name
             assert (facts.format, facts.mode) == (opened.format, opened.mode), name
@@ -985,7 +1103,19 @@ def test_every_real_mixed_image_decodes_or_is_refused_by_name_and_fast_equals_sl
 
 def test_real_cifake_takes_the_fast_path_and_equals_the_slow_one() -> None:
     for name, data in read_real("cifake.tar.xz", count=500):
-        fast = images._decode_fast(data)
+        fast = decode_fast(data)
         assert fast is not None, name
-        np.testing.assert_array_equal(fast, images._decode_slow(data), err_msg=name)
+        np.testing.assert_array_equal(fast, decode_slow(data), err_msg=name)
         assert inspect_image(data) == ImageHeader(32, 32, "JPEG", "RGB", 75, 1), name
+
+
+def test_a_smaller_scale_changes_no_real_image_by_more_than_it_says() -> None:
+    means, most = [], 0
+    for _, data in read_real("mixed-generators.tar", count=400, seed=1):
+        if find_error(data) is None and (found := measure_scaling(data)) != (0, 0):
+            means.append(found[0])
+            most = max(most, found[1])
+    assert len(means) > 100
+    assert np.mean(means) < 0.2
+    assert max(means) < 0.65
+    assert most <= 12

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decode_paths import decode_fast, decode_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +38,7 @@ HALF = (0.5, 0.5, 0.5)
 PREPROCESSINGS = [
     Preprocessing(image_size=32, fit="resize", mean=HALF, std=HALF),
     Preprocessing(image_size=64, fit="crop", mean=HALF, std=HALF),
+    Preprocessing(image_size=1, fit="resize", mean=HALF, std=HALF, jpeg_scale=True),
 ]
 
 
@@ -200,8 +202,8 @@ def check_promises(data: bytes) -> None:
     assert 0 < pixels.size <= 3 * images.MAX_IMAGE_PIXELS
     assert pixels.flags.c_contiguous
     assert pixels.flags.writeable
-    if images._decode_fast(data) is not None:
-        np.testing.assert_array_equal(images._decode_slow(data), pixels)
+    if decode_fast(data) is not None:
+        np.testing.assert_array_equal(decode_slow(data), pixels)
     if pixels.size < 2**20:
         for preprocessing in PREPROCESSINGS:
             square = call(preprocessing.load_image, data)

@@ -282,6 +282,13 @@ def test_channels_last_changes_the_order_of_weights_and_no_output() -> None:
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["resize", "crop"])
+def test_a_new_detector_takes_large_jpegs_at_a_smaller_scale_if_it_resizes(how: str) -> None:
+    for flip in (False, True):
+        made = build_for_training(make_config(fit=how, test_time_flip=flip)).preprocessing
+        assert (made.jpeg_scale, made.test_time_flip) == (how == "resize", flip)
+
+
 def test_drop_path_reaches_the_network_and_leaves_its_weights_alike() -> None:
     plain = build_for_training(make_config(model="test_vit"))
     dropping = build_for_training(make_config(model="test_vit", drop_path=0.5))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,15 @@ def test_no_damage_gives_other_pixels_or_other_images(
     assert len(told) > 0.8 * len(damaged)
     path.unlink()
     assert read() == wanted
+
+
+def test_pixels_of_jpegs_at_a_smaller_scale_are_kept_apart(shards: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "cache")
+    config = TrainConfig(shards=str(shards), run="r", cache_dir=folder, val_split="val")
+    for scales in (False, True, False):
+        preprocessing = replace(PREPROCESSING, jpeg_scale=scales)
+        open_training_data(read_training_rows(config), preprocessing, config, 1)
+    assert len([*(tmp_path / "cache").glob("*.npy")]) == 2
 
 
 def test_what_an_earlier_version_decoded_is_used(shards: Path, tmp_path: Path) -> None:
