@@ -13,14 +13,18 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
+import pyarrow as pa
+
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
+from cifake_ray.stages.resources import Placement
+from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
 MAX_STARTS = 3  # of a process that never becomes ready
 
@@ -41,11 +45,25 @@ class _Worker:
 class LocalPool:
     """Processes that commit shards. `with` ends them."""
 
-    def __init__(self, task: WorkerTask, num_workers: int) -> None:
-        """Start the processes."""
-        self.task, self.is_open = task, True
-        use_gpu = task.placement.gpus_per_worker > 0
-        self.workers = [_Worker(choose_environment(n, use_gpu)) for n in range(num_workers)]
+    def __init__(self, placement: Placement) -> None:
+        """Start the first process, which imports its libraries while the source is listed."""
+        self.placement, self.is_open = placement, True
+        self.workers: list[_Worker] = []
+        self._start_workers(1)
+
+    def _start_workers(self, num_workers: int) -> None:
+        """Start processes until there are so many."""
+        use_gpu = self.placement.gpus_per_worker > 0
+        for number in range(len(self.workers), num_workers):
+            self.workers.append(_Worker(choose_environment(number, use_gpu)))
+
+    def follow_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Start as many of the others as a listing is already long enough for."""
+        listed = 0
+        for batch in batches:
+            listed += batch.num_rows
+            self._start_workers(min(self.placement.num_workers, listed // MIN_SHARD_ROWS))
+            yield batch
 
     def __enter__(self) -> LocalPool:
         return self
@@ -56,12 +74,13 @@ class LocalPool:
             worker.child.process.kill()
             worker.child.end()
 
-    def report_shards(self) -> Generator[ShardReport | CifakeError, None, None]:
+    def report_shards(self, task: WorkerTask) -> Generator[ShardReport | CifakeError, None, None]:
         """Commit all shards; yield a report of each, in the order in which they are committed.
 
         ResourceError when no process can be started.
         """
-        waiting = deque(range(self.task.run.manifest.num_shards))
+        waiting = deque(range(task.run.manifest.num_shards))
+        self._start_workers(min(self.placement.num_workers, len(waiting)))
         at_work: dict[int, int] = {}  # worker -> shard
         left = len(waiting)
         while left and self.is_open:
@@ -84,7 +103,7 @@ class LocalPool:
                     yield answer
                 elif answer == READY:
                     worker.starts = 0
-                    worker.child.connection.send(self.task)
+                    worker.child.connection.send(task)
                 else:
                     raise RuntimeError(f"in a worker process: {answer}")
                 if waiting:
