@@ -174,7 +174,7 @@ class Computer:
             watched = self._watch(getattr(MemoryFileSystem, name), is_write=name != "rm_file")
             patch.setattr(MemoryFileSystem, name, watched)
         patch.setattr(driver, "runs_here", lambda *arguments: True)
-        patch.setattr(driver, "LocalPool", lambda placement: SimulatedPool(self))
+        patch.setattr(driver, "LocalPool", lambda *arguments: SimulatedPool(self))
 
     def _watch(self, function: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

@@ -49,7 +49,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(BUNDLE, calibration=CALIBRATION)
 
     @contextmanager
-    def start_pool(placement: Placement) -> Iterator[Any]:
+    def start_pool(placement: Placement, module: str) -> Iterator[Any]:
         yield SimpleNamespace(report_shards=report_shards, follow_listing=iter)
 
     def report_shards(task: WorkerTask) -> Iterator[ShardReport]:

@@ -32,7 +32,7 @@ from cifake_ray.stages.resources import Placement
 class InlinePool(nullcontext[Any]):
     """What the driver uses of LocalPool, in this process."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, module: str) -> None:
         super().__init__(self)
 
     def follow_listing(self, batches: Iterator[Any]) -> Iterator[Any]:

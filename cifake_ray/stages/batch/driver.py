@@ -217,7 +217,7 @@ def _start_here(
     """Place the workers on this machine, and list the source while they start."""
     here = read_local_resources(plan.device)
     placement = choose_placement(here, plan.config.num_workers, plan.device)
-    pool = stack.enter_context(LocalPool(placement))
+    pool = stack.enter_context(LocalPool(placement, plan.make_processor.__module__))
 
     def list_images() -> Listing:
         listing = plan.list_images()

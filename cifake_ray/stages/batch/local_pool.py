@@ -7,6 +7,7 @@ its shard is given out again, as Ray does with its actors.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cifake_ray.core.pandas_import import leave_out_pandas
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
@@ -32,22 +34,22 @@ MAX_STARTS = 3  # of a process that never becomes ready
 class _Worker:
     """A process, the shard that it has now, and what to start another one like it."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
+    def __init__(self, module: str, env: dict[str, str]) -> None:
+        self.module, self.env = module, env
         self.starts = 0
         self.start()
 
     def start(self) -> None:
         self.starts += 1
-        self.child = ChildProcess(__spec__.name, env=self.env)
+        self.child = ChildProcess(__spec__.name, self.module, env=self.env)
 
 
 class LocalPool:
     """Processes that commit shards. `with` ends them."""
 
-    def __init__(self, placement: Placement) -> None:
-        """Start the first process, which imports its libraries while the source is listed."""
-        self.placement, self.is_open = placement, True
+    def __init__(self, placement: Placement, module: str) -> None:
+        """Start the first process, which imports the verb's module while the source is listed."""
+        self.placement, self.module, self.is_open = placement, module, True
         self.workers: list[_Worker] = []
         self._start_workers(1)
 
@@ -55,7 +57,7 @@ class LocalPool:
         """Start processes until there are so many."""
         use_gpu = self.placement.gpus_per_worker > 0
         for number in range(len(self.workers), num_workers):
-            self.workers.append(_Worker(choose_environment(number, use_gpu)))
+            self.workers.append(_Worker(self.module, choose_environment(number, use_gpu)))
 
     def follow_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Start as many of the others as a listing is already long enough for."""
@@ -129,7 +131,7 @@ def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
     return env
 
 
-def serve_shards(parent: Connection[Any, Any]) -> None:
+def serve_shards(parent: Connection[Any, Any], module: str) -> None:
     """Commit the shards that come over the pipe, until it is closed."""
     given: SimpleQueue[Any] = SimpleQueue()
 
@@ -143,6 +145,8 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
+    leave_out_pandas()
+    importlib.import_module(module)
     parent.send(READY)
     worker = ShardWorker(given.get())
     while True:
@@ -150,4 +154,4 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve_shards(connect_parent(sys.argv[1:])[0])
+    serve_shards(connect_parent(sys.argv[1:])[0], sys.argv[2])

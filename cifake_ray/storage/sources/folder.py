@@ -135,7 +135,7 @@ class FolderSource:
                         left_out["link out of the folder"] += 1
                         continue
                 facts = metadata.describe(key, folder_labels) if metadata else folder_labels
-                escaped = escape_key(key)
+                escaped = None if key.isascii() else escape_key(key)
                 if escaped is None:
                     yield key, key, None, size_bytes, mtime_ns, None, *facts, None
                 else:
