@@ -99,8 +99,8 @@ def _add_command(name: str) -> Callable[[Function], Function]:
 def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
     def body() -> tuple[Any, int]:
         config = make_config()
-        from cifake_ray.core.pandas_import import leave_out_pandas
         from cifake_ray.pipeline import run_verb
+        from cifake_ray.stages.pandas_import import leave_out_pandas
         from cifake_ray.stages.resources import runs_here
 
         device: Any = getattr(config, "device", "cpu")

@@ -21,10 +21,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from cifake_ray.core.pandas_import import leave_out_pandas
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
+from cifake_ray.stages.pandas_import import leave_out_pandas
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
