@@ -174,7 +174,7 @@ class Computer:
             watched = self._watch(getattr(MemoryFileSystem, name), is_write=name != "rm_file")
             patch.setattr(MemoryFileSystem, name, watched)
         patch.setattr(driver, "runs_here", lambda *arguments: True)
-        patch.setattr(driver, "LocalPool", lambda task, num_workers: SimulatedPool(self, task))
+        patch.setattr(driver, "LocalPool", lambda *arguments: SimulatedPool(self))
 
     def _watch(self, function: Callable[..., Any], *, is_write: bool) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -317,8 +317,8 @@ class HalfFile:
 class SimulatedPool:
     """What the driver uses of LocalPool: a worker that is started anew when it was killed."""
 
-    def __init__(self, computer: Computer, task: WorkerTask) -> None:
-        self.computer, self.task = computer, task
+    def __init__(self, computer: Computer) -> None:
+        self.computer = computer
 
     def __enter__(self) -> SimulatedPool:
         return self
@@ -326,9 +326,12 @@ class SimulatedPool:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def report_shards(self) -> Iterator[ShardReport | CifakeError]:
-        worker = ShardWorker(self.task)
-        for shard in range(self.task.run.manifest.num_shards):
+    def follow_listing(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches
+
+    def report_shards(self, task: WorkerTask) -> Iterator[ShardReport | CifakeError]:
+        worker = ShardWorker(task)
+        for shard in range(task.run.manifest.num_shards):
             while True:
                 command = self.computer.process
                 try:
@@ -338,5 +341,5 @@ class SimulatedPool:
                 except Killed:
                     if command is not None and not command.is_alive:
                         raise
-                    worker = ShardWorker(self.task)
+                    worker = ShardWorker(task)
             yield report

@@ -26,6 +26,7 @@ from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.shard_worker import ShardReport, WorkerTask
 from cifake_ray.stages.batch.summary import BatchSummary
+from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, read_run
@@ -48,10 +49,12 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(BUNDLE, calibration=CALIBRATION)
 
     @contextmanager
-    def start_pool(task: WorkerTask, num_workers: int) -> Iterator[Any]:
-        yield SimpleNamespace(report_shards=lambda: report_shards(task.run, task.make_processor))
+    def start_pool(placement: Placement, module: str) -> Iterator[Any]:
+        yield SimpleNamespace(report_shards=report_shards, follow_listing=iter)
 
-    def report_shards(run: Run, made: Any) -> Iterator[ShardReport]:
+    def report_shards(task: WorkerTask) -> Iterator[ShardReport]:
+        run: Run = task.run
+        made: Any = task.make_processor
         for shard in range(run.manifest.num_shards):
             rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
             keys = rows.column("key").to_pylist()

@@ -140,7 +140,7 @@ def connect_nothing(*arguments: Any) -> Iterator[Any]:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "runs_here", lambda *arguments: True)
-    monkeypatch.setattr(driver, "LocalPool", lambda task, n: SimulatedPool(Computer(), task))
+    monkeypatch.setattr(driver, "LocalPool", lambda *arguments: SimulatedPool(Computer()))
     monkeypatch.setattr(shard_worker, "faulthandler", Mock())  # it would end these tests
     monkeypatch.setattr(shard_worker, "Quarantine", AllAreGood)
 

@@ -26,18 +26,21 @@ from cifake_ray.errors import CifakeError, StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch import driver, shard_worker
 from cifake_ray.stages.batch.shard_worker import WorkerTask
+from cifake_ray.stages.resources import Placement
 
 
 class InlinePool(nullcontext[Any]):
     """What the driver uses of LocalPool, in this process."""
 
-    def __init__(self, task: WorkerTask, num_workers: int) -> None:
+    def __init__(self, placement: Placement, module: str) -> None:
         super().__init__(self)
-        self.task = task
 
-    def report_shards(self) -> Iterator[Any]:
-        worker = shard_worker.ShardWorker(self.task)
-        yield from map(worker.report_shard, range(self.task.run.manifest.num_shards))
+    def follow_listing(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches
+
+    def report_shards(self, task: WorkerTask) -> Iterator[Any]:
+        worker = shard_worker.ShardWorker(task)
+        yield from map(worker.report_shard, range(task.run.manifest.num_shards))
 
 
 class InlineQuarantine(nullcontext[Any]):

@@ -32,6 +32,7 @@ _SCAN = re.compile(rb"\xff\xda")
 # What comes after the stuffed, the restart and the fill bytes of a scan.
 _NEXT_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _SKIPPED_MARKERS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE3, 0xEE), 0xEF})
+MAX_SHARED_BYTES = 2048  # of a header that files share; with metadata it is larger, and its own
 
 
 class JpegHeader(NamedTuple):
@@ -49,6 +50,20 @@ class JpegHeader(NamedTuple):
 
 
 def scan_jpeg(data: bytes) -> JpegHeader | None:
+    """Read the header of a JPEG from its markers, as `_scan_markers` does; never raises.
+
+    Small files of one encoder have the same bytes before their first scan, and what these say is
+    cached, which takes a fifth of the time.
+    """
+    scan = data.find(b"\xff\xda", 2, MAX_SHARED_BYTES)
+    if scan > 0:  # or it is inside a segment; then what is before it is no whole header
+        end = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+        if (header := _scan_shared(data[:end])) is not None:
+            return header
+    return _scan_markers(data)
+
+
+def _scan_markers(data: bytes) -> JpegHeader | None:
     """Read the header of a JPEG from its markers (4 us for a 32x32 file); never raises.
 
     Returns None for all that is not a well-formed single 8-bit Huffman-coded frame: not a JPEG, cut
@@ -120,6 +135,9 @@ def scan_jpeg(data: bytes) -> JpegHeader | None:
     return JpegHeader(
         width, height, frame[5], table, is_multi_picture, profile, exif, has_xmp, is_plain
     )
+
+
+_scan_shared = lru_cache(maxsize=64)(_scan_markers)
 
 
 def count_scans(data: bytes) -> int:

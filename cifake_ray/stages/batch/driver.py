@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -177,7 +177,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     with ExitStack() as stack:
         is_local = runs_here(plan.config, plan.config.num_workers, plan.device)
         start = _start_here if is_local else _start_on_ray
-        run, placement = start(plan, found, stack)
+        run, placement, pool = start(plan, found, stack)
         if (summary := find_result(plan, run)) is not None:  # of another process, meanwhile
             return summary
         if plan.config.retry_errors:
@@ -194,9 +194,8 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         num_workers = min(placement.num_workers, run.manifest.num_shards)
         ran_on = describe_workers(num_workers, is_local)
         plan.log(f"{plan.command}: starting {ran_on} ...")
-        if is_local:
-            pool = stack.enter_context(LocalPool(task, num_workers))
-            stream, describe = pool.report_shards(), lambda: f"there are {ran_on}"
+        if pool is not None:
+            stream, describe = pool.report_shards(task), lambda: f"there are {ran_on}"
         else:
             from cifake_ray.stages.batch.ray_pool import describe_cluster, report_shards
 
@@ -212,14 +211,25 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         return finish_batch(plan, run, totals, ran_on)
 
 
-def _start_here(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Placement]:
-    """Place the workers on this machine, and list the source."""
+def _start_here(
+    plan: BatchPlan, found: Run | None, stack: ExitStack
+) -> tuple[Run, Placement, LocalPool]:
+    """Place the workers on this machine, and list the source while they start."""
     here = read_local_resources(plan.device)
     placement = choose_placement(here, plan.config.num_workers, plan.device)
-    return found or plan.run.freeze(), placement
+    pool = stack.enter_context(LocalPool(placement, plan.make_processor.__module__))
+
+    def list_images() -> Listing:
+        listing = plan.list_images()
+        listing.change_batches(pool.follow_listing)
+        return listing
+
+    return found or replace(plan.run, list_source=list_images).freeze(), placement, pool
 
 
-def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple[Run, Placement]:
+def _start_on_ray(
+    plan: BatchPlan, found: Run | None, stack: ExitStack
+) -> tuple[Run, Placement, None]:
     """Connect to a cluster, or start Ray, while the source is listed."""
     from cifake_ray.stages.cluster import connect_cluster
 
@@ -234,7 +244,7 @@ def _start_on_ray(plan: BatchPlan, found: Run | None, stack: ExitStack) -> tuple
     least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
     resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
     placement = choose_placement(resources, plan.config.num_workers, plan.device)
-    return opening.result(), placement
+    return opening.result(), placement, None
 
 
 def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> BatchSummary:

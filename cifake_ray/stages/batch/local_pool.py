@@ -7,20 +7,26 @@ its shard is given out again, as Ray does with its actors.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
+import pyarrow as pa
+
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
+from cifake_ray.stages.pandas_import import leave_out_pandas
+from cifake_ray.stages.resources import Placement
+from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
 MAX_STARTS = 3  # of a process that never becomes ready
 
@@ -28,24 +34,38 @@ MAX_STARTS = 3  # of a process that never becomes ready
 class _Worker:
     """A process, the shard that it has now, and what to start another one like it."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
+    def __init__(self, module: str, env: dict[str, str]) -> None:
+        self.module, self.env = module, env
         self.starts = 0
         self.start()
 
     def start(self) -> None:
         self.starts += 1
-        self.child = ChildProcess(__spec__.name, env=self.env)
+        self.child = ChildProcess(__spec__.name, self.module, env=self.env)
 
 
 class LocalPool:
     """Processes that commit shards. `with` ends them."""
 
-    def __init__(self, task: WorkerTask, num_workers: int) -> None:
-        """Start the processes."""
-        self.task, self.is_open = task, True
-        use_gpu = task.placement.gpus_per_worker > 0
-        self.workers = [_Worker(choose_environment(n, use_gpu)) for n in range(num_workers)]
+    def __init__(self, placement: Placement, module: str) -> None:
+        """Start the first process, which imports the verb's module while the source is listed."""
+        self.placement, self.module, self.is_open = placement, module, True
+        self.workers: list[_Worker] = []
+        self._start_workers(1)
+
+    def _start_workers(self, num_workers: int) -> None:
+        """Start processes until there are so many."""
+        use_gpu = self.placement.gpus_per_worker > 0
+        for number in range(len(self.workers), num_workers):
+            self.workers.append(_Worker(self.module, choose_environment(number, use_gpu)))
+
+    def follow_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Start as many of the others as a listing is already long enough for."""
+        listed = 0
+        for batch in batches:
+            listed += batch.num_rows
+            self._start_workers(min(self.placement.num_workers, listed // MIN_SHARD_ROWS))
+            yield batch
 
     def __enter__(self) -> LocalPool:
         return self
@@ -56,12 +76,13 @@ class LocalPool:
             worker.child.process.kill()
             worker.child.end()
 
-    def report_shards(self) -> Generator[ShardReport | CifakeError, None, None]:
+    def report_shards(self, task: WorkerTask) -> Generator[ShardReport | CifakeError, None, None]:
         """Commit all shards; yield a report of each, in the order in which they are committed.
 
         ResourceError when no process can be started.
         """
-        waiting = deque(range(self.task.run.manifest.num_shards))
+        waiting = deque(range(task.run.manifest.num_shards))
+        self._start_workers(min(self.placement.num_workers, len(waiting)))
         at_work: dict[int, int] = {}  # worker -> shard
         left = len(waiting)
         while left and self.is_open:
@@ -84,7 +105,7 @@ class LocalPool:
                     yield answer
                 elif answer == READY:
                     worker.starts = 0
-                    worker.child.connection.send(self.task)
+                    worker.child.connection.send(task)
                 else:
                     raise RuntimeError(f"in a worker process: {answer}")
                 if waiting:
@@ -110,7 +131,7 @@ def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
     return env
 
 
-def serve_shards(parent: Connection[Any, Any]) -> None:
+def serve_shards(parent: Connection[Any, Any], module: str) -> None:
     """Commit the shards that come over the pipe, until it is closed."""
     given: SimpleQueue[Any] = SimpleQueue()
 
@@ -124,6 +145,8 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
+    leave_out_pandas()
+    importlib.import_module(module)
     parent.send(READY)
     worker = ShardWorker(given.get())
     while True:
@@ -131,4 +154,4 @@ def serve_shards(parent: Connection[Any, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve_shards(connect_parent(sys.argv[1:])[0])
+    serve_shards(connect_parent(sys.argv[1:])[0], sys.argv[2])

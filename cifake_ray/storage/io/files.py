@@ -158,7 +158,12 @@ def move(path: AnyPath, target: AnyPath) -> None:
 
 
 def _write_atomically(
-    path: Path, chunks: Iterable[bytes], publish: Callable[[Path, Path], None], durable: bool = True
+    path: Path,
+    chunks: Iterable[bytes],
+    publish: Callable[[Path, Path], None],
+    *,
+    durable: bool = True,
+    force_name: bool = True,
 ) -> None:
     """Write a temporary file next to `path`, force it to disk, then publish it in one step."""
     name = f"{TEMPORARY_PREFIX}{os.getpid()}-{identify_host()}-{secrets.token_hex(4)}"
@@ -175,7 +180,7 @@ def _write_atomically(
             raise error if path.parent.exists() else explain_loss(path) from error
         finally:
             discard(temporary)
-        if durable:
+        if durable and force_name:
             sync_folder(path.parent)
 
 
@@ -191,10 +196,13 @@ def sync_folder(folder: AnyPath) -> None:
             os.close(descriptor)
 
 
-def write_bytes(path: AnyPath, data: bytes) -> None:
-    """Write or replace a file, whole or not at all."""
+def write_bytes(path: AnyPath, data: bytes, *, force_name: bool = True) -> None:
+    """Write or replace a file, whole or not at all.
+
+    Without `force_name` a loss of power may undo that until its folder is forced to disk.
+    """
     if isinstance(path, Path):
-        _write_atomically(path, [data], os.replace)
+        _write_atomically(path, [data], os.replace, force_name=force_name)
     else:
         with explain_errors(path):
             replace_object(path, data)

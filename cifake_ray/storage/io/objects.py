@@ -7,12 +7,13 @@ S3 is spoken by many servers, and by caches and gateways in front of them. Some 
 from __future__ import annotations
 
 import time
-from typing import Any
-
-from upath import UPath
+from typing import TYPE_CHECKING, Any
 
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.paths import read_code
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 MAX_PUT_BYTES = 5 * 2**30  # S3 takes no more in one PUT
 LOOK_AGAIN_S = (0.5, 1.0, 2.0, 4.0)  # pauses for a store that is behind

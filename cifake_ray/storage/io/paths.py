@@ -10,45 +10,36 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
-
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConfigParseError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    InvalidRegionError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-)
-from pyarrow.fs import FSSpecHandler, PyFileSystem
-from upath import UPath
 
 from cifake_ray.config import StoreConfig, check_endpoint
 from cifake_ray.errors import StorageError, UsageError
-from cifake_ray.storage.io.s3_session import StayingSession
 
-AnyPath: TypeAlias = Path | UPath
+if TYPE_CHECKING:  # the libraries of stores take as long to import as all others of `convert`
+    from botocore.exceptions import BotoCoreError, ClientError
+    from upath import UPath
+
+AnyPath: TypeAlias = "Path | UPath"
 
 SCHEMES = ("s3", "gs", "az", "abfs", "hf", "memory")  # besides file; no http: see README, Security
-REMEDIES: dict[type[Exception], str] = {
-    ParamValidationError: "give s3://BUCKET/PREFIX with a valid name of a bucket",
-    ProfileNotFound: "check --s3-profile and AWS_PROFILE",
-    ConfigParseError: "fix the AWS configuration, or name another by AWS_CONFIG_FILE",
-    PartialCredentialsError: "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither",
-    InvalidRegionError: "check --s3-region and AWS_REGION",
-    SSLError: "check --s3-endpoint-url: http:// or https://, and its certificate",
-    EndpointConnectionError: "check --s3-endpoint-url and the network",
-    ConnectTimeoutError: "check --s3-endpoint-url and the network",
+REMEDIES = {  # of botocore's errors
+    "ParamValidationError": "give s3://BUCKET/PREFIX with a valid name of a bucket",
+    "ProfileNotFound": "check --s3-profile and AWS_PROFILE",
+    "ConfigParseError": "fix the AWS configuration, or name another by AWS_CONFIG_FILE",
+    "PartialCredentialsError": "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither",
+    "InvalidRegionError": "check --s3-region and AWS_REGION",
+    "SSLError": "check --s3-endpoint-url: http:// or https://, and its certificate",
+    "EndpointConnectionError": "check --s3-endpoint-url and the network",
+    "ConnectTimeoutError": "check --s3-endpoint-url and the network",
 }
+BOTOCORE_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+)
 # What the libraries below fsspec raise besides OSError, by name: few of them are installed.
 STORE_ERRORS = (
     ("httpx", "HTTPError"),
@@ -61,7 +52,6 @@ STORE_ERRORS = (
 )
 # Retries with growing pauses are botocore's; s3fs tries again on top of them.
 S3_CONFIG = {
-    "http_session_cls": StayingSession,
     "connect_timeout": 5,
     "read_timeout": 30,
     "retries": {"mode": "standard", "max_attempts": 5},
@@ -94,8 +84,12 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
         )
     if scheme == "s3" and not rest.partition("/")[0]:
         raise UsageError(f"{uri!r} names no bucket; give s3://BUCKET/PREFIX")
+    from upath import UPath
+
     options: dict[str, Any] = {}
     if scheme == "s3":
+        from cifake_ray.storage.io.s3_session import StayingSession
+
         for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
             check_endpoint(os.environ.get(name), name)
         store = store or StoreConfig()
@@ -105,7 +99,7 @@ def resolve_path(uri: str, store: StoreConfig | None = None) -> AnyPath:
             "endpoint_url": store.s3_endpoint_url,
             "profile": store.s3_profile,
             "client_kwargs": {"region_name": store.s3_region} if store.s3_region else {},
-            "config_kwargs": S3_CONFIG,
+            "config_kwargs": {"http_session_cls": StayingSession, **S3_CONFIG},
             "use_listings_cache": False,
         }
     try:
@@ -161,6 +155,8 @@ def to_arrow(path: AnyPath) -> tuple[Any, str]:
     """Return what pyarrow and Ray take: a file system, None for the local one, and a path."""
     if isinstance(path, Path):
         return None, str(path)
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
     return PyFileSystem(FSSpecHandler(path.fs)), path.path
 
 
@@ -173,9 +169,9 @@ def explain_errors(path: AnyPath) -> Iterator[None]:
         raise
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (BotoCoreError, ClientError) as error:
+    except find_errors(BOTOCORE_ERRORS) as error:
         raise explain_store_error(error, path) from error
-    except list_store_errors() as error:
+    except find_errors(STORE_ERRORS) as error:
         reason = _shorten(str(error)) or type(error).__name__
         raise StorageError(f"{path}: {reason}; check the network and the path") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -195,9 +191,9 @@ def _shorten(text: str) -> str:
     return " ".join(text.split())[:MAX_REASON_CHARS]
 
 
-def list_store_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of STORE_ERRORS whose library has been imported."""
-    found = (getattr(sys.modules.get(module), name, None) for module, name in STORE_ERRORS)
+def find_errors(names: Iterable[tuple[str, str]]) -> tuple[type[Exception], ...]:
+    """Return those exceptions, named by module and class, whose library has been imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(kind for kind in found if kind is not None)
 
 
@@ -219,7 +215,7 @@ def explain_os_error(error: OSError, path: AnyPath | str) -> StorageError:
     }
     remedy = remedies.get(error.errno or 0, "check the disk and run the same command again")
     reason = str(error.strerror or error).rstrip(".")
-    if isinstance(path, UPath):  # fsspec's errors carry no errno
+    if not isinstance(path, (Path, str)):  # fsspec's errors carry no errno
         reason = _shorten(reason) or type(error).__name__
         remedy = "run the same command again"
         if read_code(error) == "RequestTimeTooSkewed":
@@ -247,10 +243,10 @@ def explain_loss(path: Path) -> StorageError:
 
 def explain_store_error(error: BotoCoreError | ClientError, path: AnyPath | str) -> StorageError:
     """Return a one-line error for what botocore raises without an answer of the store."""
-    for kind, remedy in REMEDIES.items():
-        if isinstance(error, kind):
-            return StorageError(f"{path}: {_shorten(str(error))}; {remedy}")
-    if isinstance(error, NoCredentialsError):
+    names = [kind.__name__ for kind in type(error).__mro__]
+    if "NoCredentialsError" in names:
         remedy = "set up the AWS chain (variables, --s3-profile, a role) or give --s3-anonymous"
         return StorageError(f"{path}: no AWS credentials found; {remedy}")
-    return StorageError(f"{path}: {_shorten(str(error))}; run the same command again")
+    remedies = (REMEDIES[name] for name in names if name in REMEDIES)
+    remedy = next(remedies, "run the same command again")
+    return StorageError(f"{path}: {_shorten(str(error))}; {remedy}")

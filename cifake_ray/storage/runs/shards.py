@@ -62,7 +62,8 @@ def commit_shard(
             writer.write_table(group, row_group_size=max(group.num_rows, 1))
     data = sink.getvalue().to_pybytes()
     make_folder(run.results_folder, parents=False)
-    write_bytes(run.shard_path(shard), data)
+    # The names of all shards are forced to disk at once: see `force_names`.
+    write_bytes(run.shard_path(shard), data, force_name=False)
     return _describe_shard(shard, parse_record(_Footer, footer), data)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -43,7 +45,13 @@ from cifake_ray.storage.sources.source import (
 NUM_READ_THREADS = 8
 # Of a folder below the root: no permission, a path beyond PATH_MAX, or gone meanwhile.
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
-READ_GROUP_SIZE = 16  # a local disk needs no read-ahead; in groups it costs 10 us an image
+READ_GROUP_SIZE = 16
+SLOW_READ_S = 1e-4  # longer than it takes to copy a file of a few 100 kB from the page cache
+MAX_SLOW_READS = 4  # one after another: less is chance, such as another process on this core
+SLOW_ROWS = 1024  # that are then read ahead
+_READ = os.O_RDONLY | os.O_NONBLOCK
+_SEARCH = getattr(os, "O_PATH", os.O_RDONLY)  # a folder that may not be listed can be searched
+_Fact: TypeAlias = tuple[str | None, int | None, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class FolderSource:
                         left_out["link out of the folder"] += 1
                         continue
                 facts = metadata.describe(key, folder_labels) if metadata else folder_labels
-                escaped = escape_key(key)
+                escaped = None if key.isascii() else escape_key(key)
                 if escaped is None:
                     yield key, key, None, size_bytes, mtime_ns, None, *facts, None
                 else:
@@ -153,6 +161,16 @@ class FolderSource:
         return read_local_files(locations, sizes, mtimes_ns, self.root, allowed, offsets)
 
 
+def _open_below(path: str, parent: int) -> int | None:
+    """Open a file in an open folder; None for a link, which may lead anywhere."""
+    try:
+        return os.open(path.rpartition("/")[2], _READ | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return None
+
+
 def lies_below(path: str, root: str) -> bool:
     """Return whether a path lies in a folder; both must be free of links."""
     return path.startswith(root.rstrip("/") + "/")
@@ -173,25 +191,73 @@ def read_local_files(
     allowed: Path | None = None,
     offsets: Sequence[int | None] | None = None,
 ) -> Iterator[bytes | ImageError]:
-    """Yield one result for each path below `root`, in order; some are read ahead.
+    """Yield one result for each path below `root`, in order; of a slow disk some are read ahead.
 
     A row without a location is one whose name is not valid UTF-8. Sizes in bytes and times are
     those of the listing; a file that differs is `changed`. What is read must lie in `allowed`. With
     an offset it is that part of the file that has `size` bytes from there on.
     """
-    folder = None if allowed is None else os.path.realpath(allowed)
+    real = None if allowed is None else os.path.realpath(allowed)
+    folder = os.path.join(root, "")
 
-    def read(fact: tuple[str | None, int | None, int | None, int | None]) -> bytes | ImageError:
+    def read(fact: _Fact, parent: int | None = None) -> bytes | ImageError:
         location, size_bytes, mtime_ns, offset = fact
         if location is None:
             return ImageError("bad_key", "the file name is not valid UTF-8; rename the file")
-        return read_local_file(os.path.join(root, location), size_bytes, mtime_ns, folder, offset)
+        path = location if location[:1] == "/" else folder + location
+        return read_local_file(path, size_bytes, mtime_ns, real, offset, parent)
 
     facts = zip(locations, sizes, mtimes_ns, offsets or repeat(None, len(sizes)), strict=True)
-    items = zip(facts, sizes, strict=True)
+    num_slow = 0  # reads, one after another
+    with closing(_OpenParent(folder, real)) as parent:
+        for fact in facts:
+            # From the page cache a file comes sooner than a thread could be told to read it.
+            started_s = time.perf_counter()
+            image = read(fact, parent.find(fact[0]))
+            is_slow = time.perf_counter() - started_s > SLOW_READ_S
+            yield image
+            num_slow = num_slow + 1 if is_slow else 0
+            if num_slow == MAX_SLOW_READS:
+                yield from _read_on_threads(read, islice(facts, SLOW_ROWS))
+                num_slow = 0
+
+
+def _read_on_threads(
+    read: Callable[[_Fact], bytes | ImageError], facts: Iterable[_Fact]
+) -> Iterator[bytes | ImageError]:
+    items = ((fact, fact[1]) for fact in facts)
     with ThreadPoolExecutor(NUM_READ_THREADS) as threads:
         max_ahead = 2 * NUM_READ_THREADS * READ_GROUP_SIZE
         yield from read_ahead(read, items, threads, max_ahead=max_ahead, group_size=READ_GROUP_SIZE)
+
+
+class _OpenParent:
+    """The folder of the last file, kept open, so that only it is asked where it lies."""
+
+    def __init__(self, root: str, allowed: str | None) -> None:
+        self.root, self.allowed = root, allowed
+        self.name: str | None = None
+        self.descriptor: int | None = None
+
+    def find(self, location: str | None) -> int | None:
+        """Return the folder of a file if it lies in `allowed`; None if each file must be asked."""
+        if self.allowed is None or location is None:
+            return None
+        name = location.rpartition("/")[0]
+        if name != self.name:
+            self.close()
+            self.name = name
+            path = os.path.join(self.root, name)
+            with suppress(OSError):  # then opening the file says what is wrong
+                self.descriptor = os.open(path, _SEARCH | os.O_DIRECTORY)
+                if not lies_below(f"{_find_real_path(self.descriptor, path)}/", self.allowed):
+                    self.close()
+        return self.descriptor
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor = None
 
 
 def read_local_file(
@@ -200,14 +266,19 @@ def read_local_file(
     mtime_ns: int | None = None,
     allowed: str | None = None,
     offset: int | None = None,
+    parent: int | None = None,
 ) -> bytes | ImageError:
     """Return a file's bytes if it is still as listed, else the error of its row.
 
     The file must lie in `allowed`, a folder free of links. With an `offset` the result is its
-    `size_bytes` from there on.
+    `size_bytes` from there on. `parent` is its folder, open, and known to lie in `allowed`.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = None if parent is None else _open_below(path, parent)
+        if descriptor is not None:
+            allowed = None
+        else:
+            descriptor = os.open(path, _READ)
         try:
             status = os.fstat(descriptor)
             # Asked of the open file: names on the way may become links at any time.

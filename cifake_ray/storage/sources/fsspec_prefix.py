@@ -11,17 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from upath import UPath
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.io.paths import explain_errors, list_store_errors, resolve_path
+from cifake_ray.storage.io.paths import STORE_ERRORS, explain_errors, find_errors, resolve_path
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -31,6 +30,9 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     make_label_reader,
 )
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 NUM_FETCH_THREADS = 16
 # Names that stores give to what changes with the content, best first.
@@ -160,7 +162,7 @@ def read_fsspec_file(
         return ImageError("not_found", "the file is gone")
     except PermissionError:
         return ImageError("denied", "the store refused to give the file")
-    except (OSError, *list_store_errors()) as error:  # type: ignore[misc]
+    except (OSError, *find_errors(STORE_ERRORS)) as error:  # type: ignore[misc]
         return ImageError("io_network", f"{type(error).__name__}: {error}")
     if size is not None and len(data) != size:
         return ImageError("changed", "the file changed while it was read")

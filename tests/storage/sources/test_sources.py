@@ -10,8 +10,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
+from cifake_ray.storage.sources import folder as folder_module
 from cifake_ray.storage.sources import image_table, parquet
+from cifake_ray.storage.sources.folder import read_local_file, read_local_files
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, Source
 
@@ -361,6 +365,38 @@ if os.getuid() == 0:
     os.setgid(65534); os.setuid(65534)
 print(read_local_file("open.jpg"), read_local_file("closed.jpg").error)
 """
+
+
+@pytest.mark.parametrize("num_slow", [3, 4])
+def test_files_of_a_slow_disk_are_read_ahead_and_some_slow_reads_are_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slow: int
+) -> None:
+    names = [f"{folder}/{number:02d}.jpg" for folder in "ab" for number in range(20)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "a" / "05.jpg").unlink()
+    (tmp_path / "b" / "07.jpg").unlink()
+    (tmp_path / "b" / "07.jpg").symlink_to("08.jpg")
+    readers, clock = [], iter(range(10**6))
+
+    def read(path: str, *facts: Any) -> bytes | ImageError:
+        readers.append(threading.current_thread() is threading.main_thread())
+        return read_local_file(path, *facts)
+
+    def tell_s() -> float:
+        reads, is_end = divmod(next(clock), 2)
+        return float(bool(is_end) and reads < num_slow)
+
+    monkeypatch.setattr(folder_module, "read_local_file", read)
+    monkeypatch.setattr(folder_module, "time", SimpleNamespace(perf_counter=tell_s))
+    monkeypatch.setattr(folder_module, "SLOW_ROWS", 20)
+    unknown = [None] * len(names)
+    images = list(read_local_files(names, unknown, unknown, tmp_path, tmp_path))
+    expected: list[Any] = [name.encode() for name in names]
+    expected[5], expected[27] = "not_found", b"b/08.jpg"
+    assert [i.error if isinstance(i, ImageError) else i for i in images] == expected
+    assert readers.count(False) == (20 if num_slow == folder_module.MAX_SLOW_READS else 0)
 
 
 def test_a_file_without_permission_is_denied(tmp_path: Path) -> None:
