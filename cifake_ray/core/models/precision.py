@@ -29,6 +29,7 @@ Ranges = Mapping[str, list[float]]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ENGINE = "onednn"  # of quantised operators
 INPUT_OBSERVER = "activation_post_process_0"  # torch's name for the one behind the input
+MIN_MARGIN = 0.001  # of a step of int8, where rounding errors are a hundredth of it
 NUM_PROBES = 16
 MIN_TOLERANCE = 0.01  # of p_fake, between processors
 # What tracing a network of timm and quantising it raises for those that it cannot.
@@ -140,8 +141,7 @@ def find_ranges(
 ) -> dict[str, list[float]]:
     """Return the range of each activation for int8, from uint8[N, S, S, 3].
 
-    That of pixels is theirs, so that where the channels are normalised alike each of their 256
-    values is represented exactly. The others lose least on the images, by torch's histograms.
+    That of the input is of all pixels; the others lose least on the images, by torch's histograms.
     UsageError when the network cannot be traced.
     """
     from torch.ao.quantization import HistogramObserver
@@ -157,9 +157,26 @@ def find_ranges(
         for name, each in _list_observers(prepared).items():
             scale, zero_point = (float(value) for value in each.calculate_qparams())
             ranges[name] = [-zero_point * scale, (255 - zero_point) * scale]
-    black, white = detector.shift, detector.shift + 255 * detector.scale
-    ranges[INPUT_OBSERVER] = [float(black.min()), float(white.max())]
+    ranges[INPUT_OBSERVER] = _choose_input_range(detector)
     return ranges
+
+
+def _choose_input_range(detector: Detector) -> list[float]:
+    """Return a range of all normalised pixels in which none is half-way between two steps.
+
+    There its rounding would depend on its place in the batch.
+    """
+    pixels = torch.arange(256).reshape(-1, 1) * detector.scale + detector.shift  # [256, 3]
+    low, high = float(pixels.min()), float(pixels.max())
+
+    def find_margin(share: float) -> float:
+        step = (high - low) * (1 + share) / 255
+        places = (pixels / step).double().remainder(1)
+        return float((places - 0.5).abs().min())
+
+    shares = [n / 5000 for n in range(100)]
+    share = next((share for share in shares if find_margin(share) > MIN_MARGIN), 0.0)
+    return [low, low + (high - low) * (1 + share)]
 
 
 def quantize(detector: Detector, ranges: Ranges) -> nn.Module:

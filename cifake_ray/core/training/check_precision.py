@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from cifake_ray.core.evaluation.calibration import Calibration, Floats, Ints, compute_p_fake
-from cifake_ray.core.evaluation.metrics import find_auroc
 from cifake_ray.core.evaluation.precision_check import MIN_IMAGES, PrecisionCheck
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.models.precision import (
@@ -110,12 +109,14 @@ def _compare(
     exact: Floats, fast: Floats, label: Ints, calibration: Calibration
 ) -> dict[str, float]:
     """Return what the precision changes, as `PrecisionCheck` names it."""
+    from sklearn.metrics import roc_auc_score
+
     if not np.isfinite(fast).all():
         fast = np.nan_to_num(fast)  # such a check is not harmless
     before, after = (compute_p_fake(logit, calibration.temperature) for logit in (exact, fast))
     verdicts = before >= calibration.threshold, after >= calibration.threshold
     right = [float((verdict == label).mean()) for verdict in verdicts]
-    auroc = [find_auroc(logit, label) for logit in (exact, fast)]
+    auroc = [float(roc_auc_score(label, logit)) for logit in (exact, fast)]
     return {
         "flips": float((verdicts[0] != verdicts[1]).mean()),
         "accuracy_loss": right[0] - right[1],

@@ -97,10 +97,17 @@ def test_int8_computes_nearly_the_same_with_quantised_convolutions(name: str) ->
 
 
 @needs_int8
-def test_int8_represents_each_value_of_a_pixel() -> None:
-    detector = make_detector()
-    low, high = find_ranges(detector, make_images(), 32)[INPUT_OBSERVER]
-    assert (low, high) == pytest.approx((-1.0, 1.0), abs=1e-6)
+@pytest.mark.parametrize("deviation", [0.5, 0.229])
+def test_the_int8_scores_of_an_image_do_not_depend_on_its_batch(deviation: float) -> None:
+    detector, images = make_detector(), make_images()
+    preprocessing = detector.preprocessing
+    std = (deviation, preprocessing.std[1], preprocessing.std[2])
+    detector.set_preprocessing(replace(preprocessing, std=std))
+    detector = use_precision(detector, "int8", ranges=find_ranges(detector, images, 32))
+    together = find_logits(detector, images)
+    for size in (1, 7, 33):
+        parts = [find_logits(detector, part) for part in images.split(size)]
+        np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-5)
 
 
 @needs_int8
