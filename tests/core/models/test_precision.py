@@ -14,7 +14,6 @@ from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.models import precision as precisions
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.models.precision import (
-    INPUT_OBSERVER,
     compare_probe,
     exact_products,
     find_probe_logits,
