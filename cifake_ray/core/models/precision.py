@@ -231,11 +231,15 @@ def _list_observers(prepared: nn.Module) -> dict[str, Any]:
 @contextmanager
 def _quantising(detector: Detector) -> Iterator[None]:
     """Choose the engine, and turn what tracing a network raises into a UsageError."""
-    engine = torch.backends.quantized.engine
+    from torch.fx import config
+
+    engine, is_quiet = torch.backends.quantized.engine, config.do_not_emit_stack_traces
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated: see above; others are for its authors
             torch.backends.quantized.engine = ENGINE
+            # Stack traces of each traced line would import torch's compiler, for a second.
+            config.do_not_emit_stack_traces = True
             yield
     except (ImportError, *TRACING_ERRORS) as error:
         reason = str(error).partition("\n")[0]
@@ -245,3 +249,4 @@ def _quantising(detector: Detector) -> Iterator[None]:
         ) from error
     finally:
         torch.backends.quantized.engine = engine
+        config.do_not_emit_stack_traces = is_quiet
