@@ -98,15 +98,15 @@ def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) ->
     """Return what `--precision` means for this run, bundle and processor.
 
     `auto` is what a run that was begun in `out` uses. Else on CPUs the first of int8 and bf16 that
-    this processor has and that the bundle's check found harmless. GPUs, and clusters, which may
-    have them, get float32. UsageError for int8 without a check, and for a precision of GPUs
-    where there is none.
+    this processor has and that the bundle's check found harmless; where GPUs are or may be added,
+    float32. A cluster is asked, but for a dry run, which returns `auto`. UsageError for int8
+    without a check, and for a precision of GPUs where there is none.
     """
-    has_gpu = config.device != "cpu" and (
-        names_cluster(config) or read_local_resources(config.device).num_gpus > 0
+    wanted, on_cluster = config.precision, names_cluster(config) and config.num_workers != 0
+    may_have_gpus = config.device != "cpu" and (
+        on_cluster or read_local_resources(config.device).num_gpus > 0
     )
-    wanted = config.precision
-    if wanted in ("fp16", "tf32") and not has_gpu:
+    if wanted in ("fp16", "tf32") and not may_have_gpus:
         raise UsageError(f"--precision {wanted} needs a GPU; use float32, bf16 or int8")
     if wanted == "int8" and "int8" not in bundle.checks:
         raise UsageError(
@@ -118,7 +118,11 @@ def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) ->
         return wanted
     if (run := read_run(out)) is not None:
         return str(run.settings.get("precision", "float32"))
-    if has_gpu or config.device == "cuda":
+    if may_have_gpus and on_cluster and config.device == "auto":
+        if config.dry_run:
+            return "auto"
+        may_have_gpus = config.scale_timeout_s > 0 or _count_gpus(config) > 0
+    if may_have_gpus or config.device == "cuda":
         return "float32"
     flags = read_cpu_flags()
     has = {
@@ -127,6 +131,14 @@ def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) ->
     }
     usable = (name for name in has if has[name] and name in bundle.checks)
     return next((name for name in usable if bundle.checks[name].is_harmless), "float32")
+
+
+def _count_gpus(config: BundleConfig) -> int:
+    """Connect to the cluster and count."""
+    from cifake_ray.stages.cluster import connect_cluster
+
+    with connect_cluster(config) as resources:
+        return resources.num_gpus
 
 
 def score_images(

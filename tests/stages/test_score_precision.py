@@ -54,8 +54,13 @@ def use_gpus(monkeypatch: pytest.MonkeyPatch, num_gpus: int) -> None:
         (AMX, {"int8": NOT_HARMLESS, "bf16": INT8}, {}, "bf16"),
         (VNNI, {"int8": NOT_HARMLESS}, {}, "float32"),
         (VNNI, {}, {}, "float32"),
-        (VNNI, {"int8": INT8}, {"address": "ray://head:10001"}, "float32"),
-        (VNNI, {"int8": INT8}, {"address": "ray://head:10001", "device": "cpu"}, "int8"),
+        (VNNI, {"int8": INT8}, {"address": "head:6379"}, "int8"),
+        (VNNI, {"int8": INT8}, {"address": "head:6379", "scale_timeout_s": 9.0}, "float32"),
+        (VNNI, {"int8": INT8}, {"address": "head:6379", "dry_run": True}, "auto"),
+        (VNNI, {"int8": INT8}, {"address": "head:6379", "num_workers": 0}, "int8"),
+        (VNNI, {"int8": INT8}, {"address": "gpus:6379"}, "float32"),
+        (VNNI, {"int8": INT8}, {"address": "gpus:6379", "dry_run": True}, "auto"),
+        (VNNI, {"int8": INT8}, {"address": "gpus:6379", "device": "cpu"}, "int8"),
         (VNNI, {"int8": INT8}, {"device": "cuda"}, "float32"),
         (VNNI, {"int8": NOT_HARMLESS}, {"precision": "int8"}, "int8"),
         (set(), {}, {"precision": "bf16"}, "bf16"),
@@ -70,6 +75,7 @@ def test_auto_is_the_fastest_that_the_processor_has_and_the_bundle_allows(
     expected: str,
 ) -> None:
     monkeypatch.setattr(score, "read_cpu_flags", lambda: flags)
+    monkeypatch.setattr(score, "_count_gpus", lambda config: int(config.address == "gpus:6379"))
     use_gpus(monkeypatch, 0)
     config = ScoreConfig(src="s", out="o", **options)
     assert resolve_precision(config, replace(BUNDLE, checks=checks), tmp_path) == expected
