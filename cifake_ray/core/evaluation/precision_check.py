@@ -43,5 +43,5 @@ class PrecisionCheck:
     def __str__(self) -> str:
         return (
             f"{self.flips:.2%} of the verdicts on {self.images:,} validation images change,"
-            f" accuracy {-self.accuracy_loss:+.2%}, AUROC {-self.auroc_loss:+.4f}"
+            f" accuracy {-self.accuracy_loss:+.2%}, AUROC {-self.auroc_loss:+.5f}"
         )
