@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cifake_ray.command import Command, Group
-from cifake_ray.config import VERBS, BatchConfig, DoctorConfig, StoreConfig, SubmitConfig
+from cifake_ray.config import VERBS, DoctorConfig, StoreConfig, SubmitConfig
 from cifake_ray.console import format_checks, get_log_format, log, run_command, show_line
 from cifake_ray.errors import ExitCode, UsageError, suggest_word
 from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
@@ -100,12 +100,7 @@ def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
     def body() -> tuple[Any, int]:
         config = make_config()
         from cifake_ray.pipeline import run_verb
-        from cifake_ray.stages.pandas_import import leave_out_pandas
-        from cifake_ray.stages.resources import runs_here
 
-        device: Any = getattr(config, "device", "cpu")
-        if isinstance(config, BatchConfig) and runs_here(config, config.num_workers, device):
-            leave_out_pandas()  # Ray would need it
         return run_verb(config, STARTED_S)
 
     run_command(body, json_output=json_output, debug=debug)

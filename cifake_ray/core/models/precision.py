@@ -95,12 +95,12 @@ def fold_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def make_probe(size: int) -> torch.Tensor:
-    """Return seeded noise of rising contrast: uint8[NUM_PROBES, size, size, 3]."""
+def make_probe(size: int, count: int = NUM_PROBES) -> torch.Tensor:
+    """Return seeded noise of rising contrast: uint8[count, size, size, 3]."""
     random = np.random.default_rng(0)
-    shape = (NUM_PROBES, size, size, 3)
-    contrast = np.linspace(0, 1, NUM_PROBES).reshape(-1, 1, 1, 1)
-    level, noise = random.integers(0, 256, (NUM_PROBES, 1, 1, 3)), random.integers(0, 256, shape)
+    contrast = np.linspace(0, 1, count).reshape(-1, 1, 1, 1)
+    level = random.integers(0, 256, (count, 1, 1, 3))
+    noise = random.integers(0, 256, (count, size, size, 3))
     return torch.from_numpy((level + contrast * (noise - level)).astype(np.uint8))
 
 

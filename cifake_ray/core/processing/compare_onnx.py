@@ -11,6 +11,7 @@ import torch
 from cifake_ray.core.evaluation.calibration import compute_p_fake
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.models.onnx_model import RunModel
+from cifake_ray.core.models.precision import make_probe
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.errors import CifakeError
 
@@ -29,19 +30,6 @@ class OnnxComparison:
     verdicts_changed: int  # p_fake on the other side of the threshold
 
 
-def make_images(count: int, size: int) -> np.ndarray:
-    """Return uint8[count, size, size, 3] from smooth gradients to noise, always the same."""
-    rng = np.random.default_rng(0)
-    ramp = np.linspace(0, 1, size)
-    weights = np.stack([1 - ramp, ramp], axis=1)
-    images = np.empty((count, size, size, 3), np.uint8)
-    for image, share in zip(images, np.linspace(0, 1, count) ** 2, strict=True):
-        corners = rng.uniform(0, 255, (2, 2, 3))
-        smooth = np.einsum("ya,xb,abc->yxc", weights, weights, corners)
-        image[:] = smooth * (1 - share) + rng.uniform(0, 255, image.shape) * share
-    return images
-
-
 def compare_onnx(
     run_model: RunModel,
     detector: Detector,
@@ -54,7 +42,7 @@ def compare_onnx(
 
     CifakeError when one is above its bound, or a logit is not finite.
     """
-    images = make_images(sum(batch_sizes), detector.preprocessing.image_size)
+    images = make_probe(detector.preprocessing.image_size, sum(batch_sizes)).numpy()
     batches = np.split(images, np.cumsum(batch_sizes)[:-1])
     expected = np.concatenate(
         [predict_logit(detector, torch.from_numpy(b), "cpu") for b in batches]

@@ -24,7 +24,6 @@ import pyarrow as pa
 from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
-from cifake_ray.stages.pandas_import import leave_out_pandas
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
@@ -145,7 +144,6 @@ def serve_shards(parent: Connection[Any, Any], module: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
-    leave_out_pandas()
     importlib.import_module(module)
     parent.send(READY)
     worker = ShardWorker(given.get())

@@ -23,8 +23,9 @@ from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
 from cifake_ray.core.models import onnx_model
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.models.onnx_model import load_onnx
+from cifake_ray.core.models.precision import make_probe
 from cifake_ray.core.processing import compare_onnx as compare_module
-from cifake_ray.core.processing.compare_onnx import compare_onnx, make_images
+from cifake_ray.core.processing.compare_onnx import compare_onnx
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, write_bundle
@@ -182,7 +183,7 @@ def test_the_example_of_the_readme_gives_what_the_detector_gives(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     export(BUILT_IN, tmp_path / "model.onnx")
-    pixels = make_images(1, 96)[0]
+    pixels = make_probe(96)[8].numpy()
     Image.fromarray(pixels).save("photo.jpg")
     section = README.read_text().partition("### ONNX\n")[2].partition("\n## ")[0]
     lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
@@ -231,9 +232,7 @@ def test_a_model_that_differs_from_its_bundle_is_not_written(
 
 def test_verdicts_that_change_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     detector = load_bundle(BUILT_IN)[0]
-    images = make_images(2, 32)
-    assert np.array_equal(images, make_images(2, 32))
-    logit = predict_logit(detector, torch.from_numpy(images), "cpu")
+    logit = predict_logit(detector, make_probe(32, 2), "cpu")
     p_fake = compute_p_fake(logit, 1.0)
 
     def run_model(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
