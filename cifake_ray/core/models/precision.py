@@ -164,7 +164,7 @@ def find_ranges(
 def _choose_input_range(detector: Detector) -> list[float]:
     """Return a range of all normalised pixels in which none is half-way between two steps.
 
-    There its rounding would depend on its place in the batch.
+    There its rounding would follow the last bits of a float, which differ between processors.
     """
     pixels = torch.arange(256).reshape(-1, 1) * detector.scale + detector.shift  # [256, 3]
     low, high = float(pixels.min()), float(pixels.max())

@@ -14,6 +14,7 @@ from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.models import precision as precisions
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.models.precision import (
+    INPUT_OBSERVER,
     compare_probe,
     exact_products,
     find_probe_logits,
@@ -107,6 +108,21 @@ def test_the_int8_scores_of_an_image_do_not_depend_on_its_batch(deviation: float
     for size in (1, 7, 33):
         parts = [find_logits(detector, part) for part in images.split(size)]
         np.testing.assert_allclose(np.concatenate(parts), together, atol=1e-5)
+
+
+@needs_int8
+@pytest.mark.parametrize("deviation", [0.5, 0.229])
+def test_no_pixel_lies_half_way_between_two_steps_of_int8(deviation: float) -> None:
+    detector = make_detector()
+    std = (deviation, *detector.preprocessing.std[1:])
+    detector.set_preprocessing(replace(detector.preprocessing, std=std))
+    low, high = find_ranges(detector, make_images(), 32)[INPUT_OBSERVER]
+    pixels = np.arange(256)[:, None] / 255.0
+    normalised = (pixels - np.array(detector.preprocessing.mean)) / np.array(std)
+    assert low <= normalised.min() + 1e-6
+    assert normalised.max() - 1e-6 <= high
+    places = normalised / ((high - low) / 255) % 1
+    assert np.abs(places - 0.5).min() > 5e-4
 
 
 @needs_int8
