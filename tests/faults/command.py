@@ -20,6 +20,9 @@ from ray_head import JobsCluster
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.datasets.sample_folder import write_sample
 
+# Runs on a cluster and without one are compared; by default the latter may be in int8.
+SAME_PRECISION = {"CIFAKE_RAY_PRECISION": "float32"}
+
 
 def make_images(factory: pytest.TempPathFactory, num_images: int) -> Path:
     """A folder with a sample of images."""
@@ -30,7 +33,7 @@ def make_images(factory: pytest.TempPathFactory, num_images: int) -> Path:
 def make_env(**variables: str) -> dict[str, str]:
     """The environment of this moment, for a process of its own, which locks its Ray."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-    return {**env, **variables}
+    return {**env, **SAME_PRECISION, **variables}
 
 
 def start_command(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
@@ -65,7 +68,7 @@ def finish_command(arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
 
 def join(head: JobsCluster) -> dict[str, str]:
     """The environment of a command that works on a cluster that is running."""
-    return {**head.env, "RAY_ADDRESS": head.ray_address}
+    return {**head.env, **SAME_PRECISION, "RAY_ADDRESS": head.ray_address}
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 240) -> None:

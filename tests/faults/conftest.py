@@ -30,14 +30,6 @@ def no_command_outlives_its_test() -> Iterator[None]:
                 child.kill()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def same_precision() -> Iterator[None]:
-    """Runs on a cluster and without one are compared; by default the latter may be in int8."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIFAKE_RAY_PRECISION", "float32")
-        yield
-
-
 @pytest.fixture(scope="session")
 def own_ray() -> dict[str, str]:
     """For a command that starts its own Ray."""

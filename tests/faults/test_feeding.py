@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.command import run_command
+from faults.command import SAME_PRECISION, run_command
 from faults.conftest import NUM_IMAGES
 from faults.test_workers import SITECUSTOMIZE, check_rows, find_shards, plant
 from ray_head import JobsCluster, run_head
@@ -60,7 +60,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsCluster]:
     (site / "sitecustomize.py").write_text(ON_CPU)
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     folder = tmp_path_factory.mktemp("gpu")
-    variables = {"PYTHONPATH": os.pathsep.join(paths), "TEST_NOTES": str(folder / "notes")}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TEST_NOTES": str(folder / "notes"),
+        **SAME_PRECISION,
+    }
     with run_head(folder, num_cpus=3, num_gpus=1, variables=variables) as cluster:
         yield cluster
 
