@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from cifake_ray.core.models.detector import Detector
     from cifake_ray.stages.batch.summary import BatchSummary
-    from cifake_ray.stages.evaluate import EvaluateSummary
+    from cifake_ray.stages.evaluate.driver import EvaluateSummary
     from cifake_ray.stages.train.driver import TrainSummary
     from cifake_ray.storage.bundles.bundle import BundleInfo
 

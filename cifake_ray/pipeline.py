@@ -45,7 +45,7 @@ def run_verb(config: Any, started_s: float) -> tuple[Any, int]:
 def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Convert, train, evaluate and score below one root; leave finished stages untouched."""
     from cifake_ray.stages.cluster import connect_cluster
-    from cifake_ray.stages.evaluate import read_metrics
+    from cifake_ray.stages.evaluate.driver import read_metrics
     from cifake_ray.stages.resources import runs_here
     from cifake_ray.stages.train.placement import place_training, trains_here
     from cifake_ray.stages.train.prepare import build_checked
@@ -144,7 +144,7 @@ def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
-    from cifake_ray.stages.evaluate import evaluate_detector
+    from cifake_ray.stages.evaluate.driver import evaluate_detector
     from cifake_ray.storage.bundles.bundle import locate_bundle
 
     shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)

@@ -13,7 +13,7 @@ import pytest
 from cifake_ray.console import format_result
 from cifake_ray.report.summary_text import split_summary
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.stages.evaluate import EvaluateSummary
+from cifake_ray.stages.evaluate.driver import EvaluateSummary
 
 SCORED = BatchSummary(
     command="score",

@@ -11,7 +11,7 @@ import pytest
 
 from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.evaluate import evaluate_detector
+from cifake_ray.stages.evaluate.driver import evaluate_detector
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
