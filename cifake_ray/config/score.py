@@ -18,6 +18,13 @@ class ScoreConfig(SourceConfig, BundleConfig):
     target_fpr: Annotated[
         float | None, Doc("Use the bundle's threshold for this false-positive rate: 0.01 or 0.001")
     ] = None
+    provenance: Annotated[
+        bool,
+        Doc(
+            "Add columns of what metadata claims of an image's origin: C2PA, IPTC, generators,"
+            " TC260 (with the extra `provenance` also who signed it)"
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,6 +38,7 @@ BATCH_FIELDS = {
     "threshold",
     "thresholds",
     "called_fake",
+    "provenance",
     "metrics",
     "report",
 }
@@ -62,6 +63,8 @@ def _describe_batch(command: str, record: Record) -> list[str]:
         sentences += _describe_metrics(record.get("metrics") or {})
     elif record.get("called_fake") and done:
         sentences.append(_describe_verdicts(record))
+    if record.get("provenance"):
+        sentences += _describe_provenance(record["provenance"], done)
     verb = "converted" if command == "convert" else "scored"
     errors = ", ".join(f"{count:,} {error}" for error, count in record["errors"].items())
     failed = f"{record['failed']:,} unreadable: {errors}" if record["failed"] else "none unreadable"
@@ -92,6 +95,20 @@ def _describe_verdicts(record: Record) -> str:
         if name != chosen
     )
     return f"Called FAKE: {shares[chosen]} (p_fake >= {record['threshold']:.3g}){others}."
+
+
+def _describe_provenance(counts: Record, done: int) -> list[str]:
+    claims = {"c2pa": "C2PA", "digital_source_type": "a digital source type"}
+    claims |= {"generator": "a generator", "tc260_label": "a TC260 label"}
+    kinds = ", ".join(f"{counts[key]:,} {name}" for key, name in claims.items() if counts[key])
+    unread = f"; {counts['unread']:,} not read whole" if counts["unread"] else ""
+    if not counts["any"]:
+        return [f"Provenance: none of {done:,} images carries any{unread}, which says nothing."]
+    return [
+        f"Provenance: {counts['any']:,} of {done:,} images carry some ({kinds}){unread}.",
+        f"{counts['ai']:,} claim to be made or edited by AI; of these {counts['ai_called_real']:,}"
+        " are not called FAKE.",
+    ]
 
 
 def _describe_metrics(metrics: Record) -> list[str]:

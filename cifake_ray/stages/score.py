@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig
@@ -33,6 +34,8 @@ from cifake_ray.storage.sources.open_source import open_source
 if TYPE_CHECKING:
     from cifake_ray.core.processing.score import ScoreProcessor
 
+VERIFIER = "encypher-c2pa"
+
 
 @dataclass(frozen=True)
 class MakeScoreProcessor:
@@ -42,6 +45,7 @@ class MakeScoreProcessor:
     threshold: float
     batch_size: int | None
     precision: str = "float32"
+    c2pa_reader: str | None = None  # None without `--provenance`
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
@@ -50,6 +54,11 @@ class MakeScoreProcessor:
         from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
         keep_freed_memory()
+        if self.c2pa_reader == VERIFIER and not has_verifier():
+            raise ResourceError(
+                f"{socket.gethostname()} has no {VERIFIER}, which this run uses for --provenance:"
+                " install cifake-ray[provenance] there"
+            )
         # Load exactly the bytes that the driver read: the bundle may have been replaced since.
         detector, bundle = load_bundle(
             self.bundle.path,
@@ -77,6 +86,7 @@ class MakeScoreProcessor:
                 "threshold": str(self.threshold),
                 "thresholds": json.dumps(bundle.list_thresholds()),
             },
+            c2pa_reader=self.c2pa_reader,
         )
 
 
@@ -133,6 +143,22 @@ def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) ->
     return next((name for name in usable if bundle.checks[name].is_harmless), "float32")
 
 
+def choose_c2pa_reader(config: ScoreConfig, out: AnyPath) -> str | None:
+    """Return what reads C2PA with `--provenance`: encypher-c2pa if it is installed, else presence.
+
+    A run that was begun keeps what it has. None without `--provenance`.
+    """
+    if not config.provenance:
+        return None
+    begun = run.settings.get("c2pa_reader") if (run := read_run(out)) is not None else None
+    return str(begun or (VERIFIER if has_verifier() else "presence"))
+
+
+def has_verifier() -> bool:
+    """Return whether the extra `provenance` is installed."""
+    return find_spec("encypher_c2pa") is not None
+
+
 def _count_gpus(config: BundleConfig) -> int:
     """Connect to the cluster and count."""
     from cifake_ray.stages.cluster import connect_cluster
@@ -160,13 +186,15 @@ def score_images(
     )
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
+    c2pa_reader = choose_c2pa_reader(config, out)
     plan = BatchPlan(
         command="score",
         config=config,
         out=out,
         source=source,
         paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
-        inputs={"bundle": bundle.identify(precision), "precision": precision},
+        inputs={"bundle": bundle.identify(precision), "precision": precision}
+        | ({"c2pa_reader": c2pa_reader} if c2pa_reader else {}),
         facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
         make_processor=MakeScoreProcessor(
@@ -174,6 +202,7 @@ def score_images(
             threshold=threshold,
             batch_size=config.batch_size,
             precision=precision,
+            c2pa_reader=c2pa_reader,
         ),
         threshold=threshold,
         thresholds=bundle.list_thresholds(),

@@ -104,7 +104,7 @@ class _File:
     @cached_property
     def image(self) -> ImageFile.ImageFile:
         """As Pillow opens it; of a TIFF the page that is decoded."""
-        return _open_image(put_first(self.tiff.page) if self.tiff else self.data)
+        return open_image(put_first(self.tiff.page) if self.tiff else self.data)
 
 
 def inspect_image(data: bytes) -> ImageHeader:
@@ -315,7 +315,7 @@ def _explain_costly_jpeg(data: bytes, width: int, height: int) -> ImageError | N
     return None
 
 
-def _open_image(data: bytes) -> ImageFile.ImageFile:
+def open_image(data: bytes) -> ImageFile.ImageFile:
     """Open with Pillow and check the caps. Raises ImageError, or what a parser raises."""
     silence_pillow()  # also of DecompressionBombWarning, which would precede our own cap
     # Other libraries switch it on for training; half an image must never be scored.

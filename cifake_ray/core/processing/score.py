@@ -14,7 +14,8 @@ from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.provenance.read_provenance import list_columns, read_provenance
+from cifake_ray.core.schema import PROVENANCE_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import ImageError
 
 
@@ -33,7 +34,9 @@ class ScoreProcessor:
         batch_size: int,
         device: str,
         footer: dict[str, str],
+        c2pa_reader: str | None = None,
     ) -> None:
+        """With a `c2pa_reader`, "presence" or "encypher-c2pa", the rows have PROVENANCE_FIELDS."""
         torch.set_num_threads(1)  # a worker has one core
         self.detector = detector.to(device).eval()
         self.temperature = calibration.temperature
@@ -43,6 +46,11 @@ class ScoreProcessor:
         self.device = device
         self.footer = footer
         self.prepare: Prepare = partial(decode_batch, detector.preprocessing)
+        self.fields = SCORE_FIELDS
+        if c2pa_reader:
+            read = partial(read_provenance, verifies=c2pa_reader == "encypher-c2pa")
+            self.prepare = partial(self.prepare, read_provenance=read)
+            self.fields = [*SCORE_FIELDS, *PROVENANCE_FIELDS]
         self.image_bytes = 3 * detector.preprocessing.image_size**2
 
     def finish(self, rows: pa.Table, prepared: Decoded) -> pa.Table:
@@ -63,7 +71,8 @@ class ScoreProcessor:
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
             "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
         }
-        return assemble_rows(SCORE_FIELDS, rows, columns, prepared.headers, errors)
+        columns |= list_columns(prepared.provenance)
+        return assemble_rows(self.fields, rows, columns, prepared.headers, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {} if self.domain is None else self.domain.count_unlike(rows)

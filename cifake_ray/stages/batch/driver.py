@@ -269,6 +269,7 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> Batc
         threshold=plan.threshold,
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,
+        provenance=dict(totals.provenance),
         ran_on=ran_on,
         precision=plan.inputs.get("precision", ""),
         **run.counts,

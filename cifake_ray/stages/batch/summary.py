@@ -48,6 +48,7 @@ class BatchSummary:
     threshold: float | None = None
     called_fake: dict[str, int] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)  # images by claim; {} if not asked for
     labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
     splits: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Totals:
     errors: Counter[str] = field(default_factory=Counter)
     unlike_training: Counter[str] = field(default_factory=Counter)
     called_fake: Counter[str] = field(default_factory=Counter)
+    provenance: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     resumed: int = 0
     retried: int = 0
@@ -78,6 +80,7 @@ class Totals:
         self.errors.update(report.stats.errors)
         self.unlike_training.update(report.stats.unlike_training)
         self.called_fake.update(report.stats.called_fake)
+        self.provenance.update(report.stats.provenance)
         self.rows += report.stats.rows
         self.resumed += not report.worked
         self.retried += report.retried

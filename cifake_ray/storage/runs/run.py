@@ -242,6 +242,7 @@ class ShardStats:
     sha256: str
     # By name of the threshold; empty where there are none, and from earlier versions.
     called_fake: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)  # see `count_provenance`
 
 
 def is_finished(run: Run) -> bool:

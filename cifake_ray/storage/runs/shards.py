@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cifake_ray.core.provenance.read_provenance import count_provenance
 from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, SCORE_FIELDS, datasets_metadata
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import make_folder, read_bytes, read_if_exists, write_bytes
@@ -40,6 +41,7 @@ def commit_shard(
         "errors": dict(sorted(errors.items())),
         "unlike_training": unlike_training,
         "called_fake": _count_fake(table, json.loads(extra.get("thresholds", "{}"))),
+        "provenance": count_provenance(table),
         **extra,
     }
     schema = table.schema.with_metadata(
@@ -179,6 +181,7 @@ class _Footer:
     errors: dict[str, int]
     unlike_training: dict[str, int]
     called_fake: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)
     bundle: str | None = None
     preprocessing: str | None = None
     thresholds: str | None = None
@@ -202,6 +205,7 @@ def _describe_shard(shard: int, footer: _Footer, data: bytes) -> ShardStats:
         errors=footer.errors,
         unlike_training=footer.unlike_training,
         called_fake=footer.called_fake,
+        provenance=footer.provenance,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
