@@ -6,7 +6,7 @@ torch is not imported, since with a GPU other processes do this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class Decoded:
     pixels: np.ndarray  # uint8[K, S, S, 3]
     headers: list[ImageHeader | None]  # N; None if it could not be decoded
     errors: list[ImageError | None]  # N; None if it could
-    provenance: list[Provenance | None] = field(default_factory=list)  # N, if it is asked for
+    provenance: list[Provenance | None] | None = None  # N, if it is asked for
 
 
 def decode_batch(
@@ -44,5 +44,7 @@ def decode_batch(
         np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
         headers=[None if isinstance(each, ImageError) else each[0] for each in decoded],
         errors=[each if isinstance(each, ImageError) else None for each in decoded],
-        provenance=[None if isinstance(each, ImageError) else each[2] for each in decoded],
+        provenance=[None if isinstance(each, ImageError) else each[2] for each in decoded]
+        if read_provenance
+        else None,
     )

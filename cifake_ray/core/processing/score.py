@@ -71,7 +71,8 @@ class ScoreProcessor:
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
             "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
         }
-        columns |= list_columns(prepared.provenance)
+        if prepared.provenance is not None:
+            columns |= list_columns(prepared.provenance)
         return assemble_rows(self.fields, rows, columns, prepared.headers, errors)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
+
+from cifake_ray.core.imaging.decode import call_decoder
+from cifake_ray.core.provenance.generator import shorten
+from cifake_ray.errors import ImageError
 
 # Source: C2PA 2.2, section 11.1; ISO 19566-5. A type is four letters and this tail.
 _TAIL = bytes.fromhex("00110010800000aa00389b71")
 _STORE, _MANIFESTS, _ASSERTIONS = b"c2pa", (b"c2ma", b"c2um"), b"c2as"
 _ACTIONS = b"c2pa.actions"
 MAX_BOXES = 10_000
-MAX_ISSUER_CHARS = 200
 _SOURCE_TYPE = re.compile(rb"digitalSourceType(?:\"\s{0,8}:\s{0,8}(\"))?")
 _MIME_TYPES = {"MPO": "image/jpeg", "HEIF": "image/heic"}  # of Pillow's names
 
@@ -119,26 +123,32 @@ class C2paFacts(NamedTuple):
     issuer: str | None = None  # of the certificate that signed the active manifest
 
 
-def verify_c2pa(data: bytes, image_format: str) -> C2paFacts | None:
-    """Ask encypher-c2pa about an image with a manifest store; None if it gives no answer.
+def find_mime_type(image_format: str) -> str:
+    """Return the MIME type of one of Pillow's formats."""
+    return _MIME_TYPES.get(image_format, f"image/{image_format.lower()}")
 
-    Offline, and without its telemetry: `telemetry` stays unset, since False would write a file.
-    """
+
+def verify_c2pa(data: bytes, image_format: str) -> C2paFacts | None:
+    """Ask encypher-c2pa about an image with a manifest store; None if it gives no answer."""
+    try:
+        return call_decoder(partial(_ask_verifier, find_mime_type(image_format)), data)
+    except ImageError:
+        return None
+
+
+def _ask_verifier(mime_type: str, data: bytes) -> C2paFacts:
+    """Ask offline and without telemetry, which stays unset: False would write a file."""
     import encypher_c2pa
 
-    mime_type = _MIME_TYPES.get(image_format, f"image/{image_format.lower()}")
-    try:
-        report: Any = encypher_c2pa.verify(data, mime_type, online=False)
-        manifests = report["manifest_report"]
-        active = manifests["manifests"].get(manifests["active_manifest"]) or {}
-        signer = active.get("signature_info") or {}
-        issuer = signer.get("issuer") or signer.get("common_name")
-        trust = manifests["provenance_verdict"]["trust"]
-        binding = report["hard_binding"]
-    except Exception:  # native code on untrusted bytes: no answer, and the image keeps its score
-        return None
+    report: Any = encypher_c2pa.verify(data, mime_type, online=False)
+    manifests = report["manifest_report"]
+    active = manifests["manifests"].get(manifests["active_manifest"]) or {}
+    signer = active.get("signature_info") or {}
+    issuer = signer.get("issuer") or signer.get("common_name")
+    trust = manifests["provenance_verdict"]["trust"]
+    binding = report["hard_binding"]
     return C2paFacts(
         binding if binding in ("match", "mismatch") else "unknown",
         trust if trust in ("trusted", "untrusted") else "unknown",
-        issuer[:MAX_ISSUER_CHARS] if isinstance(issuer, str) else None,
+        shorten(issuer) if isinstance(issuer, str) else None,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from cifake_ray.core.imaging.decode import open_image
+from cifake_ray.core.imaging.decode import read_info
 from cifake_ray.core.imaging.jpeg_header import iterate_segments
 from cifake_ray.core.imaging.limits import MAX_READS
 from cifake_ray.core.imaging.png_chunks import MAX_EXIF_BYTES, decompress_head, iterate_chunks
@@ -170,7 +170,7 @@ def _search_others(data: bytes, found: Metadata) -> None:
         _search_boxes(data, found)
     else:
         found.c2pa = None
-    info = open_image(data).info
+    info = read_info(data)
     for key, keep in (("exif", found.keep_exif), ("xmp", found.keep_xmp)):
         value = info.get(key)
         if isinstance(value, bytes) and value:
