@@ -29,7 +29,7 @@ MEASURED_FIELDS = [
 def write_report(
     run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
-    """Write metrics.json, figures/*.png and report.html from the predictions of a run."""
+    """Write metrics.json, figures/*.svg and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
     predictions = pa.concat_tables(
         [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
@@ -73,7 +73,7 @@ def write_report(
         else "",
     )
     make_folder(run.out / "figures", parents=False)
-    for name, png in figures.items():
-        write_bytes(run.out / "figures" / f"{name}.png", png)
+    for name, svg in figures.items():
+        write_bytes(run.out / "figures" / f"{name}.svg", svg)
     write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})
     write_bytes(run.out / "report.html", page.encode())
