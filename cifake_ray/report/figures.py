@@ -77,13 +77,17 @@ def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
     axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.6%}".rstrip("0%").rstrip(".") + "%")
     reached = {name: metrics[f"tpr_at_fpr_{name}pct"]["value"] for name in ("1", "0.1")}
     for (name, value), marker in zip(reached.items(), "os", strict=True):
+        if value is None:  # it would rest on too few images
+            continue
         rate = float(name) / 100
         label = f"at {name}% FPR: {value:.1%} of FAKE found"
         axes.axvline(rate, color=MUTED, linestyle="--", linewidth=1)
         axes.plot(rate, value, marker, color=COLOURS["FAKE"], markersize=8, label=label)
-    axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
-    found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
-    axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
+    axes.set_title("ROC over log FPR")
+    if reached["1"] is not None:
+        axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
+        found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
+        axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
     return encode_figure(figure)
 
 

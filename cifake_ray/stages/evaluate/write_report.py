@@ -12,7 +12,7 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.text import describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_mistakes
-from cifake_ray.stages.evaluate.measure import measure, measure_slices
+from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import make_folder, write_bytes, write_json
 from cifake_ray.storage.runs.run import Run
@@ -41,9 +41,12 @@ def write_report(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
     unlike = bundle.domain.count_unlike(scored) if bundle.domain else {"any": 0}
-    metrics = measure(scored, bundle, config.num_bootstrap)
-    slices = measure_slices(scored, bundle)
-    figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
+    calibration = bundle.calibration
+    metrics = measure(scored, calibration, config.num_bootstrap)
+    slices = measure_slices(scored, (), calibration.threshold, config.num_bootstrap)
+    floor = compare_real_sources(scored, config.num_bootstrap)
+    sources = {found["value"]: found for found in slices.get("source", [])}
+    figures = draw_figures(metrics, history=read_history(bundle.path), slices=sources)
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
     for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
         command += [flag, value] if value else []
@@ -67,7 +70,7 @@ def write_report(
         mistakes=find_mistakes(run, source, scored),
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
-        slices=slices,
+        slices=sources,
         unlike=describe_unlike(unlike, scored.num_rows, bundle.domain)
         if bundle.domain and unlike["any"]
         else "",
@@ -75,5 +78,6 @@ def write_report(
     make_folder(run.out / "figures", parents=False)
     for name, svg in figures.items():
         write_bytes(run.out / "figures" / f"{name}.svg", svg)
-    write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})
+    stored = {**metrics, "slices": slices, "real_vs_real": floor, "facts": facts}
+    write_json(run.out / "metrics.json", stored)
     write_bytes(run.out / "report.html", page.encode())
