@@ -50,6 +50,10 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "score photos scores --bundle run --target-fpr 0.01",
         "score s3://photos/2026 s3://scores/2026 --s3-profile work",
     ),
+    "compare": (
+        "compare report-a report-b --out compare.html",
+        "compare cnn=seed0 cnn=seed1 resnet=seed2 resnet=seed3 --out table.tex",
+    ),
     "pipeline": ("pipeline CIFAKE out --epochs 8",),
     "verify": ("verify scores",),
     "repair": ("repair scores",),

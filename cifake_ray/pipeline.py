@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cifake_ray.config import (
     VERBS,
     BatchConfig,
+    CompareConfig,
     ConvertConfig,
     EvaluateConfig,
     ExportConfig,
@@ -163,6 +164,15 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     return result, judge_errors(result, config)
 
 
+def _compare(config: CompareConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.compare.driver import compare_reports, write_comparison
+
+    result = compare_reports(config, log)
+    if config.out is not None:
+        write_comparison(result, config)
+    return {**result, "out": config.out}, ExitCode.OK
+
+
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
 
@@ -257,6 +267,7 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     EvaluateConfig: _evaluate,
     ScoreConfig: _score,
     PipelineConfig: lambda config, _: run_pipeline(config, {"epochs": config.epochs}),
+    CompareConfig: _compare,
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,

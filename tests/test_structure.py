@@ -55,6 +55,7 @@ ROOMS = {
         {"batch", "train", "submit", "doctor"},
         {"convert", "score", "tune"},
         {"evaluate"},
+        {"compare"},
     ],
 }
 
@@ -62,7 +63,7 @@ STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
 TOOLS = {
-    *("cluster", "doctor", "local_ray", "malloc", "resources", "submit"),
+    *("cluster", "compare", "doctor", "local_ray", "malloc", "resources", "submit"),
     "__init__",
 }
 MAX_LINES = 360

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
+from cifake_ray.config.compare import CompareConfig
 from cifake_ray.config.convert import ConvertConfig
 from cifake_ray.config.doctor import DoctorConfig
 from cifake_ray.config.evaluate import EvaluateConfig
@@ -46,6 +47,7 @@ VERBS: dict[str, type[Config]] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
+    "compare": CompareConfig,
     "pipeline": PipelineConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,

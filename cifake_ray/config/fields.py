@@ -210,7 +210,7 @@ def list_options(config: Any) -> list[str]:
     for field in fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         if doc_of(type(config), field.name).positional:
-            arguments.append(value)
+            arguments += value if isinstance(value, tuple) else [value]
         elif isinstance(value, bool) and value != field.default:
             options.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != field.default:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cifake_ray.report.compare_table import describe_comparison
 from cifake_ray.report.numbers import format_interval, format_share
 
 Record = Mapping[str, Any]
@@ -258,5 +259,6 @@ DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "pipeline": _describe_pipeline,
     "demo": _describe_pipeline,
     "export": _describe_export,
+    "compare": describe_comparison,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
 }
