@@ -105,7 +105,7 @@ def _describe_metrics(metrics: Record) -> list[str]:
         ("tpr_at_fpr_1pct", "FAKE found at 1% false positives", True),
     ):
         found = format_interval(metrics[name], percent=percent)
-        if metrics[name]["value"] is None:
+        if "reason" in metrics[name]:
             missing.append(f"{text}: no number, {found}.")
         else:
             values.append(f"{text} {found}")
