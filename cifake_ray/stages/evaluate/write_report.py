@@ -43,7 +43,7 @@ class Detail:
 
 
 def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detail) -> None:
-    """Write metrics.json, slices.csv, figures/*.png and report.html from a run's predictions."""
+    """Write metrics.json, slices.csv, figures/*.svg and report.html from a run's predictions."""
     bundle, calibration, split = detail.bundle, detail.calibration, detail.split
     shards = range(run.manifest.num_shards)
     predictions = pa.concat_tables(
@@ -97,8 +97,8 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
         unlike=describe_unlike(unlike, scored.num_rows, domain) if domain and unlike["any"] else "",
     )
     make_folder(run.out / "figures", parents=False)
-    for name, png in figures.items():
-        write_bytes(run.out / "figures" / f"{name}.png", png)
+    for name, svg in figures.items():
+        write_bytes(run.out / "figures" / f"{name}.svg", svg)
     stored = {**metrics, "slices": slices, "real_vs_real": floor, "facts": facts}
     write_json(run.out / "metrics.json", stored)
     write_bytes(run.out / "slices.csv", encode_slices(slices))
