@@ -50,6 +50,10 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "score photos scores --bundle run --target-fpr 0.01",
         "score s3://photos/2026 s3://scores/2026 --s3-profile work",
     ),
+    "decide": (
+        "decide scores decisions --target-fpr 0.01 --by source",
+        "decide scores decisions --real my-photos.txt --settled verdicts.csv",
+    ),
     "pipeline": ("pipeline CIFAKE out --epochs 8",),
     "verify": ("verify scores",),
     "repair": ("repair scores",),

@@ -12,6 +12,7 @@ from cifake_ray.config import (
     VERBS,
     BatchConfig,
     ConvertConfig,
+    DecideConfig,
     EvaluateConfig,
     ExportConfig,
     PipelineConfig,
@@ -163,6 +164,13 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     return result, judge_errors(result, config)
 
 
+def _decide(config: DecideConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.storage.runs.decisions import decide_scores
+
+    scores, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    return decide_scores(config, out, scores, log), ExitCode.OK
+
+
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
 
@@ -257,6 +265,7 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     EvaluateConfig: _evaluate,
     ScoreConfig: _score,
     PipelineConfig: lambda config, _: run_pipeline(config, {"epochs": config.epochs}),
+    DecideConfig: _decide,
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,

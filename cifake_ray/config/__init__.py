@@ -9,6 +9,7 @@ from __future__ import annotations
 from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
 from cifake_ray.config.convert import ConvertConfig
+from cifake_ray.config.decide import DecideConfig
 from cifake_ray.config.doctor import DoctorConfig
 from cifake_ray.config.evaluate import EvaluateConfig
 from cifake_ray.config.export import ExportConfig
@@ -47,6 +48,7 @@ VERBS: dict[str, type[Config]] = {
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
     "pipeline": PipelineConfig,
+    "decide": DecideConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "export": ExportConfig,

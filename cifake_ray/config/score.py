@@ -18,10 +18,19 @@ class ScoreConfig(SourceConfig, BundleConfig):
     target_fpr: Annotated[
         float | None, Doc("Use the bundle's threshold for this false-positive rate: 0.01 or 0.001")
     ] = None
+    policy: Annotated[
+        str | None,
+        Doc("Call images by this policy.json of `decide`, which may be unsure: is_fake is null"),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
             self.target_fpr in (None, 0.01, 0.001),
-            f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001",
+            f"--target-fpr is {self.target_fpr}; bundles store thresholds for 0.01 and 0.001;"
+            " `cifake-ray decide` finds one for any rate from your own REAL images",
+        )
+        check(
+            self.target_fpr is None or self.policy is None,
+            "--policy and --target-fpr both say what is FAKE; give one of them",
         )

@@ -46,6 +46,7 @@ class BatchSummary:
     precision: str = ""  # of the detector; empty for convert and in outputs of earlier versions
     # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
     threshold: float | None = None
+    policy: str = ""  # decides instead of a threshold, if there is one
     called_fake: dict[str, int] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted

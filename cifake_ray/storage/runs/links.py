@@ -14,6 +14,7 @@ OWN_NAMES = {
     *("attempts", "manifest", "shards", "scores", "predictions"),
     *("figures", "metrics.json", "report.html"),
     *("bundle", "checkpoints", "history.jsonl", "mlflow.json", "summary.csv", "tensorboard"),
+    *("decisions", "policy.json", "_settled.parquet"),
     *("ray", "recipe.yaml", "trials", "trials.csv", "trials.parquet"),
 }
 

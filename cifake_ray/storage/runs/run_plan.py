@@ -35,7 +35,8 @@ from cifake_ray.storage.runs.settings import check_settings, describe_difference
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
-VERDICT_SETTINGS = ("target_fpr",)  # they decide `is_fake` of a stored p_fake, and nothing else
+# They decide `is_fake` of a stored p_fake, and nothing else.
+VERDICT_SETTINGS = ("target_fpr", "policy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class RunPlan:
         settings = run.settings | verdicts
         with suppress(RunMismatch):
             check_settings(self.out, settings, self._settings)
-            return settings != run.settings
+            return any(run.settings.get(name) != value for name, value in verdicts.items())
         return False
 
     def change_verdicts(self, run: Run) -> Run:
