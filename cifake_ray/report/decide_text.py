@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 def describe_decisions(record: Record) -> list[str]:
     listed, out = record["listed"], record["out"].rstrip("/")
-    confidence, target = format_share(record["confidence"]), f"{record['target_fpr']:.3g}"
+    confidence, target = (f"{100 * record[n]:.4g}%" for n in ("confidence", "target_fpr"))
     verdicts = ", ".join(
         f"{name} {record[name]:,} ({format_share(record[name] / listed)})"
         for name in ("FAKE", "unsure", "REAL")
@@ -29,7 +29,7 @@ def describe_decisions(record: Record) -> list[str]:
     lines += [
         f"The promise: with {confidence} confidence, at most {target} of images drawn like these"
         " REAL ones are called FAKE.",
-        f"All: {_describe_cut(record['overall'])}.",
+        f"Overall: {_describe_cut(record['overall'])}.",
     ]
     if record["by"]:
         groups = list(record["groups"].items())
@@ -69,5 +69,5 @@ def _describe_cut(cut: Record) -> str:
         f" ({format_share(low)} to {format_share(high)}); unsure from {cut['unsure_from']:.4g}"
     )
     if cut["num_above"] < FEW:
-        text += f"; rests on {cut['num_above']} images above it, fewer than {FEW}"
+        text += f"; it rests on fewer than {FEW} images above it"
     return text

@@ -145,11 +145,11 @@ def decide_scores(
             "scores": [row["sha256"] for row in files],
         }
         identity = hash_json(made_of)
+        settings = fingerprint_settings(config) | made_of | {"scores": str(scores)}
+        folder.open(settings, settings)
         success = read_if_exists(out / "_SUCCESS")
         if success is None or identity.encode() not in success:
             remove(out / "_SUCCESS")
-        settings = fingerprint_settings(config) | made_of | {"scores": str(scores)}
-        folder.open(settings, settings)
         write_bytes(out / SETTLED_NAME, encode_shard(_make_settled_table(settled), {}))
         write_bytes(out / POLICY_NAME, encode_policy(policy))
         decider = _Decider(out, run, policy, settled)

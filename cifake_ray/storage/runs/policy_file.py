@@ -137,7 +137,7 @@ def _collect_real(
                 f" {config.src}; score the REAL images with the same --bundle and --precision"
             )
     elif config.real is not None:
-        known = pa.array([row["key"] for _, row in read_keyed_rows(path, ())]).unique()
+        known = pa.array([row["key"] for _, row in read_keyed_rows(path, ())], pa.string()).unique()
     found: dict[str | None, list[Scores]] = defaultdict(list)
     num_known = 0
     for table in read_score_tables(run):
