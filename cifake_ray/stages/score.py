@@ -198,6 +198,7 @@ def score_images(
         ),
         threshold=threshold,
         policy=policy,
+        extend=config.extend,
         thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from measure import format_table
 
@@ -42,7 +43,7 @@ class HeldOut:
         """The verdict of every key, with thresholds from the chosen images."""
         with tempfile.TemporaryDirectory() as folder:
             keys, out = Path(folder) / "keys.parquet", Path(folder) / "out"
-            pq.write_table(pq.read_table(self.scores / "scores", columns=["key"]).filter(chosen), keys)
+            pq.write_table(pa.table({"key": self.key[chosen]}), keys)
             config = DecideConfig(
                 src=str(self.scores),
                 out=str(out),
@@ -65,21 +66,21 @@ class HeldOut:
 
     def print_table(self, title: str, cases: list[tuple[Flags, dict[str, Flags]]]) -> None:
         """One row a source that is held out: by one threshold, and by those of sources."""
-        rows = []
+        rows, found, is_fake = [], [], self.label == FAKE
         for chosen, held_out in cases:
-            pooled, by_source = (self.decide(chosen, by) for by in (None, "source"))
+            decided = [self.decide(chosen, by) for by in (None, "source")]
+            found.append([(verdicts[is_fake] == "FAKE").mean() for verdicts in decided])
             for name, held in held_out.items():
-                cells = [*self.describe(held, pooled), *self.describe(held, by_source)]
-                rows.append([name, str(int(held.sum())), f"{self.target_fpr:.1%}", *cells])
-            fake = self.label == FAKE
-            found = [f"{(verdicts[fake] == 'FAKE').mean():.1%}" for verdicts in (pooled, by_source)]
+                cells = [cell for verdicts in decided for cell in self.describe(held, verdicts)]
+                rows.append([name, f"{held.sum():,}", f"{self.target_fpr:.1%}", *cells])
         names = ["source", "REAL held out", "promised", "one threshold", "unsure"]
         print(f"\n{title}\n\n{format_table([[*names, '--by source', 'unsure'], *rows])}")
-        print(f"\nFAKE called FAKE: {found[0]} by one threshold, {found[1]} by those of sources")
+        pooled, by_source = np.mean(found, axis=0)
+        print(f"\nFAKE called FAKE: {pooled:.1%} by one threshold, {by_source:.1%} by source")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scores", type=Path)
     parser.add_argument("--target-fpr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +101,9 @@ def main() -> None:
     held.print_table("Sources that gave no REAL image: all others did", left_out)
     if {"train", "test"} <= set(held.split):
         in_test = is_real & (held.split == "test")
-        tests = {n: in_test & (source == n) for n in held.sources if (in_test & (source == n)).any()}
+        tests = {
+            n: in_test & (source == n) for n in held.sources if (in_test & (source == n)).any()
+        }
         held.print_table("Sources of test, by REAL images of train", [(is_real & ~in_test, tests)])
 
 

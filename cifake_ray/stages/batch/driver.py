@@ -48,6 +48,7 @@ from cifake_ray.stages.resources import Placement, read_local_resources, runs_he
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
+from cifake_ray.storage.runs.extension import extend_run
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import (
     Run,
@@ -86,6 +87,7 @@ class BatchPlan:
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
     threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
     policy: Policy | None = None  # decides instead
+    extend: bool = False  # list the source again, for new keys
     thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
 
     @property
@@ -160,11 +162,25 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     found = plan.run.find()
     if found is None:
         plan.run.check_new()
+    elif plan.extend:
+        force_names(found)
+        run, changes = extend_run(plan.run, plan.run.change_verdicts(found))
+        plan.log(f"{plan.command}: {changes.describe()}")
+        return replace(work_on(plan, run), changes=changes.counts)
+    return work_on(plan, found)
+
+
+def work_on(plan: BatchPlan, found: Run | None) -> BatchSummary:
+    """Finish a run that was found, or the one that is frozen now."""
+    if found is None:
+        pass
     elif (summary := find_result(plan, found)) is not None:
         at = read_json(plan.out / "_SUCCESS").get("finished_at", "some time ago")
+        remedy = "--extend" if plan.command == "score" else "a new output folder"
         plan.log(
-            f"{plan.command}: finished {at}; the source was not looked at again: give a new output"
-            " folder to include new images"
+            f"{plan.command}: finished {at}"
+            + f"; the source was not looked at again: give {remedy} to include new images"
+            * (not plan.extend)
         )
         return summary
     else:

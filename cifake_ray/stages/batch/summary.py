@@ -52,6 +52,7 @@ class BatchSummary:
     labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
     splits: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)  # new, changed, gone: of `--extend`
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         too_many = self.failed > max_error_rate * self.listed

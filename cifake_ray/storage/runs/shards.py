@@ -40,7 +40,7 @@ def commit_shard(
         "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "fingerprint": run.fingerprint,
-        "run": run.identity,
+        "run": run.identify_shard(shard),
         "rows": table.num_rows,
         "errors": dict(sorted(errors.items())),
         "unlike_training": unlike_training,
@@ -145,7 +145,7 @@ def inspect_shard(run: Run, shard: int) -> ShardStats | None:
     try:
         part = open_shard(data)
         footer = _read_footer(part)
-        if footer.run != run.identity:
+        if footer.run != run.identify_shard(shard):
             return None
         num_rows = sum(group.num_rows for group in _read_groups(part))
         return _describe_shard(shard, footer, data) if num_rows == footer.rows else None
