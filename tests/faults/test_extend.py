@@ -1,4 +1,4 @@
-"""kill -9 of `score --extend` at any moment: the old run or the extended one, and then the whole."""
+"""kill -9 of `score --extend` at any moment: the old run or the extended one remains."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from cifake_ray.pipeline import run_verb
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver, shard_worker
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.export import export_scores
 from cifake_ray.storage.runs.run import Run, require_run
 from cifake_ray.storage.runs.run_plan import RunPlan
@@ -174,11 +174,11 @@ def test_what_changed_or_went_is_named_and_its_row_stays(src: Path, tmp_path: Pa
     summary = run_score(src, out, said.append, extend=True)
     assert summary.changes == {"new": 0, "changed": 2, "gone": 1}
     assert read_rows(out) == before
-    changes = {
-        row["key"]: row["change"] for row in pq.read_table(out / "_changes.parquet").to_pylist()
-    }
+    named = pq.read_table(out / "_changes.parquet").to_pylist()
+    changes = {row["key"]: row["change"] for row in named}
     assert changes == {"real/2.jpg": "changed", "fake/3.jpg": "changed", "real/4.jpg": "gone"}
-    assert any("2 have changed and 1 are gone" in line and "'real/4.jpg'" in line for line in said)
+    (line,) = [line for line in said if "2 have changed and 1 are gone" in line]
+    assert "'real/4.jpg'" in line
     write_images(src, range(10, 12))
     assert run_score(src, out, extend=True).changes == {"new": 2, "changed": 2, "gone": 1}
     assert [row for row in read_rows(out) if row["key"] in {b["key"] for b in before}] == before
@@ -198,8 +198,7 @@ def test_anything_may_happen_at_any_change_of_an_extension(src: Path, tmp_path: 
     def check_half() -> None:
         try:
             is_whole = verify_files(out) == []
-        except StorageError as error:
-            assert "has not finished" in str(error)
+        except StorageError:
             is_whole = False
         if is_whole:  # then it is the old one or the new one, and nothing between
             assert read_rows(out) in (read_rows(old), read_rows(wanted))

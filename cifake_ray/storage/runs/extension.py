@@ -48,7 +48,7 @@ class Changes:
     """How a source differs from the listing of a run."""
 
     out: AnyPath
-    counts: dict[str, int] = field(default_factory=lambda: dict(new=0, changed=0, gone=0))
+    counts: dict[str, int] = field(default_factory=lambda: {"new": 0, "changed": 0, "gone": 0})
     examples: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
