@@ -54,6 +54,10 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "compare report-a report-b --out compare.html",
         "compare cnn=seed0 cnn=seed1 resnet=seed2 resnet=seed3 --out table.tex",
     ),
+    "decide": (
+        "decide scores decisions --target-fpr 0.01 --by source",
+        "decide scores decisions --real my-photos.txt --settled verdicts.csv",
+    ),
     "pipeline": ("pipeline CIFAKE out --epochs 8",),
     "verify": ("verify scores",),
     "repair": ("repair scores",),

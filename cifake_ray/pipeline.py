@@ -13,6 +13,7 @@ from cifake_ray.config import (
     BatchConfig,
     CompareConfig,
     ConvertConfig,
+    DecideConfig,
     EvaluateConfig,
     ExportConfig,
     PipelineConfig,
@@ -173,6 +174,13 @@ def _compare(config: CompareConfig, started_s: float) -> tuple[Any, int]:
     return {**result, "out": config.out}, ExitCode.OK
 
 
+def _decide(config: DecideConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.storage.runs.decisions import decide_scores
+
+    scores, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    return decide_scores(config, out, scores, log), ExitCode.OK
+
+
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.storage.runs.verify import verify_files
 
@@ -268,6 +276,7 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     ScoreConfig: _score,
     PipelineConfig: lambda config, _: run_pipeline(config, {"epochs": config.epochs}),
     CompareConfig: _compare,
+    DecideConfig: _decide,
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,

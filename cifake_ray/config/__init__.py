@@ -10,6 +10,7 @@ from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augment
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
 from cifake_ray.config.compare import CompareConfig
 from cifake_ray.config.convert import ConvertConfig
+from cifake_ray.config.decide import DecideConfig
 from cifake_ray.config.doctor import DoctorConfig
 from cifake_ray.config.evaluate import EvaluateConfig
 from cifake_ray.config.export import ExportConfig
@@ -49,6 +50,7 @@ VERBS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "compare": CompareConfig,
     "pipeline": PipelineConfig,
+    "decide": DecideConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "export": ExportConfig,

@@ -38,6 +38,7 @@ BATCH_FIELDS = {
     "ran_on",
     "precision",
     "threshold",
+    "policy",
     "thresholds",
     "called_fake",
     "provenance",
@@ -88,7 +89,7 @@ def _describe_batch(command: str, record: Record) -> list[str]:
 def _describe_verdicts(record: Record) -> str:
     called, thresholds = record["called_fake"], record["thresholds"]
     shares = {name: format_share(called.get(name, 0) / record["done"]) for name in thresholds}
-    chosen = next(
+    chosen = record.get("policy") or next(
         (name for name, value in thresholds.items() if value == record["threshold"]), "default"
     )
     others = "".join(
@@ -96,6 +97,9 @@ def _describe_verdicts(record: Record) -> str:
         for name, share in shares.items()
         if name != chosen
     )
+    if record.get("policy"):
+        by_policy = format_share(called.get("policy", 0) / record["done"])
+        return f"Called FAKE: {by_policy} by {record['policy']}{others}."
     return f"Called FAKE: {shares[chosen]} (p_fake >= {record['threshold']:.3g}){others}."
 
 
@@ -150,6 +154,12 @@ def _describe_speed(record: Record) -> str:
         f"{record['elapsed_s']:,.1f} s{on}, {record['images_per_s']:,.0f} images/s"
         f" ({record['steady_images_per_s']:,.0f} once started){before}."
     )
+
+
+def _describe_decisions(record: Record) -> list[str]:
+    from cifake_ray.report.decide_text import describe_decisions  # with scipy
+
+    return describe_decisions(record)
 
 
 def _describe_check(record: Record) -> list[str]:
@@ -263,6 +273,7 @@ def _count(number: int, noun: str) -> str:
 DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "train": _describe_training,
     "tune": _describe_search,
+    "decide": _describe_decisions,
     "verify": _describe_check,
     "repair": _describe_check,
     "pipeline": _describe_pipeline,

@@ -10,10 +10,19 @@ from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 
 # What the verbs write into an output folder; entries of other names belong to a person.
 OWN_NAMES = {
-    *("_SUCCESS", "_attempts", "_files.parquet", "_manifest", "_run.json", ".huggingface.yaml"),
+    *(
+        "_SUCCESS",
+        "_attempts",
+        "_files.parquet",
+        "_manifest",
+        "_run.json",
+        "_changes.parquet",
+        ".huggingface.yaml",
+    ),
     *("attempts", "manifest", "shards", "scores", "predictions"),
     *("figures", "metrics.json", "report.html"),
     *("bundle", "checkpoints", "history.jsonl", "mlflow.json", "summary.csv", "tensorboard"),
+    *("decisions", "policy.json", "_settled.parquet"),
     *("ray", "recipe.yaml", "trials", "trials.csv", "trials.parquet"),
 }
 
