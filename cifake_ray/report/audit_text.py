@@ -61,6 +61,22 @@ def describe_verdicts(verdicts: list[dict[str, Any]]) -> list[str]:
     return [*sentences, f"CLEAN {'; '.join(clean)}."] if clean else sentences
 
 
+def describe_null(findings: Mapping[str, Any]) -> str:
+    """Return in one sentence what the files and their duplicates give away."""
+    leaks, copies = findings["leaks"], findings["duplicates"]["near_group"]
+    if not leaks:
+        found = "There are too few labelled images of both classes to look for leaks"
+    elif leaks["header"]["is_leak"] or leaks["zero-pixel null"]["is_leak"]:
+        null = _format_auroc(leaks["zero-pixel null"])
+        found = f"Without one pixel, files of REAL and FAKE are told apart with {null}"
+    else:
+        found = "Without one pixel, files of REAL and FAKE cannot be told apart"
+    if not copies["pairs"]:
+        return f"{found}; there are no duplicates."
+    across = copies["pairs_across_splits"]
+    return f"{found}; pairs of duplicates: {copies['pairs']:,}, {across:,} across splits."
+
+
 def _judge_leaks(findings: Mapping[str, Any], config: AuditConfig) -> list[Verdict]:
     leaks, matched = findings["leaks"], findings["matched"]
     if not leaks:
@@ -72,19 +88,18 @@ def _judge_leaks(findings: Mapping[str, Any], config: AuditConfig) -> list[Verdi
         if not leaks[name]["is_leak"]:
             verdicts.append(Verdict(name, CLEAN, text, []))
             continue
-        side = choose_side(findings["median_side"])
-        size = {"reencode_size": side} if name == "size" else {}
-        remedies = [_convert(config, reencode=QUALITY, **size)]
+        remedies = [_reencode(findings, config, name == "size")]
         if trait and matched[trait]:
             kept = f"{matched[trait]:,} of {findings['images']:,} images stay"
             remedies.append(f"{_convert(config, match=(trait,))}  # {kept}")
         typical = findings["typical"][name]
         text = f"{text}: most often {typical['REAL']} of REAL, {typical['FAKE']} of FAKE."
         verdicts.append(Verdict(name, LEAK, text, remedies))
-    return [*verdicts, *_judge_combined(leaks, config)]
+    return [*verdicts, *_judge_combined(findings, config)]
 
 
-def _judge_combined(leaks: Mapping[str, Any], config: AuditConfig) -> list[Verdict]:
+def _judge_combined(findings: Mapping[str, Any], config: AuditConfig) -> list[Verdict]:
+    leaks = findings["leaks"]
     null, header, size = leaks["zero-pixel null"], leaks["header"], leaks["bytes"]
     text = f"zero-pixel null {_format_auroc(null)}"
     if header["is_leak"]:
@@ -93,7 +108,7 @@ def _judge_combined(leaks: Mapping[str, Any], config: AuditConfig) -> list[Verdi
             LEAK,
             f"{text}: so much follows from the files without one pixel; no score on these images"
             " means more than what goes beyond it.",
-            [_convert(config, reencode=QUALITY)],
+            [_reencode(findings, config, leaks["size"]["is_leak"])],
         )
     elif size["is_leak"]:
         found = Verdict(
@@ -135,8 +150,8 @@ def _judge_copies(findings: Mapping[str, Any], config: AuditConfig) -> list[Verd
         said = counts["images"]
         across, between = counts["pairs_across_splits"], counts["pairs_across_classes"]
         text = (
-            f"{said:,} images have a copy with {what}: {counts['pairs']:,} pairs, {across:,} across"
-            f" splits, {between:,} with different labels."
+            f"{said:,} images have a copy with {what}; pairs: {counts['pairs']:,}, across splits"
+            f" {across:,}, with different labels {between:,}."
         )
         level = LEAK if across or between else NOTE
         verdicts.append(Verdict(name, level, text, [_convert(config, dedupe=word)]))
@@ -163,6 +178,11 @@ def _format_auroc(leak: Mapping[str, Any]) -> str:
     if leak["constant"] is not None:
         return f"AUROC 0.500 ({leak['constant']} throughout)"
     return f"AUROC {leak['auroc']:.3f} [{leak['low']:.3f}, {leak['high']:.3f}]"
+
+
+def _reencode(findings: Mapping[str, Any], config: AuditConfig, resizes: bool) -> str:
+    size = {"reencode_size": choose_side(findings["median_side"])} if resizes else {}
+    return _convert(config, reencode=QUALITY, **size)
 
 
 def _convert(config: AuditConfig, **options: Any) -> str:

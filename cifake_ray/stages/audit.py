@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cifake_ray.config import AuditConfig
+from cifake_ray.config import AuditConfig, list_options
 from cifake_ray.core.audit.match_classes import TRAIT_COLUMNS, choose_unmatched
 from cifake_ray.core.processing.audit import AuditProcessor
 from cifake_ray.core.schema import AUDIT_FIELDS, FAKE, LABEL_NAMES, REAL
@@ -19,10 +20,11 @@ from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.resources import Placement
-from cifake_ray.storage.io.files import exists, read_json, write_json
+from cifake_ray.storage.io.files import exists, read_json, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.version import __version__
 
 # Counted by class, with the columns that came with the images, if they have so few values.
 COUNTED_FIELDS = ("split", "source", "format", "mode", "subsampling")
@@ -85,6 +87,7 @@ def write_audit(run: Run, config: AuditConfig) -> None:
     """Write audit.json, audit.html and the table of duplicates from the rows of a run."""
     from cifake_ray.core.audit.duplicates import GROUP_COLUMNS, count_duplicates, find_duplicates
     from cifake_ray.core.audit.label_leaks import find_typical, measure_leaks
+    from cifake_ray.report.audit_page import render_audit_page
     from cifake_ray.report.audit_text import judge_audit
     from cifake_ray.storage.runs.audit_rows import read_audit_rows, write_duplicates
 
@@ -109,7 +112,15 @@ def write_audit(run: Run, config: AuditConfig) -> None:
         "median_side": pc.quantile(short_sides)[0].as_py(),
         "balance": balance,
     }
-    write_json(run.out / "audit.json", {**findings, "verdicts": judge_audit(findings, config)})
+    findings["verdicts"] = judge_audit(findings, config)
+    facts = {
+        "Command": shlex.join(["cifake-ray", "audit", *list_options(config)]),
+        "cifake-ray": __version__,
+        "Fingerprint": run.fingerprint,
+    }
+    page = render_audit_page(findings, f"Audit of {config.src}", facts)
+    write_json(run.out / "audit.json", findings)
+    write_bytes(run.out / "audit.html", page.encode())
 
 
 def sample_classes(rows: pa.Table, most: int, seed: int) -> pa.Table:
