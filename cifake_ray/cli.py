@@ -27,8 +27,10 @@ STARTED_S = time.monotonic()
 EXAMPLES = {  # of each command, without `cifake-ray`
     "": ("demo", "score PHOTOS SCORES", "train --help"),
     "sample": ("sample images --images 500",),
+    "audit": ("audit CIFAKE audited", "audit shards audited --sample 100000"),
     "convert": (
         "convert CIFAKE shards",
+        "convert CIFAKE shards --audit audited --dedupe bytes --reencode jpeg:90",
         "convert photos.csv shards --include '*.jpg' --dry-run",
         "convert s3://photos/2026 s3://shards/2026 --num-workers 8",
     ),
@@ -152,7 +154,7 @@ def _add_submission(verb: str) -> None:
     )
 
 
-for _name in ("convert", "train", "tune", "evaluate", "score", "pipeline"):
+for _name in ("audit", "convert", "train", "tune", "evaluate", "score", "pipeline"):
     _add_submission(_name)
 
 

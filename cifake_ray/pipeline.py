@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
     VERBS,
+    AuditConfig,
     BatchConfig,
     CompareConfig,
     ConvertConfig,
@@ -133,6 +134,14 @@ def _convert(config: ConvertConfig, started_s: float) -> tuple[Any, int]:
     return result, judge_errors(result, config)
 
 
+def _audit(config: AuditConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.audit import audit_images
+
+    src, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    result = audit_images(config, src, out, ProgressLine("audit"), started_s, log)
+    return result, judge_errors(result, config)
+
+
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.train.driver import train_detector
 
@@ -212,7 +221,12 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
     path = open_path(config.out, config.store)
     run = require_run(path)
-    verbs = {"convert": ConvertConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
+    verbs = {
+        "audit": AuditConfig,
+        "convert": ConvertConfig,
+        "score": ScoreConfig,
+        "evaluate": EvaluateConfig,
+    }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
     here = {"out": config.out, **asdict(config.cluster)}
     try:
@@ -269,6 +283,7 @@ def _export_detector(config: ExportConfig) -> dict[str, Any]:
 # Each resolves the paths of its verb, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
+    AuditConfig: _audit,
     ConvertConfig: _convert,
     TrainConfig: _train,
     TuneConfig: _tune,

@@ -53,13 +53,13 @@ ROOMS = {
         {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},
-        {"convert", "score", "tune"},
+        {"audit", "convert", "score", "tune"},
         {"evaluate"},
         {"compare"},
     ],
 }
 
-STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
+STAGE_VERBS = ("audit", "convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
 TOOLS = {

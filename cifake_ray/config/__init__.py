@@ -6,6 +6,7 @@ are all made from its fields, so a default is written in one place.
 
 from __future__ import annotations
 
+from cifake_ray.config.audit import AuditConfig
 from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
 from cifake_ray.config.compare import CompareConfig
@@ -43,6 +44,7 @@ Config = StoreConfig | SampleConfig  # of any verb
 
 VERBS: dict[str, type[Config]] = {
     "sample": SampleConfig,
+    "audit": AuditConfig,
     "convert": ConvertConfig,
     "train": TrainConfig,
     "tune": TuneConfig,

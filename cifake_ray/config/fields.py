@@ -206,7 +206,8 @@ def list_options(config: Any) -> list[str]:
 
     UsageError for a None that no option can express.
     """
-    arguments, options = [], []
+    arguments: list[str] = []
+    options: list[str] = []
     for field in fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         if doc_of(type(config), field.name).positional:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cifake_ray.report.audit_text import describe_verdicts
 from cifake_ray.report.compare_table import describe_comparison
 from cifake_ray.report.numbers import format_interval, format_share
 from cifake_ray.report.slices_text import describe_floor, describe_worst
@@ -16,7 +17,13 @@ TARGETS = {
     "fpr_0.01": "--target-fpr 0.01",
     "fpr_0.001": "--target-fpr 0.001",
 }
-RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+RESULTS = {
+    "audit": "audit",
+    "convert": "shards",
+    "score": "scores",
+    "evaluate": "predictions",
+}
+DONE = {"audit": "audited", "convert": "converted"}  # and else: scored
 BUNDLES = {"train", "tune"}  # make one, unless it is a dry run
 UNTOLD = {"unusable", "untracked"}  # not said by any sentence
 # What the sentences on a batch say; `unlike_training` is a warning of its own.
@@ -43,6 +50,7 @@ BATCH_FIELDS = {
     "called_fake",
     "provenance",
     "metrics",
+    "verdicts",
     "report",
 }
 
@@ -64,11 +72,13 @@ def _describe_batch(command: str, record: Record) -> list[str]:
     sentences = []
     if command == "evaluate":
         sentences += _describe_metrics(record.get("metrics") or {})
+    elif command == "audit":
+        sentences += describe_verdicts(record.get("verdicts") or [])
     elif record.get("called_fake") and done:
         sentences.append(_describe_verdicts(record))
     if record.get("provenance"):
         sentences += _describe_provenance(record["provenance"], done)
-    verb = "converted" if command == "convert" else "scored"
+    verb = DONE.get(command, "scored")
     errors = ", ".join(f"{count:,} {error}" for error, count in record["errors"].items())
     failed = f"{record['failed']:,} unreadable: {errors}" if record["failed"] else "none unreadable"
     sentences.append(f"{done:,} of {record['listed']:,} images {verb}; {failed}.")

@@ -1,9 +1,9 @@
 """Run a batch: list -> freeze -> for each shard: fetch, process, commit -> _SUCCESS.
 
-convert, score and evaluate differ only in their processor. A worker per core fetches, processes and
-commits a shard whole (`shard_worker`); only a `ShardReport` travels back. The workers are actors of
-Ray Data (`ray_pool`) or, on one machine, processes of ours (`local_pool`). For an actor with a GPU,
-tasks on CPUs prepare the images (`cpu_feeder`); the actor still commits.
+convert, score, evaluate and audit differ only in their processor. A worker per core fetches,
+processes and commits a shard whole (`shard_worker`); only a `ShardReport` travels back. The workers
+are actors of Ray Data (`ray_pool`) or, on one machine, processes of ours (`local_pool`). For an
+actor with a GPU, tasks on CPUs prepare the images (`cpu_feeder`); the actor still commits.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class BatchPlan:
     started_s: float  # time.monotonic() when the process began
     log: Callable[[str], None]
     facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
+    # Leaves rows out of the listing, before --limit and --sample.
+    choose_listed: Callable[[Listing], None] = lambda listing: None
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
     threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
     policy: Policy | None = None  # decides instead
@@ -106,8 +108,9 @@ class BatchPlan:
         )
 
     def list_images(self) -> Listing:
-        """List the source, or what `--limit` and `--sample` choose of it; count and log."""
+        """List the source, or what the options choose of it; count and log."""
         listing = self.source.list_images()
+        self.choose_listed(listing)
         choose_rows(listing, self.config)
         listing.count_rows(describe=self.needs_labels)
         listing.change_batches(self._log_listing)

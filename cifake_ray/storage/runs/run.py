@@ -43,7 +43,12 @@ from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
 from cifake_ray.storage.runs.settings import check_settings
 from cifake_ray.version import __version__
 
-RESULTS = {"convert": "shards", "score": "scores", "evaluate": "predictions"}
+RESULTS = {
+    "audit": "audit",
+    "convert": "shards",
+    "score": "scores",
+    "evaluate": "predictions",
+}
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
@@ -202,10 +207,13 @@ def require_run(out: AnyPath) -> Run:
         run = read_run(out)
     except OtherVerb as error:
         raise StorageError(
-            f"{out} is the output of {error.command}; give that of convert, score or evaluate"
+            f"{out} is the output of {error.command}; give that of convert, score, evaluate or"
+            " audit"
         ) from error
     if run is None:
-        raise StorageError(f"{out}: no _run.json; give the output of convert, score or evaluate")
+        raise StorageError(
+            f"{out}: no _run.json; give the output of convert, score, evaluate or audit"
+        )
     return run
 
 
