@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -218,18 +219,21 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.report.summary_text import describe_counts
     from cifake_ray.storage.runs.export import encode_scores, export_scores
 
     if config.chosen_format == "onnx":
         return _export_detector(config), ExitCode.OK
     scores = open_path(config.src, config.store)
+    counts: Counter[str] = Counter()
     if config.file == STDOUT:
-        counts: list[int] = []
         show_bytes(encode_scores(scores, config, counts))
-        log(f"export: {sum(counts):,} rows")
+        log(f"export: {counts.pop('rows', 0):,} rows{describe_counts(counts)}")
         return None, ExitCode.OK
-    rows = export_scores(scores, resolve_path(config.file, config.store), config)
-    return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
+    export_scores(scores, resolve_path(config.file, config.store), config, counts)
+    rows = counts.pop("rows", 0)
+    result = {"command": "export", "out": config.file, "rows": rows, "left_out": dict(counts)}
+    return result, ExitCode.OK
 
 
 def _export_detector(config: ExportConfig) -> dict[str, Any]:

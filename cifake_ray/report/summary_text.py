@@ -209,7 +209,8 @@ def _describe_search(record: Record) -> list[str]:
 
 def _describe_export(record: Record) -> list[str]:
     if "rows" in record:
-        return [f"{_count(record['rows'], 'row')} written to {record['out']}."]
+        rows = _count(record["rows"], "row")
+        return [f"{rows} written to {record['out']}{describe_counts(record['left_out'])}."]
     size = record["image_size"]
     return [
         f"Detector {record['architecture']} written to {record['out']}: images uint8[N, {size},"
@@ -220,6 +221,11 @@ def _describe_export(record: Record) -> list[str]:
         f" {_count(record['verdicts_changed'], 'verdict')} changed.",
         f"Bundle: sha256 {record['bundle_sha256']}",
     ]
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return what follows a number of rows, such as `; 2 without a file`."""
+    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
 
 
 def _describe_next(record: Record) -> list[str]:
