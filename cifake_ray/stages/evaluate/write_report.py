@@ -12,7 +12,7 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.text import describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_mistakes
-from cifake_ray.stages.evaluate.measure import measure, measure_slices
+from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import make_folder, write_bytes, write_json
 from cifake_ray.storage.runs.run import Run
@@ -29,7 +29,7 @@ MEASURED_FIELDS = [
 def write_report(
     run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
-    """Write metrics.json, figures/*.png and report.html from the predictions of a run."""
+    """Write metrics.json, figures/*.svg and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
     predictions = pa.concat_tables(
         [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
@@ -41,9 +41,12 @@ def write_report(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
     unlike = bundle.domain.count_unlike(scored) if bundle.domain else {"any": 0}
-    metrics = measure(scored, bundle, config.num_bootstrap)
-    slices = measure_slices(scored, bundle)
-    figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
+    calibration = bundle.calibration
+    metrics = measure(scored, calibration, config.num_bootstrap)
+    slices = measure_slices(scored, (), calibration.threshold, config.num_bootstrap)
+    floor = compare_real_sources(scored, config.num_bootstrap)
+    sources = {found["value"]: found for found in slices.get("source", [])}
+    figures = draw_figures(metrics, history=read_history(bundle.path), slices=sources)
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
     for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
         command += [flag, value] if value else []
@@ -67,13 +70,14 @@ def write_report(
         mistakes=find_mistakes(run, source, scored),
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
-        slices=slices,
+        slices=sources,
         unlike=describe_unlike(unlike, scored.num_rows, bundle.domain)
         if bundle.domain and unlike["any"]
         else "",
     )
     make_folder(run.out / "figures", parents=False)
-    for name, png in figures.items():
-        write_bytes(run.out / "figures" / f"{name}.png", png)
-    write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})
+    for name, svg in figures.items():
+        write_bytes(run.out / "figures" / f"{name}.svg", svg)
+    stored = {**metrics, "slices": slices, "real_vs_real": floor, "facts": facts}
+    write_json(run.out / "metrics.json", stored)
     write_bytes(run.out / "report.html", page.encode())
