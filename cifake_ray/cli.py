@@ -58,6 +58,7 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "export scores tasks.json --format label-studio --sort margin --top 50 --by source",
         "export run model.onnx",
     ),
+    "review": ("review scores", "review scores page.html --decisions decisions"),
     "submit": ("submit score s3://photos s3://scores --address http://HEAD:8265",),
     "demo": ("demo", "demo --out elsewhere --images 1000"),
     "models": ("models", "models 'resnet*' --image-size 64 --measure"),

@@ -17,6 +17,7 @@ from cifake_ray.config import (
     ExportConfig,
     PipelineConfig,
     RepairConfig,
+    ReviewConfig,
     SampleConfig,
     ScoreConfig,
     TrainConfig,
@@ -252,6 +253,14 @@ def _export_detector(config: ExportConfig) -> dict[str, Any]:
     }
 
 
+def _review(config: ReviewConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.review import review_scores
+
+    scores, file = open_path(config.src, config.store), resolve_path(config.file, config.store)
+    decisions = config.decisions and open_path(config.decisions, config.store)
+    return review_scores(config, scores, file, decisions or None, log), ExitCode.OK
+
+
 # Each resolves the paths of its verb, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
@@ -264,4 +273,5 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,
+    ReviewConfig: _review,
 }

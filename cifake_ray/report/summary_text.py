@@ -223,6 +223,17 @@ def _describe_export(record: Record) -> list[str]:
     ]
 
 
+def _describe_review(record: Record) -> list[str]:
+    scored = record["scored"]
+    share = f"{record['called_fake'] / scored:.1%}" if scored else "-"
+    missing = f"; {record['not_shown']:,} could not be shown" if record["not_shown"] else ""
+    return [
+        f"Called FAKE: {share} of {_count(scored, 'scored image')}.",
+        f"{_count(record['shown'], 'image')} on the page{missing}.",
+        f"Page: {record['out']}",
+    ]
+
+
 def describe_counts(counts: Mapping[str, int]) -> str:
     """Return what follows a number of rows, such as `; 2 without a file`."""
     return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
@@ -247,5 +258,6 @@ DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "pipeline": _describe_pipeline,
     "demo": _describe_pipeline,
     "export": _describe_export,
+    "review": _describe_review,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
 }

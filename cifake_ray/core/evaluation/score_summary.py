@@ -22,6 +22,7 @@ BAND_EDGES = np.array([0, 0.01, 0.1, 0.5, 0.9, 0.99, 1])  # of p_fake; sheets sh
 MAX_SOURCES = 1000  # counted apart; the others are counted together
 MAX_STRATA = 100  # sources that have a share of the uncertain ones of their own
 MAX_ERROR_KEYS = 5
+COUNTED = ("images", "scored", "called_fake", "labelled", "wrong")  # of a source
 ROW_COLUMNS = [  # that a page shows of a row
     *("key", "p_fake", "is_fake", "label", "source", "width", "height", "format"),
 ]
@@ -38,7 +39,8 @@ def find_margin(p_fake: np.ndarray, threshold: float) -> np.ndarray:
         score, limit = (
             np.log(p) - np.log1p(-p) for p in (p_fake.astype(np.float64), np.float64(threshold))
         )
-        return np.abs(score - limit)
+        margin: np.ndarray = np.abs(score - limit)
+    return margin
 
 
 class BestRows:
@@ -76,11 +78,7 @@ class BestRows:
 
     def interleave(self) -> list[ShownRow]:
         """Return at most `size` rows: the best of each stratum, then the second, and so on."""
-        ranked = [
-            (rank, *item)
-            for rows in self.rows
-            for rank, item in enumerate(rows)
-        ]
+        ranked = [(rank, *item) for rows in self.rows for rank, item in enumerate(rows)]
         ranked.sort(key=lambda item: item[:4])
         return [ShownRow(shard, place, row) for *_, shard, place, row in ranked[: self.size]]
 
@@ -95,28 +93,18 @@ class ShownRow:
 
 
 @dataclass
-class SourceCounts:
-    """Counts of one source."""
-
-    images: int = 0
-    scored: int = 0
-    called_fake: int = 0
-    labelled: int = 0  # with a label and a verdict
-    wrong: int = 0
-
-
-@dataclass
 class ScoreSummary:
     """What is known of a run's scores; `add` takes its shards in order."""
 
     per_group: int  # rows to look at in each selection
-    find_unlike: Callable[[pa.Table], np.ndarray] | None = None  # bool[N] of scored rows
+    # Of scored rows, which are unlike the training images: by reason, and `any`.
+    find_unlike: Callable[[pa.Table], dict[str, pa.ChunkedArray]] | None = None
 
     images: int = 0
     scored: int = 0
     called_fake: int = 0
     unsure: int = 0  # scored, without a verdict
-    unlike: int = 0
+    unlike: Counter[str] = field(default_factory=Counter)  # images by reason
     confusion: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), np.int64))
     errors: Counter[str] = field(default_factory=Counter)
     error_keys: dict[str, list[str]] = field(default_factory=dict)
@@ -125,7 +113,7 @@ class ScoreSummary:
     deciders: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.source_counts = [SourceCounts() for _ in range(MAX_SOURCES + 1)]
+        self.source_counts = np.zeros((MAX_SOURCES + 1, len(COUNTED)), np.int64)
         self.histograms = np.zeros((MAX_SOURCES + 1, NUM_HISTOGRAM_BINS), np.int64)
         self.band_counts = np.zeros(len(BAND_EDGES) - 1, np.int64)
         self.bands = BestRows(self.per_group, len(self.band_counts))
@@ -151,22 +139,26 @@ class ScoreSummary:
         shown = scored.select([*ROW_COLUMNS, "position"])
         p_fake = scored.column("p_fake").to_numpy()
         random = np.random.default_rng(shard).random(len(p_fake))
-        band = np.clip(np.searchsorted(BAND_EDGES, p_fake, "right") - 1, 0, len(self.band_counts) - 1)
+        band = np.clip(
+            np.searchsorted(BAND_EDGES, p_fake, "right") - 1, 0, len(self.band_counts) - 1
+        )
         self.band_counts += np.bincount(band, minlength=len(self.band_counts))
         self.bands.add(shard, shown, band, random)
         margin = find_margin(p_fake, threshold)
         margin[is_settled[mask]] = np.inf  # a person has looked at it
         self.uncertain.add(shard, shown, np.minimum(codes[mask], MAX_STRATA), margin)
         if self.find_unlike is not None:
-            is_unlike = self.find_unlike(scored)
-            self.unlike += int(is_unlike.sum())
+            unlike = {name: mask.to_numpy() for name, mask in self.find_unlike(scored).items()}
+            self.unlike.update({name: int(mask.sum()) for name, mask in unlike.items()})
             one = np.zeros(len(p_fake), np.int64)
-            self.unlike_rows.add(shard, shown, one, np.where(is_unlike, random, np.inf))
+            self.unlike_rows.add(shard, shown, one, np.where(unlike["any"], random, np.inf))
         self._count_verdicts(shard, scored, shown, p_fake, codes[mask])
 
     def _count_errors(self, rows: pa.Table) -> None:
         failed = rows.filter(pc.is_valid(rows.column("error")))
-        for error, key in zip(*(failed.column(n).to_pylist() for n in ("error", "key")), strict=True):
+        for error, key in zip(
+            *(failed.column(n).to_pylist() for n in ("error", "key")), strict=True
+        ):
             self.errors[error] += 1
             keys = self.error_keys.setdefault(error, [])
             if len(keys) < MAX_ERROR_KEYS:
@@ -177,8 +169,9 @@ class ScoreSummary:
         for name, counts in (("verdict", self.verdicts), ("decided_by", self.deciders)):
             for item in decided.column(name).value_counts().to_pylist():
                 counts[str(item["values"])] += item["counts"]
-        settled = pc.invert(pc.starts_with(decided.column("decided_by"), "policy-"))
-        return settled.fill_null(False).to_numpy()
+        by_person = pc.invert(pc.starts_with(decided.column("decided_by"), "policy-"))
+        is_settled: np.ndarray = by_person.fill_null(False).to_numpy()
+        return is_settled
 
     def _find_sources(self, column: pa.ChunkedArray) -> np.ndarray:
         """Return int[N], the number of each row's source; MAX_SOURCES for those beyond."""
@@ -188,17 +181,19 @@ class ScoreSummary:
             if source not in self.sources and len(self.sources) < MAX_SOURCES:
                 self.sources[source] = len(self.sources)
             numbers.append(self.sources.get(source, MAX_SOURCES))
-        return np.array(numbers, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+        codes = encoded.indices.to_numpy(zero_copy_only=False)
+        found: np.ndarray = np.array(numbers, np.int64)[codes]
+        return found
 
     def _count_sources(self, codes: np.ndarray, scored_codes: np.ndarray, scored: pa.Table) -> None:
         p_fake = scored.column("p_fake").to_numpy()
         bins = np.minimum((p_fake * NUM_HISTOGRAM_BINS).astype(np.int64), NUM_HISTOGRAM_BINS - 1)
         np.add.at(self.histograms, (scored_codes, bins), 1)
-        images = np.bincount(codes, minlength=MAX_SOURCES + 1)
-        num_scored = np.bincount(scored_codes, minlength=MAX_SOURCES + 1)
-        for code in np.flatnonzero(images).tolist():
-            self.source_counts[code].images += int(images[code])
-            self.source_counts[code].scored += int(num_scored[code])
+        self._count("images", codes)
+        self._count("scored", scored_codes)
+
+    def _count(self, name: str, codes: np.ndarray) -> None:
+        self.source_counts[:, COUNTED.index(name)] += np.bincount(codes, minlength=MAX_SOURCES + 1)
 
     def _count_verdicts(
         self, shard: int, scored: pa.Table, shown: pa.Table, p_fake: np.ndarray, codes: np.ndarray
@@ -216,21 +211,26 @@ class ScoreSummary:
         self.mistakes.add(
             shard, shown, np.maximum(label, 0), np.where(is_wrong, confidence, np.inf)
         )
-        for name, mask in (("called_fake", is_fake), ("labelled", is_labelled), ("wrong", is_wrong)):
-            counts = np.bincount(codes[mask], minlength=MAX_SOURCES + 1)
-            for code in np.flatnonzero(counts).tolist():
-                counted = self.source_counts[code]
-                setattr(counted, name, getattr(counted, name) + int(counts[code]))
+        for name, mask in (
+            ("called_fake", is_fake),
+            ("labelled", is_labelled),
+            ("wrong", is_wrong),
+        ):
+            self._count(name, codes[mask])
 
-    def list_sources(self) -> list[tuple[str | None, SourceCounts, np.ndarray]]:
-        """Return name, counts and histogram of each source, the largest first.
+    def list_sources(self) -> list[tuple[str | None, dict[str, int], np.ndarray]]:
+        """Return name, COUNTED and histogram of each source, the largest first.
 
-        The last may be `None` twice: without a source, and all beyond MAX_SOURCES together, which
-        is named by `...`.
+        None is no source; `...` are all beyond MAX_SOURCES together.
         """
-        found: list[tuple[str | None, SourceCounts, np.ndarray]] = [
-            (name, self.source_counts[n], self.histograms[n]) for name, n in self.sources.items()
+        names = [*self.sources, *["..."] * bool(self.source_counts[MAX_SOURCES].any())]
+        numbers = [*self.sources.values(), MAX_SOURCES]
+        found = [
+            (
+                name,
+                dict(zip(COUNTED, self.source_counts[n].tolist(), strict=True)),
+                self.histograms[n],
+            )
+            for name, n in zip(names, numbers, strict=False)
         ]
-        if self.source_counts[MAX_SOURCES].images:
-            found.append(("...", self.source_counts[MAX_SOURCES], self.histograms[MAX_SOURCES]))
-        return sorted(found, key=lambda item: -item[1].images)
+        return sorted(found, key=lambda item: -item[1]["images"])

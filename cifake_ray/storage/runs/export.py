@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.config import ExportConfig
+from cifake_ray.core.evaluation.score_summary import find_margin
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
@@ -72,28 +72,31 @@ def export_scores(
     if exists(scores / "_run.json") and is_inside(file, scores):
         raise UsageError(f"{file} is inside {scores}; choose a file outside it")
     counts = Counter() if counts is None else counts
-    if config.chosen_format != "fiftyone":
-        write_export(file, encode_scores(scores, config, counts, file), config)
-        return counts["rows"]
-    refuse_existing(file / "metadata.json", config)
-    write_export(file / "samples.json", encode_scores(scores, config, counts, file), config)
-    write_export(file / "metadata.json", [describe_dataset(open_scores(scores))], config)
+    chunks = encode_scores(scores, config, counts, file)
+    if config.chosen_format == "fiftyone":
+        metadata = file / "metadata.json"
+        refuse_existing(metadata, overwrite=config.overwrite)
+        write_export(file / "samples.json", chunks, overwrite=config.overwrite)
+        dataset = describe_dataset(open_scores(scores))
+        write_export(metadata, [dataset], overwrite=config.overwrite)
+    else:
+        write_export(file, chunks, overwrite=config.overwrite)
     return counts["rows"]
 
 
-def write_export(file: AnyPath, chunks: Iterable[bytes], config: ExportConfig) -> None:
+def write_export(file: AnyPath, chunks: Iterable[bytes], *, overwrite: bool) -> None:
     """Write a file, whole or not at all. UsageError when it exists and is not to be replaced."""
-    refuse_existing(file, config)
+    refuse_existing(file, overwrite=overwrite)
     make_folder(file.parent)
     try:
-        write_chunks(file, chunks, overwrite=config.overwrite)
+        write_chunks(file, chunks, overwrite=overwrite)
     except FileExistsError as error:  # it appeared meanwhile
         raise UsageError(EXISTS.format(file)) from error
 
 
-def refuse_existing(file: AnyPath, config: ExportConfig) -> None:
+def refuse_existing(file: AnyPath, *, overwrite: bool) -> None:
     """Raise UsageError when a file exists and is not to be replaced."""
-    if not config.overwrite and exists(file):
+    if not overwrite and exists(file):
         raise UsageError(EXISTS.format(file))
 
 
@@ -183,14 +186,12 @@ def compute_margin(path: AnyPath, table: pa.Table) -> pa.Array:
     """
     try:
         threshold = float(read_footer(table)["threshold"])
-        p_fake = table.column("p_fake").to_numpy().astype(np.float64)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        p_fake = table.column("p_fake").to_numpy()
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path}: no p_fake with a threshold, so there is no {MARGIN.name}"
         ) from error
-    with np.errstate(divide="ignore", invalid="ignore"):
-        margin = np.abs(np.log(p_fake) - np.log1p(-p_fake) - np.log(threshold / (1 - threshold)))
-    return pa.array(margin, from_pandas=True)
+    return pa.array(find_margin(p_fake, threshold), from_pandas=True)
 
 
 def _check_column(table: pa.Table, name: str, option: str) -> None:

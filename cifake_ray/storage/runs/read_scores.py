@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,13 +34,16 @@ class Scores:
     run: Run | None
     paths: tuple[AnyPath, ...]
 
-    def read_shards(self, *, with_listing: bool = False) -> Iterator[tuple[AnyPath, pa.Table]]:
+    def read_shards(
+        self, wanted: Iterable[pa.Field] = SCORE_FIELDS[:1], *, with_listing: bool = False
+    ) -> Iterator[tuple[AnyPath, pa.Table]]:
         """Yield the rows of each file; `with_listing` adds LISTING, where each image is.
 
-        StorageError when one is damaged, or is not of this run.
+        StorageError when one is damaged, lacks one of the columns in `wanted`, or is not of this
+        run.
         """
         for number, path in enumerate(self.paths):
-            table = read_shard(path, SCORE_FIELDS if with_listing else SCORE_FIELDS[:1])
+            table = read_shard(path, SCORE_FIELDS if with_listing else wanted)
             if with_listing:
                 listed = self.read_listing(number)
                 if not listed.column("key").equals(table.column("key")):

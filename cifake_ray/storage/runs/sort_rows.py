@@ -35,16 +35,20 @@ def sort_rows(
     keys = [*keys, ("key", "ascending")]
     runs: list[Iterator[pa.Table]] = []
     waiting: list[pa.Table] = []
+    num_rows = num_bytes = 0
     with ExitStack() as stack:
         for table in tables:
             waiting.append(table)
-            if _is_full(waiting):
+            num_rows, num_bytes = num_rows + table.num_rows, num_bytes + table.nbytes
+            if num_rows >= RUN_ROWS or num_bytes >= RUN_BYTES:
                 rows = _cut(_sort(pa.concat_tables(waiting), keys), top, by, Counter())
                 if rows.num_rows > RUN_ROWS // 2 or rows.nbytes > RUN_BYTES // 2:
                     runs.append(_read_run(stack.enter_context(_spill(rows))))
                     waiting = []
                 else:
                     waiting = [rows]
+                num_rows = sum(rows.num_rows for rows in waiting)
+                num_bytes = sum(rows.nbytes for rows in waiting)
         if waiting:
             last = _cut(_sort(pa.concat_tables(waiting), keys), top, by, Counter())
             runs.append(iter([last]))
@@ -55,12 +59,6 @@ def sort_rows(
                 yield rows.slice(start, OUTPUT_ROWS)
             if by is None and top is not None and seen[None] >= top:
                 return
-
-
-def _is_full(tables: Sequence[pa.Table]) -> bool:
-    num_rows = sum(table.num_rows for table in tables)
-    num_bytes: int = sum(table.nbytes for table in tables)
-    return num_rows >= RUN_ROWS or num_bytes >= RUN_BYTES
 
 
 def _sort(rows: pa.Table, keys: SortKeys) -> pa.Table:
