@@ -63,7 +63,12 @@ EXAMPLES = {  # of each command, without `cifake-ray`
     "pipeline": ("pipeline CIFAKE out --epochs 8",),
     "verify": ("verify scores",),
     "repair": ("repair scores",),
-    "export": ("export scores scores.csv", "export run model.onnx"),
+    "export": (
+        "export scores scores.csv",
+        "export scores tasks.json --format label-studio --sort margin --top 50 --by source",
+        "export run model.onnx",
+    ),
+    "review": ("review scores", "review scores page.html --decisions decisions"),
     "submit": ("submit score s3://photos s3://scores --address http://HEAD:8265",),
     "demo": ("demo", "demo --out elsewhere --images 1000"),
     "models": ("models", "models 'resnet*' --image-size 64 --measure"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from cifake_ray.config import (
     ExportConfig,
     PipelineConfig,
     RepairConfig,
+    ReviewConfig,
     SampleConfig,
     ScoreConfig,
     TrainConfig,
@@ -250,18 +252,21 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.report.summary_text import describe_counts
     from cifake_ray.storage.runs.export import encode_scores, export_scores
 
     if config.chosen_format == "onnx":
         return _export_detector(config), ExitCode.OK
     scores = open_path(config.src, config.store)
+    counts: Counter[str] = Counter()
     if config.file == STDOUT:
-        counts: list[int] = []
         show_bytes(encode_scores(scores, config, counts))
-        log(f"export: {sum(counts):,} rows")
+        log(f"export: {counts.pop('rows', 0):,} rows{describe_counts(counts)}")
         return None, ExitCode.OK
-    rows = export_scores(scores, resolve_path(config.file, config.store), config)
-    return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
+    export_scores(scores, resolve_path(config.file, config.store), config, counts)
+    rows = counts.pop("rows", 0)
+    result = {"command": "export", "out": config.file, "rows": rows, "left_out": dict(counts)}
+    return result, ExitCode.OK
 
 
 def _export_detector(config: ExportConfig) -> dict[str, Any]:
@@ -280,6 +285,14 @@ def _export_detector(config: ExportConfig) -> dict[str, Any]:
     }
 
 
+def _review(config: ReviewConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.review import review_scores
+
+    scores, file = open_path(config.src, config.store), resolve_path(config.file, config.store)
+    decisions = config.decisions and open_path(config.decisions, config.store)
+    return review_scores(config, scores, file, decisions or None, log), ExitCode.OK
+
+
 # Each resolves the paths of its verb, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
@@ -295,4 +308,5 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,
+    ReviewConfig: _review,
 }

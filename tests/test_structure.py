@@ -49,7 +49,7 @@ ROOMS = {
     ],
     "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
     "stages": [
-        {"resources", "malloc"},
+        {"resources", "malloc", "review"},
         {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},

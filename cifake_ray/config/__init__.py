@@ -33,6 +33,7 @@ from cifake_ray.config.fields import (
 )
 from cifake_ray.config.pipeline import PipelineConfig
 from cifake_ray.config.repair import RepairConfig
+from cifake_ray.config.review import ReviewConfig
 from cifake_ray.config.sample import SampleConfig
 from cifake_ray.config.score import ScoreConfig
 from cifake_ray.config.submit import JOBS_API, SubmitConfig, check_remote_paths
@@ -56,4 +57,5 @@ VERBS: dict[str, type[Config]] = {
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "export": ExportConfig,
+    "review": ReviewConfig,
 }

@@ -256,7 +256,8 @@ def _describe_search(record: Record) -> list[str]:
 
 def _describe_export(record: Record) -> list[str]:
     if "rows" in record:
-        return [f"{_count(record['rows'], 'row')} written to {record['out']}."]
+        rows = _count(record["rows"], "row")
+        return [f"{rows} written to {record['out']}{describe_counts(record['left_out'])}."]
     size = record["image_size"]
     return [
         f"Detector {record['architecture']} written to {record['out']}: images uint8[N, {size},"
@@ -267,6 +268,22 @@ def _describe_export(record: Record) -> list[str]:
         f" {_count(record['verdicts_changed'], 'verdict')} changed.",
         f"Bundle: sha256 {record['bundle_sha256']}",
     ]
+
+
+def _describe_review(record: Record) -> list[str]:
+    scored = record["scored"]
+    share = f"{record['called_fake'] / scored:.1%}" if scored else "-"
+    missing = f"; {record['not_shown']:,} could not be shown" if record["not_shown"] else ""
+    return [
+        f"Called FAKE: {share} of {_count(scored, 'scored image')}.",
+        f"{_count(record['shown'], 'image')} on the page{missing}.",
+        f"Page: {record['out']}",
+    ]
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return what follows a number of rows, such as `; 2 without a file`."""
+    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
 
 
 def _describe_next(record: Record) -> list[str]:
@@ -290,5 +307,6 @@ DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "demo": _describe_pipeline,
     "export": _describe_export,
     "compare": describe_comparison,
+    "review": _describe_review,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
 }

@@ -170,7 +170,7 @@ def decode_with_header(data: bytes, min_side: int | None) -> tuple[ImageHeader, 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
     """Open with Pillow; no pixel is decoded. Raises ImageError."""
-    return _call_decoder(_open_image, data)
+    return call_decoder(_open_image, data)
 
 
 def map_images(
