@@ -14,10 +14,17 @@ class EvaluateConfig(BundleConfig):
     """evaluate: measure a detector on labelled shards and write a report."""
 
     PANEL: ClassVar[str] = "Evaluation"
+    PANELS: ClassVar[dict[str, str]] = {"Evaluation": "grid"}
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
     out: Annotated[str, RuntimeDoc("Folder for the report")]
     split: Annotated[str | None, Doc("Split to use (default: test, else all labelled)")] = None
+    grid: Annotated[  # its content is in the fingerprint
+        str | None,
+        RuntimeDoc(
+            "Measure under perturbations too: default, a YAML file of cells, or {cell: {jpeg: 75}}"
+        ),
+    ] = None
     num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 
     def __post_init__(self) -> None:

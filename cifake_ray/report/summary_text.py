@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cifake_ray.report.grid import describe_grid
 from cifake_ray.report.numbers import format_interval, format_share
 
 Record = Mapping[str, Any]
@@ -105,7 +106,8 @@ def _describe_metrics(metrics: Record) -> list[str]:
     ]
     return [
         f"{', '.join(values)}, on {metrics['num_real']:,} REAL and {metrics['num_fake']:,} FAKE"
-        " images (95% intervals)."
+        " images (95% intervals).",
+        *describe_grid(metrics.get("grid")),
     ]
 
 

@@ -5,6 +5,7 @@ The shards are scored exactly as `score` would do it; the report is computed fro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,14 @@ from cifake_ray.report.text import KEY_METRICS, describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
+from cifake_ray.stages.evaluate.grid import GridSummary, MakeGridProcessor, summarise_grid
 from cifake_ray.stages.evaluate.write_report import write_report
 from cifake_ray.stages.score import MakeScoreProcessor, resolve_precision
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.presets.grid import read_grid
 from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
 
 SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in KEY_METRICS))
@@ -72,16 +75,19 @@ def evaluate_detector(
         )
     threshold = bundle.threshold(None)
     precision = resolve_precision(config, bundle, out)
+    grid = read_grid(config)
+    make_processor = MakeScoreProcessor(bundle, threshold, config.batch_size, precision)
     plan = BatchPlan(
         command="evaluate",
         config=config,
         out=out,
         source=source,
-        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
+        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)}
+        | ({"grid": json.dumps(grid)} if grid else {}),
         inputs={"split": split, "bundle": bundle.identify(precision), "precision": precision},
         facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size, precision),
+        make_processor=MakeGridProcessor(make_processor, grid) if grid else make_processor,
         threshold=threshold,
         thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
@@ -103,9 +109,10 @@ def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
     """Add the main metrics, and a link to the report, of a run that has finished."""
     # A person may have removed it.
     metrics = read_metrics(out) if exists(out / "metrics.json") else {}
+    found = {name: metrics[name] for name in SUMMARY_METRICS if name in metrics}
     return EvaluateSummary(
         **vars(summary),
-        metrics={name: metrics[name] for name in SUMMARY_METRICS if name in metrics},
+        metrics=found | summarise_grid(metrics.get("grid")),
         report=link_path(out / "report.html"),
     )
 
@@ -127,6 +134,7 @@ class _Metrics:
     accuracy: _Interval
     auroc: _Interval
     tpr_at_fpr_1pct: _Interval
+    grid: GridSummary | None = None
 
 
 def read_metrics(out: AnyPath) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.text import describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_mistakes
+from cifake_ray.stages.evaluate.grid import measure_cells
 from cifake_ray.stages.evaluate.measure import measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import make_folder, write_bytes, write_json
@@ -43,6 +44,7 @@ def write_report(
     unlike = bundle.domain.count_unlike(scored) if bundle.domain else {"any": 0}
     metrics = measure(scored, bundle, config.num_bootstrap)
     slices = measure_slices(scored, bundle)
+    grid = measure_cells(run, scored, bundle)
     figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
     for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
@@ -75,5 +77,6 @@ def write_report(
     make_folder(run.out / "figures", parents=False)
     for name, png in figures.items():
         write_bytes(run.out / "figures" / f"{name}.png", png)
-    write_json(run.out / "metrics.json", {**metrics, "slices": slices, "facts": facts})
+    found = {**metrics, "slices": slices, "facts": facts} | ({"grid": grid} if grid else {})
+    write_json(run.out / "metrics.json", found)
     write_bytes(run.out / "report.html", page.encode())
