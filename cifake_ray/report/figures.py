@@ -1,9 +1,13 @@
-"""Draw the figures of a report: metrics in, PNG bytes out.
+"""Draw the figures of a report: metrics in, SVG files out.
 
 Matplotlib is imported on first use, since most commands draw nothing, and used through its object
 API: pyplot keeps figures in a global list and is not thread-safe. Colours are Okabe and Ito's, safe
 for colour-blind readers; REAL and FAKE also differ in line style or position. The same numbers give
 the same bytes.
+
+A figure opens alone in a browser, in Inkscape and in LaTeX. `svg.inline_svg` puts it into a page,
+whose colours follow the reader's (`svg.PAGE_COLOURS`). So draw in the colours named here, also
+paler by `alpha`, and no images (`imshow`). Texts of one line keep their place in any font.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cifake_ray.core.schema import LABEL_NAMES
 from cifake_ray.report.numbers import format_interval
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ COLOURS = {"REAL": "#0072B2", "FAKE": "#D55E00"}
 BEFORE = "#009E73"  # green: before calibration
 INK, MUTED, GRID = "#1a1a1a", "#5a5a5a", "#d9d9d9"
 MAX_SLICES = 40  # bars; more would be unreadable
-DPI = 160  # twice the size at which the page shows it
+WIDTH = 5.0  # inches, 360 units of SVG: a letter of 10 is 10 pixels high on a telephone
 
 
 def draw_figures(
@@ -35,7 +38,7 @@ def draw_figures(
     history: Sequence[Mapping[str, Any]] = (),
     slices: Mapping[str, Metrics] | None = None,
 ) -> dict[str, bytes]:
-    """Draw every figure the numbers allow: file stem -> PNG, in the order of the report.
+    """Draw every figure the numbers allow: file stem -> SVG, in the order of the report.
 
     `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`. The ROC
     needs both classes; learning curves need at least one epoch.
@@ -44,8 +47,6 @@ def draw_figures(
     if metrics["roc_points"]:
         figures["roc"] = draw_roc(metrics)
         figures["roc_log"] = draw_roc(metrics, log_fpr=True)
-    figures["confusion"] = draw_confusion(metrics, "at_0.5")
-    figures["confusion_threshold"] = draw_confusion(metrics, "at_threshold")
     figures["scores"] = draw_score_histogram(metrics)
     figures["reliability"] = draw_reliability(metrics)
     if history:
@@ -73,35 +74,20 @@ def draw_roc(metrics: Metrics, *, log_fpr: bool = False) -> bytes:
         return encode_figure(figure)
     axes.set_xscale("log")
     axes.set_xlim(min(1e-3, 1 / metrics["num_real"]) / 2, 1)
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:.6%}".rstrip("0%").rstrip(".") + "%")
     reached = {name: metrics[f"tpr_at_fpr_{name}pct"]["value"] for name in ("1", "0.1")}
     for (name, value), marker in zip(reached.items(), "os", strict=True):
+        if value is None:  # it would rest on too few images
+            continue
         rate = float(name) / 100
         label = f"at {name}% FPR: {value:.1%} of FAKE found"
         axes.axvline(rate, color=MUTED, linestyle="--", linewidth=1)
         axes.plot(rate, value, marker, color=COLOURS["FAKE"], markersize=8, label=label)
-    axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
-    found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
-    axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
-    return encode_figure(figure)
-
-
-def draw_confusion(metrics: Metrics, block: str) -> bytes:
-    """Draw the confusion matrix of "at_0.5" or "at_threshold": counts and percent of each row."""
-    figure, (axes,) = new_figure(height=3.6)
-    threshold, counts = metrics[block]["threshold"], metrics[block]["confusion"]
-    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            text = f"{count:,}\n{shares[i][j]:.1%}" if sum(row) else "no image"
-            colour = "white" if shares[i][j] > 0.55 else INK
-            axes.text(j, i, text, ha="center", va="center", fontsize=13, color=colour)
-    axes.set_xticks([0, 1], [f"called {name}" for name in LABEL_NAMES])
-    axes.set_yticks([0, 1], [f"is {name}" for name in LABEL_NAMES])
-    axes.tick_params(length=0)
-    axes.grid(False)
-    accuracy = format_interval(metrics[block]["accuracy"], percent=True)
-    axes.set_title(f"p_fake ≥ {threshold:.4g}: accuracy {accuracy}")
+    axes.set_title("ROC over log FPR")
+    if reached["1"] is not None:
+        axes.legend(loc="lower right" if reached["1"] > 0.3 else "upper left")
+        found = format_interval(metrics["tpr_at_fpr_1pct"], percent=True)
+        axes.set_title(f"ROC over log FPR: TPR {found} at 1% FPR")
     return encode_figure(figure)
 
 
@@ -110,7 +96,7 @@ def draw_reliability(metrics: Metrics) -> bytes:
 
     Below, the images per bin: an outline before, bars after.
     """
-    figure, (upper, lower) = new_figure(height=5.2, height_ratios=(3, 1))
+    figure, (upper, lower) = new_figure(height=4.2, height_ratios=(3, 1))
     upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1.2)
     for suffix, when, style, colour in (
         ("_uncalibrated", "before: temperature 1", "s--", BEFORE),
@@ -130,14 +116,14 @@ def draw_reliability(metrics: Metrics) -> bytes:
     upper.set_ylim(-0.03, 1.03)
     upper.legend(loc="best", fontsize=9)
     before, after = metrics["ece_uncalibrated"]["value"], metrics["ece"]["value"]
-    upper.set_title(f"Reliability: ECE {before:.3f} before calibration, {after:.3f} after")
+    upper.set_title(f"ECE {before:.3f} before calibration, {after:.3f} after")
     edges = [b["low"] for b in metrics["reliability_bins"]]
     counts = [b["count"] for b in metrics["reliability_bins"]]
     bars = lower.bar(edges, counts, width=0.9 / len(counts), align="edge", color=MUTED)
     before_counts = [b["count"] for b in metrics["reliability_bins_uncalibrated"]]
     lower.stairs(before_counts, [*edges, 1], color=BEFORE, linewidth=1.2, linestyle="--")
     texts = [_format_count(n) if n else "" for n in counts]
-    lower.bar_label(bars, texts, fontsize=6.5, padding=1)
+    lower.bar_label(bars, texts, fontsize=7, padding=1)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylim(0, max(*counts, *before_counts) * 8)
     lower.set_ylabel("Images (log)")
@@ -149,7 +135,7 @@ def draw_reliability(metrics: Metrics) -> bytes:
 
 def draw_score_histogram(metrics: Metrics) -> bytes:
     """Draw p_fake per class, REAL upwards and FAKE downwards, with the threshold."""
-    figure, (upper, lower) = new_figure(height=5.2, height_ratios=(1, 1))
+    figure, (upper, lower) = new_figure(height=3.8, height_ratios=(1, 1))
     histogram = metrics["score_histogram"]
     highest = max(*histogram["REAL"], *histogram["FAKE"], 1)
     for axes, name in ((upper, "REAL"), (lower, "FAKE")):
@@ -163,9 +149,7 @@ def draw_score_histogram(metrics: Metrics) -> bytes:
     lower.set_xlabel(f"p_fake (dashed: threshold {metrics['threshold']:.4g})")
     lower.invert_yaxis()
     wrong = metrics["at_threshold"]["confusion"]
-    upper.set_title(
-        f"Scores: {wrong[0][1]:,} REAL above the threshold, {wrong[1][0]:,} FAKE below it"
-    )
+    upper.set_title(f"{wrong[0][1]:,} REAL above the threshold, {wrong[1][0]:,} FAKE below")
     return encode_figure(figure)
 
 
@@ -211,9 +195,9 @@ def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
     above = [accuracy["high"] - accuracy["value"] for accuracy in accuracies]
     names = [f"{shorten(name)} ({_format_count(m['num_images'])})" for name, m in shown]
     positions = range(len(shown))
-    axes.barh(positions, values, xerr=[below, above], color="#7fb2d6", ecolor=INK, capsize=3)
+    axes.errorbar(values, positions, xerr=[below, above], fmt="o", color=INK, capsize=3)
     # parse_math off: a folder called $x$ is a name, not a formula.
-    axes.set_yticks(positions, names, fontsize=8, parse_math=False)
+    axes.set_yticks(positions, names, fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.0)
@@ -224,30 +208,33 @@ def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
 
 
 def new_figure(
-    height: float = 4.2, height_ratios: Sequence[float] = (1,)
+    height: float = 3.4, height_ratios: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure narrow enough for a phone, with one column and a row per height ratio."""
+    """Return a figure WIDTH wide, with one column and a row for each height ratio."""
     from matplotlib import rc_context, rcdefaults
     from matplotlib.figure import Figure
 
     with rc_context():
         rcdefaults()  # the user's matplotlibrc must not change the bytes
-        figure = Figure(figsize=(6, height), dpi=DPI, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
         grid = figure.subplots(len(height_ratios), squeeze=False, height_ratios=height_ratios)
     all_axes: list[Axes] = list(grid.flat)
     for axes in all_axes:
         axes.grid(color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=INK, labelsize=9)
+        axes.tick_params(labelsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set(fontsize=11, color=INK)
+        axes.title.set(fontsize=11)
     return figure, all_axes
 
 
 def encode_figure(figure: Figure) -> bytes:
-    """Return a figure as PNG."""
+    """Return a figure as an SVG file whose text is text."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # no version in the bytes
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ""}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 

@@ -34,6 +34,17 @@ AXES = {
     "saturation": "Saturation: factor",
     "logo": "Logo: share of the shorter side",
 }
+# Captions and alt texts, by the names of draw_grid_figures.
+GRID_CAPTIONS = {
+    "grid": (
+        "Under each perturbation, worst first: the darker, the more is lost. All columns are 100%"
+        " for a detector without fault."
+    ),
+    **{
+        f"grid_{step}": f"{axis}: with 95% intervals, at the threshold set on clean images."
+        for step, axis in AXES.items()
+    },
+}
 PALEST_LOSS = 0.5  # and worse has the darkest colour
 
 
@@ -52,16 +63,18 @@ def describe_grid(grid: Grid | None) -> list[str]:
 def list_grid_rows(grid: Grid) -> list[tuple[str, str, list[str]]]:
     """Return rows of a cell's name, its steps and its numbers; clean first, then the worst."""
     rows = []
-    for name, cell in _sort_cells(grid):
+    for title, cell in _sort_cells(grid):
         drift = cell["fpr_drift"]
-        shares = [format_interval(cell[field], percent=True) for field in ("accuracy", "tpr", "fpr")]
+        shares = [
+            format_interval(cell[field], percent=True) for field in ("accuracy", "tpr", "fpr")
+        ]
         numbers = [
             *shares,
             "-" if drift is None else f"{100 * drift:+.1f}",
             format_interval(cell["flips"], percent=True),
             format_interval(cell["auroc"]),
         ]
-        rows.append((name, describe_cell(cell["steps"]) or "as they are", numbers))
+        rows.append((title, describe_cell(cell["steps"]) or "as they are", numbers))
     return rows
 
 
@@ -73,19 +86,13 @@ def _sort_cells(grid: Grid) -> list[tuple[str, Any]]:
     return sorted(grid["cells"].items(), key=order)
 
 
-def draw_grid_figures(grid: Grid) -> dict[str, tuple[bytes, str]]:
-    """Draw the heat map, and a curve for each step that has two strengths: stem -> file, caption."""
-    figures = {
-        "grid": (
-            draw_heat_map(grid),
-            "Each perturbation, worst first: the darker, the more is lost. All columns are 100% for"
-            " a detector without fault.",
-        )
+def draw_grid_figures(grid: Grid) -> dict[str, bytes]:
+    """Draw the heat map, and a curve for each step that has two strengths: file stem -> SVG."""
+    curves = {
+        f"grid_{step}": _draw_curve(AXES[step], points)
+        for step, points in _find_families(grid).items()
     }
-    for step, points in _find_families(grid).items():
-        caption = f"{AXES[step]}: with 95% intervals, at the threshold that was set on clean images."
-        figures[f"grid_{step}"] = (_draw_curve(AXES[step], points), caption)
-    return figures
+    return {"grid": draw_heat_map(grid), **curves}
 
 
 def draw_heat_map(grid: Grid) -> bytes:
@@ -157,7 +164,14 @@ def _draw_curve(title: str, points: list[tuple[str, Any]]) -> bytes:
             [end - value for value, end in zip(values, high, strict=True)],
         ]
         axes.errorbar(
-            places, values, yerr=errors, fmt=style, color=colour, markersize=4, capsize=2, label=name
+            places,
+            values,
+            yerr=errors,
+            fmt=style,
+            color=colour,
+            markersize=4,
+            capsize=2,
+            label=name,
         )
     axes.set_xticks(places, [name for name, _ in points])
     axes.set_xlabel(title)

@@ -7,6 +7,7 @@ out, and the page's security policy allows no scripts and no requests.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,15 +17,15 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.report.grid import GRID_CAPTIONS, describe_grid, list_grid_rows
 from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.svg import inline_svg
 from cifake_ray.report.text import BLOCKS, KEY_METRICS, describe_result, list_decisions
 
 # Captions and alt texts, by the names of figures.draw_figures.
 CAPTIONS = {
     "roc": "ROC: share of FAKE images found against share of REAL images called FAKE.",
     "roc_log": "The same at low false positive rates, which matter in bulk, on a log axis.",
-    "confusion": "Confusion at 0.5: images by label and by decision.",
-    "confusion_threshold": "Confusion at the bundle's threshold.",
     "scores": "Distribution of p_fake in each class, on log axes.",
     "reliability": (
         "Reliability before and after the bundle's temperature: on the dotted line, p_fake equals"
@@ -56,13 +57,16 @@ def render_report(
     errors: Mapping[str, int],
     slices: Mapping[str, Mapping[str, Any]] | None = None,
     unlike: str = "",
+    grid: Mapping[str, Any] | None = None,
+    grid_figures: Mapping[str, bytes] | None = None,
 ) -> str:
     """Return the page as text, to be written as UTF-8.
 
     `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`,
-    `figures` (file stem -> PNG) from `figures.draw_figures`; `errors` counts images without a score
+    `figures` (file stem -> SVG) from `figures.draw_figures`; `errors` counts images without a score
     by error class; `facts` (name -> value) are needed to reproduce the numbers; `unlike` says how
-    many images are unlike those that the detector was trained on.
+    many images are unlike those that the detector was trained on. `grid` is from
+    `core.evaluation.grid.measure_grid`, its figures from `grid.draw_grid_figures`.
     """
     groups = []
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
@@ -80,9 +84,13 @@ def render_report(
         label_names=LABEL_NAMES,
         decisions=list_decisions(metrics),
         figures=figures,
-        captions=CAPTIONS,
+        captions=CAPTIONS | GRID_CAPTIONS,
         slices=slices or {},
         unlike=unlike,
+        grid=grid,
+        grid_figures=grid_figures or {},
+        describe_grid=describe_grid,
+        list_grid_rows=list_grid_rows,
         errors={name: count for name, count in errors.items() if count},
         groups=groups,
         facts=facts,
@@ -101,7 +109,18 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(encode_png=_encode_png, **values)
+    environment.filters |= {
+        "encode_png": _encode_png,
+        "find_headings": _find_headings,
+        "inline_svg": lambda svg, title: inline_svg(svg, _spell_out(title)),
+    }
+    return environment.get_template(template).render(**values)
+
+
+def _find_headings(content: Markup) -> list[tuple[str, Markup]]:
+    """Return anchor and text of each heading `<h2 id="...">`, for the list of contents."""
+    found = re.findall(r'<h2 id="([\w-]+)">(.*?)</h2>', content)
+    return [(anchor, Markup(heading)) for anchor, heading in found]
 
 
 def _read_template(name: str) -> str:

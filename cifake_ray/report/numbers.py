@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def format_share(value: float | None) -> str:
@@ -10,11 +11,11 @@ def format_share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def format_interval(interval: Mapping[str, float | None], *, percent: bool = False) -> str:
-    """Format as `93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; a dash if undefined."""
+def format_interval(interval: Mapping[str, Any], *, percent: bool = False) -> str:
+    """Format as `93.1% (92.6-93.6)` or `0.989 (0.988-0.991)`; its reason or a dash if undefined."""
     value, low, high = interval["value"], interval["low"], interval["high"]
     if value is None:
-        return "-"
+        return str(interval.get("reason", "-"))
     scale, digits = (100, 1) if percent else (1, 3)
     text = f"{value * scale:.{digits}f}" + "%" * percent
     if low is None or high is None:

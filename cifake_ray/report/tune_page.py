@@ -105,7 +105,7 @@ def _describe_baseline(summary: Mapping[str, Any]) -> str:
 def draw_objective(
     histories: Mapping[int, Sequence[Mapping[str, Any]]], objective: str, best_trial: int
 ) -> bytes:
-    """Draw the objective of every trial over its epochs, as PNG."""
+    """Draw the objective of every trial over its epochs."""
     figure, (axes,) = new_figure()
     for number, history in histories.items():
         is_best = number == best_trial
@@ -130,7 +130,7 @@ def draw_objective(
 def draw_parallel(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], objective: str, best_trial: int
 ) -> bytes:
-    """Draw parallel coordinates with stacked axes, the objective last, as PNG."""
+    """Draw parallel coordinates with stacked axes, the objective last."""
     trained = [row for row in rows if row[objective] is not None]
     axes_of = {name: to_axis([row[name] for row in trained]) for name in (*names, objective)}
     figure, (axes,) = new_figure(height=1.2 + 0.55 * len(axes_of))
@@ -173,7 +173,7 @@ def draw_parallel(
 
 
 def draw_bars(values: Mapping[str, float], label: str) -> bytes:
-    """Draw a bar for each name, the first on top, as PNG."""
+    """Draw a bar for each name, the first on top."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = new_figure(height=1.4 + ROW_HEIGHT * len(values))

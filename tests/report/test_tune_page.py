@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 from test_report import HOSTILE, Elements
 
 from cifake_ray.core.search.trial_table import to_row
@@ -116,8 +115,8 @@ def test_figures_are_pictures_that_change_with_the_numbers() -> None:
         draw_bars({"lr": 0.25, "model": 0.75}, "Share"),
     ]
     assert len(set(drawn)) == len(drawn)
-    for png in drawn:
-        assert Image.open(io.BytesIO(png)).size[0] == 960
+    for svg in drawn:
+        assert ElementTree.fromstring(svg).attrib["width"] == "360pt"
 
 
 def test_the_table_is_best_first_and_says_who_waits() -> None:

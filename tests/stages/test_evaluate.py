@@ -66,8 +66,8 @@ def test_the_report_is_one_page_with_figures_and_mistakes(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert "default-src 'none'" in page
     assert "http://" not in page
-    figures = {path.stem for path in (report / "figures").iterdir()}
-    assert {"roc", "confusion", "reliability", "scores", "loss", "accuracy"} <= figures
+    figures = {path.name for path in (report / "figures").iterdir()}
+    assert {"roc.svg", "reliability.svg", "scores.svg", "loss.svg", "accuracy.svg"} <= figures
     assert (report / "_SUCCESS").stat().st_mtime >= (report / "report.html").stat().st_mtime
 
 

@@ -33,8 +33,8 @@ from ray import tune
 from cifake_ray.config import ConvertConfig, EvaluateConfig, ExportConfig, TrainConfig, TuneConfig
 from cifake_ray.errors import UsageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages import evaluate
 from cifake_ray.stages.batch import driver, shard_worker
+from cifake_ray.stages.evaluate import write_report
 from cifake_ray.stages.resources import Node, Resources
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.tune import driver as tune_driver
@@ -148,8 +148,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_anything_may_happen_at_any_change_of_an_evaluation(
     shards: Path, tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = {"roc": b"a figure", "scores": b"another"}  # to draw them takes seconds
-    monkeypatch.setattr(evaluate, "draw_figures", lambda metrics, **options: figures)
+    figure = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"/>'
+    figures = {"roc": figure, "scores": figure}  # to draw them takes seconds
+    monkeypatch.setattr(write_report, "draw_figures", lambda metrics, **options: figures)
     out, papers = tmp_path / "out", ("_run.json", "_SUCCESS")
     config = EvaluateConfig(
         shards=str(shards), out=str(out), shard_size=16, num_bootstrap=10, num_workers=1

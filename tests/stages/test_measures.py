@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import EvaluateConfig
+from cifake_ray.core.evaluation.buckets import check_slices
 from cifake_ray.core.evaluation.calibration import compute_p_fake
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo
-from cifake_ray.stages import evaluate
+from cifake_ray.stages.evaluate import examples
+from cifake_ray.stages.evaluate.driver import evaluate_detector
+from cifake_ray.stages.evaluate.measure import measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.sources.source import Listing, batch_rows
@@ -43,26 +46,29 @@ def make_predictions(logit: list[float], label: list[int], source: list[str]) ->
     )
 
 
-def test_a_generator_is_ranked_against_all_real_images(bundle: BundleInfo) -> None:
+def find_slices(table: pa.Table, *columns: str, name: str = "source") -> dict[str, Any]:
+    check_slices(columns, table.schema)
+    return {found["value"]: found for found in measure_slices(table, columns, 0.4, 50)[name]}
+
+
+def test_a_generator_is_ranked_against_all_real_images() -> None:
     logit = [0.0] * 30 + [2.0] * 30 + [-2.0] * 15 + [3.0] * 15
     label = [REAL] * 30 + [FAKE] * 60
     source = ["camera"] * 30 + ["good"] * 30 + ["odd"] * 30
-    slices = evaluate.measure_slices(make_predictions(logit, label, source), bundle)
-    assert {name: found["auroc"]["value"] for name, found in slices.items()} == {
-        "camera": 0.75,
-        "good": 1.0,
-        "odd": 0.5,
-    }
-    assert {name: found["num_images"] for name, found in slices.items()} == dict.fromkeys(
-        slices, 30
-    )
+    slices = find_slices(make_predictions(logit, label, source))
+    found = [(name, found["auroc"]["value"]) for name, found in slices.items()]
+    assert found == [("odd", 0.5), ("camera", 0.75), ("good", 1.0)], "worst first"
+    assert {found["num_images"] for found in slices.values()} == {30}
+    assert (slices["odd"]["ranked_real"], slices["odd"]["ranked_fake"]) == (30, 30)
+    assert (slices["camera"]["ranked_real"], slices["camera"]["ranked_fake"]) == (30, 60)
     assert slices["odd"]["accuracy"]["value"] == 0.5, "decisions are those of its own images"
 
 
-def test_images_of_one_class_alone_have_no_rank(bundle: BundleInfo) -> None:
-    table = make_predictions([1.0] * 60, [FAKE] * 60, ["a"] * 30 + ["b"] * 30)
-    slices = evaluate.measure_slices(table, bundle)
-    assert [found["auroc"]["value"] for found in slices.values()] == [None, None]
+def test_images_of_one_class_alone_have_no_rank() -> None:
+    slices = find_slices(make_predictions([1.0] * 60, [FAKE] * 60, ["a"] * 30 + ["b"] * 30))
+    assert [found["auroc"]["reason"] for found in slices.values()] == [
+        "there are no REAL images"
+    ] * 2
 
 
 class NoImages:
@@ -76,7 +82,7 @@ def test_mistakes_are_those_that_accuracy_counts(
     """A logit of 0, and one that is 0.5 after rounding, is called FAKE."""
     logit, label = [0.0, 0.0, -1e-9, 1.0, -1.0, -1.0], [REAL, FAKE, FAKE, REAL, FAKE, REAL]
     table = make_predictions(logit, label, [""] * 6)
-    monkeypatch.setattr(evaluate, "make_thumbnail", lambda data: data)
+    monkeypatch.setattr(examples, "make_thumbnail", lambda data: data)
     rows = [(f"{n}", None, None, 1, *[None] * 6) for n in range(6)]
     run = RunPlan(
         out=tmp_path,
@@ -87,9 +93,9 @@ def test_mistakes_are_those_that_accuracy_counts(
         shard_rows=None,
     ).open()
     source: Any = NoImages()
-    found = {mistake.key for mistake in evaluate.find_mistakes(run, source, table)}
+    found = {mistake.key for mistake in examples.find_mistakes(run, source, table)}
     assert found == {"0", "3", "4"}
-    counted = evaluate.measure(table, bundle, 0)["at_0.5"]["confusion"]
+    counted = measure(table, bundle.calibration, 0)["at_0.5"]["confusion"]
     assert counted[REAL][FAKE] + counted[FAKE][REAL] == len(found)
 
 
@@ -112,7 +118,7 @@ def test_shards_without_labels_are_named_before_anything_starts(
     config = EvaluateConfig(shards=str(shards), out=str(tmp_path / "out"), split=split)
     said: list[str] = []
     with pytest.raises(NothingToDo, match=expected):
-        evaluate.evaluate_detector(
+        evaluate_detector(
             config,
             shards,
             tmp_path / "out",

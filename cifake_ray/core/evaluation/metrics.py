@@ -26,6 +26,7 @@ from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 
 RATES = {"tpr_at_fpr_1pct": 0.01, "tpr_at_fpr_0.1pct": 0.001}
 RANKING_METRICS = ("auroc", "average_precision", "eer", *RATES)  # of both classes
+MIN_RESTING_IMAGES = 5  # that a TPR at an FPR rests on, of either class; below, one image decides
 RELIABILITY_EDGES = np.linspace(0, 1, 16)  # 15 bins: Guo et al. 2017, section 2
 NUM_HISTOGRAM_BINS = 50
 MAX_ROC_POINTS = 500
@@ -39,10 +40,14 @@ def compute_metrics(
     *,
     temperature: float,
     threshold: float,
+    p_fake: Floats | None = None,
     num_bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compute every number of the report, as JSON types; None if undefined (AUROC of one class).
+    """Compute every number of the report, as JSON types.
+
+    A value that is undefined is None and has a "reason": AUROC of one class, a TPR that rests on
+    fewer than MIN_RESTING_IMAGES. `p_fake`, in [0, 1], replaces sigmoid(logit / temperature).
 
     `{"value", "low", "high"}` holds a 95% interval: Wilson's for accuracy; else the percentiles of
     a bootstrap stratified by class, widened to hold the value where resampling is biased (ECE).
@@ -60,14 +65,16 @@ def compute_metrics(
     check_scores(logit, label)
     logit = logit.astype(np.float64)  # differences of float32 logits may overflow
     rng = np.random.default_rng(seed)
-    p_fake = compute_p_fake(logit, temperature)
-    draws = _draw_replicates(logit, label, temperature, num_bootstrap, rng)
-    measured = _measure(logit, label, temperature)
+    if p_fake is None:
+        p_fake = compute_p_fake(logit, temperature)
+    draws = _draw_replicates(logit, label, temperature, p_fake, num_bootstrap, rng)
+    measured = _measure(logit, label, temperature, p_fake)
     blocks = {
         name: _measure_decisions(p_fake >= cut, label, cut, num_bootstrap, rng)
         for name, cut in (("at_0.5", 0.5), ("at_threshold", threshold))
     }
     num_fake = int(np.sum(label == FAKE))
+    reasons = explain_undefined(len(label) - num_fake, num_fake)
     return {
         "num_images": len(label),
         "num_real": len(label) - num_fake,
@@ -76,7 +83,10 @@ def compute_metrics(
         "threshold": threshold,
         "num_bootstrap": num_bootstrap,
         "accuracy": blocks["at_0.5"]["accuracy"],
-        **{name: _interval(value, draws.get(name)) for name, value in measured.items()},
+        **{
+            name: make_interval(value, draws.get(name), reasons.get(name))
+            for name, value in measured.items()
+        },
         **blocks,
         "roc_points": _thin_roc(logit, label) if 0 < num_fake < len(label) else None,
         "reliability_bins": _bin_reliability(p_fake, label),
@@ -85,17 +95,37 @@ def compute_metrics(
     }
 
 
+def explain_undefined(num_real: int, num_fake: int) -> dict[str, str]:
+    """Return why ranking metrics of so many images are no numbers, by name; {} if all are.
+
+    A TPR at an FPR rests on the REAL images that may be called FAKE, and on the FAKE ones.
+    """
+    for name, count in zip(LABEL_NAMES, (num_real, num_fake), strict=True):
+        if not count:
+            return dict.fromkeys(RANKING_METRICS, f"there are no {name} images")
+    reasons = {}
+    for metric, rate in RATES.items():
+        if count_allowed(num_real, rate) < MIN_RESTING_IMAGES:
+            least = round(MIN_RESTING_IMAGES / rate)
+            reasons[metric] = f"needs {least:,} REAL images, there are {num_real:,}"
+        elif num_fake < MIN_RESTING_IMAGES:
+            reasons[metric] = f"needs {MIN_RESTING_IMAGES} FAKE images, there are {num_fake:,}"
+    return reasons
+
+
 def _log_loss(logit: Floats, label: Ints, temperature: float) -> npt.NDArray[np.float64]:
     """Compute the NLL per image from the logit: log(p_fake) of a saturated score is infinite."""
     z = logit.astype(np.float64) / temperature
     return np.logaddexp(0.0, np.where(label == FAKE, -z, z))
 
 
-def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float | None]:
+def _measure(
+    logit: Floats, label: Ints, temperature: float, p_fake: Floats
+) -> dict[str, float | None]:
     """Compute the metrics that get a bootstrap interval, as `_Cells.measure` names them."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    p_fake = compute_p_fake(logit, temperature).astype(np.float64)
+    exact = p_fake.astype(np.float64)
     ranking: dict[str, float | None] = dict.fromkeys(RANKING_METRICS)
     if 0 < np.sum(label == FAKE) < len(label):
         fpr, tpr, _ = roc_curve(label, logit, drop_intermediate=False)
@@ -106,8 +136,8 @@ def _measure(logit: Floats, label: Ints, temperature: float) -> dict[str, float 
         }
         ranking |= {name: _read_tpr(fpr, tpr, rate) for name, rate in RATES.items()}
     return ranking | {
-        "brier": float(np.mean((p_fake - label) ** 2)),
-        "ece": _measure_ece(p_fake, label),
+        "brier": float(np.mean((exact - label) ** 2)),
+        "ece": _measure_ece(exact, label),
         "ece_uncalibrated": _measure_ece(compute_p_fake(logit, 1.0).astype(np.float64), label),
         "nll": float(np.mean(_log_loss(logit, label, temperature))),
     }
@@ -130,6 +160,13 @@ def _measure_ece(p_fake: npt.NDArray[np.float64], label: Ints) -> float:
     return float(np.abs(gap).sum() / len(label))
 
 
+def find_cells(logit: Floats) -> npt.NDArray[np.int64]:
+    """Return the cell of each image, at most MAX_BOOTSTRAP_CELLS by rank, 0 the highest logits."""
+    num_above = len(logit) - np.searchsorted(np.sort(logit), logit, side="right")
+    cells: npt.NDArray[np.int64] = num_above * MAX_BOOTSTRAP_CELLS // len(logit)
+    return cells
+
+
 class _Cells:
     """Images in at most MAX_BOOTSTRAP_CELLS cells of neighbouring rank, highest logits first.
 
@@ -138,10 +175,9 @@ class _Cells:
     has its own and the numbers are scikit-learn's (tests/core/evaluation/test_metrics.py).
     """
 
-    def __init__(self, logit: Floats, label: Ints, temperature: float) -> None:
-        num_above = len(logit) - np.searchsorted(np.sort(logit), logit, side="right")
-        cells, cell = np.unique(num_above * MAX_BOOTSTRAP_CELLS // len(logit), return_inverse=True)
-        p_fake = compute_p_fake(logit, temperature).astype(np.float64)
+    def __init__(self, logit: Floats, label: Ints, temperature: float, p_fake: Floats) -> None:
+        cells, cell = np.unique(find_cells(logit), return_inverse=True)
+        p_fake = p_fake.astype(np.float64)
         slot = (label, cell)
         self.counts = np.zeros((2, len(cells)), np.int64)  # row REAL, row FAKE
         np.add.at(self.counts, slot, 1)
@@ -154,10 +190,10 @@ class _Cells:
         self.brier = average((p_fake - label) ** 2)
         self.nll = average(_log_loss(logit, label, temperature))
         self.gaps = {}  # of each ECE: the bin of a cell, and mean p_fake - label in its slots
-        for name, divisor in (("ece", temperature), ("ece_uncalibrated", 1.0)):
-            p_fake = compute_p_fake(logit, divisor).astype(np.float64)
-            index = _bin_index(np.bincount(cell, weights=p_fake) / self.counts.sum(0))
-            self.gaps[name] = (index, average(p_fake - label))
+        raw = compute_p_fake(logit, 1.0).astype(np.float64)
+        for name, scores in (("ece", p_fake), ("ece_uncalibrated", raw)):
+            index = _bin_index(np.bincount(cell, weights=scores) / self.counts.sum(0))
+            self.gaps[name] = (index, average(scores - label))
 
     def measure(self, counts: Ints) -> dict[str, float]:
         """Compute the metrics for `counts`, int[2, cells], with the same class totals."""
@@ -187,12 +223,17 @@ class _Cells:
 
 
 def _draw_replicates(
-    logit: Floats, label: Ints, temperature: float, num_bootstrap: int, rng: np.random.Generator
+    logit: Floats,
+    label: Ints,
+    temperature: float,
+    p_fake: Floats,
+    num_bootstrap: int,
+    rng: np.random.Generator,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Return each metric in each replicate, float64[num_bootstrap]; empty without replicates."""
     if not num_bootstrap:
         return {}
-    cells = _Cells(logit, label, temperature)
+    cells = _Cells(logit, label, temperature, p_fake)
     totals = cells.counts.sum(1)
     share = cells.counts / np.maximum(totals, 1)[:, None]
     share[totals == 0, 0] = 1.0  # a missing class draws zero images
@@ -200,7 +241,12 @@ def _draw_replicates(
     return {name: np.array([values[name] for values in drawn]) for name in drawn[0]}
 
 
-def _interval(value: float | None, draws: Floats | None) -> dict[str, float | None]:
+def make_interval(
+    value: float | None, draws: Floats | None, reason: str | None = None
+) -> dict[str, Any]:
+    """Return a value with the percentiles of its replicates; with a reason it has neither."""
+    if reason is not None:
+        return {"value": None, "low": None, "high": None, "reason": reason}
     if value is None or draws is None:
         return {"value": value, "low": None, "high": None}
     low, high = np.percentile(draws, (2.5, 97.5))
@@ -245,7 +291,7 @@ def _measure_decisions(
     return {
         "threshold": threshold,
         "accuracy": wilson_interval(int(counts.trace()), len(label)),
-        "balanced_accuracy": _interval(balanced, draws),
+        "balanced_accuracy": make_interval(balanced, draws),
         "per_class": per_class,
         "confusion": counts.tolist(),
     }

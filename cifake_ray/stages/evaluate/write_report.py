@@ -9,11 +9,12 @@ from cifake_ray.config import EvaluateConfig
 from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.report.figures import draw_figures
+from cifake_ray.report.grid import draw_grid_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.text import describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_mistakes
 from cifake_ray.stages.evaluate.grid import measure_cells
-from cifake_ray.stages.evaluate.measure import measure, measure_slices
+from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.files import make_folder, write_bytes, write_json
 from cifake_ray.storage.runs.run import Run
@@ -30,7 +31,7 @@ MEASURED_FIELDS = [
 def write_report(
     run: Run, source: ParquetSource, bundle: BundleInfo, config: EvaluateConfig, split: str | None
 ) -> None:
-    """Write metrics.json, figures/*.png and report.html from the predictions of a run."""
+    """Write metrics.json, figures/*.svg and report.html from the predictions of a run."""
     shards = range(run.manifest.num_shards)
     predictions = pa.concat_tables(
         [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
@@ -42,12 +43,20 @@ def write_report(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
     unlike = bundle.domain.count_unlike(scored) if bundle.domain else {"any": 0}
-    metrics = measure(scored, bundle, config.num_bootstrap)
-    slices = measure_slices(scored, bundle)
+    calibration = bundle.calibration
+    metrics = measure(scored, calibration, config.num_bootstrap)
+    slices = measure_slices(scored, (), calibration.threshold, config.num_bootstrap)
+    floor = compare_real_sources(scored, config.num_bootstrap)
+    sources = {found["value"]: found for found in slices.get("source", [])}
+    figures = draw_figures(metrics, history=read_history(bundle.path), slices=sources)
     grid = measure_cells(run, scored, bundle)
-    figures = draw_figures(metrics, history=read_history(bundle.path), slices=slices)
+    grid_figures = draw_grid_figures(grid) if grid else {}
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
-    for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
+    for flag, value in (
+        ("--bundle", config.bundle),
+        ("--split", config.split),
+        ("--grid", config.grid),
+    ):
         command += [flag, value] if value else []
     facts = {
         "Command": " ".join(command),
@@ -69,14 +78,16 @@ def write_report(
         mistakes=find_mistakes(run, source, scored),
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
-        slices=slices,
+        slices=sources,
         unlike=describe_unlike(unlike, scored.num_rows, bundle.domain)
         if bundle.domain and unlike["any"]
         else "",
+        grid=grid,
+        grid_figures=grid_figures,
     )
     make_folder(run.out / "figures", parents=False)
-    for name, png in figures.items():
-        write_bytes(run.out / "figures" / f"{name}.png", png)
-    found = {**metrics, "slices": slices, "facts": facts} | ({"grid": grid} if grid else {})
-    write_json(run.out / "metrics.json", found)
+    for name, svg in {**figures, **grid_figures}.items():
+        write_bytes(run.out / "figures" / f"{name}.svg", svg)
+    stored = {**metrics, "slices": slices, "real_vs_real": floor, "facts": facts}
+    write_json(run.out / "metrics.json", stored | ({"grid": grid} if grid else {}))
     write_bytes(run.out / "report.html", page.encode())

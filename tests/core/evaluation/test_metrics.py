@@ -209,7 +209,7 @@ def test_eer_and_tpr_by_hand():
     logit = np.concatenate([np.arange(-10, -2), [5, 6], np.arange(7, 15), [-1, -2]])
     result = measure(logit, np.repeat([0, 1], 10))
     assert result["eer"]["value"] == pytest.approx(0.2)
-    assert result["tpr_at_fpr_1pct"]["value"] == pytest.approx(0.8)
+    assert module.find_tpr(logit, np.repeat([0, 1], 10), 0.01) == pytest.approx(0.8)
     assert result["at_0.5"]["confusion"] == [[8, 2], [2, 8]]
 
 
@@ -218,7 +218,8 @@ def test_a_single_class_gives_none_where_undefined(only):
     logit, _ = make_scores(40)
     result = measure(logit, np.full(40, only), num_bootstrap=20)
     for name in ("auroc", "average_precision", "eer", *module.RATES):
-        assert result[name] == {"value": None, "low": None, "high": None}
+        reason = f"there are no {('FAKE', 'REAL')[only]} images"
+        assert result[name] == {"value": None, "low": None, "high": None, "reason": reason}
     assert result["roc_points"] is None
     assert result["at_0.5"]["balanced_accuracy"]["value"] is None
     assert result["at_0.5"]["per_class"][("FAKE", "REAL")[only]]["recall"] is None
@@ -226,13 +227,51 @@ def test_a_single_class_gives_none_where_undefined(only):
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("num_real", "num_fake", "reasons"),
+    [
+        (5000, 5, {}),
+        (4999, 5, {"tpr_at_fpr_0.1pct": "needs 5,000 REAL images, there are 4,999"}),
+        (
+            499,
+            90,
+            {
+                "tpr_at_fpr_1pct": "needs 500 REAL images, there are 499",
+                "tpr_at_fpr_0.1pct": "needs 5,000 REAL images, there are 499",
+            },
+        ),
+        (
+            9000,
+            4,
+            dict.fromkeys(module.RATES, "needs 5 FAKE images, there are 4"),
+        ),
+    ],
+)
+def test_an_operating_point_that_rests_on_too_few_images_is_no_number(num_real, num_fake, reasons):
+    label = np.repeat([0, 1], [num_real, num_fake])
+    result = measure(np.arange(len(label)), label, num_bootstrap=10)
+    for name in ("auroc", *module.RATES):
+        assert result[name].get("reason") == reasons.get(name), name
+        assert (result[name]["value"] is None) == (name in reasons), name
+        assert (result[name]["low"] is None) == (name in reasons), name
+
+
+def test_given_scores_replace_those_of_the_logits():
+    logit, label = make_scores(300)
+    given = np.where(logit > 1, 0.75, 0.25).astype(np.float32)
+    result = measure(logit, label, p_fake=given, num_bootstrap=20)
+    assert result["accuracy"]["value"] == np.mean((logit > 1) == label)
+    assert result["brier"]["value"] == pytest.approx(np.mean((given - label) ** 2))
+    assert result["auroc"] == measure(logit, label, num_bootstrap=20)["auroc"]
+
+
 def test_one_image_is_enough():
     json.dumps(measure([0.3], [1], num_bootstrap=10), allow_nan=False)
 
 
 def test_intervals_hold_the_value_and_shrink_with_more_images():
-    small, large = (measure(*make_scores(num, seed=3), num_bootstrap=200) for num in (300, 20_000))
-    for name in ("accuracy", *INTERVALS):
+    small, large = (measure(*make_scores(num, seed=3), num_bootstrap=200) for num in (1200, 60_000))
+    for name in {"accuracy", *INTERVALS} - {"tpr_at_fpr_0.1pct"}:  # the small one has none
         for result in (small, large):
             assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
         width = [result[name]["high"] - result[name]["low"] for result in (small, large)]
@@ -256,8 +295,9 @@ def test_auroc_interval_matches_the_spread_of_fresh_samples():
 def test_a_replicate_of_the_images_themselves_gives_the_numbers_of_scikit_learn(decimals):
     logit, label = make_scores(3000)
     logit = np.round(logit, decimals)
-    cells = module._Cells(logit, label, 1.3)
-    assert cells.measure(cells.counts) == pytest.approx(module._measure(logit, label, 1.3))
+    p_fake = compute_p_fake(logit, 1.3)
+    cells = module._Cells(logit, label, 1.3, p_fake)
+    assert cells.measure(cells.counts) == pytest.approx(module._measure(logit, label, 1.3, p_fake))
 
 
 def find_eer(logit, label):
@@ -280,10 +320,11 @@ def test_the_interval_of_the_equal_error_rate_holds_with_ties(tied, value):
 
 def test_cells_of_many_images_cost_little_accuracy():
     logit, label = make_scores(60_000)
-    cells = module._Cells(logit, label, 1.3)
+    p_fake = compute_p_fake(logit, 1.3)
+    cells = module._Cells(logit, label, 1.3, p_fake)
     assert cells.counts.shape[1] <= module.MAX_BOOTSTRAP_CELLS
     assert cells.measure(cells.counts) == pytest.approx(
-        module._measure(logit, label, 1.3), abs=1e-3
+        module._measure(logit, label, 1.3, p_fake), abs=1e-3
     )
 
 
