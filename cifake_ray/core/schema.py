@@ -87,6 +87,31 @@ PROVENANCE_FIELDS = [
     pa.field("provenance_unread", pa.string()),
 ]
 
+# What audit measures of an image beside its header.
+PIXEL_STATISTICS = (
+    *(f"{statistic}_{name}" for statistic in ("mean", "std") for name in ("red", "green", "blue")),
+    *("laplacian", "saturation", "grey_share", "clipped_share"),
+)
+MEASURED_FIELDS = [
+    pa.field("size_bytes", pa.int64()),
+    pa.field("quantization", pa.string()),
+    pa.field("subsampling", pa.string()),
+    pa.field("is_progressive", pa.bool_()),
+    *(pa.field(f"{name}_bytes", pa.int32()) for name in ("exif", "xmp", "icc", "text")),
+    *(pa.field(name, pa.float32()) for name in PIXEL_STATISTICS),
+    pa.field("sha256", pa.binary(32)),
+    pa.field("pixels_sha256", pa.binary(32)),
+    pa.field("phash", pa.uint64()),
+    pa.field("thumbnail", pa.binary()),
+]
+AUDIT_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    *LABEL_FIELDS,
+    *HEADER_FIELDS,
+    *MEASURED_FIELDS,
+    *ERROR_FIELDS,
+]
+
 MANIFEST_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
     # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:

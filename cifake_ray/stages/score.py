@@ -27,11 +27,14 @@ from cifake_ray.stages.resources import (
     read_local_resources,
 )
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.runs.policy_file import check_bundle, read_policy
 from cifake_ray.storage.runs.run import read_run
+from cifake_ray.storage.runs.shards import describe_threshold
 from cifake_ray.storage.sources.open_source import open_source
 
 if TYPE_CHECKING:
+    from cifake_ray.core.evaluation.policy import Policy
     from cifake_ray.core.processing.score import ScoreProcessor
 
 VERIFIER = "encypher-c2pa"
@@ -46,6 +49,7 @@ class MakeScoreProcessor:
     batch_size: int | None
     precision: str = "float32"
     c2pa_reader: str | None = None  # None without `--provenance`
+    policy: Policy | None = None
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
@@ -77,13 +81,14 @@ class MakeScoreProcessor:
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
+            policy=self.policy,
             batch_size=self.batch_size or batch_size,
             device=device,
             footer={
                 "bundle": self.bundle.identify(self.precision),
                 "precision": self.precision,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
-                "threshold": str(self.threshold),
+                **describe_threshold(self.threshold, self.policy),
                 "thresholds": json.dumps(bundle.list_thresholds()),
             },
             c2pa_reader=self.c2pa_reader,
@@ -187,15 +192,30 @@ def score_images(
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
     c2pa_reader = choose_c2pa_reader(config, out)
+    policy = None if config.policy is None else read_policy(config.policy, config.store)
+    if policy:
+        check_bundle(policy, bundle.identify(precision), precision, bundle.path)
+    paths = {
+        "bundle": config.bundle and str(bundle.path),
+        "policy": config.policy and str(resolve_path(config.policy, config.store)),
+    }
     plan = BatchPlan(
         command="score",
         config=config,
         out=out,
         source=source,
-        paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
-        inputs={"bundle": bundle.identify(precision), "precision": precision}
-        | ({"c2pa_reader": c2pa_reader} if c2pa_reader else {}),
-        facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
+        paths={"src": str(src), **paths},
+        inputs={
+            "bundle": bundle.identify(precision),
+            "precision": precision,
+            "policy": policy and policy.id,
+            **({"c2pa_reader": c2pa_reader} if c2pa_reader else {}),
+        },
+        facts={
+            "bundle": str(bundle.path),
+            "threshold": None if policy else threshold,
+            "precision": precision,
+        },
         device=config.device,
         make_processor=MakeScoreProcessor(
             bundle=bundle,
@@ -203,8 +223,11 @@ def score_images(
             batch_size=config.batch_size,
             precision=precision,
             c2pa_reader=c2pa_reader,
+            policy=policy,
         ),
         threshold=threshold,
+        policy=policy,
+        extend=config.extend,
         thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,

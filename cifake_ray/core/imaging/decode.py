@@ -168,6 +168,11 @@ def decode_with_header(data: bytes, min_side: int | None) -> tuple[ImageHeader, 
     return call_decoder(decode, data)
 
 
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Open with Pillow; no pixel is decoded. Raises ImageError."""
+    return call_decoder(_open_image, data)
+
+
 def map_images(
     function: Callable[[bytes], _T], images: Iterable[bytes | ImageError]
 ) -> list[_T | ImageError]:

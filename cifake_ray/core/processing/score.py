@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
+from cifake_ray.core.evaluation.policy import Policy, set_verdicts
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
@@ -31,6 +32,7 @@ class ScoreProcessor:
         domain: TrainingDomain | None,
         *,
         threshold: float,
+        policy: Policy | None = None,
         batch_size: int,
         device: str,
         footer: dict[str, str],
@@ -41,7 +43,7 @@ class ScoreProcessor:
         self.detector = detector.to(device).eval()
         self.temperature = calibration.temperature
         self.domain = domain
-        self.threshold = threshold
+        self.threshold, self.policy = threshold, policy
         self.batch_size = batch_size
         self.device = device
         self.footer = footer
@@ -69,11 +71,12 @@ class ScoreProcessor:
         columns: dict[str, Sequence[object] | pa.Array] = {
             "logit": pa.array(logit, pa.float32(), mask=failed),
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
-            "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
+            "is_fake": pa.nulls(len(errors), pa.bool_()),
         }
         if prepared.provenance is not None:
             columns |= list_columns(prepared.provenance)
-        return assemble_rows(self.fields, rows, columns, prepared.headers, errors)
+        table = assemble_rows(self.fields, rows, columns, prepared.headers, errors)
+        return set_verdicts(table, self.threshold, self.policy)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {} if self.domain is None else self.domain.count_unlike(rows)
