@@ -72,8 +72,10 @@ def read_candidate(uri: str, store: StoreConfig) -> Candidate:
 
 def _read_report(uri: str, path: AnyPath) -> Candidate:
     run = open_finished(path)
-    if run.command == "convert":
-        raise StorageError(f"{uri} is the output of convert; give that of evaluate, or a bundle")
+    if run.command not in ("evaluate", "score"):
+        raise StorageError(
+            f"{uri} is the output of {run.command}; give that of evaluate, or a bundle"
+        )
     shards = range(run.manifest.num_shards)
     tables = [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
     names = [measured.name for measured in MEASURED_FIELDS]
@@ -81,6 +83,8 @@ def _read_report(uri: str, path: AnyPath) -> Candidate:
     scored = table.filter(pc.and_(pc.is_null(table["error"]), pc.is_valid(table["label"])))
     if not scored.num_rows:
         raise UsageError(f"{uri}: no image has both a label and a score; give labelled images")
+    if not all(pc.all(pc.is_finite(scored[name])).as_py() for name in ("logit", "p_fake")):
+        raise StorageError(f"{uri}: damaged: a score is no number; `cifake-ray repair` restores it")
     stored = _Stored()
     if exists(path / "metrics.json"):
         try:
