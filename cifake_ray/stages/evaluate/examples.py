@@ -16,13 +16,13 @@ from cifake_ray.errors import ImageError
 from cifake_ray.report.html import Mistake
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
-from cifake_ray.storage.sources.parquet import ParquetSource
+from cifake_ray.storage.sources.source import Source
 
 MAX_MISTAKES = 48  # on the contact sheet, half of each kind
 THUMBNAIL_SIZE = 96  # pixels; smaller images stay as they are
 
 
-def find_mistakes(run: Run, source: ParquetSource, scored: pa.Table) -> list[Mistake]:
+def find_mistakes(run: Run, source: Source, scored: pa.Table) -> list[Mistake]:
     """Return the mistakes with the most extreme logits of each kind, with thumbnails."""
     label = scored.column("label").to_numpy()
     logit = scored.column("logit").to_numpy()

@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from cifake_ray.config.grid import Grid, name_column, parse_grid
+from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.grid import measure_grid
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.stages.resources import Placement
 from cifake_ray.stages.score import MakeScoreProcessor
-from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import Run
 
@@ -31,7 +31,7 @@ class MakeGridProcessor:
         return GridProcessor(self.make_scorer(placement), self.grid)
 
 
-def measure_cells(run: Run, scored: pa.Table, bundle: BundleInfo) -> dict[str, Any] | None:
+def measure_cells(run: Run, scored: pa.Table, calibration: Calibration) -> dict[str, Any] | None:
     """Return what `grid` of metrics.json holds, None for a run without a grid."""
     if not (text := run.settings.get("grid")):
         return None
@@ -42,8 +42,8 @@ def measure_cells(run: Run, scored: pa.Table, bundle: BundleInfo) -> dict[str, A
         scored.column("logit").to_numpy(),
         columns,
         scored.column("label").to_numpy(),
-        temperature=bundle.calibration.temperature,
-        threshold=bundle.calibration.threshold,
+        temperature=calibration.temperature,
+        threshold=calibration.threshold,
     )
 
 
