@@ -35,6 +35,9 @@ MEASURED_FIELDS = [
 ]
 
 
+MAX_SHOWN_SOURCES = 100  # on the page, the worst; metrics.json and slices.csv have all
+
+
 @dataclass(frozen=True)
 class Detail:
     """What the scores mean."""
@@ -62,7 +65,7 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
     metrics = measure(scored, calibration, config.num_bootstrap)
     slices = measure_slices(scored, config.slice, calibration.threshold, config.num_bootstrap)
     floor = compare_real_sources(scored, config.num_bootstrap)
-    sources = {found["value"]: found for found in slices.get("source", [])}
+    sources = {found["value"]: found for found in slices.get("source", [])[:MAX_SHOWN_SOURCES]}
     history = read_history(bundle.path) if bundle else []
     figures = draw_figures(metrics, history=history, slices=sources)
     grid = measure_cells(run, scored, calibration)
