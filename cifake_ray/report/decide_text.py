@@ -66,7 +66,7 @@ def _describe_cut(cut: Record) -> str:
     low, high = cut["fpr_interval"]
     text = (
         f"FAKE from {cut['threshold']:.4g}, {cut['num_above']:,} of {cut['num_real']:,} REAL images"
-        f" ({format_share(low)} to {format_share(high)}); unsure from {cut['unsure_from']:.4g}"
+        f" ({100 * low:.2g}% to {100 * high:.2g}%); unsure from {cut['unsure_from']:.4g}"
     )
     if cut["num_above"] < FEW:
         text += f"; it rests on fewer than {FEW} images above it"

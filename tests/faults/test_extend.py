@@ -9,22 +9,33 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from faults.command import count_parts, finish_command, make_env, run_command, start_command
+from faults.command import count_parts, finish_command, make_env, start_command
 
 from cifake_ray.config import SampleConfig
 from cifake_ray.storage.datasets.sample_folder import write_sample
+from cifake_ray.storage.runs.run import is_finished, require_run
+from cifake_ray.storage.runs.verify import verify_files
 
 pytestmark = pytest.mark.timeout(1800)
 
-NUM_IMAGES, SHARD_SIZE = 400, "20"
+NUM_IMAGES, SHARD_SIZE = 240, "20"
 NUM_OUTPUTS, NUM_KILLS = 5, 4  # of each output
 
 
 def read_rows(out: Path) -> pa.Table:
     return pq.read_table(out / "scores").sort_by("key")
+
+
+def check_equal(rows: pa.Table, wanted: pa.Table) -> None:
+    """Compare all; scores to the last bits, which depend on how many images a batch has."""
+    for name in ("logit", "p_fake"):
+        np.testing.assert_allclose(rows[name], wanted[name], rtol=1e-5)
+    inexact = ["logit", "p_fake"]
+    assert rows.drop_columns(inexact) == wanted.drop_columns(inexact)
 
 
 def test_an_extension_under_20_kills_equals_one_run_over_the_final_listing(tmp_path: Path) -> None:
@@ -61,7 +72,7 @@ def test_an_extension_under_20_kills_equals_one_run_over_the_final_listing(tmp_p
     started_s = time.monotonic()
     finish_command(score(timed, "--extend"), env)
     duration_s = time.monotonic() - started_s
-    assert read_rows(timed) == read_rows(wanted)
+    check_equal(read_rows(timed), read_rows(wanted))
     states = set()
     for number in range(NUM_OUTPUTS):
         out = tmp_path / f"out-{number}"
@@ -71,17 +82,16 @@ def test_an_extension_under_20_kills_equals_one_run_over_the_final_listing(tmp_p
             time.sleep(rng.random() * duration_s)
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
-            code, result, errors = run_command(["verify", str(out)], env)
-            if code == 0:
-                assert result["rows"] in (NUM_IMAGES // 2, NUM_IMAGES)
-            else:
-                assert "has not finished" in errors
-            states.add((result.get("rows"), count_parts(out)))
+            run = require_run(out)
+            if is_finished(run):
+                assert verify_files(out) == []
+            states.add((is_finished(run), run.manifest.num_rows, count_parts(out)))
             for path in (old / "scores").iterdir():
                 assert (out / "scores" / path.name).stat().st_mtime_ns == path.stat().st_mtime_ns
         summary = finish_command(score(out, "--extend"), env)
         assert summary["listed"] == summary["done"] == NUM_IMAGES
-        assert read_rows(out) == read_rows(wanted)
-        assert run_command(["verify", str(out)], env)[0] == 0
+        assert read_rows(out) == read_rows(timed)
+        assert verify_files(out) == []
         assert not list(out.glob("*/.writing-*"))
+    print(f"{sorted(states)} after kills within {duration_s:.1f} s")
     assert len(states) > 2, f"it was always killed in the same state: {states}"
