@@ -38,6 +38,7 @@ def describe_decisions(record: Record) -> list[str]:
             lines.append(f"and {len(groups) - MAX_LINES:,} more: see {record['policy_file']}.")
         if record["too_few"]:
             few = ", ".join(f"{name} {n:,}" for name, n in [*record["too_few"].items()][:MAX_LINES])
+            few += ", ..." * (len(record["too_few"]) > MAX_LINES)
             needed = count_needed(record["target_fpr"], record["confidence"])
             lines.append(f"Too few REAL images to promise that, {needed:,} are needed: {few}.")
         others = record["others"]
