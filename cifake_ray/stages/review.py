@@ -26,7 +26,7 @@ from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bu
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
-from cifake_ray.storage.runs.read_scores import Scores, open_scores, read_footer
+from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.shards import read_shard
 
 MAX_GROUPS = 10  # that share the images of a page
@@ -38,6 +38,7 @@ DECISION_FIELDS = [
     pa.field("key", pa.string()),
     pa.field("verdict", pa.string()),
     pa.field("decided_by", pa.string()),
+    pa.field("threshold", pa.float32()),
 ]
 
 
@@ -59,10 +60,9 @@ def review_scores(
     finished = read_json(folder / "_SUCCESS")
     page = render_review(
         title=f"Review of {folder.name or folder}",
-        context=_describe_context(scores, finished),
+        context=_describe_context(scores, finished, summary, decisions),
         queue=QUEUE.format(quote(str(folder))),
         facts=_list_facts(scores, finished, bundle, decisions),
-        threshold=find_threshold(finished),
         summary=summary,
         groups=groups,
         pictures=pictures,
@@ -81,21 +81,16 @@ def review_scores(
     }
 
 
-def find_threshold(record: dict[str, Any]) -> float:
-    """Return the threshold of a summary or a footer; 0.5 where there is none."""
-    try:
-        threshold = float(record["threshold"])
-    except (KeyError, TypeError, ValueError):
-        return 0.5
-    return threshold if 0 <= threshold <= 1 else 0.5
-
-
-def _describe_context(scores: Scores, finished: dict[str, Any]) -> str:
-    """Return what was scored, with what and when, as a sentence."""
+def _describe_context(
+    scores: Scores, finished: dict[str, Any], summary: ScoreSummary, decisions: AnyPath | None
+) -> str:
+    """Return what was scored, with what and when, in sentences."""
     run = scores.require_run()
     detector = run.config.get("bundle") or "the built-in detector"
-    policy, threshold = run.settings.get("policy"), find_threshold(finished)
-    rule = f"by {policy}" if policy else f"from p_fake {threshold:.4g} on"
+    low, high = summary.thresholds
+    rule = f"from p_fake {low:.4g} on" if low == high else "by several thresholds"
+    if decisions is not None or run.settings.get("policy"):
+        rule = f"by {decisions or run.settings['policy']}, {rule}"
     return (
         f"{scores.find_root()}, scored by {detector} ({str(run.settings.get('bundle'))[:12]}) in"
         f" {run.settings.get('precision', 'float32')}, finished {finished.get('finished_at', '-')}."
@@ -164,7 +159,8 @@ def summarise_scores(
             decided = read_shard(decisions / "decisions" / path.name, DECISION_FIELDS)
             if not decided.column("key").equals(rows.column("key")):
                 raise StorageError(f"{decisions}: decisions on other scores than {scores.folder}")
-        summary.add(number, rows, find_threshold(read_footer(rows)), decided)
+        threshold = find_threshold(rows)
+        summary.add(number, rows, 0.5 if threshold is None else threshold, decided)
     return summary
 
 

@@ -171,24 +171,33 @@ def write_decisions(scores: Path, out: Path, settled: str) -> Path:
     for path in (scores / "scores").glob("*.parquet"):
         rows = pq.read_table(path)
         by = ["maria" if key == settled else "policy-12ab" for key in rows["key"].to_pylist()]
-        verdicts = ["FAKE" if is_fake else "REAL" for is_fake in rows["is_fake"].to_pylist()]
-        table = pa.table({"key": rows["key"], "verdict": verdicts, "decided_by": by})
+        verdicts = [
+            "unsure" if p is None or 0.8 <= p < 0.95 else "FAKE" if p >= 0.95 else "REAL"
+            for p in rows["p_fake"].to_pylist()
+        ]
+        threshold = pa.array(np.full(len(rows), 0.95, np.float32))
+        columns = {"verdict": verdicts, "decided_by": by, "threshold": threshold}
+        table = pa.table({"key": rows["key"], **columns})
         pq.write_table(table, out / "decisions" / path.name)
     return out
 
 
-def test_decisions_are_counted_and_what_is_settled_is_no_longer_uncertain(scores: Path) -> None:
+def test_decisions_take_the_place_of_verdicts(scores: Path) -> None:
     rows = [row for row in read_scores(scores).to_pylist() if row["error"] is None]
-    nearest = min(rows, key=lambda row: abs(np.log(row["p_fake"] / (1 - row["p_fake"])) + 0.405465))
-    out = write_decisions(scores, scores.parent / "decided", nearest["key"])
-    section = 'id="uncertain".*?</section>'
-    before = re.findall(section, review(scores, images=100)[1], re.DOTALL)[0]
-    _, page = review(scores, images=100, decisions=str(out))
-    after = re.findall(section, page, re.DOTALL)[0]
-    p_fake = f"p_fake {nearest['p_fake']:.4f}"
-    assert p_fake in before
-    assert p_fake not in after
+    unsure = sorted(
+        (row for row in rows if 0.8 <= row["p_fake"] < 0.95), key=lambda r: -r["p_fake"]
+    )
+    settled = unsure[0]["key"]
+    out = write_decisions(scores, scores.parent / "decided", settled)
+    result, page = review(scores, images=1000, decisions=str(out))
+    assert result["called_fake"] == sum(row["p_fake"] >= 0.95 for row in rows)
+    assert f"<dt>Unsure</dt><dd>{len(unsure)}</dd>" in page
     assert '<th scope="row">maria</th><td>1</td>' in page
+    assert f'<th scope="row">unsure</th><td>{len(unsure) + 1}</td>' in page  # and the one unscored
+    section = re.findall('id="uncertain".*?</section>', page, re.DOTALL)[0]
+    shown = re.findall(r"p_fake (0\.\d{4})</b>", section)
+    first = shown[: len(unsure) - 1]
+    assert sorted(first) == sorted(f"{row['p_fake']:.4f}" for row in unsure[1:])
     path = out / "decisions" / "part-00001.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(StorageError, match="decisions on other scores"):

@@ -31,7 +31,7 @@ from cifake_ray.storage.runs.export_tables import (
     encode_keys,
     encode_parquet,
 )
-from cifake_ray.storage.runs.read_scores import LISTING, Scores, open_scores, read_footer
+from cifake_ray.storage.runs.read_scores import LISTING, Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.sort_rows import sort_rows
 
 EXISTS = "{} exists; choose another file, or give --overwrite"
@@ -184,14 +184,10 @@ def compute_margin(path: AnyPath, table: pa.Table) -> pa.Array:
 
     UsageError for files that do not say their threshold.
     """
-    try:
-        threshold = float(read_footer(table)["threshold"])
-        p_fake = table.column("p_fake").to_numpy()
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: no p_fake with a threshold, so there is no {MARGIN.name}"
-        ) from error
-    return pa.array(find_margin(p_fake, threshold), from_pandas=True)
+    threshold = find_threshold(table)
+    if threshold is None or "p_fake" not in table.column_names:
+        raise UsageError(f"{path}: no p_fake with a threshold, so it has no margin")
+    return pa.array(find_margin(table.column("p_fake").to_numpy(), threshold), from_pandas=True)
 
 
 def _check_column(table: pa.Table, name: str, option: str) -> None:
