@@ -17,6 +17,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.report.grid import GRID_CAPTIONS, describe_grid, list_grid_rows
 from cifake_ray.report.numbers import format_interval, format_share
 from cifake_ray.report.svg import inline_svg
 from cifake_ray.report.text import BLOCKS, KEY_METRICS, describe_result, list_decisions
@@ -56,13 +57,16 @@ def render_report(
     errors: Mapping[str, int],
     slices: Mapping[str, Mapping[str, Any]] | None = None,
     unlike: str = "",
+    grid: Mapping[str, Any] | None = None,
+    grid_figures: Mapping[str, bytes] | None = None,
 ) -> str:
     """Return the page as text, to be written as UTF-8.
 
     `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`,
     `figures` (file stem -> SVG) from `figures.draw_figures`; `errors` counts images without a score
     by error class; `facts` (name -> value) are needed to reproduce the numbers; `unlike` says how
-    many images are unlike those that the detector was trained on.
+    many images are unlike those that the detector was trained on. `grid` is from
+    `core.evaluation.grid.measure_grid`, its figures from `grid.draw_grid_figures`.
     """
     groups = []
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
@@ -80,9 +84,13 @@ def render_report(
         label_names=LABEL_NAMES,
         decisions=list_decisions(metrics),
         figures=figures,
-        captions=CAPTIONS,
+        captions=CAPTIONS | GRID_CAPTIONS,
         slices=slices or {},
         unlike=unlike,
+        grid=grid,
+        grid_figures=grid_figures or {},
+        describe_grid=describe_grid,
+        list_grid_rows=list_grid_rows,
         errors={name: count for name, count in errors.items() if count},
         groups=groups,
         facts=facts,

@@ -7,6 +7,7 @@ from typing import Any
 
 from cifake_ray.report.audit_text import describe_verdicts
 from cifake_ray.report.compare_table import describe_comparison
+from cifake_ray.report.grid import describe_grid
 from cifake_ray.report.numbers import format_interval, format_share
 from cifake_ray.report.slices_text import describe_floor, describe_worst
 
@@ -147,6 +148,7 @@ def _describe_metrics(metrics: Record) -> list[str]:
         *missing,
         *filter(None, [describe_worst(metrics.get("worst_source"))]),
         *filter(None, [describe_floor(metrics.get("real_vs_real"))]),
+        *describe_grid(metrics.get("grid")),
     ]
 
 

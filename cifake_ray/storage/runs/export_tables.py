@@ -40,21 +40,22 @@ def encode_csv(tables: Tables) -> Iterator[bytes]:
             if pa.types.is_dictionary(field.type):
                 column = column.cast(field.type.value_type)
             if any(is_text(column.type) for is_text in TEXT):
-                column = _escape(column.cast(pa.string()))
+                column = escape_formulas(column.cast(pa.string()))
             elif not any(is_plain(column.type) for is_plain in PLAIN):
                 raise StorageError(
                     f"{path}: the column {field.name} ({column.type}) does not fit into CSV; export"
                     " .parquet, or other --columns"
                 )
             columns.append(column)
-        names = _escape(pa.array(table.column_names)).to_pylist()
+        names = escape_formulas(pa.array(table.column_names)).to_pylist()
         buffer = io.BytesIO()
         options = pa.csv.WriteOptions(include_header=number == 0)
         pa.csv.write_csv(pa.table(columns, names=names), buffer, options)
         yield buffer.getvalue()
 
 
-def _escape(text: pa.Array) -> pa.Array:
+def escape_formulas(text: pa.Array) -> pa.Array:
+    """Return texts that no spreadsheet takes for a formula."""
     return pc.replace_substring_regex(text, FORMULA_START, r"'\1")
 
 
