@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from cifake_ray.config import ReviewConfig
 from cifake_ray.core.evaluation.score_summary import ScoreSummary, ShownRow
+from cifake_ray.core.imaging.decode import inspect_image
 from cifake_ray.core.imaging.thumbnail import make_thumbnail
 from cifake_ray.core.imaging.training_domain import TrainingDomain
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.schema import SCORE_FIELDS, THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, ImageError, StorageError
 from cifake_ray.report.review_page import Group, Picture, choose_groups, render_review
 from cifake_ray.report.text import describe_unlike
@@ -175,9 +176,14 @@ def read_pictures(
     count = sum(len(group.rows) for group in groups)
     limit = min(MAX_IMAGE_BYTES, MAX_PAGE_IMAGE_BYTES // max(count, 1))
     pictures, reason = {}, f"not read: more than {MAX_READ_S:.0f} s in all"
+    is_stored = bool(scores.require_run().settings.get("thumbnails"))
     try:
-        for place, data in _read_images(scores, wanted, config):
-            pictures[place] = make_picture(data, limit)
+        if is_stored:
+            images = _read_thumbnails(scores, wanted)
+        else:
+            images = _read_images(scores, wanted, config)
+        for place, data in images:
+            pictures[place] = make_picture(data, limit, is_stored=is_stored)
     except CifakeError as error:
         reason = str(error)
         log(f"review: images are missing on the page: {error}")
@@ -202,11 +208,28 @@ def _read_images(
                 return
 
 
-def make_picture(data: bytes | ImageError, max_bytes: int) -> Picture:
-    """Return a picture of at most so many bytes, or why there is none."""
+def _read_thumbnails(
+    scores: Scores, wanted: Mapping[int, Mapping[int, ShownRow]]
+) -> Iterator[tuple[tuple[int, int], bytes | ImageError]]:
+    """Yield what `score --thumbnails` has stored."""
+    for shard, shown in sorted(wanted.items()):
+        rows = read_shard(scores.paths[shard], [THUMBNAIL_FIELD]).take(sorted(shown))
+        for position, data in zip(sorted(shown), rows[THUMBNAIL_FIELD.name], strict=True):
+            yield (shard, position), data.as_py() or ImageError("empty", "no thumbnail")
+
+
+def make_picture(data: bytes | ImageError, max_bytes: int, *, is_stored: bool = False) -> Picture:
+    """Return a picture of at most so many bytes, or why there is none.
+
+    A thumbnail that `is_stored` is taken as it is, if it is small enough.
+    """
     if isinstance(data, ImageError):
         return Picture(None, str(data.error))
     try:
+        if is_stored and len(data) <= max_bytes:
+            header = inspect_image(data)
+            if header.format == "WEBP":
+                return Picture(data, "", max(header.width, header.height))
         webp, size = make_thumbnail(data, max_bytes)
     except ImageError as error:
         return Picture(None, error.error)

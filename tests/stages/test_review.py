@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import pytest
 from PIL import Image
 from score_run import write_score_run
 
-from cifake_ray.config import ReviewConfig
+from cifake_ray.config import ExportConfig, ReviewConfig, ScoreConfig
 from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages import review as review_module
 from cifake_ray.stages.review import review_scores
+from cifake_ray.storage.runs.export import export_scores
 
 HOSTILE = ['<img src=x onerror="alert(1)">.png', "a\u202egnp.png", "new\nline.png", "{{ 7*7 }}.png"]
 
@@ -222,3 +225,24 @@ def test_no_images_and_no_scores_are_a_page_too(images: Path, tmp_path: Path) ->
     result, page = review(nothing, images=0)
     assert (result["scored"], result["shown"]) == (0, 0)
     assert "97" in page
+
+
+def test_thumbnails_of_score_need_no_source(images: Path, tmp_path: Path) -> None:
+    """And they change no other column."""
+    for name, thumbnails in (("plain", False), ("kept", True)):
+        out = str(tmp_path / name)
+        config = ScoreConfig(src=str(images), out=out, num_workers=0, thumbnails=thumbnails)
+        run_verb(config, time.monotonic())
+    plain, kept = (read_scores(tmp_path / name) for name in ("plain", "kept"))
+    stored = kept.column("thumbnail_webp").to_pylist()
+    assert kept.drop_columns("thumbnail_webp").equals(plain)
+    assert [data is None for data in stored] == [e is not None for e in kept["error"].to_pylist()]
+    assert max(len(data) for data in stored if data) <= 8192
+    shutil.rmtree(images)
+    result, page = review(tmp_path / "kept", images=1000)
+    assert (result["shown"], result["not_shown"]) == (96, 0)
+    shown = {base64.b64decode(text) for text in re.findall(r"base64,([^\"]+)", page)}
+    assert shown == set(stored) - {None}
+    file = tmp_path / "all.csv"
+    export_scores(tmp_path / "kept", file, ExportConfig(src="kept", file=str(file)))
+    assert "thumbnail" not in file.read_text()

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from cifake_ray.config import ExportConfig
 from cifake_ray.core.evaluation.score_summary import find_margin
+from cifake_ray.core.schema import THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
@@ -143,8 +144,12 @@ def _choose_rows(scores: Scores, config: ExportConfig, counts: Counter[str]) -> 
         for name in config.column_names:
             _check_column(table, name, "--columns")
         counts["rows"] += table.num_rows
-        if MARGIN.name not in config.column_names and MARGIN in table.schema:
-            table = table.drop_columns(MARGIN.name)
+        unasked = [
+            field.name
+            for field in (MARGIN, THUMBNAIL_FIELD)
+            if field in list(table.schema) and field.name not in config.column_names
+        ]
+        table = table.drop_columns(unasked)
         if config.column_names and not with_listing:
             table = table.select(config.column_names)
         yield path, table
