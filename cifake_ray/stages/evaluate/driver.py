@@ -87,7 +87,7 @@ def evaluate_detector(
         on_progress=on_progress,
         started_s=started_s,
         log=log,
-        before_success=lambda run: write_report(run, source, bundle, config, split),
+        before_success=lambda run: write_report(run, source, bundle, config, split, started_s),
     )
     if precision in bundle.checks:
         log(f"evaluate: computing in {precision}: {bundle.checks[precision]}")
