@@ -105,7 +105,6 @@ def split_slices(slices: Mapping[str, Sequence[Metrics]]) -> list[tuple[str, lis
         for label in ("FAKE", "REAL", "both"):
             rows = [row for row in found if row["label"] == label]
             if rows:
-                kind = "REAL and FAKE" if label == "both" else f"only {label}"
-                heading = f"{column}, {kind}"
+                heading = f"{label.replace('both', 'REAL and FAKE')} by {column}"
                 tables.append((heading, rows[:MAX_SLICES], max(len(rows) - MAX_SLICES, 0)))
     return tables

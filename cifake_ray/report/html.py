@@ -24,7 +24,8 @@ from cifake_ray.report.evaluation import (
     list_operating_points,
     split_slices,
 )
-from cifake_ray.report.numbers import format_interval
+from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.slices_text import describe_floor, describe_worst, find_worst_source
 from cifake_ray.report.svg import inline_svg
 
 # Captions and alt texts, by the names of figures.draw_figures.
@@ -98,6 +99,10 @@ def render_report(
         sentence=describe_verdict(metrics),
         context=context,
         warnings=warnings,
+        remarks=[
+            describe_worst(find_worst_source(metrics["slices"])),
+            describe_floor(metrics["real_vs_real"]),
+        ],
         metrics=metrics,
         headlines=list_headlines(metrics),
         measures=list_measures(metrics),
@@ -110,6 +115,7 @@ def render_report(
         examples=examples,
         facts=facts,
         format_interval=format_interval,
+        format_share=format_share,
     )
 
 

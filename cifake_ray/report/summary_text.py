@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.slices_text import describe_floor, describe_worst
 
 Record = Mapping[str, Any]
 # Names of BundleInfo.list_thresholds.
@@ -97,15 +98,23 @@ def _describe_verdicts(record: Record) -> str:
 def _describe_metrics(metrics: Record) -> list[str]:
     if not metrics:
         return []
-    values = [
-        f"Accuracy {format_interval(metrics['accuracy'], percent=True)} at 0.5",
-        f"AUROC {format_interval(metrics['auroc'])}",
-        f"FAKE found at 1% false positives"
-        f" {format_interval(metrics['tpr_at_fpr_1pct'], percent=True)}",
-    ]
+    values = [f"Accuracy {format_interval(metrics['accuracy'], percent=True)} at 0.5"]
+    missing = []
+    for name, text, percent in (
+        ("auroc", "AUROC", False),
+        ("tpr_at_fpr_1pct", "FAKE found at 1% false positives", True),
+    ):
+        found = format_interval(metrics[name], percent=percent)
+        if metrics[name]["value"] is None:
+            missing.append(f"{text}: no number, {found}.")
+        else:
+            values.append(f"{text} {found}")
     return [
         f"{', '.join(values)}, on {metrics['num_real']:,} REAL and {metrics['num_fake']:,} FAKE"
-        " images (95% intervals)."
+        " images (95% intervals).",
+        *missing,
+        *filter(None, [describe_worst(metrics.get("worst_source"))]),
+        *filter(None, [describe_floor(metrics.get("real_vs_real"))]),
     ]
 
 

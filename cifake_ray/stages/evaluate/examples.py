@@ -16,7 +16,7 @@ from cifake_ray.errors import ImageError
 from cifake_ray.report.html import SMALL_SIDE, Example
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
-from cifake_ray.storage.sources.parquet import ParquetSource
+from cifake_ray.storage.sources.source import Source
 
 MAX_EXAMPLES = 12  # under each heading
 THUMBNAIL_SIDE = 384  # pixels; smaller images stay as they are
@@ -45,7 +45,7 @@ def choose_examples(scored: pa.Table) -> dict[str, list[int]]:
 
 
 def find_examples(
-    run: Run, source: ParquetSource, scored: pa.Table, draw_maps: DrawMaps | None = None
+    run: Run, source: Source, scored: pa.Table, draw_maps: DrawMaps | None = None
 ) -> dict[str, list[Example]]:
     """Return the images of `choose_examples`, with gradient maps for all but the random ones."""
     chosen = choose_examples(scored)
@@ -75,7 +75,7 @@ def find_examples(
     }
 
 
-def _read_images(run: Run, source: ParquetSource, keys: Sequence[str]) -> dict[str, bytes]:
+def _read_images(run: Run, source: Source, keys: Sequence[str]) -> dict[str, bytes]:
     """Return the encoded images by key, without those that have changed since they were scored."""
     images: dict[str, bytes] = {}
     for shard in range(run.manifest.num_shards):
