@@ -39,6 +39,10 @@ class EvaluateConfig(ImagesConfig, BundleConfig):
             " or any other; repeatable"
         ),
     ] = ()
+    gradient_maps: Annotated[
+        bool,
+        Doc("Show which pixels moved the scores of the worst and the uncertain images"),
+    ] = False
     num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 
     def __post_init__(self) -> None:

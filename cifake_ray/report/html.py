@@ -113,6 +113,7 @@ def render_report(
         floor=metrics["real_vs_real"],
         errors={name: count for name, count in errors.items() if count},
         examples=examples,
+        has_maps=any(e.gradient_map for chosen in examples.values() for e in chosen),
         facts=facts,
         format_interval=format_interval,
         format_share=format_share,

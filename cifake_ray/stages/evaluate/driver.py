@@ -15,6 +15,7 @@ import pyarrow as pa
 from cifake_ray.config import EvaluateConfig
 from cifake_ray.core.evaluation.buckets import check_slices
 from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.models.gradient_maps import check_captum
 from cifake_ray.core.processing.stored_scores import StoredScoreProcessor
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import StorageError, UsageError
@@ -65,6 +66,8 @@ def evaluate_detector(
     scores = find_scores(config, shards)
     if scores is not None:
         return measure_scores(config, shards, out, *scores, on_progress, started_s, log)
+    if config.gradient_maps:
+        check_captum()
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
@@ -121,7 +124,11 @@ def measure_scores(
     log: Callable[[str], None],
 ) -> BatchSummary | DryRun:
     """Measure scores that exist already, without a detector, and write the report into `out`."""
-    for option, value in (("--bundle", config.bundle), ("--unseen", config.unseen or None)):
+    for option, value in (
+        ("--bundle", config.bundle),
+        ("--unseen", config.unseen or None),
+        ("--gradient-maps", config.gradient_maps or None),
+    ):
         if value is not None:
             raise UsageError(
                 f"{option}: {place} holds scores, which are measured as they are, without a"

@@ -1,9 +1,10 @@
-"""Choose images to show beside the numbers, and make their thumbnails."""
+"""Choose images to show beside the numbers; make their thumbnails and gradient maps."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,18 +12,22 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from cifake_ray.core.imaging.decode import decode_image
+from cifake_ray.core.models.gradient_maps import attribute_logits
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import ImageError
+from cifake_ray.report.gradient_image import draw_gradient_image
 from cifake_ray.report.html import SMALL_SIDE, Example
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.sources.source import Source
 
+if TYPE_CHECKING:
+    from cifake_ray.core.models.detector import Detector
+
 MAX_EXAMPLES = 12  # under each heading
 THUMBNAIL_SIDE = 384  # pixels; smaller images stay as they are
 RANDOM = "Random images"
-
-DrawMaps = Callable[[Sequence[bytes]], Sequence[bytes]]  # encoded images -> PNG maps
+EXAMPLE_COLUMNS = ("p_fake", "width", "height", "format", "jpeg_quality", "label", "source")
 
 
 def choose_examples(scored: pa.Table) -> dict[str, list[int]]:
@@ -32,7 +37,8 @@ def choose_examples(scored: pa.Table) -> dict[str, list[int]]:
     is_wrong = label != (p_fake >= 0.5)  # as the report counts them
 
     def take(rows: np.ndarray, order: np.ndarray) -> list[int]:
-        return rows[np.argsort(order[rows], kind="stable")][:MAX_EXAMPLES].tolist()
+        found: list[int] = rows[np.argsort(order[rows], kind="stable")][:MAX_EXAMPLES].tolist()
+        return found
 
     every_row = np.arange(len(label))
     shuffled = np.random.default_rng(0).permutation(len(label))
@@ -45,34 +51,34 @@ def choose_examples(scored: pa.Table) -> dict[str, list[int]]:
 
 
 def find_examples(
-    run: Run, source: Source, scored: pa.Table, draw_maps: DrawMaps | None = None
+    run: Run, source: Source, scored: pa.Table, detector: Detector | None = None
 ) -> dict[str, list[Example]]:
-    """Return the images of `choose_examples`, with gradient maps for all but the random ones."""
-    chosen = choose_examples(scored)
-    rows = scored.take(sorted({row for rows in chosen.values() for row in rows})).to_pylist()
-    images = _read_images(run, source, [row["key"] for row in rows])
-    keys = {
-        heading: scored.column("key").take(rows).to_pylist() for heading, rows in chosen.items()
+    """Return the images of `choose_examples`; given a detector, all but random ones get its map."""
+    chosen = {
+        heading: scored.take(rows).to_pylist() for heading, rows in choose_examples(scored).items()
     }
-    mapped = {key for heading in keys if heading != RANDOM for key in keys[heading]} & set(images)
-    maps: Mapping[str, bytes] = {}
-    if draw_maps is not None:
-        order = sorted(mapped)
-        maps = dict(zip(order, draw_maps([images[key] for key in order]), strict=True))
-    names = ("key", "p_fake", "width", "height", "format", "jpeg_quality", "label", "source")
-    examples = {
-        row["key"]: Example(
-            **{name: row[name] for name in names},
-            image=make_thumbnail(images[row["key"]]),
-            gradient_map=maps.get(row["key"]),
-        )
-        for row in rows
-        if row["key"] in images
-    }
-    return {
-        heading: [examples[key] for key in found if key in examples]
-        for heading, found in keys.items()
-    }
+    images = _read_images(run, source, [row["key"] for rows in chosen.values() for row in rows])
+    examples: dict[str, list[Example]] = {}
+    for heading, rows in chosen.items():
+        shown = [row for row in rows if row["key"] in images]
+        maps: list[bytes] = []
+        if detector is not None and heading != RANDOM:
+            load = detector.preprocessing.load_image
+            pixels = [load(images[row["key"]]) for row in shown]
+            maps = [
+                draw_gradient_image(*pair)
+                for pair in zip(pixels, attribute_logits(detector, pixels), strict=True)
+            ]
+        examples[heading] = [
+            Example(
+                key=row["key"],
+                image=make_thumbnail(images[row["key"]]),
+                gradient_map=maps[number] if maps else None,
+                **{name: row[name] for name in EXAMPLE_COLUMNS},
+            )
+            for number, row in enumerate(shown)
+        ]
+    return examples
 
 
 def _read_images(run: Run, source: Source, keys: Sequence[str]) -> dict[str, bytes]:

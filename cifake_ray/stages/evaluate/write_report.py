@@ -24,7 +24,7 @@ from cifake_ray.report.slices_text import ROW_NAMES, list_rows
 from cifake_ray.report.text import describe_domain, describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_examples
 from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
-from cifake_ray.storage.bundles.bundle import BundleInfo
+from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle
 from cifake_ray.storage.io.files import hash_json, make_folder, write_bytes, write_json
 from cifake_ray.storage.io.text_rows import encode_csv
 from cifake_ray.storage.runs.export import FORMULA_START
@@ -72,7 +72,7 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
     for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
         command += [flag, value] if value else []
-    command += ["--unseen"] * config.unseen
+    command += ["--unseen"] * config.unseen + ["--gradient-maps"] * config.gradient_maps
     command += [] if config.threshold is None else ["--threshold", f"{config.threshold:g}"]
     command += [word for name in config.slice for word in ("--slice", name)]
     facts = {
@@ -91,6 +91,11 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
             "Threshold for 1% FPR": format_threshold(calibration.threshold_fpr_1),
             "Threshold for 0.1% FPR": format_threshold(calibration.threshold_fpr_01),
         }
+    detector = None
+    if bundle and config.gradient_maps:  # in float32, whatever the precision of the scores
+        detector, _ = load_bundle(
+            bundle.path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+        )
     name = config.shards.rstrip("/").rpartition("/")[2]
     page = render_report(
         title=f"{bundle.architecture if bundle else 'Scores'} on {name}"
@@ -99,7 +104,7 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
         warnings=list_warnings(scored, detail, is_unseen=config.unseen),
         metrics=metrics,
         figures=figures,
-        examples=find_examples(run, source, scored) if bundle else {},
+        examples=find_examples(run, source, scored, detector) if bundle else {},
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
     )
