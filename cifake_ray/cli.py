@@ -27,8 +27,10 @@ STARTED_S = time.monotonic()
 EXAMPLES = {  # of each command, without `cifake-ray`
     "": ("demo", "score PHOTOS SCORES", "train --help"),
     "sample": ("sample images --images 500",),
+    "audit": ("audit CIFAKE audited", "audit shards audited --sample 100000"),
     "convert": (
         "convert CIFAKE shards",
+        "convert CIFAKE shards --audit audited --dedupe bytes --reencode jpeg:90",
         "convert photos.csv shards --include '*.jpg' --dry-run",
         "convert s3://photos/2026 s3://shards/2026 --num-workers 8",
     ),
@@ -50,10 +52,23 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "score photos scores --bundle run --target-fpr 0.01",
         "score s3://photos/2026 s3://scores/2026 --s3-profile work",
     ),
+    "compare": (
+        "compare report-a report-b --out compare.html",
+        "compare cnn=seed0 cnn=seed1 resnet=seed2 resnet=seed3 --out table.tex",
+    ),
+    "decide": (
+        "decide scores decisions --target-fpr 0.01 --by source",
+        "decide scores decisions --real my-photos.txt --settled verdicts.csv",
+    ),
     "pipeline": ("pipeline CIFAKE out --epochs 8",),
     "verify": ("verify scores",),
     "repair": ("repair scores",),
-    "export": ("export scores scores.csv", "export run model.onnx"),
+    "export": (
+        "export scores scores.csv",
+        "export scores tasks.json --format label-studio --sort margin --top 50 --by source",
+        "export run model.onnx",
+    ),
+    "review": ("review scores", "review scores page.html --decisions decisions"),
     "submit": ("submit score s3://photos s3://scores --address http://HEAD:8265",),
     "demo": ("demo", "demo --out elsewhere --images 1000"),
     "models": ("models", "models 'resnet*' --image-size 64 --measure"),
@@ -144,7 +159,7 @@ def _add_submission(verb: str) -> None:
     )
 
 
-for _name in ("convert", "train", "tune", "evaluate", "score", "pipeline"):
+for _name in ("audit", "convert", "train", "tune", "evaluate", "score", "pipeline"):
     _add_submission(_name)
 
 

@@ -42,27 +42,28 @@ DOOR_RANK = 4
 ROOMS = {
     "core": [
         {"schema", "imaging"},
-        {"labels", "evaluation", "sample_images"},
+        {"labels", "evaluation", "sample_images", "provenance"},
         {"models"},
         {"processing", "training"},
         {"search"},
     ],
     "storage": [{"io"}, {"s3", "bundles", "presets"}, {"sources"}, {"runs"}, {"datasets"}],
     "stages": [
-        {"resources", "malloc"},
+        {"resources", "malloc", "review"},
         {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},
-        {"convert", "score", "tune"},
+        {"audit", "convert", "score", "tune"},
         {"evaluate"},
+        {"compare"},
     ],
 }
 
-STAGE_VERBS = ("convert", "train", "tune", "evaluate", "score")
+STAGE_VERBS = ("audit", "convert", "train", "tune", "evaluate", "score")
 JOB_VERBS = (*STAGE_VERBS, "pipeline")
 # Files of `stages/` that are no verb: tools that verbs share.
 TOOLS = {
-    *("cluster", "doctor", "local_ray", "malloc", "resources", "submit"),
+    *("cluster", "compare", "doctor", "local_ray", "malloc", "resources", "submit"),
     "__init__",
 }
 MAX_LINES = 360

@@ -1,4 +1,4 @@
-"""Options that convert, score and evaluate share."""
+"""Options that convert, score, evaluate and audit share."""
 
 from __future__ import annotations
 

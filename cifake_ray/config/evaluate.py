@@ -14,6 +14,7 @@ class EvaluateConfig(ImagesConfig, BundleConfig):
     """evaluate: measure a detector on labelled images, or scores, and write a report."""
 
     PANEL: ClassVar[str] = "Evaluation"
+    PANELS: ClassVar[dict[str, str]] = {"Evaluation": "grid"}
 
     shards: Annotated[
         str,
@@ -39,6 +40,12 @@ class EvaluateConfig(ImagesConfig, BundleConfig):
             " or any other; repeatable"
         ),
     ] = ()
+    grid: Annotated[  # its content is in the fingerprint
+        str | None,
+        RuntimeDoc(
+            "Measure under perturbations too: default, a YAML file of cells, or {cell: {jpeg: 75}}"
+        ),
+    ] = None
     gradient_maps: Annotated[
         bool,
         Doc("Show which pixels moved the scores of the worst and the uncertain images"),

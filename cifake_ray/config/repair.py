@@ -12,4 +12,4 @@ from cifake_ray.config.fields import ClusterConfig, Doc
 class RepairConfig(ClusterConfig):
     """repair: redo the shards that `verify` finds damaged, and only those."""
 
-    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]
+    out: Annotated[str, Doc("Output of convert, score, evaluate or audit", positional=True)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
 
-PATH_OPTIONS = ("out", "bundle", "weights")  # paths, as all positional arguments are
+PATH_OPTIONS = ("out", "bundle", "weights", "audit")  # paths, as all positional arguments are
 SECRETS = re.compile(
     r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
     re.IGNORECASE,

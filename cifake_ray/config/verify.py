@@ -12,4 +12,4 @@ from cifake_ray.config.fields import Doc, StoreConfig
 class VerifyConfig(StoreConfig):
     """verify: compare the files of a finished run with what was committed."""
 
-    out: Annotated[str, Doc("Output of convert, score or evaluate", positional=True)]
+    out: Annotated[str, Doc("Output of convert, score, evaluate or audit", positional=True)]

@@ -72,6 +72,46 @@ SCORE_FIELDS = [
     *LABEL_FIELDS,
 ]
 
+# Behind SCORE_FIELDS with `score --provenance`: what metadata claims, never part of a verdict. All
+# are null where the image has an error; else null means that nothing was found.
+PROVENANCE_FIELDS = [
+    pa.field("c2pa_present", pa.bool_()),  # null: not looked for in this format (GIF, BMP)
+    # Below null without a manifest; trust and issuer also without encypher-c2pa.
+    pa.field("c2pa_binding", pa.string()),  # match, mismatch, unknown: is it of this very image
+    pa.field("c2pa_trust", pa.string()),  # trusted, untrusted, unknown: who signed it
+    pa.field("c2pa_issuer", pa.string()),  # of the certificate that signed it
+    pa.field("digital_source_type", pa.string()),  # IPTC's term, from XMP or C2PA's actions
+    pa.field("generator", pa.string()),  # NAME: MODEL from its settings, or a name of software
+    pa.field("tc260_label", pa.string()),  # of China's TC260: 1 generated, 2 possibly, 3 suspected
+    # What is there but could not be read, or not whole: c2pa, container, exif, xmp.
+    pa.field("provenance_unread", pa.string()),
+]
+
+# What audit measures of an image beside its header.
+PIXEL_STATISTICS = (
+    *(f"{statistic}_{name}" for statistic in ("mean", "std") for name in ("red", "green", "blue")),
+    *("laplacian", "saturation", "grey_share", "clipped_share"),
+)
+MEASURED_FIELDS = [
+    pa.field("size_bytes", pa.int64()),
+    pa.field("quantization", pa.string()),
+    pa.field("subsampling", pa.string()),
+    pa.field("is_progressive", pa.bool_()),
+    *(pa.field(f"{name}_bytes", pa.int32()) for name in ("exif", "xmp", "icc", "text")),
+    *(pa.field(name, pa.float32()) for name in PIXEL_STATISTICS),
+    pa.field("sha256", pa.binary(32)),
+    pa.field("pixels_sha256", pa.binary(32)),
+    pa.field("phash", pa.uint64()),
+    pa.field("thumbnail", pa.binary()),
+]
+AUDIT_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    *LABEL_FIELDS,
+    *HEADER_FIELDS,
+    *MEASURED_FIELDS,
+    *ERROR_FIELDS,
+]
+
 MANIFEST_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
     # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:

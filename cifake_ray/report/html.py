@@ -24,6 +24,7 @@ from cifake_ray.report.evaluation import (
     list_operating_points,
     split_slices,
 )
+from cifake_ray.report.grid import GRID_CAPTIONS, describe_grid, list_grid_rows
 from cifake_ray.report.numbers import format_interval, format_share
 from cifake_ray.report.slices_text import describe_floor, describe_worst, find_worst_source
 from cifake_ray.report.svg import inline_svg
@@ -85,13 +86,15 @@ def render_report(
     examples: Mapping[str, Sequence[Example]],
     facts: Mapping[str, str],
     errors: Mapping[str, int],
+    grid_figures: Mapping[str, bytes] | None = None,
 ) -> str:
     """Return the page as text, to be written as UTF-8.
 
     `context` (name -> value) says which detector measured what, `warnings` why its numbers may not
     be believed. `metrics` are those of `metrics.json`; `figures` (file stem -> SVG) are from
-    `figures.draw_figures`. `examples` are by heading, `errors` counts images without a score by
-    error class, and `facts` are needed to reproduce the numbers.
+    `figures.draw_figures`, those of a grid from `grid.draw_grid_figures`. `examples` are by
+    heading, `errors` counts images without a score by error class, and `facts` are needed to
+    reproduce the numbers.
     """
     return render_page(
         "report.html.j2",
@@ -108,9 +111,13 @@ def render_report(
         measures=list_measures(metrics),
         points=list_operating_points(metrics),
         figures=figures,
-        captions=CAPTIONS,
+        captions=CAPTIONS | GRID_CAPTIONS,
         slices=split_slices(metrics["slices"]),
         floor=metrics["real_vs_real"],
+        grid=metrics.get("grid"),
+        grid_figures=grid_figures or {},
+        describe_grid=describe_grid,
+        list_grid_rows=list_grid_rows,
         errors={name: count for name, count in errors.items() if count},
         examples=examples,
         has_maps=any(e.gradient_map for chosen in examples.values() for e in chosen),

@@ -35,7 +35,7 @@ from s3_server import find_binary, run_server
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions, WorkerTask
-from cifake_ray.stages.convert import make_processor
+from cifake_ray.stages.convert import MakeConvertProcessor
 from cifake_ray.stages.resources import ONE_WORKER, Placement
 from cifake_ray.stages.score import MakeScoreProcessor
 from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_info
@@ -164,7 +164,7 @@ def measure_requests() -> None:
         shards = open_path(f"s3://{bucket}/shards", store)
         scores = open_path(f"s3://{bucket}/scores", store)
         again = open_path(f"s3://{bucket}/again", store)
-        measure_shard("convert", shards, source, make_processor, calls)
+        measure_shard("convert", shards, source, MakeConvertProcessor(None), calls)
         measure_shard("score", scores, source, make_score_work(), calls)
         measure_shard("score", again, ParquetSource(shards / "shards"), make_score_work(), calls)
 

@@ -16,7 +16,7 @@ from cifake_ray.storage.presets.yaml_presets import EVERYTHING, SEARCHES, find_p
 
 PROGRAM = ["python", "-m", "cifake_ray"]
 SCRIPT = "cifake-ray"
-ON_A_CLUSTER = {"convert", "train", "tune", "evaluate", "score", "pipeline"}
+ON_A_CLUSTER = {"audit", "convert", "train", "tune", "evaluate", "score", "pipeline"}
 
 
 @cache

@@ -11,7 +11,9 @@ import pytest
 JOBS = Path(__file__).parents[2] / "jobs"
 
 
-@pytest.mark.parametrize("verb", ["convert", "train", "tune", "evaluate", "score", "pipeline"])
+@pytest.mark.parametrize(
+    "verb", ["audit", "convert", "train", "tune", "evaluate", "score", "pipeline"]
+)
 def test_a_job_takes_the_options_of_its_verb(verb: str) -> None:
     job = [sys.executable, str(JOBS / f"{verb}.py"), "--help"]
     command = [sys.executable, "-m", "cifake_ray", verb, "--help"]

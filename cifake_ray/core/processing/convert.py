@@ -9,20 +9,24 @@ import pyarrow as pa
 
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, inspect_image, map_images
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
+from cifake_ray.core.processing.reencode import Reencoder
 from cifake_ray.core.schema import SHARD_FIELDS
 from cifake_ray.errors import ImageError
 
 
 class ConvertProcessor:
-    """Keep the bytes untouched and record what their header holds: the `Processor` of convert."""
+    """Record what the header of each image holds: the `Processor` of convert.
 
-    batch_size = 1024
-    decodes = False
+    Bytes stay untouched, unless all images are encoded anew.
+    """
+
     image_bytes = MAX_IMAGE_BYTES
 
-    def __init__(self) -> None:
+    def __init__(self, reencoder: Reencoder | None = None) -> None:
         self.footer: dict[str, str] = {}
-        self.prepare: Prepare = list
+        self.decodes = reencoder is not None
+        self.batch_size = 1024 if reencoder is None else 64  # a heartbeat at least every 64 images
+        self.prepare: Prepare = list if reencoder is None else reencoder.encode_images
 
     def finish(self, rows: pa.Table, prepared: Sequence[bytes | ImageError]) -> pa.Table:
         inspected = map_images(inspect_image, prepared)

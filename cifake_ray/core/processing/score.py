@@ -10,11 +10,13 @@ import pyarrow as pa
 import torch
 
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
+from cifake_ray.core.evaluation.policy import Policy, set_verdicts
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.provenance.read_provenance import list_columns, read_provenance
+from cifake_ray.core.schema import PROVENANCE_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import ImageError
 
 
@@ -30,19 +32,27 @@ class ScoreProcessor:
         domain: TrainingDomain | None,
         *,
         threshold: float,
+        policy: Policy | None = None,
         batch_size: int,
         device: str,
         footer: dict[str, str],
+        c2pa_reader: str | None = None,
     ) -> None:
+        """With a `c2pa_reader`, "presence" or "encypher-c2pa", the rows have PROVENANCE_FIELDS."""
         torch.set_num_threads(1)  # a worker has one core
         self.detector = detector.to(device).eval()
         self.temperature = calibration.temperature
         self.domain = domain
-        self.threshold = threshold
+        self.threshold, self.policy = threshold, policy
         self.batch_size = batch_size
         self.device = device
         self.footer = footer
         self.prepare: Prepare = partial(decode_batch, detector.preprocessing)
+        self.fields = SCORE_FIELDS
+        if c2pa_reader:
+            read = partial(read_provenance, verifies=c2pa_reader == "encypher-c2pa")
+            self.prepare = partial(self.prepare, read_provenance=read)
+            self.fields = [*SCORE_FIELDS, *PROVENANCE_FIELDS]
         self.image_bytes = 3 * detector.preprocessing.image_size**2
 
     def finish(self, rows: pa.Table, prepared: Decoded) -> pa.Table:
@@ -61,9 +71,12 @@ class ScoreProcessor:
         columns: dict[str, Sequence[object] | pa.Array] = {
             "logit": pa.array(logit, pa.float32(), mask=failed),
             "p_fake": pa.array(p_fake, pa.float32(), mask=failed),
-            "is_fake": pa.array(p_fake >= self.threshold, mask=failed),
+            "is_fake": pa.nulls(len(errors), pa.bool_()),
         }
-        return assemble_rows(SCORE_FIELDS, rows, columns, prepared.headers, errors)
+        if prepared.provenance is not None:
+            columns |= list_columns(prepared.provenance)
+        table = assemble_rows(self.fields, rows, columns, prepared.headers, errors)
+        return set_verdicts(table, self.threshold, self.policy)
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {} if self.domain is None else self.domain.count_unlike(rows)

@@ -13,7 +13,7 @@ DONE = "done"  # an outcome besides the errors of `core.schema.IMAGE_ERRORS`
 
 
 class WorkMetrics:
-    """Metrics of one worker of convert, score or evaluate."""
+    """Metrics of one worker of convert, score, evaluate or audit."""
 
     def __init__(self, verb: str) -> None:
         self.verb = {"verb": verb}

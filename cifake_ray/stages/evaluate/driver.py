@@ -5,6 +5,7 @@ Images are scored exactly as `score` would do it; the report is computed from th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from cifake_ray.report.text import KEY_METRICS, describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
+from cifake_ray.stages.evaluate.grid import GridSummary, MakeGridProcessor, summarise_grid
 from cifake_ray.stages.evaluate.inputs import (
     choose_split,
     find_scores,
@@ -38,6 +40,7 @@ from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.presets.grid import read_grid
 from cifake_ray.storage.sources.labelled import LabelledSource
 from cifake_ray.storage.sources.open_source import check_outside
 from cifake_ray.storage.sources.score_tables import ScoreTables
@@ -86,16 +89,19 @@ def evaluate_detector(
     threshold = calibration.threshold
     precision = resolve_precision(config, bundle, out)
     detail = Detail(calibration, split, started_s, bundle)
+    grid = read_grid(config)
+    make_processor = MakeScoreProcessor(bundle, threshold, config.batch_size, precision)
     plan = BatchPlan(
         command="evaluate",
         config=config,
         out=out,
         source=source,
-        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
+        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)}
+        | ({"grid": json.dumps(grid)} if grid else {}),
         inputs={"split": split, "bundle": bundle.identify(precision), "precision": precision},
         facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size, precision),
+        make_processor=MakeGridProcessor(make_processor, grid) if grid else make_processor,
         threshold=threshold,
         thresholds=bundle.list_thresholds() | {"default": threshold},
         on_progress=on_progress,
@@ -126,10 +132,11 @@ def measure_scores(
     """Measure scores that exist already, without a detector, and write the report into `out`."""
     for option, value in (
         ("--bundle", config.bundle),
-        ("--unseen", config.unseen or None),
-        ("--gradient-maps", config.gradient_maps or None),
+        ("--unseen", config.unseen),
+        ("--grid", config.grid),
+        ("--gradient-maps", config.gradient_maps),
     ):
-        if value is not None:
+        if value:
             raise UsageError(
                 f"{option}: {place} holds scores, which are measured as they are, without a"
                 " detector; leave it out, or give --source-kind if it holds images"
@@ -200,7 +207,7 @@ def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
         shown["real_vs_real"] = {**floor, "pairs": floor["pairs"][:1]}
     return EvaluateSummary(
         **vars(summary),
-        metrics=shown,
+        metrics=shown | summarise_grid(metrics.get("grid")),
         report=link_path(out / "report.html"),
     )
 
@@ -222,6 +229,7 @@ class _Metrics:
     accuracy: _Interval
     auroc: _Interval
     tpr_at_fpr_1pct: _Interval
+    grid: GridSummary | None = None
 
 
 def read_metrics(out: AnyPath) -> dict[str, Any]:

@@ -19,15 +19,17 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.schema import SCORE_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.report.figures import draw_figures
+from cifake_ray.report.grid import draw_grid_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.slices_text import ROW_NAMES, list_rows
 from cifake_ray.report.text import describe_domain, describe_unlike, format_threshold
 from cifake_ray.stages.evaluate.examples import find_examples
+from cifake_ray.stages.evaluate.grid import measure_cells
 from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle
 from cifake_ray.storage.io.files import hash_json, make_folder, write_bytes, write_json
 from cifake_ray.storage.io.text_rows import encode_csv
-from cifake_ray.storage.runs.export import FORMULA_START
+from cifake_ray.storage.runs.export_tables import escape_formulas
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.train_run import read_history
@@ -69,8 +71,15 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
     metrics["slices"] = slices
     metrics["real_vs_real"] = compare_real_sources(scored, config.num_bootstrap)
     figures = draw_figures(metrics, history=read_history(bundle.path) if bundle else [])
+    grid = measure_cells(run, scored, calibration)
+    grid_figures = draw_grid_figures(grid) if grid else {}
+    metrics |= {"grid": grid} if grid else {}
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
-    for flag, value in (("--bundle", config.bundle), ("--split", config.split)):
+    for flag, value in (
+        ("--bundle", config.bundle),
+        ("--split", config.split),
+        ("--grid", config.grid),
+    ):
         command += [flag, value] if value else []
     command += ["--unseen"] * config.unseen + ["--gradient-maps"] * config.gradient_maps
     command += [] if config.threshold is None else ["--threshold", f"{config.threshold:g}"]
@@ -107,9 +116,10 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
         examples=find_examples(run, source, scored, detector) if bundle else {},
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
+        grid_figures=grid_figures,
     )
     make_folder(run.out / "figures", parents=False)
-    for name, svg in figures.items():
+    for name, svg in {**figures, **grid_figures}.items():
         write_bytes(run.out / "figures" / f"{name}.svg", svg)
     write_json(run.out / "metrics.json", {**metrics, "facts": facts})
     write_bytes(run.out / "slices.csv", encode_slices(slices))
@@ -169,5 +179,5 @@ def encode_slices(slices: dict[str, list[dict[str, Any]]]) -> bytes:
     """Return slices.csv: a row for each slice, with interval and reason of each metric."""
     rows = list(list_rows(slices))
     values = pa.array([row["value"] for row in rows], pa.string())
-    escaped = pc.replace_substring_regex(values, FORMULA_START, r"'\1").to_pylist()
+    escaped = escape_formulas(values).to_pylist()
     return encode_csv(ROW_NAMES, [row | {"value": v} for row, v in zip(rows, escaped, strict=True)])

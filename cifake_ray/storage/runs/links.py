@@ -11,9 +11,11 @@ from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_inside
 # What the verbs write into an output folder; entries of other names belong to a person.
 OWN_NAMES = {
     *("_SUCCESS", "_attempts", "_files.parquet", "_manifest", "_run.json", ".huggingface.yaml"),
-    *("attempts", "manifest", "shards", "scores", "predictions"),
-    *("figures", "metrics.json", "report.html"),
+    *("attempts", "manifest", "audit", "shards", "scores", "predictions"),
+    *("figures", "metrics.json", "report.html", "audit.html", "audit.json", "_duplicates.parquet"),
+    "_changes.parquet",
     *("bundle", "checkpoints", "history.jsonl", "mlflow.json", "summary.csv", "tensorboard"),
+    *("decisions", "policy.json", "_settled.parquet"),
     *("ray", "recipe.yaml", "trials", "trials.csv", "trials.parquet"),
 }
 

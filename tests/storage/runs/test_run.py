@@ -553,6 +553,6 @@ def test_the_folder_of_a_training_is_named_to_those_who_check_files(tmp_path: Pa
     record = {"schema_version": SCHEMA_VERSION, "command": "train", "settings": {}}
     (tmp_path / "_run.json").write_text(json.dumps(record))
     with pytest.raises(
-        StorageError, match="output of train; give that of convert, score or evaluate"
+        StorageError, match="output of train; give that of convert, score, evaluate or audit"
     ):
         verify_files(tmp_path)
