@@ -41,9 +41,6 @@ MEASURED_FIELDS = [
 ]
 
 
-MAX_SHOWN_SOURCES = 100  # on the page, the worst; metrics.json and slices.csv have all
-
-
 @dataclass(frozen=True)
 class Detail:
     """What the scores mean."""
