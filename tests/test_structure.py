@@ -42,7 +42,7 @@ DOOR_RANK = 4
 ROOMS = {
     "core": [
         {"schema", "imaging"},
-        {"labels", "evaluation", "sample_images"},
+        {"labels", "audit", "evaluation", "sample_images"},
         {"models"},
         {"processing", "training"},
         {"search"},
