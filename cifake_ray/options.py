@@ -294,7 +294,8 @@ def _make_option(config_class: type, field: Field[Any]) -> tuple[Any, Any]:
     text = _describe_option(doc, hint)
     default: Any = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:  # typer takes no list of Literal: the config checks the words
-        hint, default = list[str], list(default)
+        hint = list[str]
+        default = default if default is inspect.Parameter.empty else list(default)
     if hint == str | Augmentation:  # on the command line it is text
         hint = str
     if doc.positional:

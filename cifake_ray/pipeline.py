@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -12,11 +13,14 @@ from cifake_ray.config import (
     VERBS,
     AuditConfig,
     BatchConfig,
+    CompareConfig,
     ConvertConfig,
+    DecideConfig,
     EvaluateConfig,
     ExportConfig,
     PipelineConfig,
     RepairConfig,
+    ReviewConfig,
     SampleConfig,
     ScoreConfig,
     TrainConfig,
@@ -141,6 +145,11 @@ def _audit(config: AuditConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
+    if config.leave_one_source_out:
+        from cifake_ray.stages.evaluate.source_matrix import measure_sources
+
+        line = ProgressLine("evaluate")
+        return measure_sources(config, show_epoch, line, log, StepLine()), ExitCode.OK
     from cifake_ray.stages.train.driver import train_detector
 
     return train_detector(config, show_epoch, started_s, log, StepLine()), ExitCode.OK
@@ -170,6 +179,22 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
     result = score_images(config, src, out, bundle, line, started_s, log)
     return result, judge_errors(result, config)
+
+
+def _compare(config: CompareConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.compare.driver import compare_reports, write_comparison
+
+    result = compare_reports(config, log)
+    if config.out is not None:
+        write_comparison(result, config)
+    return {**result, "out": config.out}, ExitCode.OK
+
+
+def _decide(config: DecideConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.storage.runs.decisions import decide_scores
+
+    scores, out = open_path(config.src, config.store), open_path(config.out, config.store)
+    return decide_scores(config, out, scores, log), ExitCode.OK
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
@@ -232,18 +257,21 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.report.summary_text import describe_counts
     from cifake_ray.storage.runs.export import encode_scores, export_scores
 
     if config.chosen_format == "onnx":
         return _export_detector(config), ExitCode.OK
     scores = open_path(config.src, config.store)
+    counts: Counter[str] = Counter()
     if config.file == STDOUT:
-        counts: list[int] = []
         show_bytes(encode_scores(scores, config, counts))
-        log(f"export: {sum(counts):,} rows")
+        log(f"export: {counts.pop('rows', 0):,} rows{describe_counts(counts)}")
         return None, ExitCode.OK
-    rows = export_scores(scores, resolve_path(config.file, config.store), config)
-    return {"command": "export", "out": config.file, "rows": rows}, ExitCode.OK
+    export_scores(scores, resolve_path(config.file, config.store), config, counts)
+    rows = counts.pop("rows", 0)
+    result = {"command": "export", "out": config.file, "rows": rows, "left_out": dict(counts)}
+    return result, ExitCode.OK
 
 
 def _export_detector(config: ExportConfig) -> dict[str, Any]:
@@ -262,6 +290,14 @@ def _export_detector(config: ExportConfig) -> dict[str, Any]:
     }
 
 
+def _review(config: ReviewConfig, started_s: float) -> tuple[Any, int]:
+    from cifake_ray.stages.review import review_scores
+
+    scores, file = open_path(config.src, config.store), resolve_path(config.file, config.store)
+    decisions = config.decisions and open_path(config.decisions, config.store)
+    return review_scores(config, scores, file, decisions or None, log), ExitCode.OK
+
+
 # Each resolves the paths of its verb, and imports its stage itself.
 RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     SampleConfig: _write_sample,
@@ -272,7 +308,10 @@ RUNNERS: dict[type, Callable[[Any, float], tuple[Any, int]]] = {
     EvaluateConfig: _evaluate,
     ScoreConfig: _score,
     PipelineConfig: lambda config, _: run_pipeline(config, {"epochs": config.epochs}),
+    CompareConfig: _compare,
+    DecideConfig: _decide,
     VerifyConfig: _verify,
     RepairConfig: _repair,
     ExportConfig: _export,
+    ReviewConfig: _review,
 }

@@ -9,7 +9,9 @@ from __future__ import annotations
 from cifake_ray.config.audit import AuditConfig
 from cifake_ray.config.augmentation import POLICIES, Augmentation, parse_augmentation
 from cifake_ray.config.batch import BatchConfig, BundleConfig, SourceConfig
+from cifake_ray.config.compare import CompareConfig
 from cifake_ray.config.convert import ConvertConfig
+from cifake_ray.config.decide import DecideConfig
 from cifake_ray.config.doctor import DoctorConfig
 from cifake_ray.config.evaluate import EvaluateConfig
 from cifake_ray.config.export import ExportConfig
@@ -31,6 +33,7 @@ from cifake_ray.config.fields import (
 )
 from cifake_ray.config.pipeline import PipelineConfig
 from cifake_ray.config.repair import RepairConfig
+from cifake_ray.config.review import ReviewConfig
 from cifake_ray.config.sample import SampleConfig
 from cifake_ray.config.score import ScoreConfig
 from cifake_ray.config.submit import JOBS_API, SubmitConfig, check_remote_paths
@@ -48,8 +51,11 @@ VERBS: dict[str, type[Config]] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
+    "compare": CompareConfig,
     "pipeline": PipelineConfig,
+    "decide": DecideConfig,
     "verify": VerifyConfig,
     "repair": RepairConfig,
     "export": ExportConfig,
+    "review": ReviewConfig,
 }

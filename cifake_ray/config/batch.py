@@ -64,20 +64,12 @@ class BatchConfig(ClusterConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig(BatchConfig):
+class ImagesConfig(BatchConfig):
     """Options for finding and labelling images."""
 
-    needs_labels: ClassVar[bool] = False  # labels of which none is understood are an error
     PANEL: ClassVar[str] = "Images and labels"
     PANELS: ClassVar[dict[str, str]] = {"Images and labels": "allow_prefix"}
 
-    src: Annotated[
-        str,
-        Doc(
-            "Folder, bucket prefix, list, S3 Inventory, Parquet or tars of images", positional=True
-        ),
-    ]
-    out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
     source_kind: Annotated[SourceKind, Doc("What SRC is")] = "auto"
     include: Annotated[
         tuple[str, ...], Doc("Only keys that match one of these globs, such as '*.jpg'; repeatable")
@@ -120,6 +112,22 @@ class SourceConfig(BatchConfig):
         tuple[str, ...],
         RuntimeDoc("Folder or URI that a list may refer to, besides its own folder"),
     ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(ImagesConfig):
+    """A source of images, and where their rows go."""
+
+    needs_labels: ClassVar[bool] = False  # labels of which none is understood are an error
+    PANEL: ClassVar[str] = "Images and labels"
+
+    src: Annotated[
+        str,
+        Doc(
+            "Folder, bucket prefix, list, S3 Inventory, Parquet or tars of images", positional=True
+        ),
+    ]
+    out: Annotated[str, RuntimeDoc("Output folder", positional=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

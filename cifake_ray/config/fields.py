@@ -206,11 +206,12 @@ def list_options(config: Any) -> list[str]:
 
     UsageError for a None that no option can express.
     """
-    arguments, options = [], []
+    arguments: list[str] = []
+    options: list[str] = []
     for field in fields(config):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         if doc_of(type(config), field.name).positional:
-            arguments.append(value)
+            arguments += value if isinstance(value, tuple) else [value]
         elif isinstance(value, bool) and value != field.default:
             options.append(f"--{flag}" if value else f"--no-{flag}")
         elif value != field.default:

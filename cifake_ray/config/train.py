@@ -36,8 +36,8 @@ class TrainConfig(ClusterConfig):
         "Augmentation": "augment mixup cutmix label_smoothing",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
-        "Validation and the epoch that is kept": "val_fraction val_split monitor patience min_delta"
-        " keep_epochs ema_decay",
+        "Validation and the epoch that is kept": "val_fraction val_split test_fraction"
+        " exclude_source leave_one_source_out monitor patience min_delta keep_epochs ema_decay",
     }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
@@ -80,7 +80,8 @@ class TrainConfig(ClusterConfig):
     augment: Annotated[
         str | Augmentation,
         Doc(
-            "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
+            "Augmentation: none, flip, shift, seed, strong, robust, a YAML file of steps, or"
+            " {step: value}"
         ),
     ] = "flip"
     monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
@@ -103,6 +104,17 @@ class TrainConfig(ClusterConfig):
     ] = False
     val_fraction: Annotated[float, Doc("Share of the training images kept for validation")] = 0.1
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
+    test_fraction: Annotated[
+        float,
+        Doc("Share of the training images that is neither: for `evaluate --unseen`"),
+    ] = 0.0
+    exclude_source: Annotated[
+        tuple[str, ...], Doc("Leave out all images of this source; repeatable")
+    ] = ()
+    leave_one_source_out: Annotated[
+        bool,
+        RuntimeDoc("Train without each FAKE source in turn, below RUN, and measure on all of them"),
+    ] = False
     num_workers: Annotated[
         str | None,
         RuntimeDoc(
@@ -178,6 +190,11 @@ class TrainConfig(ClusterConfig):
         check(
             0 < self.val_fraction < 1,
             f"--val-fraction is {self.val_fraction}; give a share between 0 and 1",
+        )
+        check(
+            0 <= self.test_fraction < 1 - self.val_fraction,
+            f"--test-fraction is {self.test_fraction}; with --val-fraction it must leave images to"
+            " train on",
         )
         least, most = self.worker_range or (0, 0)
         check(

@@ -72,6 +72,21 @@ SCORE_FIELDS = [
     *LABEL_FIELDS,
 ]
 
+# Behind SCORE_FIELDS with `score --provenance`: what metadata claims, never part of a verdict. All
+# are null where the image has an error; else null means that nothing was found.
+PROVENANCE_FIELDS = [
+    pa.field("c2pa_present", pa.bool_()),  # null: not looked for in this format (GIF, BMP)
+    # Below null without a manifest; trust and issuer also without encypher-c2pa.
+    pa.field("c2pa_binding", pa.string()),  # match, mismatch, unknown: is it of this very image
+    pa.field("c2pa_trust", pa.string()),  # trusted, untrusted, unknown: who signed it
+    pa.field("c2pa_issuer", pa.string()),  # of the certificate that signed it
+    pa.field("digital_source_type", pa.string()),  # IPTC's term, from XMP or C2PA's actions
+    pa.field("generator", pa.string()),  # NAME: MODEL from its settings, or a name of software
+    pa.field("tc260_label", pa.string()),  # of China's TC260: 1 generated, 2 possibly, 3 suspected
+    # What is there but could not be read, or not whole: c2pa, container, exif, xmp.
+    pa.field("provenance_unread", pa.string()),
+]
+
 # What audit measures of an image beside its header.
 PIXEL_STATISTICS = (
     *(f"{statistic}_{name}" for statistic in ("mean", "std") for name in ("red", "green", "blue")),
@@ -96,6 +111,9 @@ AUDIT_FIELDS = [
     *MEASURED_FIELDS,
     *ERROR_FIELDS,
 ]
+
+# What `score --thumbnails` adds; null where the image has no score.
+THUMBNAIL_FIELD = pa.field("thumbnail_webp", pa.binary())
 
 MANIFEST_FIELDS = [
     pa.field("key", pa.string(), nullable=False),

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cifake_ray.report.audit_text import describe_verdicts
+from cifake_ray.report.compare_table import describe_comparison
+from cifake_ray.report.grid import describe_grid
 from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.slices_text import describe_floor, describe_matrix, describe_worst
 
 Record = Mapping[str, Any]
 # Names of BundleInfo.list_thresholds.
@@ -22,7 +25,8 @@ RESULTS = {
     "evaluate": "predictions",
 }
 DONE = {"audit": "audited", "convert": "converted"}  # and else: scored
-BUNDLES = {"train", "tune"}  # make one, unless it is a dry run
+MATRIX = "train --leave-one-source-out"
+MADE = {"train": "bundle", "tune": "bundle", MATRIX: "report"}  # unless it is a dry run
 UNTOLD = {"unusable", "untracked"}  # not said by any sentence
 # What the sentences on a batch say; `unlike_training` is a warning of its own.
 BATCH_FIELDS = {
@@ -43,8 +47,10 @@ BATCH_FIELDS = {
     "ran_on",
     "precision",
     "threshold",
+    "policy",
     "thresholds",
     "called_fake",
+    "provenance",
     "metrics",
     "verdicts",
     "report",
@@ -57,7 +63,7 @@ def split_summary(record: Record) -> tuple[list[str], dict[str, Any]]:
     sentences, said = list[str](), set[str]()
     if command in RESULTS and "done" in record:
         sentences, said = _describe_batch(command, record), BATCH_FIELDS
-    elif command in DESCRIBE and (command not in BUNDLES or "bundle" in record):
+    elif command in DESCRIBE and MADE.get(command, "command") in record:
         sentences, said = DESCRIBE[command](record), set(record) - UNTOLD
     empty: tuple[object, ...] = (None, {}, [], ())
     return sentences, {n: v for n, v in record.items() if n not in said and v not in empty}
@@ -72,6 +78,8 @@ def _describe_batch(command: str, record: Record) -> list[str]:
         sentences += describe_verdicts(record.get("verdicts") or [])
     elif record.get("called_fake") and done:
         sentences.append(_describe_verdicts(record))
+    if record.get("provenance"):
+        sentences += _describe_provenance(record["provenance"], done)
     verb = DONE.get(command, "scored")
     errors = ", ".join(f"{count:,} {error}" for error, count in record["errors"].items())
     failed = f"{record['failed']:,} unreadable: {errors}" if record["failed"] else "none unreadable"
@@ -93,7 +101,7 @@ def _describe_batch(command: str, record: Record) -> list[str]:
 def _describe_verdicts(record: Record) -> str:
     called, thresholds = record["called_fake"], record["thresholds"]
     shares = {name: format_share(called.get(name, 0) / record["done"]) for name in thresholds}
-    chosen = next(
+    chosen = record.get("policy") or next(
         (name for name, value in thresholds.items() if value == record["threshold"]), "default"
     )
     others = "".join(
@@ -101,21 +109,47 @@ def _describe_verdicts(record: Record) -> str:
         for name, share in shares.items()
         if name != chosen
     )
+    if record.get("policy"):
+        by_policy = format_share(called.get("policy", 0) / record["done"])
+        return f"Called FAKE: {by_policy} by {record['policy']}{others}."
     return f"Called FAKE: {shares[chosen]} (p_fake >= {record['threshold']:.3g}){others}."
+
+
+def _describe_provenance(counts: Record, done: int) -> list[str]:
+    claims = {"c2pa": "C2PA", "digital_source_type": "a digital source type"}
+    claims |= {"generator": "a generator", "tc260_label": "a TC260 label"}
+    kinds = ", ".join(f"{counts[key]:,} {name}" for key, name in claims.items() if counts[key])
+    unread = f"; {counts['unread']:,} not read whole" if counts["unread"] else ""
+    if not counts["any"]:
+        return [f"Provenance: none of {done:,} images carries any{unread}, which says nothing."]
+    return [
+        f"Provenance: {counts['any']:,} of {done:,} images carry some ({kinds}){unread}.",
+        f"{counts['ai']:,} claim to be made or edited by AI; of these {counts['ai_called_real']:,}"
+        " are not called FAKE.",
+    ]
 
 
 def _describe_metrics(metrics: Record) -> list[str]:
     if not metrics:
         return []
-    values = [
-        f"Accuracy {format_interval(metrics['accuracy'], percent=True)} at 0.5",
-        f"AUROC {format_interval(metrics['auroc'])}",
-        f"FAKE found at 1% false positives"
-        f" {format_interval(metrics['tpr_at_fpr_1pct'], percent=True)}",
-    ]
+    values = [f"Accuracy {format_interval(metrics['accuracy'], percent=True)} at 0.5"]
+    missing = []
+    for name, text, percent in (
+        ("auroc", "AUROC", False),
+        ("tpr_at_fpr_1pct", "FAKE found at 1% false positives", True),
+    ):
+        found = format_interval(metrics[name], percent=percent)
+        if "reason" in metrics[name]:
+            missing.append(f"{text}: no number, {found}.")
+        else:
+            values.append(f"{text} {found}")
     return [
         f"{', '.join(values)}, on {metrics['num_real']:,} REAL and {metrics['num_fake']:,} FAKE"
-        " images (95% intervals)."
+        " images (95% intervals).",
+        *missing,
+        *filter(None, [describe_worst(metrics.get("worst_source"))]),
+        *filter(None, [describe_floor(metrics.get("real_vs_real"))]),
+        *describe_grid(metrics.get("grid")),
     ]
 
 
@@ -133,6 +167,12 @@ def _describe_speed(record: Record) -> str:
         f"{record['elapsed_s']:,.1f} s{on}, {record['images_per_s']:,.0f} images/s"
         f" ({record['steady_images_per_s']:,.0f} once started){before}."
     )
+
+
+def _describe_decisions(record: Record) -> list[str]:
+    from cifake_ray.report.decide_text import describe_decisions  # with scipy
+
+    return describe_decisions(record)
 
 
 def _describe_check(record: Record) -> list[str]:
@@ -219,7 +259,8 @@ def _describe_search(record: Record) -> list[str]:
 
 def _describe_export(record: Record) -> list[str]:
     if "rows" in record:
-        return [f"{_count(record['rows'], 'row')} written to {record['out']}."]
+        rows = _count(record["rows"], "row")
+        return [f"{rows} written to {record['out']}{describe_counts(record['left_out'])}."]
     size = record["image_size"]
     return [
         f"Detector {record['architecture']} written to {record['out']}: images uint8[N, {size},"
@@ -230,6 +271,22 @@ def _describe_export(record: Record) -> list[str]:
         f" {_count(record['verdicts_changed'], 'verdict')} changed.",
         f"Bundle: sha256 {record['bundle_sha256']}",
     ]
+
+
+def _describe_review(record: Record) -> list[str]:
+    scored = record["scored"]
+    share = f"{record['called_fake'] / scored:.1%}" if scored else "-"
+    missing = f"; {record['not_shown']:,} could not be shown" if record["not_shown"] else ""
+    return [
+        f"Called FAKE: {share} of {_count(scored, 'scored image')}.",
+        f"{_count(record['shown'], 'image')} on the page{missing}.",
+        f"Page: {record['out']}",
+    ]
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return what follows a number of rows, such as `; 2 without a file`."""
+    return "".join(f"; {count:,} {what}" for what, count in counts.items() if count)
 
 
 def _describe_next(record: Record) -> list[str]:
@@ -246,10 +303,14 @@ def _count(number: int, noun: str) -> str:
 DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "train": _describe_training,
     "tune": _describe_search,
+    "decide": _describe_decisions,
     "verify": _describe_check,
     "repair": _describe_check,
     "pipeline": _describe_pipeline,
     "demo": _describe_pipeline,
     "export": _describe_export,
+    MATRIX: describe_matrix,
+    "compare": describe_comparison,
+    "review": _describe_review,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],
 }

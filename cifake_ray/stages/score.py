@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig
@@ -26,12 +27,17 @@ from cifake_ray.stages.resources import (
     read_local_resources,
 )
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.runs.policy_file import check_bundle, read_policy
 from cifake_ray.storage.runs.run import read_run
+from cifake_ray.storage.runs.shards import describe_threshold
 from cifake_ray.storage.sources.open_source import open_source
 
 if TYPE_CHECKING:
+    from cifake_ray.core.evaluation.policy import Policy
     from cifake_ray.core.processing.score import ScoreProcessor
+
+VERIFIER = "encypher-c2pa"
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class MakeScoreProcessor:
     threshold: float
     batch_size: int | None
     precision: str = "float32"
+    c2pa_reader: str | None = None  # None without `--provenance`
+    has_thumbnails: bool = False
+    policy: Policy | None = None
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
         # It imports torch, which only the workers need.
@@ -50,6 +59,11 @@ class MakeScoreProcessor:
         from cifake_ray.core.training.device_limits import choose_eval_batch_size
 
         keep_freed_memory()
+        if self.c2pa_reader == VERIFIER and not has_verifier():
+            raise ResourceError(
+                f"{socket.gethostname()} has no {VERIFIER}, which this run uses for --provenance:"
+                " install cifake-ray[provenance] there"
+            )
         # Load exactly the bytes that the driver read: the bundle may have been replaced since.
         detector, bundle = load_bundle(
             self.bundle.path,
@@ -68,15 +82,18 @@ class MakeScoreProcessor:
             bundle.calibration,
             bundle.domain,
             threshold=self.threshold,
+            policy=self.policy,
             batch_size=self.batch_size or batch_size,
             device=device,
             footer={
                 "bundle": self.bundle.identify(self.precision),
                 "precision": self.precision,
                 "preprocessing": json.dumps(bundle.preprocessing.to_dict()),
-                "threshold": str(self.threshold),
+                **describe_threshold(self.threshold, self.policy),
                 "thresholds": json.dumps(bundle.list_thresholds()),
             },
+            c2pa_reader=self.c2pa_reader,
+            has_thumbnails=self.has_thumbnails,
         )
 
 
@@ -133,6 +150,22 @@ def resolve_precision(config: BundleConfig, bundle: BundleInfo, out: AnyPath) ->
     return next((name for name in usable if bundle.checks[name].is_harmless), "float32")
 
 
+def choose_c2pa_reader(config: ScoreConfig, out: AnyPath) -> str | None:
+    """Return what reads C2PA with `--provenance`: encypher-c2pa if it is installed, else presence.
+
+    A run that was begun keeps what it has. None without `--provenance`.
+    """
+    if not config.provenance:
+        return None
+    begun = run.settings.get("c2pa_reader") if (run := read_run(out)) is not None else None
+    return str(begun or (VERIFIER if has_verifier() else "presence"))
+
+
+def has_verifier() -> bool:
+    """Return whether the extra `provenance` is installed."""
+    return find_spec("encypher_c2pa") is not None
+
+
 def _count_gpus(config: BundleConfig) -> int:
     """Connect to the cluster and count."""
     from cifake_ray.stages.cluster import connect_cluster
@@ -160,22 +193,44 @@ def score_images(
     )
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
+    c2pa_reader = choose_c2pa_reader(config, out)
+    policy = None if config.policy is None else read_policy(config.policy, config.store)
+    if policy:
+        check_bundle(policy, bundle.identify(precision), precision, bundle.path)
+    paths = {
+        "bundle": config.bundle and str(bundle.path),
+        "policy": config.policy and str(resolve_path(config.policy, config.store)),
+    }
     plan = BatchPlan(
         command="score",
         config=config,
         out=out,
         source=source,
-        paths={"src": str(src), "bundle": config.bundle and str(bundle.path)},
-        inputs={"bundle": bundle.identify(precision), "precision": precision},
-        facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
+        paths={"src": str(src), **paths},
+        inputs={
+            "bundle": bundle.identify(precision),
+            "precision": precision,
+            "policy": policy and policy.id,
+            **({"c2pa_reader": c2pa_reader} if c2pa_reader else {}),
+        },
+        facts={
+            "bundle": str(bundle.path),
+            "threshold": None if policy else threshold,
+            "precision": precision,
+        },
         device=config.device,
         make_processor=MakeScoreProcessor(
             bundle=bundle,
             threshold=threshold,
             batch_size=config.batch_size,
             precision=precision,
+            c2pa_reader=c2pa_reader,
+            has_thumbnails=config.thumbnails,
+            policy=policy,
         ),
         threshold=threshold,
+        policy=policy,
+        extend=config.extend,
         thresholds=bundle.list_thresholds(),
         on_progress=on_progress,
         started_s=started_s,

@@ -37,14 +37,14 @@ def pretend(module):
 
 
 def note_who_decodes(module):
-    decode = module._call_decoder
+    decode = module.call_decoder
 
     def noted(call, data):
         with open("/proc/self/cmdline") as name, open(os.environ["TEST_NOTES"], "a") as notes:
             print(name.read().split("\\0")[0], file=notes)
         return decode(call, data)
 
-    module._call_decoder = noted
+    module.call_decoder = noted
 
 
 sys.meta_path.insert(0, After("cifake_ray.stages.score", pretend))

@@ -60,8 +60,8 @@ def poison(data):
 
 
 def poison_decoder(module):
-    decode = module._call_decoder
-    module._call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
+    decode = module.call_decoder
+    module.call_decoder = lambda call, data: (poison(data), decode(call, data))[1]
 
 
 sys.meta_path.insert(0, After("cifake_ray.core.imaging.decode", poison_decoder))

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,10 @@ from computer import disturb_every_change
 
 from cifake_ray.config import ScoreConfig
 from cifake_ray.core.evaluation.calibration import compute_p_fake
+from cifake_ray.core.evaluation.policy import Cut, Policy, set_verdicts
 from cifake_ray.core.schema import SCORE_FIELDS
-from cifake_ray.errors import RunMismatch, StorageError
+from cifake_ray.errors import RunMismatch, StorageError, UsageError
+from cifake_ray.report.summary_text import split_summary
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.shard_worker import ShardReport, WorkerTask
@@ -29,8 +31,9 @@ from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
+from cifake_ray.storage.runs.policy_file import encode_policy, read_policy
 from cifake_ray.storage.runs.run import Run, read_run
-from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard
+from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, describe_threshold
 from cifake_ray.storage.runs.verify import verify_files
 
 NUM_IMAGES = 10
@@ -65,15 +68,15 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
                 "key": pa.array(keys),
                 "logit": pa.array(logit, mask=error),
                 "p_fake": pa.array(p_fake, mask=error),
-                "is_fake": pa.array(p_fake >= made.threshold, mask=error),
                 "error": pa.array(["empty"] * len(keys), mask=~error),
             }
             columns = [known.get(f.name, pa.nulls(len(keys), f.type)) for f in SCORE_FIELDS]
             table = pa.table(columns, schema=pa.schema(SCORE_FIELDS))
+            table = set_verdicts(table, made.threshold, made.policy)
             extra = {
                 "bundle": BUNDLE.fingerprint,
                 "preprocessing": "{}",
-                "threshold": str(made.threshold),
+                **describe_threshold(made.threshold, made.policy),
                 "thresholds": json.dumps(made.bundle.list_thresholds()),
             }
             stats = commit_shard(run, shard, table, extra, {"any": 0})
@@ -95,7 +98,7 @@ def src(tmp_path: Path) -> Path:
 
 
 def run_score(src: Path, out: Path, **options: Any) -> BatchSummary:
-    config = ScoreConfig(src=str(src), out=str(out), shard_size=4, **options)
+    config = ScoreConfig(src=str(src), out=str(out), shard_size=4, precision="float32", **options)
     bundle = locate_bundle(None)
     result = score.score_images(config, src, out, bundle, lambda _: None, time.monotonic())
     assert isinstance(result, BatchSummary)
@@ -187,6 +190,54 @@ def test_anything_may_happen_at_any_change_and_it_is_repeated(
         check_whole=check_whole,
     )
     assert num_changes > 20
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> str:
+    """FAKE from 0.9 on, and unsure from 0.6 on; `N.jpg` has the logit N - 5."""
+    cut = Cut(0.9, 0.6, 100, 1, (0.0, 0.1))
+    chosen = Policy(
+        bundle=BUNDLE.identify("float32"),
+        precision="float32",
+        target_fpr=0.01,
+        confidence=0.95,
+        overall=cut,
+        by="source",
+        groups={"nowhere": cut},
+    )
+    (tmp_path / "policy.json").write_bytes(encode_policy(chosen))
+    return str(tmp_path / "policy.json")
+
+
+def test_a_policy_decides_when_scoring_and_afterwards(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    expected = run_score(src, tmp_path / "a", policy=policy)
+    run_score(src, tmp_path / "b")
+    plain = read_verdicts(tmp_path / "b")
+    forbid_scoring(monkeypatch)
+    summary = run_score(src, tmp_path / "b", policy=policy)
+    verdicts = read_verdicts(tmp_path / "b")
+    assert verdicts == read_verdicts(tmp_path / "a")
+    assert [verdicts[f"{n}.jpg"] for n in (3, 5, 6, 7, 8)] == [None, False, None, None, True]
+    assert summary.called_fake == expected.called_fake == CALLED_FAKE | {"policy": 2}
+    assert (summary.policy, summary.threshold) == (read_policy(policy).id, None)
+    assert f"Called FAKE: 22.2% by {summary.policy};" in split_summary(asdict(summary))[0][0]
+    assert verify_files(tmp_path / "b") == []
+    assert run_score(src, tmp_path / "b", policy=policy) == summary
+    run_score(src, tmp_path / "b")
+    assert read_verdicts(tmp_path / "b") == plain
+
+
+def test_a_policy_for_other_scores_is_refused(src: Path, tmp_path: Path, policy: str) -> None:
+    run_score(src, tmp_path / "out")
+    other = replace(read_policy(policy), bundle="other", precision="bf16")
+    Path(policy).write_bytes(encode_policy(other))
+    with pytest.raises(UsageError, match=r"is for the scores of other in bf16, .* --precision"):
+        run_score(src, tmp_path / "out", policy=policy)
+    with pytest.raises(UsageError, match="give one of them"):
+        run_score(src, tmp_path / "out", policy=policy, target_fpr=0.01)
+    assert verify_files(tmp_path / "out") == []
 
 
 def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def fit_temperature(logit: Floats, label: Ints) -> float:
     return float(np.exp(found.x))
 
 
-def _midpoint(below: np.float32, above: np.float32) -> float:
+def find_midpoint(below: np.float32, above: np.float32) -> float:
     """Return a float32 t with below < t <= above, half-way if float32 has such a value."""
     middle = np.float32((float(below) + float(above)) / 2)
     return float(middle if middle > below else above)
@@ -100,7 +100,7 @@ def _best_threshold(p_fake: npt.NDArray[np.float32], label: Ints) -> float:
     gain = tp * fp[0] - fp * tp[0]  # TPR - FPR in whole numbers, so that ties compare equal
     candidates = np.flatnonzero(gain == gain.max())
     below = np.concatenate([np.zeros(1, np.float32), scores[:-1]])
-    thresholds = [_midpoint(below[i], scores[i]) for i in candidates]
+    thresholds = [find_midpoint(below[i], scores[i]) for i in candidates]
     return min(thresholds, key=lambda t: (abs(t - 0.5), -t))
 
 
@@ -117,7 +117,7 @@ def _threshold_at_fpr(p_fake: npt.NDArray[np.float32], label: Ints, fpr: float) 
         return None
     below = real[allowed]  # the highest score that must be called REAL
     above = p_fake[p_fake > below]
-    return _midpoint(below, above.min() if len(above) else np.float32(1.0))
+    return find_midpoint(below, above.min() if len(above) else np.float32(1.0))
 
 
 def count_allowed(num_real: int, fpr: float) -> int:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -113,7 +113,12 @@ def inspect_image(data: bytes) -> ImageHeader:
     Raises ImageError: empty, too_large, too_many_pixels, not_an_image, format_not_allowed,
     truncated (inside the header), decode_failed.
     """
-    return _call_decoder(lambda data: _read_header(_File(data)), data)
+    return call_decoder(lambda data: _read_header(_File(data)), data)
+
+
+def read_info(data: bytes) -> dict[str | tuple[int, int], Any]:
+    """Return what Pillow finds beside the pixels: exif, xmp, ... Raises ImageError."""
+    return call_decoder(lambda data: _open_image(data).info, data)
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -150,7 +155,7 @@ def decode_stored(data: bytes, min_side: int | None = None) -> StoredPixels:
     With `min_side` JPEGs up to 4:1 are decoded at the smallest of the scales 1/2, 1/4 and 1/8 that
     leaves the shorter side so many pixels.
     """
-    return _call_decoder(lambda data: _decode(_File(data), min_side), data)
+    return call_decoder(lambda data: _decode(_File(data), min_side), data)
 
 
 def decode_with_header(data: bytes, min_side: int | None) -> tuple[ImageHeader, StoredPixels]:
@@ -160,12 +165,12 @@ def decode_with_header(data: bytes, min_side: int | None) -> tuple[ImageHeader, 
         file = _File(data)
         return _read_header(file), _decode(file, min_side)
 
-    return _call_decoder(decode, data)
+    return call_decoder(decode, data)
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:
     """Open with Pillow; no pixel is decoded. Raises ImageError."""
-    return _call_decoder(_open_image, data)
+    return call_decoder(_open_image, data)
 
 
 def map_images(
@@ -181,7 +186,7 @@ def map_images(
     return results
 
 
-def _call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
+def call_decoder(decode: Callable[[bytes], _T], data: bytes) -> _T:
     """Call a decoder; every exception becomes an ImageError."""
     if not data:
         raise ImageError("empty", "zero bytes")

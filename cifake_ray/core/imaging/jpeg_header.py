@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+
+from cifake_ray.errors import ImageError
 
 # Standard luminance table, in zigzag order as DQT stores it. Source: ITU-T T.81 (1992), Annex K,
 # table K.1.
@@ -138,6 +141,27 @@ def _scan_markers(data: bytes) -> JpegHeader | None:
 
 
 _scan_shared = lru_cache(maxsize=64)(_scan_markers)
+
+
+def iterate_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, start and end of the body of each segment before the first scan.
+
+    Ends where no segment follows. `_scan_markers` has a loop of its own, since every JPEG takes it.
+
+    Raises ImageError (decode_failed) for more than MAX_SEGMENTS.
+    """
+    start = 2
+    for _ in range(MAX_SEGMENTS):
+        while data[start : start + 2] == b"\xff\xff":  # a fill byte
+            start += 1
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if data[start : start + 1] != b"\xff" or not start + 4 <= end <= len(data):
+            return
+        if data[start + 1] == 0xDA:
+            return
+        yield data[start + 1], start + 4, end
+        start = end
+    raise ImageError("decode_failed", f"more than {MAX_SEGMENTS} segments")
 
 
 def count_scans(data: bytes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 from cifake_ray.core.imaging.color_profile import MAX_PROFILE_BYTES
 from cifake_ray.core.imaging.limits import MAX_READS
@@ -24,16 +25,9 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
     Raises ImageError (decode_failed) for more than MAX_READS chunks.
     """
     kept, profile = [data[:_SIGNATURE_BYTES]], None
-    kept_from = start = _SIGNATURE_BYTES
-    for _ in range(MAX_READS):
+    kept_from = _SIGNATURE_BYTES
+    for name, start, end in iterate_chunks(data):
         body = start + 8
-        end = body + int.from_bytes(data[start : start + 4], "big") + 4
-        name = data[start + 4 : body]
-        if name == b"IEND" or end > len(data):
-            if len(kept) == 1:
-                return data, None
-            kept.append(data[kept_from:])
-            return b"".join(kept), profile
         if name in _DROPPED:
             if name == b"iCCP":
                 # Its name, a zero, the method.
@@ -45,6 +39,24 @@ def drop_text(data: bytes) -> tuple[bytes, bytes | None]:
         elif name[:1].islower() and name not in _NEEDED and not _is_whole(data, start, end):
             kept.append(data[kept_from:start])
             kept_from = end
+    if len(kept) == 1:
+        return data, None
+    kept.append(data[kept_from:])
+    return b"".join(kept), profile
+
+
+def iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and end of each whole chunk before IEND; its body is [start + 8, end - 4).
+
+    Raises ImageError (decode_failed) for more than MAX_READS chunks.
+    """
+    start = _SIGNATURE_BYTES
+    for _ in range(MAX_READS):
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big") + 4
+        name = data[start + 4 : start + 8]
+        if name == b"IEND" or end > len(data):
+            return
+        yield name, start, end
         start = end
     raise ImageError("decode_failed", f"more than {MAX_READS} pieces")
 
@@ -60,9 +72,18 @@ def _is_small_exif(text: bytes) -> bool:
 
 def _decompress(packed: bytes, most: int) -> bytes | None:
     """Return what was compressed; None if it is broken or has more bytes than that."""
+    plain, is_whole = decompress_head(packed, most)
+    return plain if is_whole else None
+
+
+def decompress_head(packed: bytes, most: int) -> tuple[bytes, bool]:
+    """Return at most so many of the bytes that were compressed, and whether they are all.
+
+    Nothing of what is broken.
+    """
     stream = zlib.decompressobj()
     try:
         plain = stream.decompress(packed, most)
     except zlib.error:
-        return None
-    return None if stream.unconsumed_tail else plain
+        return b"", False
+    return plain, not stream.unconsumed_tail

@@ -118,6 +118,15 @@ class Preprocessing:
         header, stored = decode_with_header(data, self._min_side)
         return header, self._fit(stored)
 
+    def load_whole(self, data: bytes) -> tuple[ImageHeader, np.ndarray, np.ndarray]:
+        """Return what `load_with_header` and `decode_image` return. Raises ImageError.
+
+        Only a JPEG of which `jpeg_scale` decodes less than the whole is decoded twice.
+        """
+        header, stored = decode_with_header(data, self._min_side)
+        whole = decode_stored(data) if stored.scaled else stored
+        return header, self._fit(stored), whole.to_array()
+
     @property
     def _min_side(self) -> int | None:
         if self.jpeg_scale and self.fit == "resize":

@@ -37,7 +37,11 @@ class TrainingDomain:
         `rows` are SCORE_FIELDS; those with an error do not count. `any` counts each image once. An
         image that is no JPEG has no JPEG quality to be unlike.
         """
-        scored = rows.filter(pc.is_null(rows.column("error")))
+        unlike = self.find_unlike(rows.filter(pc.is_null(rows.column("error"))))
+        return {reason: pc.sum(column).as_py() or 0 for reason, column in unlike.items()}
+
+    def find_unlike(self, scored: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """Return which of the scored images are unlike the training images, by what differs."""
         width, height, name, quality = (scored.column(name) for name in DOMAIN_COLUMNS)
         unlike = {
             "size": pc.or_(_is_outside(width, self.sides), _is_outside(height, self.sides)),
@@ -45,7 +49,7 @@ class TrainingDomain:
             "jpeg_quality": _is_outside(quality, self.jpeg_qualities or QUALITIES).fill_null(False),
         }
         unlike["any"] = pc.or_(pc.or_(unlike["size"], unlike["format"]), unlike["jpeg_quality"])
-        return {reason: pc.sum(column).as_py() or 0 for reason, column in unlike.items()}
+        return unlike
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingDomain:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from cifake_ray.config import BatchConfig, Device, fingerprint_settings
+from cifake_ray.core.evaluation.policy import Policy
 from cifake_ray.core.processing.processor import Processor
 from cifake_ray.errors import CifakeError, NothingToDo
 from cifake_ray.stages.batch.local_pool import LocalPool
@@ -47,6 +48,7 @@ from cifake_ray.stages.resources import Placement, read_local_resources, runs_he
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
+from cifake_ray.storage.runs.extension import extend_run
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import (
     Run,
@@ -86,6 +88,8 @@ class BatchPlan:
     choose_listed: Callable[[Listing], None] = lambda listing: None
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
     threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
+    policy: Policy | None = None  # decides instead
+    extend: bool = False  # list the source again, for new keys
     thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
 
     @property
@@ -161,11 +165,25 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
     found = plan.run.find()
     if found is None:
         plan.run.check_new()
+    elif plan.extend:
+        force_names(found)
+        run, changes = extend_run(plan.run, plan.run.change_verdicts(found))
+        plan.log(f"{plan.command}: {changes.describe()}")
+        return replace(work_on(plan, run), changes=changes.counts)
+    return work_on(plan, found)
+
+
+def work_on(plan: BatchPlan, found: Run | None) -> BatchSummary:
+    """Finish a run that was found, or the one that is frozen now."""
+    if found is None:
+        pass
     elif (summary := find_result(plan, found)) is not None:
         at = read_json(plan.out / "_SUCCESS").get("finished_at", "some time ago")
+        remedy = "--extend" if plan.command == "score" else "a new output folder"
         plan.log(
-            f"{plan.command}: finished {at}; the source was not looked at again: give a new output"
-            " folder to include new images"
+            f"{plan.command}: finished {at}"
+            + f"; the source was not looked at again: give {remedy} to include new images"
+            * (not plan.extend)
         )
         return summary
     else:
@@ -173,7 +191,9 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         found = plan.run.change_verdicts(found)
         if found.earlier_identities and not is_finished(found):
             plan.log(
-                f"{plan.command}: deciding again at {plan.threshold:.4g}, without scoring again"
+                f"{plan.command}: deciding again"
+                f" {f'by {plan.policy.id}' if plan.policy else f'at {plan.threshold:.4g}'},"
+                " without scoring again"
             )
             if (summary := decide_again(plan, found)) is not None:
                 return summary
@@ -269,9 +289,11 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> Batc
         elapsed_s=round(elapsed_s, 3),
         images_per_s=round(totals.worked_rows / elapsed_s, 1),
         steady_images_per_s=round(totals.rate, 1),
-        threshold=plan.threshold,
+        threshold=None if plan.policy else plan.threshold,
+        policy=plan.policy.id if plan.policy else "",
         called_fake=dict(totals.called_fake) if is_counted else {},
         thresholds=plan.thresholds,
+        provenance=dict(totals.provenance),
         ran_on=ran_on,
         precision=plan.inputs.get("precision", ""),
         **run.counts,
@@ -289,7 +311,7 @@ def decide_again(plan: BatchPlan, run: Run) -> BatchSummary | None:
     """
     assert plan.threshold is not None
     totals = Totals(listed=run.manifest.num_rows)
-    decide = partial(decide_shard, run, threshold=plan.threshold)
+    decide = partial(decide_shard, run, threshold=plan.threshold, policy=plan.policy)
     pool = ThreadPoolExecutor(DECIDING_THREADS)
     try:
         for stats in pool.map(decide, range(run.manifest.num_shards)):

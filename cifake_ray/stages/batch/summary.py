@@ -46,11 +46,14 @@ class BatchSummary:
     precision: str = ""  # of the detector; empty for convert and in outputs of earlier versions
     # What `is_fake` means, and how many images each threshold of the bundle calls FAKE.
     threshold: float | None = None
+    policy: str = ""  # decides instead of a threshold, if there is one
     called_fake: dict[str, int] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)  # images by claim; {} if not asked for
     labels: dict[str, int] = field(default_factory=dict)  # images listed; {} if not counted
     splits: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)  # new, changed, gone: of `--extend`
 
     def exit_code(self, max_error_rate: float) -> ExitCode:
         too_many = self.failed > max_error_rate * self.listed
@@ -66,6 +69,7 @@ class Totals:
     errors: Counter[str] = field(default_factory=Counter)
     unlike_training: Counter[str] = field(default_factory=Counter)
     called_fake: Counter[str] = field(default_factory=Counter)
+    provenance: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     resumed: int = 0
     retried: int = 0
@@ -78,6 +82,7 @@ class Totals:
         self.errors.update(report.stats.errors)
         self.unlike_training.update(report.stats.unlike_training)
         self.called_fake.update(report.stats.called_fake)
+        self.provenance.update(report.stats.provenance)
         self.rows += report.stats.rows
         self.resumed += not report.worked
         self.retried += report.retried

@@ -1,28 +1,49 @@
-"""evaluate: labelled shards and a bundle -> predictions, metrics and a report.
+"""evaluate: labelled images and a bundle, or scores -> predictions, metrics and a report.
 
-The shards are scored exactly as `score` would do it; the report is computed from the predictions.
+Images are scored exactly as `score` would do it; the report is computed from the predictions.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from cifake_ray.config import EvaluateConfig
-from cifake_ray.core.labels import parse_split
-from cifake_ray.errors import NothingToDo, StorageError, UsageError
+from cifake_ray.core.evaluation.buckets import check_slices
+from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.models.gradient_maps import check_captum
+from cifake_ray.core.processing.stored_scores import StoredScoreProcessor
+from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.report.slices_text import find_worst_source
 from cifake_ray.report.text import KEY_METRICS, describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
-from cifake_ray.stages.evaluate.write_report import write_report
+from cifake_ray.stages.evaluate.grid import GridSummary, MakeGridProcessor, summarise_grid
+from cifake_ray.stages.evaluate.inputs import (
+    choose_split,
+    find_scores,
+    find_temperature,
+    open_labelled,
+    read_first_schema,
+)
+from cifake_ray.stages.evaluate.write_report import Detail, write_report
+from cifake_ray.stages.resources import Placement
 from cifake_ray.stages.score import MakeScoreProcessor, resolve_precision
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
+from cifake_ray.storage.presets.grid import read_grid
+from cifake_ray.storage.sources.labelled import LabelledSource
+from cifake_ray.storage.sources.open_source import check_outside
+from cifake_ray.storage.sources.score_tables import ScoreTables
 
 SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in KEY_METRICS))
 
@@ -31,7 +52,7 @@ SUMMARY_METRICS = ("num_images", "num_real", "num_fake", *(key for key, _, _ in 
 class EvaluateSummary(BatchSummary):
     """Summary of an evaluation, with what is on top of its report."""
 
-    metrics: dict[str, Any] = field(default_factory=dict)  # of `compute_metrics`: SUMMARY_METRICS
+    metrics: dict[str, Any] = field(default_factory=dict)  # SUMMARY_METRICS, worst source and floor
     report: str = ""  # a link
 
 
@@ -45,49 +66,48 @@ def evaluate_detector(
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Score `shards`, measure, and write the report into `out`."""
+    scores = find_scores(config, shards)
+    if scores is not None:
+        return measure_scores(config, shards, out, *scores, on_progress, started_s, log)
+    if config.gradient_maps:
+        check_captum()
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
-    splits = find_splits(shards)
-    split = parse_split(config.split) or ("test" if "test" in splits else None)
-    if split is not None and split not in splits:
-        names = ", ".join(sorted(splits)) or "none"
-        raise UsageError(f"--split {config.split}: {shards} has no such split, it has {names}")
-    source = ParquetSource(
-        shards,
-        choose_columns(shards),
-        split=split,
-        labelled=True,
-        min_shard_rows=config.shard_size,
-    )
-    if next(iter(source.list_images().batches), None) is None:
-        raise NothingToDo(
-            f"{shards}: no labelled image{f' in the split {split}' if split else ''}; give the"
-            " output of convert for folders named REAL and FAKE, or for a list with labels"
-        )
-    if split is None:
+    source = open_labelled(config, shards, out, bundle)
+    split = choose_split(config, source, shards, out)
+    source = replace(source, split=split)
+    check_slices(config.slice, describe_predictions(read_first_schema(source, shards, split)))
+    if split is None and not config.unseen:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
-            " detector was trained on look better than others would"
+            " detector was trained on look better than others would (--unseen leaves them out)"
         )
-    threshold = bundle.threshold(None)
+    calibration = bundle.calibration
+    if config.threshold is not None:
+        calibration = replace(calibration, threshold=round_threshold(config.threshold))
+    threshold = calibration.threshold
     precision = resolve_precision(config, bundle, out)
+    detail = Detail(calibration, split, started_s, bundle)
+    grid = read_grid(config)
+    make_processor = MakeScoreProcessor(bundle, threshold, config.batch_size, precision)
     plan = BatchPlan(
         command="evaluate",
         config=config,
         out=out,
         source=source,
-        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)},
+        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)}
+        | ({"grid": json.dumps(grid)} if grid else {}),
         inputs={"split": split, "bundle": bundle.identify(precision), "precision": precision},
         facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,
-        make_processor=MakeScoreProcessor(bundle, threshold, config.batch_size, precision),
+        make_processor=MakeGridProcessor(make_processor, grid) if grid else make_processor,
         threshold=threshold,
-        thresholds=bundle.list_thresholds(),
+        thresholds=bundle.list_thresholds() | {"default": threshold},
         on_progress=on_progress,
         started_s=started_s,
         log=log,
-        before_success=lambda run: write_report(run, source, bundle, config, split),
+        before_success=lambda run: write_report(run, source, config, detail),
     )
     if precision in bundle.checks:
         log(f"evaluate: computing in {precision}: {bundle.checks[precision]}")
@@ -99,13 +119,95 @@ def evaluate_detector(
     return summarise(out, result)
 
 
+def measure_scores(
+    config: EvaluateConfig,
+    place: AnyPath,
+    out: AnyPath,
+    tables: ScoreTables,
+    threshold: float,
+    on_progress: Callable[[Progress], None],
+    started_s: float,
+    log: Callable[[str], None],
+) -> BatchSummary | DryRun:
+    """Measure scores that exist already, without a detector, and write the report into `out`."""
+    for option, value in (
+        ("--bundle", config.bundle),
+        ("--unseen", config.unseen),
+        ("--grid", config.grid),
+        ("--gradient-maps", config.gradient_maps),
+    ):
+        if value:
+            raise UsageError(
+                f"{option}: {place} holds scores, which are measured as they are, without a"
+                " detector; leave it out, or give --source-kind if it holds images"
+            )
+    check_outside(out, place)
+    labelled = LabelledSource(tables)
+    split = choose_split(config, labelled, place, out)
+    source = replace(labelled, split=split)
+    check_slices(config.slice, describe_predictions(read_first_schema(source, place, split)))
+    threshold = round_threshold(threshold if config.threshold is None else config.threshold)
+    log(f"evaluate: {place} holds scores: they are measured as they are, without a detector")
+    calibration = Calibration(
+        temperature=find_temperature(source),
+        threshold=threshold,
+        threshold_fpr_1=None,
+        threshold_fpr_01=None,
+    )
+    detail = Detail(calibration, split, started_s)
+    plan = BatchPlan(
+        command="evaluate",
+        config=config,
+        out=out,
+        source=source,
+        paths={"shards": str(place)},
+        inputs={"split": split, "bundle": None},
+        facts={"threshold": threshold},
+        make_processor=MakeStoredScoreProcessor(threshold),
+        threshold=threshold,
+        on_progress=on_progress,
+        started_s=started_s,
+        log=log,
+        before_success=lambda run: write_report(run, source, config, detail),
+    )
+    result = run_batch(plan)
+    return summarise(out, result) if isinstance(result, BatchSummary) else result
+
+
+@dataclass(frozen=True)
+class MakeStoredScoreProcessor:
+    """Makes the processor of scores inside the worker, which needs no torch."""
+
+    threshold: float
+
+    def __call__(self, placement: Placement) -> StoredScoreProcessor:
+        return StoredScoreProcessor(self.threshold)
+
+
+def round_threshold(threshold: float) -> float:
+    """Return the float32 nearest to a threshold: p_fake is float32, and 0.7 is not."""
+    return float(np.float32(threshold))
+
+
+def describe_predictions(listed: pa.Schema) -> pa.Schema:
+    """Return the columns of the predictions of rows that are listed."""
+    known = {field.name for field in [*MANIFEST_FIELDS, *SCORE_FIELDS]}
+    return pa.schema([*SCORE_FIELDS, *(field for field in listed if field.name not in known)])
+
+
 def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:
     """Add the main metrics, and a link to the report, of a run that has finished."""
     # A person may have removed it.
     metrics = read_metrics(out) if exists(out / "metrics.json") else {}
+    slices, floor = metrics.get("slices", {}), metrics.get("real_vs_real")
+    shown = {name: metrics[name] for name in SUMMARY_METRICS if name in metrics}
+    if isinstance(slices.get("source"), list):  # else of a version before
+        shown["worst_source"] = find_worst_source(slices)
+    if floor is not None:
+        shown["real_vs_real"] = {**floor, "pairs": floor["pairs"][:1]}
     return EvaluateSummary(
         **vars(summary),
-        metrics={name: metrics[name] for name in SUMMARY_METRICS if name in metrics},
+        metrics=shown | summarise_grid(metrics.get("grid")),
         report=link_path(out / "report.html"),
     )
 
@@ -127,6 +229,7 @@ class _Metrics:
     accuracy: _Interval
     auroc: _Interval
     tpr_at_fpr_1pct: _Interval
+    grid: GridSummary | None = None
 
 
 def read_metrics(out: AnyPath) -> dict[str, Any]:

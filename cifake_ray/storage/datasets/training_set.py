@@ -110,6 +110,9 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
             groups.append((table.path, number))
             group_rows.append(table.file.metadata.row_group(number).num_rows)
+    for source in config.exclude_source:
+        if not counts[USES[2], f"of the source {source}"]:
+            raise UsageError(f"--exclude-source {source}: {root} has no labelled image of it")
     group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
     in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
     num_in_both = int(np.isin(digest, in_both).sum())
@@ -158,8 +161,9 @@ def _read_group_rows(
     facts = table.read_facts([number])
     val_split = parse_split(config.val_split)
     chosen: list[tuple[int, int, bool, int]] = []
-    cells = table.understand_labels(facts.labels, labels), facts.splits, facts.errors, contents
-    for row, (label, split, error, content) in enumerate(zip(*cells, strict=True)):
+    understood = table.understand_labels(facts.labels, labels)
+    cells = understood, facts.splits, facts.sources, facts.errors, contents
+    for row, (label, split, source, error, content) in enumerate(zip(*cells, strict=True)):
         data = content if has_hashes else _get_bytes(content)
         name = f"of split {split}" if split else "without a split"
         if label is None or error is not None or not data:
@@ -170,8 +174,14 @@ def _read_group_rows(
         if not is_val and split not in (None, "train"):
             counts[USES[2], name] += 1
             continue
+        if source in config.exclude_source:
+            counts[USES[2], f"of the source {source}"] += 1
+            continue
         digest = int.from_bytes((data if has_hashes else hashlib.sha256(data).digest())[:8], "big")
         # By the image's bytes, so that duplicates are never on both sides.
+        if digest >= (1 - config.test_fraction) * 2**64:
+            counts[USES[2], "for a test"] += 1
+            continue
         is_val |= val_split is None and digest < config.val_fraction * 2**64
         counts[USES[is_val], name] += 1
         chosen.append((row, label, is_val, digest))

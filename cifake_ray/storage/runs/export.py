@@ -1,43 +1,43 @@
-"""Export scores to one file: CSV, Parquet, JSON lines, or keys alone."""
+"""Export scores to one file, or to the layout of another program."""
 
 from __future__ import annotations
 
-import io
-import json
-import math
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from cifake_ray.config import ExportConfig
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.evaluation.score_summary import find_margin
+from cifake_ray.core.schema import THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, StorageError, UsageError
-from cifake_ray.storage.io.files import exists, list_folder, make_folder, write_chunks
+from cifake_ray.storage.io.files import exists, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
 from cifake_ray.storage.io.records import PARQUET_ERRORS
-from cifake_ray.storage.runs.shards import read_shard
-from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
-
-# A cell that starts with one of these is a formula to a spreadsheet, to some of them also after
-# blanks or in full width. Source: OWASP, CSV injection.
-FORMULA_START = r"^([\t\r\n]|[\s\v\x00\x{a0}\x{feff}]*[=+\-@\x{ff1d}\x{ff0b}\x{ff0d}\x{ff20}])"
+from cifake_ray.storage.runs.export_layouts import (
+    ImageFiles,
+    describe_dataset,
+    encode_image_parquet,
+    encode_imagefolder,
+    encode_samples,
+    encode_tasks,
+)
+from cifake_ray.storage.runs.export_tables import (
+    Tables,
+    encode_csv,
+    encode_json_lines,
+    encode_keys,
+    encode_parquet,
+)
+from cifake_ray.storage.runs.read_scores import LISTING, Scores, find_threshold, open_scores
+from cifake_ray.storage.runs.sort_rows import sort_rows
 
 EXISTS = "{} exists; choose another file, or give --overwrite"
+MARGIN = pa.field("margin", pa.float64(), metadata={"computed": ""})
 
-TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-PLAIN = (
-    pa.types.is_boolean,
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_decimal,
-    pa.types.is_temporal,
-    pa.types.is_null,
-)
 CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|==|!=|=|>|<)\s*(.*?)\s*")
 COMPARE = {
     ">=": pc.greater_equal,
@@ -48,85 +48,157 @@ COMPARE = {
     "==": pc.equal,
     "!=": pc.not_equal,
 }
+TABLE_FORMATS: dict[str, Callable[[Tables], Iterator[bytes]]] = {
+    "csv": encode_csv,
+    "parquet": encode_parquet,
+    "jsonl": encode_json_lines,
+    "txt": encode_keys,
+}
+IMAGE_FORMATS: dict[str, Callable[[Tables, ImageFiles], Iterator[bytes]]] = {
+    "label-studio": encode_tasks,
+    "fiftyone": encode_samples,
+    "imagefolder": encode_imagefolder,
+    "parquet-images": encode_image_parquet,
+}
 
 
-def export_scores(scores: AnyPath, file: AnyPath, config: ExportConfig) -> int:
+def export_scores(
+    scores: AnyPath, file: AnyPath, config: ExportConfig, counts: Counter[str] | None = None
+) -> int:
     """Write the scores of a run to a file, whole or not at all; return the number of rows.
 
-    UsageError when the file exists and `config` does not replace it.
+    `counts` gets it too, and what is missing. UsageError when the file exists and `config` does not
+    replace it.
     """
     if exists(scores / "_run.json") and is_inside(file, scores):
         raise UsageError(f"{file} is inside {scores}; choose a file outside it")
-    counts: list[int] = []
-    write_export(file, encode_scores(scores, config, counts), config)
-    return sum(counts)
+    counts = Counter() if counts is None else counts
+    chunks = encode_scores(scores, config, counts, file)
+    if config.chosen_format == "fiftyone":
+        metadata = file / "metadata.json"
+        refuse_existing(metadata, overwrite=config.overwrite)
+        write_export(file / "samples.json", chunks, overwrite=config.overwrite)
+        dataset = describe_dataset(open_scores(scores))
+        write_export(metadata, [dataset], overwrite=config.overwrite)
+    else:
+        write_export(file, chunks, overwrite=config.overwrite)
+    return counts["rows"]
 
 
-def write_export(file: AnyPath, chunks: Iterable[bytes], config: ExportConfig) -> None:
+def write_export(file: AnyPath, chunks: Iterable[bytes], *, overwrite: bool) -> None:
     """Write a file, whole or not at all. UsageError when it exists and is not to be replaced."""
-    refuse_existing(file, config)
+    refuse_existing(file, overwrite=overwrite)
     make_folder(file.parent)
     try:
-        write_chunks(file, chunks, overwrite=config.overwrite)
+        write_chunks(file, chunks, overwrite=overwrite)
     except FileExistsError as error:  # it appeared meanwhile
         raise UsageError(EXISTS.format(file)) from error
 
 
-def refuse_existing(file: AnyPath, config: ExportConfig) -> None:
+def refuse_existing(file: AnyPath, *, overwrite: bool) -> None:
     """Raise UsageError when a file exists and is not to be replaced."""
-    if not config.overwrite and exists(file):
+    if not overwrite and exists(file):
         raise UsageError(EXISTS.format(file))
 
 
-def encode_scores(scores: AnyPath, config: ExportConfig, counts: list[int]) -> Iterator[bytes]:
-    """Yield the bytes of the export shard by shard, and append the number of rows of each."""
-    encode = {
-        "csv": _encode_csv,
-        "parquet": _encode_parquet,
-        "jsonl": _encode_json_lines,
-        "txt": _encode_keys,
-    }[config.chosen_format]
-    if encode is _encode_keys and config.columns:
+def encode_scores(
+    folder: AnyPath, config: ExportConfig, counts: Counter[str], file: AnyPath | None = None
+) -> Iterator[bytes]:
+    """Yield the bytes of the export, and count its rows in `counts`; `file` is where they go.
+
+    Memory is that of a shard, with `--sort` of `sort_rows.RUN_ROWS` rows too.
+    """
+    chosen = config.chosen_format
+    if chosen == "txt" and config.columns:
         raise UsageError("--columns: a .txt file holds keys only; choose another format")
-    if exists(scores / "_run.json"):
-        run = open_finished(scores)
-        paths = [scores / row["name"] for row in read_files(run)]
-    else:
-        paths = [path for path in list_folder(scores) if SHARD_NAME.fullmatch(path.name)]
-    if not paths:
-        raise StorageError(
-            f"{scores}: no part-*.parquet; give the output of score or evaluate, or for a bundle a"
-            " file that ends in .onnx"
-        )
+    scores = open_scores(folder)
+    tables = _choose_rows(scores, config, counts)
     try:
-        yield from encode(_read_tables(paths, config, counts))
+        if chosen in TABLE_FORMATS:
+            yield from TABLE_FORMATS[chosen](tables)
+        else:
+            files = ImageFiles.find(scores, config, counts, file)
+            yield from IMAGE_FORMATS[chosen](tables, files)
     except CifakeError:
         raise
     except (*PARQUET_ERRORS, ArithmeticError, TypeError) as error:  # values that Python cannot hold
         raise StorageError(
-            f"{scores}: rows cannot be exported as {config.chosen_format} ({error}); choose another"
-            " format or other --columns"
+            f"{folder}: rows cannot be exported as {chosen} ({error}); choose another format or"
+            " other --columns"
         ) from error
 
 
-def _read_tables(
-    paths: list[AnyPath], config: ExportConfig, counts: list[int]
-) -> Iterator[tuple[AnyPath, pa.Table]]:
-    for path in paths:
-        table = read_shard(path, SCORE_FIELDS[:1])
-        for condition in config.where:
-            table = table.filter(_find_rows(table, condition))
+def _choose_rows(scores: Scores, config: ExportConfig, counts: Counter[str]) -> Tables:
+    """Yield what the options choose, in their order, with LISTING for formats that need images."""
+    with_listing = config.chosen_format in IMAGE_FORMATS
+    sort_keys = config.sort_keys
+    used = [name for name, _ in sort_keys] + config.column_names + [config.by]
+    uses_margin = MARGIN.name in used or any(
+        condition.lstrip().startswith(MARGIN.name) for condition in config.where
+    )
+    tables = _filter_rows(scores, config, with_listing=with_listing, with_margin=uses_margin)
+    if sort_keys or config.top is not None:
+        sort = partial(sort_rows, keys=sort_keys, top=config.top, by=config.by)
+        tables = ((scores.folder, rows) for rows in sort(_match_columns(tables, config)))
+    for path, table in tables:
         for name in config.column_names:
             _check_column(table, name, "--columns")
-        counts.append(table.num_rows)
-        yield path, table.select(config.column_names or table.column_names)
+        counts["rows"] += table.num_rows
+        unasked = [
+            field.name
+            for field in (MARGIN, THUMBNAIL_FIELD)
+            if field in list(table.schema) and field.name not in config.column_names
+        ]
+        table = table.drop_columns(unasked)
+        if config.column_names and not with_listing:
+            table = table.select(config.column_names)
+        yield path, table
+
+
+def _filter_rows(
+    scores: Scores, config: ExportConfig, *, with_listing: bool, with_margin: bool
+) -> Tables:
+    for path, table in scores.read_shards(with_listing=with_listing):
+        if with_margin and MARGIN.name not in table.column_names:
+            table = table.append_column(MARGIN, compute_margin(path, table))
+        for condition in config.where:
+            table = table.filter(_find_rows(table, condition))
+        yield path, table
+
+
+def _match_columns(tables: Tables, config: ExportConfig) -> Iterator[pa.Table]:
+    """Yield tables that can be sorted together. StorageError when their columns differ."""
+    schema: pa.Schema | None = None
+    for path, table in tables:
+        if schema is None:
+            for name in [*(name for name, _ in config.sort_keys), config.by]:
+                if name is not None:
+                    _check_column(table, name, "--by" if name == config.by else "--sort")
+            fields = [
+                f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f
+                for f in table.schema
+            ]
+            schema = pa.schema(fields, metadata=table.schema.metadata)
+        if table.schema.names != schema.names:
+            raise StorageError(f"{path}: other columns than the first, so --sort cannot join them")
+        yield table.cast(schema)
+
+
+def compute_margin(path: AnyPath, table: pa.Table) -> pa.Array:
+    """Return the distance of p_fake to the threshold in log-odds, 0 or more; null without a score.
+
+    UsageError for files that do not say their threshold.
+    """
+    threshold = find_threshold(table)
+    if threshold is None or "p_fake" not in table.column_names:
+        raise UsageError(f"{path}: no p_fake with a threshold, so it has no margin")
+    return pa.array(find_margin(table.column("p_fake").to_numpy(), threshold), from_pandas=True)
 
 
 def _check_column(table: pa.Table, name: str, option: str) -> None:
     if name not in table.column_names:
-        raise UsageError(
-            f"{option}: there is no column {name!r}; there are {', '.join(table.column_names)}"
-        )
+        there = ", ".join(n for n in table.column_names if n != LISTING)
+        raise UsageError(f"{option}: there is no column {name!r}; there are {there}")
 
 
 def _find_rows(table: pa.Table, condition: str) -> pa.ChunkedArray:
@@ -146,104 +218,3 @@ def _find_rows(table: pa.Table, condition: str) -> pa.ChunkedArray:
         raise UsageError(
             f"--where {condition!r}: {text!r} cannot be compared with {name} ({column.type})"
         ) from error
-
-
-Tables = Iterator[tuple[AnyPath, pa.Table]]
-
-
-def _encode_csv(tables: Tables) -> Iterator[bytes]:
-    for number, (path, table) in enumerate(tables):
-        columns = []
-        for field, column in zip(table.schema, table.columns, strict=True):
-            if pa.types.is_dictionary(field.type):
-                column = column.cast(field.type.value_type)
-            if any(is_text(column.type) for is_text in TEXT):
-                column = _escape(column.cast(pa.string()))
-            elif not any(is_plain(column.type) for is_plain in PLAIN):
-                raise StorageError(
-                    f"{path}: the column {field.name} ({column.type}) does not fit into CSV; export"
-                    " .parquet, or other --columns"
-                )
-            columns.append(column)
-        names = _escape(pa.array(table.column_names)).to_pylist()
-        buffer = io.BytesIO()
-        options = pa.csv.WriteOptions(include_header=number == 0)
-        pa.csv.write_csv(pa.table(columns, names=names), buffer, options)
-        yield buffer.getvalue()
-
-
-def _escape(text: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(text, FORMULA_START, r"'\1")
-
-
-def _encode_parquet(tables: Tables) -> Iterator[bytes]:
-    _, first = next(tables)
-    schema = first.schema.remove_metadata()  # it is about a shard
-    sink = _Sink()
-    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-        writer.write_table(first.cast(schema))
-        yield sink.take()
-        for path, table in tables:
-            if table.schema.names != schema.names:
-                raise StorageError(f"{path}: other columns than the first; choose --columns")
-            writer.write_table(table.cast(schema))
-            yield sink.take()
-    yield sink.take()
-
-
-class _Sink(io.RawIOBase):
-    """A file whose bytes are taken away as it is written."""
-
-    def __init__(self) -> None:
-        self.waiting: list[bytes] = []
-        self.position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.waiting.append(bytes(data))
-        self.position += len(self.waiting[-1])
-        return len(self.waiting[-1])
-
-    def tell(self) -> int:
-        return self.position
-
-    def take(self) -> bytes:
-        taken, self.waiting = b"".join(self.waiting), []
-        return taken
-
-
-def _encode_json_lines(tables: Tables) -> Iterator[bytes]:
-    for path, table in tables:
-        columns = {}
-        for field, column in zip(table.schema, table.columns, strict=True):
-            if pa.types.is_float32(field.type):  # 0.374, not 0.37400001287460327
-                column = column.cast(pa.string()).cast(pa.float64())
-            columns[field.name] = [_to_json(value, path, field) for value in column.to_pylist()]
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        yield "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _to_json(value: Any, path: AnyPath, field: pa.Field) -> Any:
-    """Return what JSON has for a value: null for NaN and infinity, text for dates and decimals."""
-    if isinstance(value, dict):
-        return {name: _to_json(item, path, field) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_to_json(item, path, field) for item in value]
-    if isinstance(value, bytes):
-        raise StorageError(
-            f"{path}: the column {field.name} ({field.type}) does not fit into JSON; export"
-            " .parquet, or other --columns"
-        )
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def _encode_keys(tables: Tables) -> Iterator[bytes]:
-    for path, table in tables:
-        keys = table.column("key").to_pylist()
-        if odd := [key for key in keys if key is None or "\n" in key or "\r" in key]:
-            raise StorageError(f"{path}: the key {odd[0]!r} is more than a line; export .jsonl")
-        yield "".join(f"{key}\n" for key in keys).encode()

@@ -26,7 +26,7 @@ def export_detector(
     CifakeError when the model differs from the detector, and then nothing is written.
     """
     check_onnx_packages()
-    refuse_existing(file, config)
+    refuse_existing(file, overwrite=config.overwrite)
     detector, info = load_bundle(bundle, allow_pickle=config.allow_pickle)
     temperature = info.calibration.temperature
     data = encode_onnx(detector, temperature, _describe_bundle(info))
@@ -38,7 +38,7 @@ def export_detector(
         threshold=info.threshold(None),
         batch_sizes=(1, 2, most),
     )
-    write_export(file, [data], config)
+    write_export(file, [data], overwrite=config.overwrite)
     return info, found
 
 

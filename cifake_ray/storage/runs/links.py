@@ -13,7 +13,9 @@ OWN_NAMES = {
     *("_SUCCESS", "_attempts", "_files.parquet", "_manifest", "_run.json", ".huggingface.yaml"),
     *("attempts", "manifest", "audit", "shards", "scores", "predictions"),
     *("figures", "metrics.json", "report.html", "audit.html", "audit.json", "_duplicates.parquet"),
+    "_changes.parquet",
     *("bundle", "checkpoints", "history.jsonl", "mlflow.json", "summary.csv", "tensorboard"),
+    *("decisions", "policy.json", "_settled.parquet"),
     *("ray", "recipe.yaml", "trials", "trials.csv", "trials.parquet"),
 }
 

@@ -76,6 +76,12 @@ class Manifest:
     def num_shards(self) -> int:
         return sum(file.num_shards for file in self.files)
 
+    def list_extents(self) -> list[tuple[ManifestFile, ...]]:
+        """Return the files as they were at first and after each extension, the last are all."""
+        starts = [file.name.partition("-")[0] for file in self.files]
+        ends = [n for n in range(1, len(starts)) if starts[n] != starts[n - 1]]
+        return [self.files[:end] for end in (*ends, len(starts))]
+
 
 def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     """Return the images per shard: N/1000 between bounds, and at most 256 MiB."""
@@ -90,7 +96,7 @@ def hash_key(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-class _HashSorter:
+class HashSorter:
     """Sort batches of rows by the hash of their key, on disk."""
 
     def __init__(self) -> None:
@@ -119,6 +125,12 @@ class _HashSorter:
 
     def drain(self, key_column: str | None) -> Iterator[pa.Table]:
         """Yield tables in the order of the hash. UsageError when a key is listed twice."""
+        for table in self.drain_all():
+            check_unique(table, key_column)
+            yield table
+
+    def drain_all(self) -> Iterator[pa.Table]:
+        """Yield tables in the order of the hash; all rows of a key are in one of them."""
         for index in sorted(self.streams):
             file, writer = self.streams[index]
             writer.close()
@@ -127,9 +139,7 @@ class _HashSorter:
             file.close()
             keys = pa.table({"hash": table.column(0), "key": table.column("key")})
             order = [("hash", "ascending"), ("key", "ascending")]
-            table = table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
-            _check_unique(table, key_column)
-            yield table
+            yield table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
 
     def close(self) -> None:
         """Close the files, also those of a listing that broke off."""
@@ -137,7 +147,7 @@ class _HashSorter:
             file.close()
 
 
-def _check_unique(table: pa.Table, key_column: str | None) -> None:
+def check_unique(table: pa.Table, key_column: str | None) -> None:
     """Raise UsageError when neighbours in a sorted table have the same key."""
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
@@ -174,7 +184,7 @@ def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table
 
 
 def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
-    with closing(_HashSorter()) as sorter:
+    with closing(HashSorter()) as sorter:
         if listing.keeps_order:
             for batch in listing.batches:
                 sorter.add(batch.select(["key", "size_bytes"]))
@@ -190,10 +200,11 @@ def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table
 
 
 def write_manifest(
-    folder: AnyPath, run_id: str, listing: Listing, shard_rows: int | None
+    folder: AnyPath, run_id: str, listing: Listing, shard_rows: int | None, first: int = 0
 ) -> Manifest:
     """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
 
+    `first` is the number of the first shard.
     NothingToDo when the source holds no file; UsageError when a key is listed twice.
     """
     make_folder(folder, parents=False)
@@ -210,7 +221,7 @@ def write_manifest(
         )
     while pending is not None:
         name = f"{run_id}-{len(files):05d}.parquet"
-        first_shard = sum(file.num_shards for file in files)
+        first_shard = first + sum(file.num_shards for file in files)
         num_shards = 0
         schema = pending.schema.with_metadata({b"schema_version": str(SCHEMA_VERSION).encode()})
         sink = pa.BufferOutputStream()

@@ -7,9 +7,11 @@ process that loses this race uses the winner's manifest.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +26,7 @@ from cifake_ray.storage.io.files import (
     hash_json,
     list_folder,
     parse_json,
+    read_bytes,
     read_if_exists,
     read_json,
     remove,
@@ -78,8 +81,22 @@ class Run:
 
     @property
     def identity(self) -> str:
-        """The sha256 of the settings and the listing, which marks the shards of this run."""
-        return hash_json([self.settings, [file.sha256 for file in self.manifest.files]])
+        """The sha256 of the settings and the listing."""
+        return self.identities[-1]
+
+    @cached_property
+    def identities(self) -> list[str]:
+        """Return the identity at first and after each extension; shards have that of their own."""
+        return [
+            hash_json([self.settings, [file.sha256 for file in files]])
+            for files in self.manifest.list_extents()
+        ]
+
+    def identify_shard(self, shard: int) -> str:
+        """Return the identity that the run had when a shard was added to it."""
+        extents = self.manifest.list_extents()
+        ends = [files[-1].first_shard + files[-1].num_shards for files in extents]
+        return self.identities[bisect_right(ends, shard)]
 
     @property
     def results(self) -> str:
@@ -250,6 +267,7 @@ class ShardStats:
     sha256: str
     # By name of the threshold; empty where there are none, and from earlier versions.
     called_fake: dict[str, int] = field(default_factory=dict)
+    provenance: dict[str, int] = field(default_factory=dict)  # see `count_provenance`
 
 
 def is_finished(run: Run) -> bool:
@@ -257,7 +275,9 @@ def is_finished(run: Run) -> bool:
     path = run.out / "_SUCCESS"
     if (data := read_if_exists(path)) is None:
         return False
-    first = (*run.earlier_identities, run.identity)[0]  # earlier versions did not write it down
+    first = (*run.earlier_identities, run.identities[0])[
+        0
+    ]  # earlier versions did not write it down
     return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
@@ -274,6 +294,17 @@ def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
     remove(run.out / "_files.parquet")
+
+
+def _write_card(run: Run) -> None:
+    """Write the card of the run, unless a person has changed that of an earlier extent."""
+    cards = (
+        encode_card(run.results, run.manifest_folder, files)
+        for files in reversed(run.manifest.list_extents())
+    )
+    path, card = run.out / CARD_NAME, next(cards)
+    if not create_bytes(path, card) and (there := read_bytes(path)) != card and there in cards:
+        write_bytes(path, card)
 
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
@@ -308,9 +339,7 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
         if path.name not in named and FILE_NAME.fullmatch(path.name):
             discard(path)
-    create_bytes(
-        run.out / CARD_NAME, encode_card(run.results, run.manifest_folder, run.manifest.files)
-    )
+    _write_card(run)
     force_names(run)  # of another command that was killed meanwhile
     write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
     finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -19,7 +19,7 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.links import check_links
-from cifake_ray.storage.runs.manifest import FILE_NAME, write_manifest
+from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, write_manifest
 from cifake_ray.storage.runs.run import (
     PRIVATE_PREFIX,
     RESULTS,
@@ -35,7 +35,19 @@ from cifake_ray.storage.runs.settings import check_settings, describe_difference
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
-VERDICT_SETTINGS = ("target_fpr",)  # they decide `is_fake` of a stored p_fake, and nothing else
+# They decide `is_fake` of a stored p_fake, and nothing else.
+VERDICT_SETTINGS = ("target_fpr", "policy")
+
+
+def describe_listing(
+    manifest: Manifest, listing: Listing, counts: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Return what `_run.json` holds of a listing."""
+    return {
+        "manifest": asdict(manifest),
+        "left_out": {reason: n for reason, n in listing.left_out.items() if n},
+        "counts": counts,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +86,7 @@ class RunPlan:
         settings = run.settings | verdicts
         with suppress(RunMismatch):
             check_settings(self.out, settings, self._settings)
-            return settings != run.settings
+            return any(run.settings.get(name) != value for name, value in verdicts.items())
         return False
 
     def change_verdicts(self, run: Run) -> Run:
@@ -90,7 +102,7 @@ class RunPlan:
             "fingerprint": hash_json(self._settings),
             "settings": self._settings,
             "config": self.config,
-            "earlier_identities": [*run.earlier_identities, run.identity],
+            "earlier_identities": [*run.earlier_identities, *run.identities],
         }
         write_json(self.out / "_run.json", record)
         reopen_run(run)
@@ -125,13 +137,7 @@ class RunPlan:
         for note in listing.notes:
             self.log(f"{self.command}: {note}")
         plan = {
-            "manifest": {
-                "num_rows": manifest.num_rows,
-                "size_bytes": manifest.size_bytes,
-                "files": [asdict(file) for file in manifest.files],
-            },
-            "left_out": {reason: n for reason, n in listing.left_out.items() if n},
-            "counts": listing.counts.to_dict(),
+            **describe_listing(manifest, listing, listing.counts.to_dict()),
             "has_private_folders": True,
         }
         claim_folder(self.out, self._settings, self.config, plan)

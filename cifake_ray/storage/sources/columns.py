@@ -12,7 +12,14 @@ import pyarrow as pa
 
 from cifake_ray.config import SourceConfig
 from cifake_ray.core.labels import make_class_names, parse_split, read_folder_name
-from cifake_ray.core.schema import HEADER_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS, SHARD_FIELDS
+from cifake_ray.core.schema import (
+    HEADER_FIELDS,
+    MANIFEST_FIELDS,
+    PROVENANCE_FIELDS,
+    SCORE_FIELDS,
+    SHARD_FIELDS,
+    THUMBNAIL_FIELD,
+)
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath
 
@@ -40,6 +47,7 @@ class ColumnChoice:
     drop: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     class_names: Mapping[str, int] = field(default_factory=make_class_names)
+    reserved: frozenset[str] = frozenset(RESERVED_COLUMNS)
 
     @classmethod
     def from_config(cls, config: SourceConfig) -> ColumnChoice:
@@ -51,6 +59,9 @@ class ColumnChoice:
             drop=config.drop_columns,
             keep=config.keep_column,
             class_names=make_class_names(config.real_name, config.fake_name),
+            reserved=frozenset(RESERVED_COLUMNS)
+            | {field.name for field in PROVENANCE_FIELDS if getattr(config, "provenance", False)}
+            | ({THUMBNAIL_FIELD.name} if getattr(config, "thumbnails", False) else set()),
         )
 
     def check_names(self, names: Iterable[str], place: AnyPath) -> None:
@@ -81,7 +92,7 @@ class ColumnChoice:
                 continue
             if column.name in replaced | {"label", "source"}:  # these: options name others
                 left_out.append(f"{column.name} {REPLACED}")
-            elif column.name in RESERVED_COLUMNS:
+            elif column.name in self.reserved:
                 raise UsageError(
                     f"{place}: the column {column.name!r} has a name that the output uses; rename"
                     f" it, or leave it out with --drop-columns {column.name}"

@@ -105,7 +105,7 @@ def choose_image_column(root: AnyPath, choice: ColumnChoice) -> ImageColumn:
 
 
 def choose_columns(root: AnyPath) -> ColumnChoice:
-    """Return the columns of a data set that train and evaluate read without options.
+    """Return the columns of a data set that `train` reads without options.
 
     UsageError when its images are not in its files.
     """
@@ -130,9 +130,9 @@ def open_tables(
                 left_out["Parquet without images"] += 1
 
 
-def find_splits(root: AnyPath) -> set[str]:
+def find_splits(root: AnyPath, choice: ColumnChoice | None = None) -> set[str]:
     """Return the splits that occur in Parquet files with images."""
-    choice = replace(choose_columns(root), drop=("label", "source"))
+    choice = replace(choice or choose_columns(root), drop=("label", "source"))
     splits: set[str | None] = set()
     for table in open_tables(root, choice):
         splits |= set(table.read_facts(list(range(table.file.num_row_groups))).splits)

@@ -64,7 +64,12 @@ def find_text_suffix(name: str) -> str | None:
     return next((suffix for suffix in TEXT_SUFFIXES if name.endswith(suffix)), None)
 
 
-def open_text_table(path: AnyPath, path_column: str, label_column: str) -> TextTable:
+def open_text_table(
+    path: AnyPath,
+    path_column: str,
+    label_column: str,
+    remedy: str = "name it with --path-column",
+) -> TextTable:
     """Read the header of a list. UsageError when it has no column of paths."""
     with explain_errors(path), open_file(path) as file:
         what = name_container(file.read(HEAD_BYTES))
@@ -86,7 +91,7 @@ def open_text_table(path: AnyPath, path_column: str, label_column: str) -> TextT
         is_header = not any(re.search(rf"{_IMAGE}$", name) for name in names)
         raise UsageError(
             f"{path}: no column {path_column!r}, only {shorten(', '.join(names), 500) or 'none'}; "
-            + ("name it with --path-column" if is_header else "put a line with names before them")
+            + (remedy if is_header else "put a line with names before them")
         )
     return table._replace(names=names)
 

@@ -315,8 +315,12 @@ def test_wrong_inputs_are_named_before_anything_is_written(
         ([pickled, new], 4, "give --allow-pickle"),
         ([BUILT_IN, old], 2, "old.onnx exists; choose another file, or give --overwrite"),
         ([BUILT_IN, "-", "--format", "onnx"], 2, "a detector is written to an .onnx file"),
-        ([BUILT_IN, new, "--columns", "key"], 2, "--columns, --where and - are for scores"),
-        ([BUILT_IN, new, "--where", "key = a"], 2, "--columns, --where and - are for scores"),
+        ([BUILT_IN, new, "--columns", "key"], 2, "--sort, --top and - are for scores"),
+        (
+            [BUILT_IN, new, "--where", "key = a"],
+            2,
+            "--sort, --top and - are for scores",
+        ),
     ]
     for words, code, expected in cases:
         result = run(*words)

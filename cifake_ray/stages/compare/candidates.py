@@ -1,0 +1,113 @@
+"""Read what is compared: the report of an evaluation, scores of labelled images, or a bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cifake_ray.config import StoreConfig
+from cifake_ray.core.schema import FOOTER_KEY
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.stages.batch.summary import BatchSummary, read_summary
+from cifake_ray.stages.evaluate.write_report import MEASURED_FIELDS
+from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.io.files import exists, read_json
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.runs.shards import read_shard
+from cifake_ray.storage.runs.verify import open_finished
+from cifake_ray.storage.s3.location import open_path
+
+
+@dataclass(frozen=True)
+class _Share:
+    value: float | None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    worst_cell: str | None = None
+    worst_accuracy: _Share | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is read of a report's `metrics.json`."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    grid: _Grid | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A report, or a bundle without one."""
+
+    uri: str
+    architecture: str | None
+    image_size: int | None
+    num_views: int = 1  # 2 with test-time flip: the network sees each image twice
+    scored: pa.Table | None = None  # MEASURED_FIELDS of the images with a label and a score
+    summary: BatchSummary | None = None
+    grid: _Grid | None = None
+
+
+def read_candidate(uri: str, store: StoreConfig) -> Candidate:
+    """Return what is known of a report or a bundle. StorageError, UsageError or BundleError."""
+    path = open_path(uri, store)
+    if exists(path / "config.json") or exists(path / "bundle" / "config.json"):
+        info = read_bundle_info(locate_bundle(uri, store))
+        preprocessing = info.preprocessing
+        return Candidate(
+            uri=uri,
+            architecture=info.architecture,
+            image_size=preprocessing.image_size,
+            num_views=1 + preprocessing.test_time_flip,
+        )
+    return _read_report(uri, path)
+
+
+def _read_report(uri: str, path: AnyPath) -> Candidate:
+    run = open_finished(path)
+    if run.command == "convert":
+        raise StorageError(f"{uri} is the output of convert; give that of evaluate, or a bundle")
+    shards = range(run.manifest.num_shards)
+    tables = [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
+    names = [measured.name for measured in MEASURED_FIELDS]
+    table = pa.concat_tables([table.select(names) for table in tables])
+    scored = table.filter(pc.and_(pc.is_null(table["error"]), pc.is_valid(table["label"])))
+    if not scored.num_rows:
+        raise UsageError(f"{uri}: no image has both a label and a score; give labelled images")
+    stored = _Stored()
+    if exists(path / "metrics.json"):
+        try:
+            stored = parse_record(_Stored, read_json(path / "metrics.json"))
+        except ValueError as error:
+            raise StorageError(
+                f"{path / 'metrics.json'}: not the metrics of an evaluation ({error})"
+            ) from error
+    image_size, num_views = _read_input(tables[0].schema)
+    architecture = stored.facts.get("Architecture")
+    return Candidate(
+        uri=uri,
+        architecture=architecture if isinstance(architecture, str) else None,
+        image_size=image_size,
+        num_views=num_views,
+        scored=scored,
+        summary=read_summary(path),
+        grid=stored.grid,
+    )
+
+
+def _read_input(schema: pa.Schema) -> tuple[int | None, int]:
+    """Return image size and views of the detector that made a shard, from its footer."""
+    try:
+        footer = json.loads((schema.metadata or {}).get(FOOTER_KEY, b"{}"))
+        found = json.loads(footer.get("preprocessing", "{}"))
+        size = found["image_size"]
+        return (size if type(size) is int else None), 1 + (found.get("test_time_flip") is True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, 1

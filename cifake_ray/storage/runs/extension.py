@@ -1,0 +1,217 @@
+"""Extend a run: list its source again, and add the keys that are new as new shards.
+
+The manifest is append-only. New files are written beside those that are there, and count once
+`_run.json`, which is replaced in one step, names them. Rows that exist are never touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cifake_ray.core.schema import MANIFEST_FIELDS
+from cifake_ray.errors import UsageError
+from cifake_ray.storage.io.files import discard, write_bytes, write_json
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.manifest import (
+    HashSorter,
+    Manifest,
+    check_unique,
+    read_manifest_shard,
+    write_manifest,
+)
+from cifake_ray.storage.runs.run import Run, is_finished, read_again, read_record, reopen_run
+from cifake_ray.storage.runs.run_plan import RunPlan, describe_listing
+from cifake_ray.storage.sources.source import Listing
+from cifake_ray.version import __version__
+
+CHANGES_NAME = "_changes.parquet"
+STAMP_COLUMNS = ["size_bytes", "mtime_ns", "etag"]
+MAX_EXAMPLES = 3
+
+
+@dataclass
+class Changes:
+    """How a source differs from the listing of a run."""
+
+    out: AnyPath
+    counts: dict[str, int] = field(default_factory=lambda: {"new": 0, "changed": 0, "gone": 0})
+    examples: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        text = f"{self.counts['new']:,} new images"
+        changed, gone = self.counts["changed"], self.counts["gone"]
+        if changed or gone:
+            text += (
+                f"; {changed:,} changed and {gone:,} gone since they were listed"
+                f" ({', '.join(map(repr, self.examples))}"
+                + ", ..." * (changed + gone > len(self.examples))
+                + f"): their rows stay as they are; {self.out / CHANGES_NAME} names them"
+            )
+        return text
+
+
+def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
+    """Add the new keys of the source to a run; it has then not finished.
+
+    A process that loses a race uses the winner's listing. UsageError when the source has other
+    columns than before, or lists a key twice.
+    """
+    listing, changes = plan.list_source(), Changes(run.out)
+    with tempfile.TemporaryFile() as spool:
+        is_new = _compare(listing, run, spool, changes)
+        for note in listing.notes:
+            plan.log(f"{run.command}: {note}")
+        if not changes.counts["new"]:
+            return run, changes
+        added = Listing(
+            _read_new(spool, is_new),
+            left_out=listing.left_out,
+            keeps_order=listing.keeps_order,
+            key_column=listing.key_column,
+        )
+        added.count_rows(describe=False)
+        manifest = write_manifest(
+            run.manifest_folder,
+            secrets.token_hex(4),
+            added,
+            plan.shard_rows,
+            first=run.manifest.num_shards,
+        )
+    whole = Manifest(
+        (*run.manifest.files, *manifest.files),
+        run.manifest.num_rows + manifest.num_rows,
+        run.manifest.size_bytes + manifest.size_bytes,
+    )
+    counts = {
+        name: dict(Counter(run.counts.get(name, {})) + Counter(values))
+        for name, values in added.counts.to_dict().items()
+    }
+    record = read_record(run.out) | describe_listing(whole, added, counts)
+    if is_finished(run):  # no shard has the verdicts of before
+        record["earlier_identities"] = []
+    with _hold(run.out):
+        if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
+            for file in manifest.files:
+                discard(run.manifest_folder / file.name)
+            return there, changes
+        write_json(run.out / "_run.json", record | {"tool_version": __version__})
+    extended = read_again(run.out)
+    if not is_finished(extended):
+        reopen_run(extended)
+    return extended, changes
+
+
+@contextmanager
+def _hold(out: AnyPath) -> Iterator[None]:
+    """Keep other processes from extending a local run meanwhile; stores have no locks."""
+    if not isinstance(out, Path):
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system locks folders
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _compare(listing: Listing, run: Run, spool: IO[bytes], changes: Changes) -> np.ndarray:
+    """Copy a listing to a file, and return which of its rows are new: bool[rows].
+
+    Keys are compared a 64th at a time. What has changed or gone is written to CHANGES_NAME.
+    """
+    num_listed = 0
+    with closing(HashSorter()) as sorter:
+        for shard in range(run.manifest.num_shards):
+            table = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
+            sorter.add(_select_stamps(table, np.full(table.num_rows, -1)))
+        writer = None
+        for batch in listing.batches:
+            if writer is None:
+                _check_columns(run, table.schema, batch.schema)
+                writer = pa.ipc.new_stream(spool, batch.schema)
+            writer.write_batch(batch)
+            places = np.arange(num_listed, num_listed + batch.num_rows)
+            sorter.add(_select_stamps(pa.Table.from_batches([batch]), places))
+            num_listed += batch.num_rows
+        if writer is not None:
+            writer.close()
+        is_new = np.zeros(num_listed, bool)
+        sink = pa.BufferOutputStream()
+        schema = pa.schema([pa.field("key", pa.string()), pa.field("change", pa.string())])
+        with pq.ParquetWriter(sink, schema, compression="zstd") as differences:
+            for table in sorter.drain_all():
+                is_listed = pc.greater_equal(table.column("place"), 0)
+                old, new = table.filter(pc.invert(is_listed)), table.filter(is_listed)
+                check_unique(new, listing.key_column)
+                before = pc.index_in(new.column("key"), old.column("key"))
+                is_new[new.column("place").filter(pc.is_null(before)).to_numpy()] = True
+                found = {
+                    "changed": _find_changed(old, new, before),
+                    "gone": old.column("key").filter(
+                        pc.invert(pc.is_in(old.column("key"), new.column("key")))
+                    ),
+                }
+                for change, keys in found.items():
+                    changes.counts[change] += len(keys)
+                    room = MAX_EXAMPLES - len(changes.examples)
+                    changes.examples += keys.slice(0, room).to_pylist()
+                    rows = [keys, pa.repeat(change, len(keys))]
+                    differences.write_table(pa.table(rows, schema=schema))
+    changes.counts["new"] = int(is_new.sum())
+    write_bytes(run.out / CHANGES_NAME, sink.getvalue().to_pybytes())
+    return is_new
+
+
+def _select_stamps(table: pa.Table, places: np.ndarray) -> pa.RecordBatch:
+    stamps = table.select(["key", *STAMP_COLUMNS]).append_column("place", pa.array(places))
+    return stamps.combine_chunks().to_batches()[0]
+
+
+def _find_changed(old: pa.Table, new: pa.Table, before: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the keys whose size, time or etag is another, where both listings know it."""
+    was_there = pc.is_valid(before)
+    now = new.filter(was_there)
+    then = old.take(before.filter(was_there))
+    differs = pa.array(np.zeros(len(now), bool))
+    for name in STAMP_COLUMNS:
+        other = pc.fill_null(pc.not_equal(now.column(name), then.column(name)), False)
+        differs = pc.or_(differs, other)
+    return now.column("key").filter(differs)
+
+
+def _check_columns(run: Run, before: pa.Schema, now: pa.Schema) -> None:
+    """Raise UsageError when the source has other columns of its own than when it was listed."""
+    known = {column.name for column in MANIFEST_FIELDS}
+    old, new = ({(f.name, str(f.type)) for f in s if f.name not in known} for s in (before, now))
+    if old != new:
+        names = ", ".join(f"{name} ({kind})" for name, kind in sorted(old ^ new))
+        raise UsageError(
+            f"{run.out}: the source has other columns than when it was first listed ({names});"
+            " give it the same ones, or choose a new output folder"
+        )
+
+
+def _read_new(spool: IO[bytes], is_new: np.ndarray) -> Iterator[pa.RecordBatch]:
+    spool.seek(0)
+    start = 0
+    for batch in pa.ipc.open_stream(spool):
+        chosen = batch.filter(pa.array(is_new[start : start + batch.num_rows]))
+        start += batch.num_rows
+        if chosen.num_rows:
+            yield chosen
