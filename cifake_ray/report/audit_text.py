@@ -114,8 +114,8 @@ def _judge_combined(findings: Mapping[str, Any], config: AuditConfig) -> list[Ve
         found = Verdict(
             "zero-pixel null",
             NOTE,
-            f"Sizes in bytes differ, {_format_auroc(size)}, in files that are encoded alike: the"
-            " images of one class are smoother.",
+            f"Sizes in bytes differ, {_format_auroc(size)}, in files whose headers are alike: they"
+            " follow from the pixels, or from how hard an encoder worked.",
             [],
         )
     else:
