@@ -95,7 +95,7 @@ def _judge_leaks(findings: Mapping[str, Any], config: AuditConfig) -> list[Verdi
             kept = f"{matched[trait]:,} of {findings['images']:,} images stay"
             remedies.append(f"{_convert(config, match=(trait,))}  # {kept}")
         typical = findings["typical"][name]
-        text = f"{text}: most often {typical['REAL']} of REAL, {typical['FAKE']} of FAKE."
+        text = f"{text}: REAL is most often {typical['REAL']}, FAKE {typical['FAKE']}."
         verdicts.append(Verdict(name, LEAK, text, remedies))
     return [*verdicts, *_judge_combined(findings, config)]
 
