@@ -26,6 +26,7 @@ from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, name_
 from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tables
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
+MAX_RATIOS = 1000  # from which a temperature is computed
 MAX_P_FAKE_GAP = 0.02  # of a p_fake, rounded perhaps, from the sigmoid of its logit
 
 
@@ -111,11 +112,14 @@ def find_temperature(source: Source) -> float:
     logits, p_fake = (
         np.concatenate(parts).astype(np.float64) for parts in zip(*columns, strict=True)
     )
-    is_clear = (p_fake > 0.01) & (p_fake < 0.99) & (np.abs(logits) > 0.05) & (p_fake != 0.5)
-    ratios = logits[is_clear] / logit(p_fake[is_clear])
-    temperature = float(np.median(ratios)) if len(ratios) else 1.0
+    has_score = ~np.isnan(p_fake)
+    logits, p_fake = logits[has_score], p_fake[has_score]
+    sharpness = p_fake * (1 - p_fake) * np.abs(logits)  # how little rounding of p_fake matters
+    clear = np.argsort(-sharpness)[:MAX_RATIOS]
+    clear = clear[sharpness[clear] > 0]
+    temperature = float(np.median(logits[clear] / logit(p_fake[clear]))) if len(clear) else 1.0
     gap = np.abs(expit(logits / temperature) - p_fake) if temperature > 0 else np.ones(1)
-    if np.nanmax(gap, initial=0.0) > MAX_P_FAKE_GAP:
+    if np.max(gap, initial=0.0) > MAX_P_FAKE_GAP:
         raise UsageError(
             "p_fake is not the sigmoid of logit / T for any T, so the two columns are not of one"
             " detector; leave one out with --drop-columns logit or --drop-columns p_fake"
