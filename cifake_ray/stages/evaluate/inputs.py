@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +11,12 @@ from scipy.special import expit, logit
 
 from cifake_ray.config import EvaluateConfig, TrainConfig
 from cifake_ray.core.labels import parse_split
-from cifake_ray.errors import NothingToDo, RunMismatch, UsageError
-from cifake_ray.stages.batch.summary import read_summary
+from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.datasets.training_set import read_training_rows
-from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.files import exists, is_file, read_json
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import OtherVerb, read_record, read_run
 from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
@@ -30,6 +30,13 @@ MAX_RATIOS = 1000  # from which a temperature is computed
 MAX_P_FAKE_GAP = 0.02  # of a p_fake, rounded perhaps, from the sigmoid of its logit
 
 
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of the `_SUCCESS` of a run that has scored."""
+
+    threshold: float | None = None
+
+
 def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, float] | None:
     """Return the scores that a path holds, and from which p_fake they call an image FAKE."""
     if not is_file(place) and exists(place / "_run.json"):
@@ -40,7 +47,7 @@ def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, fl
         if run is None or run.command == "convert":
             return None
         files = tuple(place / row["name"] for row in read_files(open_finished(place)))
-        threshold = read_summary(place).threshold
+        threshold = parse_record(_Summary, read_json(place / "_SUCCESS")).threshold
         return ScoreTables(place, files, is_ours=True), 0.5 if threshold is None else threshold
     choice = ColumnChoice.from_config(config.source)
     if config.source_kind != "auto":
@@ -138,7 +145,7 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         names = ("val_fraction", "val_split", "test_fraction", "exclude_source")
         options = {name: found[name] for name in names if name in found}
         options["exclude_source"] = tuple(options.get("exclude_source", ()))
-    except (RunMismatch, KeyError) as error:
+    except (RunMismatch, StorageError, KeyError) as error:
         raise UsageError(
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"
         ) from error
