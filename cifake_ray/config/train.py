@@ -80,7 +80,8 @@ class TrainConfig(ClusterConfig):
     augment: Annotated[
         str | Augmentation,
         Doc(
-            "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
+            "Augmentation: none, flip, shift, seed, strong, robust, a YAML file of steps, or"
+            " {step: value}"
         ),
     ] = "flip"
     monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
