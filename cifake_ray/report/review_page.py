@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -46,8 +46,11 @@ class Picture:
         return Markup("data:image/webp;base64,") + base64.b64encode(self.data or b"").decode()
 
 
-def choose_groups(summary: ScoreSummary) -> list[Group]:
-    """Return what there is to look at: most worth looking at first."""
+def choose_groups(summary: ScoreSummary, max_rows: int) -> list[Group]:
+    """Return what there is to look at, most worth looking at first, at most so many in all.
+
+    No group gets more while another has rows left.
+    """
     near = "Nearest to the threshold, of each source in turn."
     groups = [Group("Uncertain", "", near, summary.uncertain.interleave())]
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
@@ -61,7 +64,10 @@ def choose_groups(summary: ScoreSummary) -> list[Group]:
         heading = f"p_fake {BAND_EDGES[band]:g} to {BAND_EDGES[band + 1]:g}"
         note = f"At random of {summary.band_counts[band]:,}."
         groups.append(Group("By score", heading, note, summary.bands.list_rows(band)))
-    return [group for group in groups if group.rows]
+    most = max(len(group.rows) for group in groups)
+    while sum(min(len(group.rows), most) for group in groups) > max_rows:
+        most -= 1
+    return [replace(group, rows=group.rows[:most]) for group in groups if group.rows[:most]]
 
 
 def draw_histograms(

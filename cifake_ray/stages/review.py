@@ -30,7 +30,7 @@ from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.shards import read_shard
 
-MAX_GROUPS = 10  # that share the images of a page
+MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
 MAX_READ_S = 60.0  # for all images: a store may answer slowly, or not at all
 MAX_IMAGE_BYTES = 24 * 2**10  # of a thumbnail
 MAX_PAGE_IMAGE_BYTES = 5 * 2**20  # of all: a page grows by a third more, in base64
@@ -55,8 +55,8 @@ def review_scores(
     scores = open_scores(folder)
     bundle = _find_bundle(scores, config, log)
     domain = bundle.domain if bundle else None
-    summary = summarise_scores(scores, domain, decisions, config.images // MAX_GROUPS)
-    groups = choose_groups(summary)
+    summary = summarise_scores(scores, domain, decisions, -(-config.images // MIN_GROUPS))
+    groups = choose_groups(summary, config.images)
     pictures = read_pictures(scores, groups, config, log)
     finished = read_json(folder / "_SUCCESS")
     page = render_review(

@@ -21,6 +21,7 @@ from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 BAND_EDGES = np.array([0, 0.01, 0.1, 0.5, 0.9, 0.99, 1])  # of p_fake; sheets show a sample of each
 MAX_SOURCES = 1000  # counted apart; the others are counted together
 MAX_STRATA = 100  # sources that have a share of the uncertain ones of their own
+MAX_UNCERTAIN = 200  # of a source, and in all
 MAX_ERROR_KEYS = 5
 UNSURE_FIRST = 1e6  # a margin, in log-odds, that no p_fake has
 COUNTED = ("images", "scored", "called_fake", "labelled", "wrong")  # of a source
@@ -127,7 +128,7 @@ class ScoreSummary:
         self.histograms = np.zeros((MAX_SOURCES + 1, NUM_HISTOGRAM_BINS), np.int64)
         self.band_counts = np.zeros(len(BAND_EDGES) - 1, np.int64)
         self.bands = BestRows(self.per_group, len(self.band_counts))
-        self.uncertain = BestRows(self.per_group, MAX_STRATA + 1)
+        self.uncertain = BestRows(min(self.per_group, MAX_UNCERTAIN), MAX_STRATA + 1)
         self.mistakes = BestRows(self.per_group, 2)  # by label, the most confident first
         self.unlike_rows = BestRows(self.per_group, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,7 @@ def test_selections_are_the_best_of_all_rows() -> None:
     assert [shown.row["key"] for shown in summary.mistakes.list_rows(0)] == [
         r["key"] for r in worst
     ]
-    for band, (low, high) in enumerate(zip(BAND_EDGES, BAND_EDGES[1:], strict=False)):
+    for band, (low, high) in enumerate(pairwise(BAND_EDGES)):
         rows = summary.bands.list_rows(band)
         inside = [r for r in scored if low <= r["p_fake"] < high or r["p_fake"] == high == 1]
         assert len(rows) == min(7, len(inside)) == len({shown.row["key"] for shown in rows})
