@@ -168,6 +168,6 @@ def _name_source(name: str | None) -> str:
 
 def _describe_row(row: Row) -> str:
     """Return label, source, size and format of a row, such as `REAL, coco, 640 x 480 JPEG`."""
-    label = None if row["label"] is None else LABEL_NAMES[row["label"]]
+    label = dict(enumerate(LABEL_NAMES)).get(row["label"])
     size = f"{row['width']} x {row['height']} {row['format']}"
     return ", ".join(text for text in (label, row["source"], size) if text)

@@ -275,3 +275,18 @@ def test_thumbnails_of_score_need_no_source(images: Path, tmp_path: Path) -> Non
     file = tmp_path / "all.csv"
     export_scores(tmp_path / "kept", file, ExportConfig(src="kept", file=str(file)))
     assert "thumbnail" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label", 9), ("width", None), ("p_fake", -7.0), ("p_fake", float("nan")), ("is_fake", None)],
+)
+def test_columns_may_hold_anything(scores: Path, name: str, value: object) -> None:
+    path = scores / "scores" / "part-00000.parquet"
+    rows = pq.read_table(path)
+    field = rows.schema.field(name)
+    column = pa.array([value] * len(rows), field.type)
+    index = rows.schema.get_field_index(name)
+    pq.write_table(rows.set_column(index, field, column), path)
+    _, page = review(scores, images=50)
+    assert "called FAKE" in page

@@ -173,7 +173,10 @@ class ScoreSummary:
         margin[is_settled[mask]] = np.inf  # a person has looked at it
         self.uncertain.add(shard, shown, np.minimum(codes[mask], MAX_STRATA), margin)
         if self.find_unlike is not None:
-            unlike = {name: mask.to_numpy() for name, mask in self.find_unlike(scored).items()}
+            unlike = {
+                name: mask.fill_null(False).to_numpy()
+                for name, mask in self.find_unlike(scored).items()
+            }
             self.unlike.update({name: int(mask.sum()) for name, mask in unlike.items()})
             one = np.zeros(len(p_fake), np.int64)
             self.unlike_rows.add(shard, shown, one, np.where(unlike["any"], random, np.inf))
@@ -212,8 +215,8 @@ class ScoreSummary:
 
     def _count_sources(self, codes: np.ndarray, scored_codes: np.ndarray, scored: pa.Table) -> None:
         p_fake = scored.column("p_fake").to_numpy()
-        bins = np.minimum((p_fake * NUM_HISTOGRAM_BINS).astype(np.int64), NUM_HISTOGRAM_BINS - 1)
-        np.add.at(self.histograms, (scored_codes, bins), 1)
+        bins = np.nan_to_num(p_fake * NUM_HISTOGRAM_BINS).clip(0, NUM_HISTOGRAM_BINS - 1)
+        np.add.at(self.histograms, (scored_codes, bins.astype(np.int64)), 1)
         self._count("images", codes)
         self._count("scored", scored_codes)
 
@@ -234,7 +237,7 @@ class ScoreSummary:
         np.add.at(self.confusion, (label[is_labelled], is_fake[is_labelled].astype(np.int64)), 1)
         confidence = np.where(label == REAL, -p_fake, p_fake)  # the worst first
         self.mistakes.add(
-            shard, shown, np.maximum(label, 0), np.where(is_wrong, confidence, np.inf)
+            shard, shown, np.clip(label, REAL, FAKE), np.where(is_wrong, confidence, np.inf)
         )
         for name, mask in (
             ("called_fake", is_fake),
