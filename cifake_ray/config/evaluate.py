@@ -46,6 +46,10 @@ class EvaluateConfig(ImagesConfig, BundleConfig):
             "Measure under perturbations too: default, a YAML file of cells, or {cell: {jpeg: 75}}"
         ),
     ] = None
+    gradient_maps: Annotated[
+        bool,
+        Doc("Show which pixels moved the scores of the worst and the uncertain images"),
+    ] = False
     num_bootstrap: Annotated[int, Doc("Bootstrap resamples for the 95% intervals")] = 1000
 
     def __post_init__(self) -> None:

@@ -28,7 +28,6 @@ Metrics = Mapping[str, Any]
 COLOURS = {"REAL": "#0072B2", "FAKE": "#D55E00"}
 BEFORE = "#009E73"  # green: before calibration
 INK, MUTED, GRID = "#1a1a1a", "#5a5a5a", "#d9d9d9"
-MAX_SLICES = 40  # bars; more would be unreadable
 WIDTH = 5.0  # inches, 360 units of SVG: a letter of 10 is 10 pixels high on a telephone
 
 
@@ -36,12 +35,11 @@ def draw_figures(
     metrics: Metrics,
     *,
     history: Sequence[Mapping[str, Any]] = (),
-    slices: Mapping[str, Metrics] | None = None,
 ) -> dict[str, bytes]:
     """Draw every figure the numbers allow: file stem -> SVG, in the order of the report.
 
-    `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`. The ROC
-    needs both classes; learning curves need at least one epoch.
+    `metrics` are from `core.evaluation.metrics.compute_metrics`. The ROC needs both classes;
+    learning curves need at least one epoch.
     """
     figures = {}
     if metrics["roc_points"]:
@@ -52,8 +50,6 @@ def draw_figures(
     if history:
         figures["loss"] = draw_loss(history)
         figures["accuracy"] = draw_accuracy(history)
-    if slices:
-        figures["slices"] = draw_slices(slices)
     return figures
 
 
@@ -181,29 +177,6 @@ def draw_accuracy(history: Sequence[Mapping[str, Any]]) -> bytes:
         best, epoch = max((value, -epoch) for epoch, value in points)
         axes.set_title(f"Accuracy on validation: best {best:.2%}, epoch {-epoch:g}")
         axes.axhline(best, color=MUTED, linestyle=":", linewidth=1.2)
-    return encode_figure(figure)
-
-
-def draw_slices(slices: Mapping[str, Metrics]) -> bytes:
-    """Draw accuracy at 0.5 per slice with Wilson intervals, lowest first, at most MAX_SLICES."""
-    ordered = sorted(slices.items(), key=lambda item: (item[1]["accuracy"]["value"], item[0]))
-    shown = ordered[:MAX_SLICES]
-    figure, (axes,) = new_figure(height=1.2 + 0.3 * len(shown))
-    accuracies = [metrics["accuracy"] for _, metrics in shown]
-    values = [accuracy["value"] for accuracy in accuracies]
-    below = [accuracy["value"] - accuracy["low"] for accuracy in accuracies]
-    above = [accuracy["high"] - accuracy["value"] for accuracy in accuracies]
-    names = [f"{shorten(name)} ({_format_count(m['num_images'])})" for name, m in shown]
-    positions = range(len(shown))
-    axes.errorbar(values, positions, xerr=[below, above], fmt="o", color=INK, capsize=3)
-    # parse_math off: a folder called $x$ is a name, not a formula.
-    axes.set_yticks(positions, names, fontsize=9, parse_math=False)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.0)
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    which = "" if len(shown) == len(ordered) else f", the lowest {len(shown)} of {len(ordered)}"
-    axes.set_title(f"Accuracy per source (images){which}")
     return encode_figure(figure)
 
 

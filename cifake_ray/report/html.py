@@ -16,11 +16,18 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.core.schema import LABEL_NAMES
+from cifake_ray.report.evaluation import (
+    describe_verdict,
+    list_headlines,
+    list_measures,
+    list_operating_points,
+    split_slices,
+)
 from cifake_ray.report.grid import GRID_CAPTIONS, describe_grid, list_grid_rows
 from cifake_ray.report.numbers import format_interval, format_share
+from cifake_ray.report.slices_text import describe_floor, describe_worst, find_worst_source
 from cifake_ray.report.svg import inline_svg
-from cifake_ray.report.text import BLOCKS, KEY_METRICS, describe_result, list_decisions
 
 # Captions and alt texts, by the names of figures.draw_figures.
 CAPTIONS = {
@@ -33,66 +40,87 @@ CAPTIONS = {
     ),
     "loss": "Loss while the detector was trained, on its own images, not those of this report.",
     "accuracy": "Accuracy while the detector was trained, on its own validation images.",
-    "slices": "Accuracy at 0.5 per source with 95% intervals, lowest first.",
 }
+SMALL_SIDE = 64  # pixels: smaller images are enlarged without smoothing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mistake:
-    """A misclassified image, for the contact sheet."""
+class Example:
+    """An image to look at, and what is known of it."""
 
     key: str  # any text; shown escaped, control characters spelled out
-    label: int  # REAL or FAKE
     p_fake: float  # in [0, 1]
-    png: bytes  # the encoded thumbnail; small ones are enlarged without smoothing
+    image: bytes  # PNG or WebP, perhaps smaller than the original
+    width: int  # of the original, as the height
+    height: int
+    format: str | None = None
+    jpeg_quality: int | None = None
+    label: int | None = None  # REAL or FAKE
+    source: str | None = None
+    gradient_map: bytes | None = None  # PNG
+
+    @property
+    def verdict(self) -> str:
+        """What it is, if known, and what it is called at 0.5."""
+        called = f"called {LABEL_NAMES[self.p_fake >= 0.5]}"
+        return called if self.label is None else f"{LABEL_NAMES[self.label]}, {called}"
+
+    @property
+    def description(self) -> str:
+        quality = f" {self.jpeg_quality}" if self.jpeg_quality else ""
+        size = f"{self.width:,} x {self.height:,}"
+        return f"{size} {self.format or ''}{quality}".strip()
+
+    @property
+    def is_small(self) -> bool:
+        return max(self.width, self.height) <= SMALL_SIDE
 
 
 def render_report(
     *,
     title: str,
+    context: Mapping[str, str],
+    warnings: Sequence[str],
     metrics: Mapping[str, Any],
     figures: Mapping[str, bytes],
-    mistakes: Sequence[Mistake],
+    examples: Mapping[str, Sequence[Example]],
     facts: Mapping[str, str],
     errors: Mapping[str, int],
-    slices: Mapping[str, Mapping[str, Any]] | None = None,
-    unlike: str = "",
-    grid: Mapping[str, Any] | None = None,
     grid_figures: Mapping[str, bytes] | None = None,
 ) -> str:
     """Return the page as text, to be written as UTF-8.
 
-    `metrics` and the values of `slices` are from `core.evaluation.metrics.compute_metrics`,
-    `figures` (file stem -> SVG) from `figures.draw_figures`; `errors` counts images without a score
-    by error class; `facts` (name -> value) are needed to reproduce the numbers; `unlike` says how
-    many images are unlike those that the detector was trained on. `grid` is from
-    `core.evaluation.grid.measure_grid`, its figures from `grid.draw_grid_figures`.
+    `context` (name -> value) says which detector measured what, `warnings` why its numbers may not
+    be believed. `metrics` are those of `metrics.json`; `figures` (file stem -> SVG) are from
+    `figures.draw_figures`, those of a grid from `grid.draw_grid_figures`. `examples` are by
+    heading, `errors` counts images without a score by error class, and `facts` are needed to
+    reproduce the numbers.
     """
-    groups = []
-    for label, called in ((REAL, FAKE), (FAKE, REAL)):
-        # The most confident mistakes first.
-        chosen = [mistake for mistake in mistakes if mistake.label == label]
-        chosen.sort(key=lambda mistake: (mistake.p_fake, mistake.key), reverse=label == REAL)
-        groups.append((f"{LABEL_NAMES[label]} called {LABEL_NAMES[called]}", chosen))
     return render_page(
         "report.html.j2",
         title=title,
-        sentence=describe_result(metrics),
+        sentence=describe_verdict(metrics),
+        context=context,
+        warnings=warnings,
+        remarks=[
+            describe_worst(find_worst_source(metrics["slices"])),
+            describe_floor(metrics["real_vs_real"]),
+        ],
         metrics=metrics,
-        key_metrics=KEY_METRICS,
-        blocks=BLOCKS,
-        label_names=LABEL_NAMES,
-        decisions=list_decisions(metrics),
+        headlines=list_headlines(metrics),
+        measures=list_measures(metrics),
+        points=list_operating_points(metrics),
         figures=figures,
         captions=CAPTIONS | GRID_CAPTIONS,
-        slices=slices or {},
-        unlike=unlike,
-        grid=grid,
+        slices=split_slices(metrics["slices"]),
+        floor=metrics["real_vs_real"],
+        grid=metrics.get("grid"),
         grid_figures=grid_figures or {},
         describe_grid=describe_grid,
         list_grid_rows=list_grid_rows,
         errors={name: count for name, count in errors.items() if count},
-        groups=groups,
+        examples=examples,
+        has_maps=any(e.gradient_map for chosen in examples.values() for e in chosen),
         facts=facts,
         format_interval=format_interval,
         format_share=format_share,
@@ -110,7 +138,7 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "encode_png": _encode_png,
+        "encode_image": _encode_image,
         "find_headings": _find_headings,
         "inline_svg": lambda svg, title: inline_svg(svg, _spell_out(title)),
     }
@@ -140,5 +168,6 @@ def _spell_out(value: Any) -> Any:
     )
 
 
-def _encode_png(png: bytes) -> Markup:
-    return Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii")
+def _encode_image(image: bytes) -> Markup:
+    kind = "png" if image.startswith(b"\x89PNG") else "webp"
+    return Markup(f"data:image/{kind};base64,") + base64.b64encode(image).decode("ascii")

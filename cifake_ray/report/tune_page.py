@@ -23,15 +23,16 @@ from cifake_ray.report.tune_text import describe_end, sort_trials
 
 BEST = COLOURS["FAKE"]
 ROW_HEIGHT = 0.32  # inches per bar
-TOO_FEW_TRIALS = f"Option importance needs {MIN_TRIALS} trials with different results."
+MIN_SHARE = 0.03  # of the importance: an option below it did not matter
+MAX_OPTIONS = 6  # that are shown as having mattered
+TOO_FEW_TRIALS = f"Which options mattered needs {MIN_TRIALS} trials with different results."
 
 CAPTIONS = {
     "objective": "Each trial over its epochs; the best is thick, stopped trials end early.",
-    "parallel": "Options of each trial: the better, the darker; the best is thick.",
+    "parallel": "What mattered, in each trial: the better, the darker; the best is thick.",
     "importance": (
         "Effect of each option on the objective: permutation importance of a random forest."
     ),
-    "ends": "How trials ended.",
 }
 
 
@@ -47,44 +48,54 @@ def render_tune_page(
     `rows` are from `core.search.trial_table.to_row`, `histories` maps a trial's number to its
     epochs, `summary` is that of the stage.
     """
-    objective = summary["objective"]
+    objective, best_trial = summary["objective"], summary["best_trial"]
     names = list(summary["chosen"])
+    varied = [name for name in names if len({str(row[name]) for row in rows}) > 1]
     importance = measure_importance(rows, names, objective)
-    figures = {"objective": draw_objective(histories, objective, summary["best_trial"])}
-    if any(row[objective] is not None for row in rows):
-        figures["parallel"] = draw_parallel(rows, names, objective, summary["best_trial"])
-    if importance:
+    mattered = [name for name, share in importance.items() if share >= MIN_SHARE][:MAX_OPTIONS]
+    figures = {"objective": draw_objective(histories, objective, best_trial)}
+    if mattered:
         figures["importance"] = draw_bars(importance, "Share of the importance")
+        figures["parallel"] = draw_parallel(rows, mattered, objective, best_trial)
     ends = Counter(describe_end(row) for row in rows)
-    figures["ends"] = draw_bars(dict(ends.most_common()), "Trials")
     saved = 1 - summary["epochs"] / summary["epochs_planned"]
     best = f"{summary['best']:.4f}"
+    ordered = [
+        {**row, "state": describe_end(row), "values": {n: format_value(row[n]) for n in varied}}
+        for row in sort_trials(rows, objective)
+    ]
     return render_page(
         "tuning.html.j2",
-        title="Search",
-        sentence=f"The best of {len(rows)} trials is trial {summary['best_trial']}:"
+        title=f"Search {summary['out'].rstrip('/').rpartition('/')[2]}",
+        sentence=f"The best of {len(rows)} trials is trial {best_trial}:"
         f" {objective} {best}{_describe_baseline(summary)}.",
         cards={
-            objective: (best, f"trial {summary['best_trial']}{_format_interval(summary)}"),
+            objective: (best, f"trial {best_trial}{_format_interval(summary)}"),
             "Trials": (f"{len(rows)}", f"{len(names)} options searched"),
             "Epochs trained": (
                 f"{summary['epochs']:,}",
                 f"of {summary['epochs_planned']:,}, {format_share(saved)} saved by stopping early",
             ),
-            "Optimiser steps": (f"{summary['steps']:,}", "of all trials"),
         },
+        ends=", ".join(f"{count:,} {end}" for end, count in ends.most_common()),
         figures=figures,
         captions=CAPTIONS,
         note="" if importance else TOO_FEW_TRIALS,
         objective=objective,
-        names=names,
-        rows=[
-            {**row, "state": describe_end(row), "values": [format_value(row[n]) for n in names]}
-            for row in sort_trials(rows, objective)
-        ],
-        best_trial=summary["best_trial"],
+        # A few trials fit side by side with all of their options; of many, what mattered.
+        is_small=len(rows) < MIN_TRIALS,
+        names=mattered or varied,
+        varied=varied,
+        fixed={n: format_value(rows[0][n]) for n in names if n not in varied} if rows else {},
+        rows=ordered,
+        best_trial=best_trial,
         recipe=recipe,
-        facts={"Command": command, "Bundle": summary["bundle"], "Recipe": summary["recipe"]},
+        facts={
+            "Command": command,
+            "Bundle": summary["bundle"],
+            "Recipe": summary["recipe"],
+            "Optimiser steps": f"{summary['steps']:,}",
+        },
     )
 
 

@@ -4,6 +4,7 @@ import io
 import re
 from html import unescape
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,8 +16,9 @@ from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
+from cifake_ray.report.evaluation import describe_verdict, split_slices
 from cifake_ray.report.figures import INK, draw_figures
-from cifake_ray.report.html import Mistake, render_report
+from cifake_ray.report.html import Example, render_report
 from cifake_ray.report.svg import inline_svg
 from cifake_ray.report.text import (
     describe_domain,
@@ -40,11 +42,25 @@ def make_metrics(num: int = 200, only: int | None = None):
     rng = np.random.default_rng(0)
     label = rng.integers(0, 2, num) if only is None else np.full(num, only)
     logit = rng.normal(2.0 * label - 1, 1).astype(np.float32)
-    return compute_metrics(logit, label, temperature=1.2, threshold=0.6, num_bootstrap=20)
+    rest: Any = {"operating_points": {}, "slices": {}, "real_vs_real": None}
+    return rest | compute_metrics(logit, label, temperature=1.2, threshold=0.6, num_bootstrap=20)
 
 
-def make_slice(metrics):
-    return metrics | {"accuracy_at_threshold": metrics["at_threshold"]["accuracy"]}
+def make_slice(metrics, value: str, label: str = "both", is_small: bool = False):
+    return {
+        **metrics,
+        "value": value,
+        "label": label,
+        "is_small": is_small,
+        "ranked_real": 100,
+        "ranked_fake": 9,
+        "accuracy_at_threshold": metrics["at_threshold"]["accuracy"],
+    }
+
+
+def make_example(key: str, label: int = REAL, p_fake: float = 0.9, **facts: Any) -> Example:
+    sizes = {"width": 32, "height": 32, "image": encode_thumbnail()}
+    return Example(key=key, label=label, p_fake=p_fake, **(sizes | facts))
 
 
 @pytest.fixture(scope="module")
@@ -53,32 +69,40 @@ def metrics():
 
 
 @pytest.fixture(scope="module")
-def slices(metrics):
-    both = (("source=<b>sd</b>", metrics), (ONLY_REAL, make_metrics(30, only=REAL)))
-    return {name: make_slice(found) for name, found in both}
+def drawn(metrics):
+    return draw_figures(metrics, history=HISTORY)
 
 
 @pytest.fixture(scope="module")
-def drawn(metrics, slices):
-    return draw_figures(metrics, history=HISTORY, slices=slices)
-
-
-@pytest.fixture(scope="module")
-def page(metrics, slices, drawn):
-    png = encode_thumbnail()
+def page(metrics, drawn):
+    auroc = {"value": 0.61, "low": 0.5, "high": 0.7}
+    pair = {"higher": "<b>cat", "lower": "dog", "num_higher": 40, "num_lower": 30, "auroc": auroc}
+    slices = [
+        make_slice(metrics, "source=<b>sd</b>", "FAKE"),
+        make_slice(make_metrics(30, only=REAL), ONLY_REAL, "REAL", is_small=True),
+    ]
+    points = {"fpr_0.01": {"threshold": 0.9, "confusion": [[96, 2], [50, 52]]}}
     return render_report(
         title="Report of <i>x</i>",
-        metrics=metrics,
+        context={"Detector": "small_cnn <u>"},
+        warnings=["9 of 9 images are <unlike> those"],
+        metrics=metrics
+        | {
+            "operating_points": points,
+            "slices": {"source": slices},
+            "real_vs_real": {"auroc": auroc, "pairs": [pair]},
+        },
         figures=drawn,
-        mistakes=[
-            Mistake(key="dull.png", label=REAL, p_fake=0.7, png=png),
-            Mistake(key=HOSTILE_KEY, label=REAL, p_fake=0.99, png=png),
-            Mistake(key=LONG_KEY, label=FAKE, p_fake=0.01, png=png),
-            Mistake(key="\u202egpj.exe \udc80", label=FAKE, p_fake=0.2, png=png),
-        ],
+        examples={
+            "Worst": [
+                make_example(HOSTILE_KEY, p_fake=0.99, source="<b>sd", format="<PNG>"),
+                make_example(LONG_KEY, FAKE, 0.01, width=640, format="JPEG", jpeg_quality=75),
+                make_example("\u202egpj.exe \udc80", gradient_map=encode_thumbnail()),
+            ],
+            "Random": [],
+        },
         facts={"command": "cifake-ray evaluate 'a\"b' --out <o>", "version": "0.1"},
         errors={"truncated": 3, "empty": 0, "bad_key": 1200},
-        slices=slices,
     )
 
 
@@ -116,6 +140,7 @@ HOSTILE = [
 ]
 
 
+FILES = ("metrics.json", "slices.csv", "predictions/", "figures/")  # beside the page
 SVG_TAGS = {*["svg", "title", "defs", "clippath", "g", "path", "rect", "use", "text", "tspan"]}
 
 
@@ -146,18 +171,22 @@ class Elements(HTMLParser):
 
 def test_nothing_that_others_named_becomes_an_element(metrics):
     """The same elements with hostile names as with harmless ones, wherever a name can stand."""
-    png, svg = encode_thumbnail(), figures.draw_slices(dict.fromkeys(HOSTILE, metrics))
+    figure = draw_figures(metrics)["roc"]
 
     def render(names: list[str]) -> Elements:
         return Elements(
             render_report(
                 title=names[0],
-                metrics=metrics,
-                figures=dict.fromkeys(names, svg),
-                mistakes=[Mistake(key=name, label=REAL, p_fake=0.9, png=png) for name in names],
+                context={f"{name}.": name for name in names},
+                warnings=names,
+                metrics=metrics
+                | {"slices": {names[0]: [make_slice(metrics, name) for name in names]}},
+                figures=dict.fromkeys(names, figure),
+                examples={
+                    names[0]: [make_example(name, source=name, format=name) for name in names]
+                },
                 facts={f"{name}.": name for name in names},
                 errors=dict.fromkeys(names, 1),
-                slices=dict.fromkeys(names, make_slice(metrics)),
             )
         )
 
@@ -175,7 +204,7 @@ def test_nothing_that_others_named_becomes_an_element(metrics):
         assert not any(name.startswith("on") for name in attributes)
         assert "style" not in attributes
         for name in {"src", "href", "action"} & set(attributes):
-            assert str(attributes[name]).startswith(("data:image/png;base64,", "#"))
+            assert str(attributes[name]).startswith(("data:image/png;base64,", "#", *FILES))
 
 
 def test_the_policy_of_the_page_allows_its_own_style_and_images_and_nothing_else(page):
@@ -199,37 +228,70 @@ def test_the_policy_of_the_page_allows_its_own_style_and_images_and_nothing_else
 def test_page_asks_for_nothing_outside_itself(page):
     sources = re.findall(r"""(?:src|href|action|srcset)\s*=\s*["']?([^"'> ]{0,30})""", page)
     assert sources
-    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert all(source.startswith(("data:image/png;base64,", "#", *FILES)) for source in sources)
     style = page[page.index("<style>") : page.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
     assert "://" not in page
 
 
-def test_page_has_its_parts_in_order(page, metrics):
-    headings = re.findall(r"<h[23][^>]*>([^<]+)</h", page)
-    assert headings == [
+def test_page_has_its_parts_in_order_and_lists_them(page, metrics):
+    headings = re.findall(r"<h2 id=\"([a-z]+)\">([^<]+)</h2", page)
+    assert [heading for _, heading in headings] == [
         "Decisions",
-        "Per class",
+        "Other measures",
+        "Sources and other slices",
+        "REAL against REAL",
         "Figures",
-        "Sources",
+        "Images",
         "Images without a score",
-        "Worst mistakes",
-        "REAL called FAKE",
-        "FAKE called REAL",
         "How to reproduce these numbers",
     ]
-    assert format_interval(metrics["accuracy"], percent=True) in page
+    assert re.findall(r'<a href="#([a-z]+)">([^<]+)</a>', page) == headings
+    verdict = page.index("Good on these images: AUROC")
+    assert verdict < page.index("9 of 9 images are &lt;unlike&gt; those") < page.index("<dd>0.9")
+    assert page.index("Accuracy at 0.5") < page.index("small_cnn &lt;u&gt;") < page.index("<h2")
+    assert format_interval(metrics["average_precision"]) in page
     assert "1,200" in page
     assert ">empty<" not in page
-    assert page.index("alert(1)") < page.index("dull.png")  # the surest mistake first
+    labels = re.findall('aria-label="([^"]+)"', page)
+    assert len(set(labels)) == len(labels)  # else a screen reader cannot tell tables apart
 
 
-def test_page_warns_of_images_unlike_those_of_training(metrics):
-    parts = {"title": "t", "metrics": metrics, "figures": {}, "mistakes": [], "facts": {}}
-    page = render_report(**parts, errors={}, unlike="9 of 9 images are <unlike> those")
-    assert "9 of 9 images are &lt;unlike&gt; those" in page
-    assert 'class="warning"' not in render_report(**parts, errors={})
+def test_a_rate_that_rests_on_a_few_images_is_marked(page):
+    row = next(line for line in page.splitlines() if "1% FPR on validation" in line)
+    assert re.findall("<td>([^<]*)</td>", row) == [
+        *("0.9", "74.0% (67.5-79.6)", "74.5%", "2 (2.0%)", "50 (49.0%)", "96.3%"),
+    ]
+    assert "†</th>" in row
+    assert "† One of its rates" in page
+
+
+def test_an_image_is_shown_with_all_that_is_known_of_it(page):
+    (small, large, mapped) = re.findall("<details>.*?</details>", page, re.DOTALL)
+    assert "p_fake 0.9900</b> REAL, called FAKE" in small
+    assert "32 x 32 &lt;PNG&gt;" in small
+    assert 'class="small"' in small
+    assert "p_fake 0.0100</b> FAKE, called REAL" in large
+    assert "640 x 32 JPEG 75" in large
+    assert 'class="small"' not in large
+    assert [each.count("<img") for each in (small, large, mapped)] == [1, 1, 2]
+    assert "integrated gradients" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "verdict"),
+    [
+        (0.985, 0.98, 0.99, "Strong on these images: AUROC 0.985"),
+        (0.85, 0.80, 0.9, "Fair on these images: AUROC"),
+        (0.7, None, None, "Weak on these images: AUROC 0.700"),
+        (0.6, 0.49, 0.7, "No better than chance on these images:"),
+        (0.2, 0.1, 0.3, "Worse than chance on these images: are the labels swapped?"),
+    ],
+)
+def test_a_verdict_in_words(metrics, value, low, high, verdict):
+    auroc = {"value": value, "low": low, "high": high}
+    assert describe_verdict(metrics | {"auroc": auroc}).startswith(verdict)
 
 
 def test_page_of_one_class_and_nothing_else():
@@ -237,14 +299,28 @@ def test_page_of_one_class_and_nothing_else():
     figures = draw_figures(metrics)
     assert "roc" not in figures
     page = render_report(
-        title="t", metrics=metrics, figures=figures, mistakes=[], facts={}, errors={}
+        title="t",
+        context={},
+        warnings=[],
+        metrics=metrics,
+        figures=figures,
+        examples={},
+        facts={},
+        errors={},
     )
     assert "every image was scored" in page
-    assert "there are no REAL images" in page
+    assert "of 5 FAKE" in page
+    assert 'class="warning"' not in page
+
+
+def test_a_long_list_of_slices_is_cut_and_says_so(metrics):
+    many = [make_slice(metrics, f"s{n}") for n in range(60)]
+    (table,) = split_slices({"format": many})
+    assert (table[0], len(table[1]), table[2]) == ("REAL and FAKE by format", 50, 10)
 
 
 def test_every_figure_is_an_svg_that_opens_alone_and_asks_for_nothing(drawn):
-    assert list(drawn) == ["roc", "roc_log", "scores", "reliability", "loss", "accuracy", "slices"]
+    assert list(drawn) == ["roc", "roc_log", "scores", "reliability", "loss", "accuracy"]
     for svg in drawn.values():
         root = ElementTree.fromstring(svg)
         assert root.attrib["width"] == "360pt"
@@ -278,19 +354,14 @@ def test_reliability_shows_the_curve_before_calibration_too(metrics):
     assert figures.draw_reliability(before) != figures.draw_reliability(metrics)
 
 
-def test_same_numbers_give_the_same_bytes(metrics, slices, drawn):
-    assert draw_figures(metrics, history=HISTORY, slices=slices) == drawn
+def test_same_numbers_give_the_same_bytes(metrics, drawn):
+    assert draw_figures(metrics, history=HISTORY) == drawn
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[:1], [{"epoch": 1}]])
 def test_short_histories_are_drawn_or_left_out(metrics, history):
     drawn = draw_figures(metrics, history=history)
     assert ("loss" in drawn) == ("accuracy" in drawn) == bool(history)
-
-
-def test_many_slices_make_a_figure_of_bounded_height(metrics):
-    root = ElementTree.fromstring(figures.draw_slices({f"s{i}": metrics for i in range(500)}))
-    assert float(root.attrib["height"].removesuffix("pt")) < 1200
 
 
 def test_intervals_as_text():

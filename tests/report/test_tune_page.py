@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -62,14 +63,18 @@ SUMMARY: dict[str, Any] = {
 def test_the_page_shows_every_trial_and_what_was_saved() -> None:
     rows, histories = make_search()
     page = render_tune_page(SUMMARY, rows, histories, "lr: 0.1\nmodel: cnn\n", "cifake-ray tune")
-    assert page.count('<th scope="row">') == 11
+    rows_shown = re.findall(r'<tr( class="best")?><th scope="row">(\d+)', page)
+    assert len(rows_shown) == 11
+    assert [number for mark, number in rows_shown if mark] == ["3"]
+    values = [float(x) for x in re.findall(r"</th><td>([\d.]+)</td>", page)]
+    assert values == sorted(values, reverse=True)
     assert "of 44, 45.5% saved by stopping early" in page
     assert "3 (best)" in page
     assert "val_accuracy 0.7000; the recipe as it is has 0.6000." in page
     assert "95% interval 0.6500 to 0.7500" in page
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert page.count("<figure>") == 4
+    assert page.count("<figure>") == 3
     assert "lr: 0.1\nmodel: cnn" in page
 
 
@@ -97,11 +102,36 @@ def test_nothing_that_others_named_becomes_an_element_or_a_formula() -> None:
         assert all(c.isprintable() or c == "\n" for c in page.text)
 
 
-def test_a_small_search_says_why_it_shows_no_importance() -> None:
+def test_a_small_search_shows_trials_side_by_side_and_no_importance() -> None:
     rows, histories = make_search(4)
     page = render_tune_page(SUMMARY, rows, histories, "", "cifake-ray tune")
-    assert "Option importance needs 8 trials" in page
-    assert page.count("<figure>") == 3
+    assert "Which options mattered needs 8 trials" in page
+    assert page.count("<figure>") == 1
+    heads = re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', page)
+    assert len(heads) == 6
+    assert "Trial 3 (best)" in heads
+    assert re.findall(r'<tr><th scope="row">(\w+)', page) == [
+        *("val_accuracy", "Epochs", "Parameters", "State", "lr", "model"),
+    ]
+
+
+def test_only_options_that_varied_and_mattered_get_an_axis_and_a_column() -> None:
+    rows, histories = make_search(40)
+    rng = np.random.default_rng(0)
+    for row in rows:
+        row["fixed"] = 7
+        row["noise"] = float(rng.random())
+        if row["val_accuracy"] is not None:
+            row["val_accuracy"] = 0.9 - 0.1 * row["lr"] - 0.3 * (row["model"] == "a|b")
+    summary = {**SUMMARY, "chosen": {"noise": 0.5, "fixed": 7, "lr": 0.1, "model": "cnn"}}
+    page = render_tune_page(summary, rows, histories, "", "cifake-ray tune")
+    heads = re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', page)
+    assert heads[2] == "model"
+    assert "noise" not in heads
+    assert "The same in all trials: fixed 7." in page
+    parallel = re.findall("<svg.*?</svg>", page, re.DOTALL)[2]
+    assert ">model</text>" in parallel
+    assert ">noise</text>" not in parallel
 
 
 def test_figures_are_pictures_that_change_with_the_numbers() -> None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from cifake_ray.config import EvaluateConfig
 from cifake_ray.core.evaluation.buckets import check_slices
 from cifake_ray.core.evaluation.calibration import Calibration
+from cifake_ray.core.models.gradient_maps import check_captum
 from cifake_ray.core.processing.stored_scores import StoredScoreProcessor
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import StorageError, UsageError
@@ -68,6 +69,8 @@ def evaluate_detector(
     scores = find_scores(config, shards)
     if scores is not None:
         return measure_scores(config, shards, out, *scores, on_progress, started_s, log)
+    if config.gradient_maps:
+        check_captum()
     bundle = read_bundle_info(
         bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
     )
@@ -85,7 +88,7 @@ def evaluate_detector(
         calibration = replace(calibration, threshold=round_threshold(config.threshold))
     threshold = calibration.threshold
     precision = resolve_precision(config, bundle, out)
-    detail = Detail(calibration, split, bundle)
+    detail = Detail(calibration, split, started_s, bundle)
     grid = read_grid(config)
     make_processor = MakeScoreProcessor(bundle, threshold, config.batch_size, precision)
     plan = BatchPlan(
@@ -131,6 +134,7 @@ def measure_scores(
         ("--bundle", config.bundle),
         ("--unseen", config.unseen),
         ("--grid", config.grid),
+        ("--gradient-maps", config.gradient_maps),
     ):
         if value:
             raise UsageError(
@@ -150,6 +154,7 @@ def measure_scores(
         threshold_fpr_1=None,
         threshold_fpr_01=None,
     )
+    detail = Detail(calibration, split, started_s)
     plan = BatchPlan(
         command="evaluate",
         config=config,
@@ -163,7 +168,7 @@ def measure_scores(
         on_progress=on_progress,
         started_s=started_s,
         log=log,
-        before_success=lambda run: write_report(run, source, config, Detail(calibration, split)),
+        before_success=lambda run: write_report(run, source, config, detail),
     )
     result = run_batch(plan)
     return summarise(out, result) if isinstance(result, BatchSummary) else result

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,12 +22,12 @@ from cifake_ray.report.figures import draw_figures
 from cifake_ray.report.grid import draw_grid_figures
 from cifake_ray.report.html import render_report
 from cifake_ray.report.slices_text import ROW_NAMES, list_rows
-from cifake_ray.report.text import describe_unlike, format_threshold
-from cifake_ray.stages.evaluate.examples import find_mistakes
+from cifake_ray.report.text import describe_domain, describe_unlike, format_threshold
+from cifake_ray.stages.evaluate.examples import find_examples
 from cifake_ray.stages.evaluate.grid import measure_cells
 from cifake_ray.stages.evaluate.measure import compare_real_sources, measure, measure_slices
-from cifake_ray.storage.bundles.bundle import BundleInfo
-from cifake_ray.storage.io.files import make_folder, write_bytes, write_json
+from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle
+from cifake_ray.storage.io.files import hash_json, make_folder, write_bytes, write_json
 from cifake_ray.storage.io.text_rows import encode_csv
 from cifake_ray.storage.runs.export_tables import escape_formulas
 from cifake_ray.storage.runs.run import Run
@@ -41,6 +47,7 @@ class Detail:
 
     calibration: Calibration  # with the threshold that is used
     split: str | None
+    started_s: float  # of the command, by time.monotonic
     bundle: BundleInfo | None = None  # None for scores that were made elsewhere
 
 
@@ -57,16 +64,16 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
         raise UsageError(
             f"{config.shards}: not one image could be scored; see {run.results_folder}"
         )
-    domain = bundle and bundle.domain
-    unlike = domain.count_unlike(scored) if domain else {"any": 0}
     metrics = measure(scored, calibration, config.num_bootstrap)
+    thresholds = bundle.list_thresholds() if bundle else {}
+    metrics["operating_points"] = measure_operating_points(scored, thresholds)
     slices = measure_slices(scored, config.slice, calibration.threshold, config.num_bootstrap)
-    floor = compare_real_sources(scored, config.num_bootstrap)
-    sources = {found["value"]: found for found in slices.get("source", [])}
-    history = read_history(bundle.path) if bundle else []
-    figures = draw_figures(metrics, history=history, slices=sources)
+    metrics["slices"] = slices
+    metrics["real_vs_real"] = compare_real_sources(scored, config.num_bootstrap)
+    figures = draw_figures(metrics, history=read_history(bundle.path) if bundle else [])
     grid = measure_cells(run, scored, calibration)
     grid_figures = draw_grid_figures(grid) if grid else {}
+    metrics |= {"grid": grid} if grid else {}
     command = ["cifake-ray evaluate", config.shards, "--out", config.out]
     for flag, value in (
         ("--bundle", config.bundle),
@@ -74,12 +81,13 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
         ("--grid", config.grid),
     ):
         command += [flag, value] if value else []
-    command += ["--unseen"] * config.unseen
+    command += ["--unseen"] * config.unseen + ["--gradient-maps"] * config.gradient_maps
     command += [] if config.threshold is None else ["--threshold", f"{config.threshold:g}"]
     command += [word for name in config.slice for word in ("--slice", name)]
     facts = {
         "Command": " ".join(command),
         "cifake-ray": __version__,
+        "Listing (sha256)": hash_json([file.sha256 for file in run.manifest.files]),
         "Split": split or "all rows",
         "Temperature": f"{calibration.temperature:.4f}",
         "Threshold": format_threshold(calibration.threshold),
@@ -92,27 +100,79 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
             "Threshold for 1% FPR": format_threshold(calibration.threshold_fpr_1),
             "Threshold for 0.1% FPR": format_threshold(calibration.threshold_fpr_01),
         }
+    detector = None
+    if bundle and config.gradient_maps:  # in float32, whatever the precision of the scores
+        detector, _ = load_bundle(
+            bundle.path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+        )
     name = config.shards.rstrip("/").rpartition("/")[2]
     page = render_report(
         title=f"{bundle.architecture if bundle else 'Scores'} on {name}"
         + (f", split {split}" if split else ""),
+        context=describe_context(metrics, facts, detail),
+        warnings=list_warnings(scored, detail, is_unseen=config.unseen),
         metrics=metrics,
         figures=figures,
-        mistakes=find_mistakes(run, source, scored) if bundle else [],
+        examples=find_examples(run, source, scored, detector) if bundle else {},
         facts=facts,
         errors={row["values"]: row["counts"] for row in errors},
-        slices=sources,
-        unlike=describe_unlike(unlike, scored.num_rows, domain) if domain and unlike["any"] else "",
-        grid=grid,
         grid_figures=grid_figures,
     )
     make_folder(run.out / "figures", parents=False)
     for name, svg in {**figures, **grid_figures}.items():
         write_bytes(run.out / "figures" / f"{name}.svg", svg)
-    stored = {**metrics, "slices": slices, "real_vs_real": floor, "facts": facts}
-    write_json(run.out / "metrics.json", stored | ({"grid": grid} if grid else {}))
+    write_json(run.out / "metrics.json", {**metrics, "facts": facts})
     write_bytes(run.out / "slices.csv", encode_slices(slices))
     write_bytes(run.out / "report.html", page.encode())
+
+
+def measure_operating_points(
+    scored: pa.Table, thresholds: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Return threshold and confusion (labelled i, called j) of all but the default threshold."""
+    label, p_fake = (scored.column(name).to_numpy() for name in ("label", "p_fake"))
+    points = {}
+    for name in thresholds.keys() - {"default"}:
+        counts = np.bincount(2 * label + (p_fake >= thresholds[name]), minlength=4)
+        points[name] = {"threshold": thresholds[name], "confusion": counts.reshape(2, 2).tolist()}
+    return dict(sorted(points.items(), reverse=True))  # 1% before 0.1%
+
+
+def describe_context(
+    metrics: Mapping[str, Any], facts: Mapping[str, str], detail: Detail
+) -> dict[str, str]:
+    """Return what a reader wants to know first: which detector measured which data, and when."""
+    minutes, seconds = divmod(round(time.monotonic() - detail.started_s), 60)
+    bundle = detail.bundle
+    detector = {"Detector": "unknown: the scores were made elsewhere"}
+    if bundle:
+        name = f"{bundle.architecture}, bundle {bundle.fingerprint[:12]}, in {facts['Precision']}"
+        detector = {"Detector": name, "Trained on": describe_domain(bundle.domain)}
+    sources = metrics["slices"].get("source", [])
+    return {
+        **detector,
+        "Data": f"{metrics['num_images']:,} images: {metrics['num_real']:,} REAL and"
+        f" {metrics['num_fake']:,} FAKE{f' of {len(sources)} sources' if sources else ''},"
+        f" {facts['Split']}; listing {facts['Listing (sha256)'][:12]}",
+        "Measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, in {minutes} min {seconds} s, on"
+        f" {platform.system()} {platform.machine()} with {os.cpu_count()} CPUs",
+    }
+
+
+def list_warnings(scored: pa.Table, detail: Detail, *, is_unseen: bool) -> list[str]:
+    """Return why the numbers may not be believed, as the terminal says it."""
+    warnings = []
+    if detail.bundle and detail.split is None and not is_unseen:
+        warnings.append(
+            "There is no split `test`, so all labelled images are measured; those the detector was"
+            " trained on look better than others would."
+        )
+    if detail.bundle and detail.bundle.domain:
+        unlike = detail.bundle.domain.count_unlike(scored)
+        if unlike["any"]:
+            text = describe_unlike(unlike, scored.num_rows, detail.bundle.domain)
+            warnings.append(f"{text}.")
+    return warnings
 
 
 def encode_slices(slices: dict[str, list[dict[str, Any]]]) -> bytes:
