@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from markupsafe import Markup
 
 from cifake_ray.core.evaluation.metrics import wilson_interval
 from cifake_ray.core.evaluation.score_summary import BAND_EDGES, Row, ScoreSummary, ShownRow
@@ -40,10 +38,6 @@ class Picture:
     data: bytes | None  # WebP
     reason: str = ""
     side: int = 0  # pixels, the longer
-
-    @property
-    def url(self) -> Markup:
-        return Markup("data:image/webp;base64,") + base64.b64encode(self.data or b"").decode()
 
 
 def choose_groups(summary: ScoreSummary, max_rows: int) -> list[Group]:
@@ -101,7 +95,7 @@ def draw_histograms(
 def render_review(
     *,
     title: str,
-    context: str,
+    context: Mapping[str, str],
     queue: str,
     facts: Mapping[str, str],
     summary: ScoreSummary,
@@ -150,7 +144,7 @@ def render_review(
             name: [group for group in groups if group.section == name]
             for name in dict.fromkeys(group.section for group in groups)
         },
-        describe_row=_describe_row,
+        describe_verdict=_describe_verdict,
         pictures=pictures,
         format_interval=format_interval,
     )
@@ -166,8 +160,8 @@ def _name_source(name: str | None) -> str:
     return "no source" if name is None else "all other sources" if name == "..." else name
 
 
-def _describe_row(row: Row) -> str:
-    """Return label, source, size and format of a row, such as `REAL, coco, 640 x 480 JPEG`."""
+def _describe_verdict(row: Row) -> str:
+    """Return what an image is, if known, and what it is called, such as `REAL, called FAKE`."""
+    called = "unsure" if row["is_fake"] is None else f"called {LABEL_NAMES[row['is_fake']]}"
     label = dict(enumerate(LABEL_NAMES)).get(row["label"])
-    size = f"{row['width']} x {row['height']} {row['format']}"
-    return ", ".join(text for text in (label, row["source"], size) if text)
+    return called if label is None else f"{label}, {called}"

@@ -83,7 +83,7 @@ def test_the_page_says_what_the_rows_say(scores: Path) -> None:
     assert f"<dd>{1 - wrong / 96:.1%}</dd>" in page
     assert "not_an_image" in page
     assert "REAL/a/bad.png" in page
-    assert "finished 20" in page
+    assert "<dd>p_fake &gt;= 0.4</dd>" in page
     for source, name in (("a", "a"), ("<b>", "&lt;b&gt;")):
         mine = [row for row in scored if row["source"] == source]
         count = sum(row["is_fake"] != row["label"] for row in mine)
@@ -95,7 +95,7 @@ def test_the_page_says_what_the_rows_say(scores: Path) -> None:
 def test_the_uncertain_are_the_nearest_of_each_source(scores: Path) -> None:
     _, page = review(scores, images=50)
     section = page.partition('id="uncertain"')[2].partition("<section>")[0]
-    shown = re.findall(r"p_fake (0\.\d{4})</b>\w+, ([^,]+),", section)
+    shown = re.findall(r"p_fake (0\.\d{4})</b>.*?<bdi>(.*?)</bdi>, ", section, re.DOTALL)
     assert len(shown) >= 4
     rows = [row for row in read_scores(scores).to_pylist() if row["error"] is None]
     logit = np.log(0.4 / 0.6)
@@ -110,12 +110,12 @@ def test_the_uncertain_are_the_nearest_of_each_source(scores: Path) -> None:
 def test_nothing_that_others_named_becomes_an_element(scores: Path) -> None:
     _, page = review(scores, images=1000)
     assert "<img src=x" not in page
-    assert "<b>b" not in page
+    assert "<b>," not in page
     assert "\u202e" not in page
     assert "49.png" not in page
     assert "<script" not in page
     assert "default-src 'none'" in page
-    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert links
     assert [link for link in links if not link.startswith(("#", "data:image/webp;base64,"))] == []
 
@@ -169,7 +169,7 @@ def test_images_that_are_gone_are_said_in_their_place(
 @pytest.mark.parametrize("most", [0, 50, 90])
 def test_no_more_images_than_asked_for_and_all_kinds_among_them(scores: Path, most: int) -> None:
     _, page = review(scores, images=most)
-    assert most - 9 < page.count("<figcaption><b>") <= most
+    assert most - 9 < page.count("<b>p_fake") <= most
     # Uncertain, two kinds of mistakes, six ranges; what it was trained on is not known.
     assert page.count('<div class="sheet">') == min(most, 9)
 
@@ -244,8 +244,8 @@ def test_wrong_requests_are_named(scores: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text() == "mine"
     with pytest.raises(StorageError, match=r"_run\.json"):
         review(scores / "scores")
-    with pytest.raises(UsageError, match="--images is 10,001"):
-        review(scores, images=10_001)
+    with pytest.raises(UsageError, match="--images is 5,001"):
+        review(scores, images=5_001)
 
 
 def test_no_images_and_no_scores_are_a_page_too(images: Path, tmp_path: Path) -> None:
