@@ -90,6 +90,8 @@ def train(config: TrainConfig) -> TrainSummary:
     """
     from cifake_ray.stages.train.driver import TrainSummary
 
+    if config.leave_one_source_out:
+        raise UsageError("leave_one_source_out makes many detectors: use `cifake-ray train`")
     summary = _run(config)
     known = TrainSummary.__dataclass_fields__.keys() & summary.keys()  # a run of before has fewer
     return TrainSummary(**{name: summary[name] for name in known})

@@ -145,6 +145,11 @@ def _audit(config: AuditConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _train(config: TrainConfig, started_s: float) -> tuple[Any, int]:
+    if config.leave_one_source_out:
+        from cifake_ray.stages.evaluate.source_matrix import measure_sources
+
+        line = ProgressLine("evaluate")
+        return measure_sources(config, show_epoch, line, log, StepLine()), ExitCode.OK
     from cifake_ray.stages.train.driver import train_detector
 
     return train_detector(config, show_epoch, started_s, log, StepLine()), ExitCode.OK

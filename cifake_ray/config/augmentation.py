@@ -101,6 +101,23 @@ POLICIES: dict[str, Augmentation] = {
         jpeg_quality=30,
         jpeg_share=DEGRADED_SHARE,
     ),
+    # For `evaluate --grid default`: each range goes beyond the cell that it is for. EXPERIMENTS.md
+    # has the others that were tried.
+    "robust": Augmentation(
+        flip=0.5,
+        shift=1 / 16,
+        brightness=0.6,
+        contrast=0.3,
+        saturation=0.3,
+        rescale=0.6,
+        rescale_share=0.15,
+        blur=1.5,
+        blur_share=0.15,
+        noise=15.0,
+        noise_share=0.15,
+        jpeg_quality=30,
+        jpeg_share=0.25,
+    ),
 }
 
 

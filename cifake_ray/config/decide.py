@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from cifake_ray.config.fields import Doc, RuntimeDoc, StoreConfig, check
+
+CHOICES = {"target_fpr", "confidence", "unsure_fpr", "by", "real", "labels"}  # of thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,9 @@ class DecideConfig(StoreConfig):
             not (self.real and self.labels),
             "--real and --labels both name REAL images; give one of them",
         )
-        chosen = (self.by, self.real, self.labels, self.unsure_fpr)
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         check(
-            self.policy is None or chosen == (None,) * 4,
-            "--policy has thresholds already; leave out --by, --real, --labels and --unsure-fpr",
+            self.policy is None or not given & CHOICES,
+            "--policy has thresholds already; leave out what chooses others:"
+            f" {', '.join(sorted(given & CHOICES))}",
         )

@@ -25,6 +25,12 @@ class ScoreConfig(SourceConfig, BundleConfig):
             " TC260 (with the extra `provenance` also who signed it)"
         ),
     ] = False
+    thumbnails: Annotated[
+        bool,
+        Doc(
+            "Add the column thumbnail_webp, of 8 KiB at most each, so that `review` needs no source"
+        ),
+    ] = False
 
     policy: Annotated[
         str | None,

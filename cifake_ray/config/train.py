@@ -37,7 +37,7 @@ class TrainConfig(ClusterConfig):
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
         "Validation and the epoch that is kept": "val_fraction val_split test_fraction"
-        " exclude_source monitor patience min_delta keep_epochs ema_decay",
+        " exclude_source leave_one_source_out monitor patience min_delta keep_epochs ema_decay",
     }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
@@ -80,7 +80,8 @@ class TrainConfig(ClusterConfig):
     augment: Annotated[
         str | Augmentation,
         Doc(
-            "Augmentation: none, flip, shift, seed, strong, a YAML file of steps, or {step: value}"
+            "Augmentation: none, flip, shift, seed, strong, robust, a YAML file of steps, or"
+            " {step: value}"
         ),
     ] = "flip"
     monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
@@ -110,6 +111,10 @@ class TrainConfig(ClusterConfig):
     exclude_source: Annotated[
         tuple[str, ...], Doc("Leave out all images of this source; repeatable")
     ] = ()
+    leave_one_source_out: Annotated[
+        bool,
+        RuntimeDoc("Train without each FAKE source in turn, below RUN, and measure on all of them"),
+    ] = False
     num_workers: Annotated[
         str | None,
         RuntimeDoc(

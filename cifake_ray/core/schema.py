@@ -112,6 +112,9 @@ AUDIT_FIELDS = [
     *ERROR_FIELDS,
 ]
 
+# What `score --thumbnails` adds; null where the image has no score.
+THUMBNAIL_FIELD = pa.field("thumbnail_webp", pa.binary())
+
 MANIFEST_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
     # A path below the source root, an absolute path, or s3://BUCKET/KEY with the key as it is:

@@ -13,6 +13,7 @@ from cifake_ray.report.numbers import format_interval
 CAPTIONS = {"comparison": "Each detector with its 95% interval; dotted: the baseline."}
 AXES = {"auroc": "AUROC", "accuracy": "Accuracy at 0.5"}
 ROW_HEIGHT = 0.35  # inches
+MAX_COLUMNS = 4  # detectors beside each other
 
 
 def draw_comparison(result: Mapping[str, Any]) -> bytes:
@@ -34,21 +35,26 @@ def draw_comparison(result: Mapping[str, Any]) -> bytes:
         axes.set_yticks(range(len(rows)), names, fontsize=9, parse_math=False)
         axes.invert_yaxis()
         axes.margins(y=0.2)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="y", visible=False)
         axes.set_title(title if rows else f"{title}: not measured")
+    all_axes[1].xaxis.set_major_formatter("{x:.1%}")
     return encode_figure(figure)
 
 
 def render_comparison(result: Mapping[str, Any], command: str) -> str:
     """Return the page, to be written as UTF-8. `result` is that of the stage."""
     titles, rows = list_table(result)
+    num_detectors = len(rows)
+    if num_detectors <= MAX_COLUMNS:  # on its side it fits without scrolling
+        titles, *rows = (list(column) for column in zip(titles, *rows, strict=True))
     images = f"{result['num_images']:,} images"
-    sentence = f"{len(rows)} detectors on {images}."
+    sentence = f"{num_detectors} detectors on {images}."
     ranked = [row for row in result["rows"] if row["auroc"]["value"] is not None]
     if ranked:
         best = max(ranked, key=lambda row: row["auroc"]["value"])
         sentence = (
-            f"Of {len(rows)} detectors on {images}, {name_row(best)} has the highest AUROC:"
+            f"Of {num_detectors} detectors on {images}, {name_row(best)} has the highest AUROC:"
             f" {format_interval(best['auroc'])}."
         )
     return render_page(

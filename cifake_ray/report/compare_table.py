@@ -114,6 +114,11 @@ def list_notes(result: Row) -> list[str]:
         notes.append(
             f"Measured on the {result['num_images']:,} images that all reports have; 95% intervals."
         )
+    if any(row["worst_cell"] for row in result["rows"]):
+        notes.append(
+            "Accuracy is at 0.5; that of the worst cell is its report's: at the bundle's threshold,"
+            " on all of its images."
+        )
     for uri, count in result["left_out"].items():
         notes.append(f"{uri}: {count:,} images that not all have are left out.")
     if len(result["rows"]) > 1:
@@ -125,11 +130,13 @@ def list_notes(result: Row) -> list[str]:
     if rates:
         ran_on = "; ".join(dict.fromkeys(rates))
         notes.append(f"Images/s as the reports recorded it, decoding included ({ran_on}).")
-    return notes + _list_gaps(result["rows"])
+    return notes + _list_gaps(result["rows"], result["price_per_hour"] is not None)
 
 
-def _list_gaps(rows: Sequence[Row]) -> list[str]:
+def _list_gaps(rows: Sequence[Row], needs_rate: bool) -> list[str]:
     """Return why numbers are missing: of metrics for all rows, else where another row has one."""
+    wanted = {key for key in MISSING if any(row[key] for row in rows)}
+    wanted |= {"images_per_s"} if needs_rate else set()
     reasons = {
         f"{TITLES[key]}: {row[key]['reason']}."
         for row in rows
@@ -142,7 +149,7 @@ def _list_gaps(rows: Sequence[Row]) -> list[str]:
             gaps.append(f"{row['name']}: only its cost is known; for the rest give its report.")
             continue
         for key, name in MISSING.items():
-            if key in row["missing"] and any(other[key] for other in rows):
+            if key in wanted and key in row["missing"]:
                 gaps.append(f"{row['name']} has no {name}: {row['missing'][key]}.")
     return gaps
 

@@ -38,6 +38,7 @@ def describe_decisions(record: Record) -> list[str]:
             lines.append(f"and {len(groups) - MAX_LINES:,} more: see {record['policy_file']}.")
         if record["too_few"]:
             few = ", ".join(f"{name} {n:,}" for name, n in [*record["too_few"].items()][:MAX_LINES])
+            few += ", ..." * (len(record["too_few"]) > MAX_LINES)
             needed = count_needed(record["target_fpr"], record["confidence"])
             lines.append(f"Too few REAL images to promise that, {needed:,} are needed: {few}.")
         others = record["others"]
@@ -66,7 +67,7 @@ def _describe_cut(cut: Record) -> str:
     low, high = cut["fpr_interval"]
     text = (
         f"FAKE from {cut['threshold']:.4g}, {cut['num_above']:,} of {cut['num_real']:,} REAL images"
-        f" ({format_share(low)} to {format_share(high)}); unsure from {cut['unsure_from']:.4g}"
+        f" ({100 * low:.2g}% to {100 * high:.2g}%); unsure from {cut['unsure_from']:.4g}"
     )
     if cut["num_above"] < FEW:
         text += f"; it rests on fewer than {FEW} images above it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +61,11 @@ def describe_grid(grid: Grid | None) -> list[str]:
     ]
 
 
-def list_grid_rows(grid: Grid) -> list[tuple[str, str, list[str]]]:
-    """Return rows of a cell's name, its steps and its numbers; clean first, then the worst."""
+def list_grid_rows(grid: Grid) -> list[tuple[str, list[str]]]:
+    """Return rows of a cell, with its steps if its name is another, and numbers; the worst first.
+
+    The first row is `clean`.
+    """
     rows = []
     for title, cell in _sort_cells(grid):
         drift = cell["fpr_drift"]
@@ -74,7 +78,9 @@ def list_grid_rows(grid: Grid) -> list[tuple[str, str, list[str]]]:
             format_interval(cell["flips"], percent=True),
             format_interval(cell["auroc"]),
         ]
-        rows.append((title, describe_cell(cell["steps"]) or "as they are", numbers))
+        steps = describe_cell(cell["steps"])
+        is_named_so = re.sub(r"\W", "_", steps) == title
+        rows.append((f"{title}: {steps}" if steps and not is_named_so else title, numbers))
     return rows
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from cifake_ray.core.evaluation.metrics import wilson_interval
 from cifake_ray.core.evaluation.score_summary import BAND_EDGES, Row, ScoreSummary, ShownRow
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
-from cifake_ray.report.figures import COLOURS, INK, encode_figure, new_figure, shorten
+from cifake_ray.report.figures import COLOURS, INK, MUTED, encode_figure, new_figure, shorten
 from cifake_ray.report.html import render_page
 from cifake_ray.report.numbers import format_interval
 
@@ -64,22 +64,31 @@ def choose_groups(summary: ScoreSummary) -> list[Group]:
     return [group for group in groups if group.rows]
 
 
-def draw_histograms(rows: Sequence[tuple[str, np.ndarray]], threshold: float) -> bytes:
-    """Draw p_fake of each source, counts on a log axis, as an SVG file."""
+def draw_histograms(
+    rows: Sequence[tuple[str, np.ndarray]], thresholds: tuple[float, float]
+) -> bytes:
+    """Draw p_fake of each source, counts on a log axis, as an SVG file.
+
+    Where the lowest and the highest threshold are one, it shows what is called FAKE.
+    """
+    threshold, highest = thresholds
+    is_one = threshold == highest
     figure, all_axes = new_figure(height=1 + 0.85 * len(rows), height_ratios=[1] * len(rows))
     for axes, (name, counts) in zip(all_axes, rows, strict=True):
         edges = np.linspace(0, 1, len(counts) + 1)
-        axes.stairs(counts, edges, fill=True, color=COLOURS["REAL"])
-        fake = np.where(edges[1:] > threshold, counts, 0)
-        axes.stairs(fake, edges, fill=True, color=COLOURS["FAKE"])
-        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2)
+        axes.stairs(counts, edges, fill=True, color=COLOURS["REAL"] if is_one else MUTED)
+        if is_one:
+            fake = np.where(edges[1:] > threshold, counts, 0)
+            axes.stairs(fake, edges, fill=True, color=COLOURS["FAKE"])
+            axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2)
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(0, max(int(counts.max()), 1) * 2)
         axes.set_yticks([])
         axes.set_xlim(0, 1)
         axes.tick_params(labelbottom=axes is all_axes[-1])
         axes.set_title(f"{shorten(name)}: {counts.sum():,}", loc="left", parse_math=False)
-    all_axes[-1].set_xlabel(f"p_fake (dashed: threshold {threshold:.4g}); heights on a log axis")
+    dashed = f" (dashed: threshold {threshold:.4g})" if is_one else ""
+    all_axes[-1].set_xlabel(f"p_fake{dashed}; heights on a log axis")
     return encode_figure(figure)
 
 
@@ -89,7 +98,6 @@ def render_review(
     context: str,
     queue: str,
     facts: Mapping[str, str],
-    threshold: float,
     summary: ScoreSummary,
     groups: Sequence[Group],
     pictures: Mapping[Place, Picture],
@@ -123,7 +131,7 @@ def render_review(
         accuracy=_find_share(right, labelled),
         labelled=labelled,
         label_names=LABEL_NAMES,
-        figures={"p_fake": draw_histograms(figure_rows, threshold)},
+        figures={"p_fake": draw_histograms(figure_rows, summary.thresholds)},
         captions={"p_fake": "Distribution of p_fake, of all images and of the largest sources."},
         sources=[
             (name, counts, _find_share(counts["called_fake"], counts["scored"]))

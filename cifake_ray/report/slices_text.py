@@ -66,3 +66,26 @@ def describe_floor(floor: Mapping[str, Any] | None) -> str:
         f"REAL against REAL: {names} are told apart with AUROC {found}, as well as REAL from FAKE"
         f" ({both}): the detector looks at the source."
     )
+
+
+def describe_matrix(result: Mapping[str, Any]) -> list[str]:
+    """Say for each source that was left out what its detector reaches, and one that knew it."""
+    sentences = []
+    for cell in sorted(result["cells"], key=lambda cell: cell["auroc"] or 0.0):
+        known = result["seen"].get(cell["source"])
+        before = f", {known['auroc']:.3f} when trained on it" if known and known["auroc"] else ""
+        sentences.append(
+            f"Without {cell['source']} ({cell['num_images']:,} {cell['label']}): AUROC"
+            f" {_format_cell(cell)} on it{before}."
+        )
+    return [
+        *sentences,
+        f"{result['elapsed_s']:,.1f} s, {result['detectors']} detectors.",
+        f"Report: {result['report']}",
+    ]
+
+
+def _format_cell(cell: Mapping[str, Any]) -> str:
+    parts = ("", "_low", "_high")
+    value, low, high = (cell[f"auroc{part}"] for part in parts)
+    return format_interval({"value": value, "low": low, "high": high})

@@ -9,7 +9,7 @@ from cifake_ray.report.audit_text import describe_verdicts
 from cifake_ray.report.compare_table import describe_comparison
 from cifake_ray.report.grid import describe_grid
 from cifake_ray.report.numbers import format_interval, format_share
-from cifake_ray.report.slices_text import describe_floor, describe_worst
+from cifake_ray.report.slices_text import describe_floor, describe_matrix, describe_worst
 
 Record = Mapping[str, Any]
 # Names of BundleInfo.list_thresholds.
@@ -25,7 +25,8 @@ RESULTS = {
     "evaluate": "predictions",
 }
 DONE = {"audit": "audited", "convert": "converted"}  # and else: scored
-BUNDLES = {"train", "tune"}  # make one, unless it is a dry run
+MATRIX = "train --leave-one-source-out"
+MADE = {"train": "bundle", "tune": "bundle", MATRIX: "report"}  # unless it is a dry run
 UNTOLD = {"unusable", "untracked"}  # not said by any sentence
 # What the sentences on a batch say; `unlike_training` is a warning of its own.
 BATCH_FIELDS = {
@@ -62,7 +63,7 @@ def split_summary(record: Record) -> tuple[list[str], dict[str, Any]]:
     sentences, said = list[str](), set[str]()
     if command in RESULTS and "done" in record:
         sentences, said = _describe_batch(command, record), BATCH_FIELDS
-    elif command in DESCRIBE and (command not in BUNDLES or "bundle" in record):
+    elif command in DESCRIBE and MADE.get(command, "command") in record:
         sentences, said = DESCRIBE[command](record), set(record) - UNTOLD
     empty: tuple[object, ...] = (None, {}, [], ())
     return sentences, {n: v for n, v in record.items() if n not in said and v not in empty}
@@ -308,6 +309,7 @@ DESCRIBE: dict[str, Callable[[Record], list[str]]] = {
     "pipeline": _describe_pipeline,
     "demo": _describe_pipeline,
     "export": _describe_export,
+    MATRIX: describe_matrix,
     "compare": describe_comparison,
     "review": _describe_review,
     "sample": lambda record: [f"{_count(record['images'], 'image')} written to {record['out']}."],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from cifake_ray.config import ReviewConfig
 from cifake_ray.core.evaluation.score_summary import ScoreSummary, ShownRow
+from cifake_ray.core.imaging.decode import inspect_image
 from cifake_ray.core.imaging.thumbnail import make_thumbnail
 from cifake_ray.core.imaging.training_domain import TrainingDomain
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.schema import SCORE_FIELDS, THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, ImageError, StorageError
 from cifake_ray.report.review_page import Group, Picture, choose_groups, render_review
 from cifake_ray.report.text import describe_unlike
@@ -26,7 +27,7 @@ from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bu
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
-from cifake_ray.storage.runs.read_scores import Scores, open_scores, read_footer
+from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.shards import read_shard
 
 MAX_GROUPS = 10  # that share the images of a page
@@ -38,6 +39,7 @@ DECISION_FIELDS = [
     pa.field("key", pa.string()),
     pa.field("verdict", pa.string()),
     pa.field("decided_by", pa.string()),
+    pa.field("threshold", pa.float32()),
 ]
 
 
@@ -59,10 +61,9 @@ def review_scores(
     finished = read_json(folder / "_SUCCESS")
     page = render_review(
         title=f"Review of {folder.name or folder}",
-        context=_describe_context(scores, finished),
+        context=_describe_context(scores, finished, summary, decisions),
         queue=QUEUE.format(quote(str(folder))),
         facts=_list_facts(scores, finished, bundle, decisions),
-        threshold=find_threshold(finished),
         summary=summary,
         groups=groups,
         pictures=pictures,
@@ -81,21 +82,16 @@ def review_scores(
     }
 
 
-def find_threshold(record: dict[str, Any]) -> float:
-    """Return the threshold of a summary or a footer; 0.5 where there is none."""
-    try:
-        threshold = float(record["threshold"])
-    except (KeyError, TypeError, ValueError):
-        return 0.5
-    return threshold if 0 <= threshold <= 1 else 0.5
-
-
-def _describe_context(scores: Scores, finished: dict[str, Any]) -> str:
-    """Return what was scored, with what and when, as a sentence."""
+def _describe_context(
+    scores: Scores, finished: dict[str, Any], summary: ScoreSummary, decisions: AnyPath | None
+) -> str:
+    """Return what was scored, with what and when, in sentences."""
     run = scores.require_run()
     detector = run.config.get("bundle") or "the built-in detector"
-    policy, threshold = run.settings.get("policy"), find_threshold(finished)
-    rule = f"by {policy}" if policy else f"from p_fake {threshold:.4g} on"
+    low, high = summary.thresholds
+    rule = f"from p_fake {low:.4g} on" if low == high else "by several thresholds"
+    if decisions is not None or run.settings.get("policy"):
+        rule = f"by {decisions or run.settings['policy']}, {rule}"
     return (
         f"{scores.find_root()}, scored by {detector} ({str(run.settings.get('bundle'))[:12]}) in"
         f" {run.settings.get('precision', 'float32')}, finished {finished.get('finished_at', '-')}."
@@ -164,7 +160,8 @@ def summarise_scores(
             decided = read_shard(decisions / "decisions" / path.name, DECISION_FIELDS)
             if not decided.column("key").equals(rows.column("key")):
                 raise StorageError(f"{decisions}: decisions on other scores than {scores.folder}")
-        summary.add(number, rows, find_threshold(read_footer(rows)), decided)
+        threshold = find_threshold(rows)
+        summary.add(number, rows, 0.5 if threshold is None else threshold, decided)
     return summary
 
 
@@ -179,9 +176,14 @@ def read_pictures(
     count = sum(len(group.rows) for group in groups)
     limit = min(MAX_IMAGE_BYTES, MAX_PAGE_IMAGE_BYTES // max(count, 1))
     pictures, reason = {}, f"not read: more than {MAX_READ_S:.0f} s in all"
+    is_stored = bool(scores.require_run().settings.get("thumbnails"))
     try:
-        for place, data in _read_images(scores, wanted, config):
-            pictures[place] = make_picture(data, limit)
+        if is_stored:
+            images = _read_thumbnails(scores, wanted)
+        else:
+            images = _read_images(scores, wanted, config)
+        for place, data in images:
+            pictures[place] = make_picture(data, limit, is_stored=is_stored)
     except CifakeError as error:
         reason = str(error)
         log(f"review: images are missing on the page: {error}")
@@ -206,11 +208,28 @@ def _read_images(
                 return
 
 
-def make_picture(data: bytes | ImageError, max_bytes: int) -> Picture:
-    """Return a picture of at most so many bytes, or why there is none."""
+def _read_thumbnails(
+    scores: Scores, wanted: Mapping[int, Mapping[int, ShownRow]]
+) -> Iterator[tuple[tuple[int, int], bytes | ImageError]]:
+    """Yield what `score --thumbnails` has stored."""
+    for shard, shown in sorted(wanted.items()):
+        rows = read_shard(scores.paths[shard], [THUMBNAIL_FIELD]).take(sorted(shown))
+        for position, data in zip(sorted(shown), rows[THUMBNAIL_FIELD.name], strict=True):
+            yield (shard, position), data.as_py() or ImageError("empty", "no thumbnail")
+
+
+def make_picture(data: bytes | ImageError, max_bytes: int, *, is_stored: bool = False) -> Picture:
+    """Return a picture of at most so many bytes, or why there is none.
+
+    A thumbnail that `is_stored` is taken as it is, if it is small enough.
+    """
     if isinstance(data, ImageError):
         return Picture(None, str(data.error))
     try:
+        if is_stored and len(data) <= max_bytes:
+            header = inspect_image(data)
+            if header.format == "WEBP":
+                return Picture(data, "", max(header.width, header.height))
         webp, size = make_thumbnail(data, max_bytes)
     except ImageError as error:
         return Picture(None, error.error)

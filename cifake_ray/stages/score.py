@@ -49,6 +49,7 @@ class MakeScoreProcessor:
     batch_size: int | None
     precision: str = "float32"
     c2pa_reader: str | None = None  # None without `--provenance`
+    has_thumbnails: bool = False
     policy: Policy | None = None
 
     def __call__(self, placement: Placement) -> ScoreProcessor:
@@ -92,6 +93,7 @@ class MakeScoreProcessor:
                 "thresholds": json.dumps(bundle.list_thresholds()),
             },
             c2pa_reader=self.c2pa_reader,
+            has_thumbnails=self.has_thumbnails,
         )
 
 
@@ -223,6 +225,7 @@ def score_images(
             batch_size=config.batch_size,
             precision=precision,
             c2pa_reader=c2pa_reader,
+            has_thumbnails=config.thumbnails,
             policy=policy,
         ),
         threshold=threshold,

@@ -177,7 +177,7 @@ def test_what_changed_or_went_is_named_and_its_row_stays(src: Path, tmp_path: Pa
     named = pq.read_table(out / "_changes.parquet").to_pylist()
     changes = {row["key"]: row["change"] for row in named}
     assert changes == {"real/2.jpg": "changed", "fake/3.jpg": "changed", "real/4.jpg": "gone"}
-    (line,) = [line for line in said if "2 have changed and 1 are gone" in line]
+    (line,) = [line for line in said if "2 changed and 1 gone" in line]
     assert "'real/4.jpg'" in line
     write_images(src, range(10, 12))
     assert run_score(src, out, extend=True).changes == {"new": 2, "changed": 2, "gone": 1}

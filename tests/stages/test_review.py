@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import pytest
 from PIL import Image
 from score_run import write_score_run
 
-from cifake_ray.config import ReviewConfig
+from cifake_ray.config import ExportConfig, ReviewConfig, ScoreConfig
 from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.pipeline import run_verb
 from cifake_ray.stages import review as review_module
 from cifake_ray.stages.review import review_scores
+from cifake_ray.storage.runs.export import export_scores
 
 HOSTILE = ['<img src=x onerror="alert(1)">.png', "a\u202egnp.png", "new\nline.png", "{{ 7*7 }}.png"]
 
@@ -171,24 +174,33 @@ def write_decisions(scores: Path, out: Path, settled: str) -> Path:
     for path in (scores / "scores").glob("*.parquet"):
         rows = pq.read_table(path)
         by = ["maria" if key == settled else "policy-12ab" for key in rows["key"].to_pylist()]
-        verdicts = ["FAKE" if is_fake else "REAL" for is_fake in rows["is_fake"].to_pylist()]
-        table = pa.table({"key": rows["key"], "verdict": verdicts, "decided_by": by})
+        verdicts = [
+            "unsure" if p is None or 0.8 <= p < 0.95 else "FAKE" if p >= 0.95 else "REAL"
+            for p in rows["p_fake"].to_pylist()
+        ]
+        threshold = pa.array(np.full(len(rows), 0.95, np.float32))
+        columns = {"verdict": verdicts, "decided_by": by, "threshold": threshold}
+        table = pa.table({"key": rows["key"], **columns})
         pq.write_table(table, out / "decisions" / path.name)
     return out
 
 
-def test_decisions_are_counted_and_what_is_settled_is_no_longer_uncertain(scores: Path) -> None:
+def test_decisions_take_the_place_of_verdicts(scores: Path) -> None:
     rows = [row for row in read_scores(scores).to_pylist() if row["error"] is None]
-    nearest = min(rows, key=lambda row: abs(np.log(row["p_fake"] / (1 - row["p_fake"])) + 0.405465))
-    out = write_decisions(scores, scores.parent / "decided", nearest["key"])
-    section = 'id="uncertain".*?</section>'
-    before = re.findall(section, review(scores, images=100)[1], re.DOTALL)[0]
-    _, page = review(scores, images=100, decisions=str(out))
-    after = re.findall(section, page, re.DOTALL)[0]
-    p_fake = f"p_fake {nearest['p_fake']:.4f}"
-    assert p_fake in before
-    assert p_fake not in after
+    unsure = sorted(
+        (row for row in rows if 0.8 <= row["p_fake"] < 0.95), key=lambda r: -r["p_fake"]
+    )
+    settled = unsure[0]["key"]
+    out = write_decisions(scores, scores.parent / "decided", settled)
+    result, page = review(scores, images=1000, decisions=str(out))
+    assert result["called_fake"] == sum(row["p_fake"] >= 0.95 for row in rows)
+    assert f"<dt>Unsure</dt><dd>{len(unsure)}</dd>" in page
     assert '<th scope="row">maria</th><td>1</td>' in page
+    assert f'<th scope="row">unsure</th><td>{len(unsure) + 1}</td>' in page  # and the one unscored
+    section = re.findall('id="uncertain".*?</section>', page, re.DOTALL)[0]
+    shown = re.findall(r"p_fake (0\.\d{4})</b>", section)
+    first = shown[: len(unsure) - 1]
+    assert sorted(first) == sorted(f"{row['p_fake']:.4f}" for row in unsure[1:])
     path = out / "decisions" / "part-00001.parquet"
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(StorageError, match="decisions on other scores"):
@@ -213,3 +225,24 @@ def test_no_images_and_no_scores_are_a_page_too(images: Path, tmp_path: Path) ->
     result, page = review(nothing, images=0)
     assert (result["scored"], result["shown"]) == (0, 0)
     assert "97" in page
+
+
+def test_thumbnails_of_score_need_no_source(images: Path, tmp_path: Path) -> None:
+    """And they change no other column."""
+    for name, thumbnails in (("plain", False), ("kept", True)):
+        out = str(tmp_path / name)
+        config = ScoreConfig(src=str(images), out=out, num_workers=0, thumbnails=thumbnails)
+        run_verb(config, time.monotonic())
+    plain, kept = (read_scores(tmp_path / name) for name in ("plain", "kept"))
+    stored = kept.column("thumbnail_webp").to_pylist()
+    assert kept.drop_columns("thumbnail_webp").equals(plain)
+    assert [data is None for data in stored] == [e is not None for e in kept["error"].to_pylist()]
+    assert max(len(data) for data in stored if data) <= 8192
+    shutil.rmtree(images)
+    result, page = review(tmp_path / "kept", images=1000)
+    assert (result["shown"], result["not_shown"]) == (96, 0)
+    shown = {base64.b64decode(text) for text in re.findall(r"base64,([^\"]+)", page)}
+    assert shown == set(stored) - {None}
+    file = tmp_path / "all.csv"
+    export_scores(tmp_path / "kept", file, ExportConfig(src="kept", file=str(file)))
+    assert "thumbnail" not in file.read_text()

@@ -18,7 +18,7 @@ MAX_DISTANCE = 4  # bits of 64 in which the hashes of near duplicates differ
 # With so many blocks, two of them are equal in any two hashes that differ in MAX_DISTANCE bits, so
 # only images that share a pair of blocks, about 21 bits, are compared.
 _BLOCK_BITS = (11, 11, 11, 11, 10, 10)
-MAX_COMPARED = 64  # neighbours of an image, among those that share a pair of blocks
+MAX_COMPARED = 32  # neighbours of an image, among those that share a pair of blocks
 # Two thumbnails are of the same image if they differ by at most one of these.
 MAX_DIFFERENCE = 1.5  # of 255, root mean square: flat images have no contrast to compare
 MAX_RELATIVE_DIFFERENCE = 0.15  # of the lower contrast, which is a correlation of 0.99
@@ -33,7 +33,7 @@ def find_duplicates(rows: pa.Table) -> pa.Table:
     duplicates include those with the same pixels, and these those with the same bytes.
     """
     same_bytes, same_pixels = (_group_equal(rows.column(n)) for n in ("sha256", "pixels_sha256"))
-    near = _group_near(rows, same_pixels)
+    near = _group_near(rows)
     groups = [same_bytes, _keep_shared(same_pixels), _keep_shared(near)]
     chosen = pa.array(groups[-1] >= 0)
     facts = rows.select(["key", "label", "split", "source"])
@@ -42,7 +42,7 @@ def find_duplicates(rows: pa.Table) -> pa.Table:
     return facts.filter(chosen)
 
 
-def _group_equal(values: pa.ChunkedArray) -> np.ndarray:
+def _group_equal(values: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """Return int64[N]: the same number for the same value."""
     return np.asarray(values.combine_chunks().dictionary_encode().indices.to_numpy()).astype(int)
 
@@ -52,17 +52,20 @@ def _keep_shared(groups: np.ndarray) -> np.ndarray:
     return np.where(np.bincount(groups)[groups] > 1, groups, -1)
 
 
-def _group_near(rows: pa.Table, same_pixels: np.ndarray) -> np.ndarray:
+def _group_near(rows: pa.Table) -> np.ndarray:
     """Return int64[N]: the same number for images that near duplicates connect."""
-    _, first = np.unique(same_pixels, return_index=True)  # of each of 0, 1, 2, ...
-    hashes = rows.column("phash").to_numpy()[first]
-    thumbnails = np.stack(
-        [np.frombuffer(data, np.uint8) for data in rows.column("thumbnail").take(first).to_pylist()]
+    hashes = rows.column("phash").to_numpy()
+    packed = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(8), len(hashes), [None, pa.py_buffer(np.ascontiguousarray(hashes))]
     )
-    pairs = find_near_pairs(hashes, thumbnails)
+    thumbnails = rows.column("thumbnail")
+    looks = _group_equal(pc.binary_join_element_wise(packed.cast(pa.binary()), thumbnails, b""))
+    first = np.unique(looks, return_index=True)[1]  # of each look: copies are not compared
+    pixels = [np.frombuffer(data, np.uint8) for data in thumbnails.take(first).to_pylist()]
+    pairs = find_near_pairs(hashes[first], np.stack(pixels))
     graph = coo_array((np.ones(len(pairs), bool), pairs.T), shape=(len(first), len(first)))
     components = connected_components(graph, directed=False)[1]
-    return np.asarray(components[same_pixels]).astype(int)
+    return np.asarray(components[looks]).astype(int)
 
 
 def find_near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:

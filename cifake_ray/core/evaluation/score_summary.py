@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.core.evaluation.metrics import NUM_HISTOGRAM_BINS
-from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 
 BAND_EDGES = np.array([0, 0.01, 0.1, 0.5, 0.9, 0.99, 1])  # of p_fake; sheets show a sample of each
 MAX_SOURCES = 1000  # counted apart; the others are counted together
 MAX_STRATA = 100  # sources that have a share of the uncertain ones of their own
 MAX_ERROR_KEYS = 5
+UNSURE_FIRST = 1e6  # a margin, in log-odds, that no p_fake has
 COUNTED = ("images", "scored", "called_fake", "labelled", "wrong")  # of a source
 ROW_COLUMNS = [  # that a page shows of a row
     *("key", "p_fake", "is_fake", "label", "source", "width", "height", "format"),
@@ -30,17 +31,25 @@ ROW_COLUMNS = [  # that a page shows of a row
 Row = dict[str, Any]
 
 
-def find_margin(p_fake: np.ndarray, threshold: float) -> np.ndarray:
+def find_margin(p_fake: np.ndarray, threshold: np.ndarray | float) -> np.ndarray:
     """Return float64[N], the distance of p_fake to the threshold in log-odds, 0 or more.
 
-    Both are in [0, 1]; NaN for a p_fake of NaN.
+    Both are in [0, 1]; NaN where one is NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         score, limit = (
-            np.log(p) - np.log1p(-p) for p in (p_fake.astype(np.float64), np.float64(threshold))
+            np.log(p) - np.log1p(-p)
+            for p in (p_fake.astype(np.float64), np.asarray(threshold, np.float64))
         )
         margin: np.ndarray = np.abs(score - limit)
     return margin
+
+
+def _read_verdicts(decided: pa.Table) -> pa.ChunkedArray:
+    """Return FAKE as true, REAL as false, and unsure as null."""
+    verdict = decided.column("verdict")
+    is_fake, is_real = pc.equal(verdict, LABEL_NAMES[FAKE]), pc.equal(verdict, LABEL_NAMES[REAL])
+    return pc.if_else(pc.or_(is_fake, is_real), is_fake, pa.scalar(None, pa.bool_()))
 
 
 class BestRows:
@@ -109,6 +118,7 @@ class ScoreSummary:
     errors: Counter[str] = field(default_factory=Counter)
     error_keys: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str | None, int] = field(default_factory=dict)  # its row in what is below
+    thresholds: tuple[float, float] = (np.inf, -np.inf)  # the lowest and the highest
     verdicts: Counter[str] = field(default_factory=Counter)  # of decisions
     deciders: Counter[str] = field(default_factory=Counter)
 
@@ -124,11 +134,20 @@ class ScoreSummary:
     def add(
         self, shard: int, rows: pa.Table, threshold: float, decided: pa.Table | None = None
     ) -> None:
-        """Add the rows of a shard, SCORE_FIELDS, and its decisions: verdict and decided_by."""
+        """Add the rows of a shard, SCORE_FIELDS.
+
+        Decisions on them, verdict, decided_by and threshold, take the place of `is_fake` and of
+        `threshold`.
+        """
         self._count_errors(rows)
+        thresholds = np.full(rows.num_rows, threshold)
         is_settled = np.zeros(rows.num_rows, bool)
         if decided is not None:
+            thresholds = decided.column("threshold").to_numpy()
             is_settled = self._count_decisions(decided)
+            rows = rows.set_column(
+                rows.schema.get_field_index("is_fake"), "is_fake", _read_verdicts(decided)
+            )
         rows = rows.append_column("position", pa.array(np.arange(rows.num_rows)))
         is_scored = pc.is_valid(rows.column("p_fake"))
         codes = self._find_sources(rows.column("source"))
@@ -144,7 +163,12 @@ class ScoreSummary:
         )
         self.band_counts += np.bincount(band, minlength=len(self.band_counts))
         self.bands.add(shard, shown, band, random)
-        margin = find_margin(p_fake, threshold)
+        self.thresholds = (
+            np.fmin(self.thresholds[0], np.fmin.reduce(thresholds, initial=np.inf)),
+            np.fmax(self.thresholds[1], np.fmax.reduce(thresholds, initial=-np.inf)),
+        )
+        margin = find_margin(p_fake, thresholds[mask])
+        margin[pc.is_null(scored.column("is_fake")).to_numpy()] -= UNSURE_FIRST
         margin[is_settled[mask]] = np.inf  # a person has looked at it
         self.uncertain.add(shard, shown, np.minimum(codes[mask], MAX_STRATA), margin)
         if self.find_unlike is not None:

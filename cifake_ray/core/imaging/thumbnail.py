@@ -11,6 +11,7 @@ from cifake_ray.errors import ImageError
 
 # Longest side in pixels and WebP's quality; the first that is small enough is taken.
 SIZES = ((256, 75), (192, 65), (128, 55), (96, 45), (64, 35), (48, 25), (32, 20))
+MAX_PIXELS_PER_BYTE = 5
 SMALL_SIDE = 64  # up to it an image is kept as it is, without loss if that fits
 
 
@@ -24,6 +25,8 @@ def make_thumbnail(data: bytes, max_bytes: int) -> tuple[bytes, int]:
     if side <= SMALL_SIDE and len(found := _encode(image, lossless=True)) <= max_bytes:
         return found, side
     for size, quality in SIZES:
+        if size**2 > MAX_PIXELS_PER_BYTE * max_bytes:  # hopeless, and encoding takes long
+            continue
         image.thumbnail((size, size), reducing_gap=2.0)
         if len(found := _encode(image, quality=quality)) <= max_bytes:
             return found, max(image.size)
@@ -32,5 +35,5 @@ def make_thumbnail(data: bytes, max_bytes: int) -> tuple[bytes, int]:
 
 def _encode(image: Image.Image, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", method=4, **options)
+    image.save(buffer, "WEBP", method=2, **options)
     return buffer.getvalue()

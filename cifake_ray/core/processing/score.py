@@ -16,8 +16,10 @@ from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.processing.decode_batch import Decoded, decode_batch
 from cifake_ray.core.processing.processor import Prepare, assemble_rows
 from cifake_ray.core.provenance.read_provenance import list_columns, read_provenance
-from cifake_ray.core.schema import PROVENANCE_FIELDS, SCORE_FIELDS
+from cifake_ray.core.schema import PROVENANCE_FIELDS, SCORE_FIELDS, THUMBNAIL_FIELD
 from cifake_ray.errors import ImageError
+
+MAX_THUMBNAIL_BYTES = 8 * 2**10
 
 
 class ScoreProcessor:
@@ -37,8 +39,12 @@ class ScoreProcessor:
         device: str,
         footer: dict[str, str],
         c2pa_reader: str | None = None,
+        has_thumbnails: bool = False,
     ) -> None:
-        """With a `c2pa_reader`, "presence" or "encypher-c2pa", the rows have PROVENANCE_FIELDS."""
+        """With a `c2pa_reader`, "presence" or "encypher-c2pa", the rows have PROVENANCE_FIELDS.
+
+        With `has_thumbnails` they have THUMBNAIL_FIELD.
+        """
         torch.set_num_threads(1)  # a worker has one core
         self.detector = detector.to(device).eval()
         self.temperature = calibration.temperature
@@ -53,7 +59,11 @@ class ScoreProcessor:
             read = partial(read_provenance, verifies=c2pa_reader == "encypher-c2pa")
             self.prepare = partial(self.prepare, read_provenance=read)
             self.fields = [*SCORE_FIELDS, *PROVENANCE_FIELDS]
+        if has_thumbnails:
+            self.prepare = partial(self.prepare, max_thumbnail_bytes=MAX_THUMBNAIL_BYTES)
+            self.fields = [*self.fields, THUMBNAIL_FIELD]
         self.image_bytes = 3 * detector.preprocessing.image_size**2
+        self.image_bytes += MAX_THUMBNAIL_BYTES * has_thumbnails
 
     def finish(self, rows: pa.Table, prepared: Decoded) -> pa.Table:
         errors = list(prepared.errors)
@@ -75,6 +85,8 @@ class ScoreProcessor:
         }
         if prepared.provenance is not None:
             columns |= list_columns(prepared.provenance)
+        if prepared.thumbnails is not None:
+            columns[THUMBNAIL_FIELD.name] = prepared.thumbnails
         table = assemble_rows(self.fields, rows, columns, prepared.headers, errors)
         return set_verdicts(table, self.threshold, self.policy)
 

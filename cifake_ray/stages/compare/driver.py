@@ -237,17 +237,19 @@ def _merge_seeds(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     uri = first.pop("uri")
     if len(measured) == 1:
         return {**first, "reports": [uri], "seeds": [], "difference": None}
-    merged: dict[str, Any] = {
-        name: average_seeds([row[name]["value"] for row in measured]) for name in METRICS
-    }
+    merged: dict[str, Any] = {}
+    for name in METRICS:
+        why = first[name].get("reason")  # that of each: they have the same images
+        values = [row[name]["value"] for row in measured]
+        merged[name] = first[name] if why else average_seeds(values)
     for name, value in (("worst_cell", "accuracy"), ("worst_source", "auroc")):
         found = [row[name] for row in measured if row[name] and row[name][value] is not None]
         merged[name] = min(found, key=itemgetter(value)) if found else None
     for name in ("images_per_s", "price_of_million"):
         merged[name] = average_seeds([row[name] for row in measured])["value"]
     for name in ("architecture", "num_parameters", "macs", "ran_on"):
-        values = {row[name] for row in measured}
-        merged[name] = first[name] if len(values) == 1 else None
+        is_same = len({row[name] for row in measured}) == 1
+        merged[name] = first[name] if is_same else None
     missing = {name: why for row in measured for name, why in row["missing"].items()}
     reports = [row["uri"] for row in measured]
     return {

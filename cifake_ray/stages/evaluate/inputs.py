@@ -133,6 +133,7 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         settings, found = record["settings"], record["config"]
         names = ("val_fraction", "val_split", "test_fraction", "exclude_source")
         options = {name: found[name] for name in names if name in found}
+        options["exclude_source"] = tuple(options.get("exclude_source", ()))
     except (RunMismatch, KeyError) as error:
         raise UsageError(
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"

@@ -167,15 +167,8 @@ def decide_scores(
             "command": "decide",
             "out": str(out),
             "listed": sum(row["rows"] for row in files),
-            **{verdict: counts[verdict] for verdict in VERDICTS},
-            "errors": counts["error"],
-            "settled": counts["settled"],
-            "settled_elsewhere": len(settled) - counts["settled"],
-            "labelled": {n: c for n, c in sorted(counts.items()) if " called " in n},
-            "policy": policy.id,
-            "policy_file": str(out / POLICY_NAME),
-            **{n: v for n, v in policy.to_dict().items() if n not in ("bundle", "precision")},
-            "others": dict(zip(("threshold", "unsure_from"), policy.others, strict=True)),
+            **_describe_counts(counts, len(settled)),
+            **_describe_policy(policy, out),
             "shards_total": len(files),
             "shards_resumed": sum(was_there for _, was_there in found),
             "elapsed_s": round(time.monotonic() - started_s, 3),
@@ -186,13 +179,38 @@ def decide_scores(
     return summary
 
 
+def _describe_counts(counts: Counter[str], num_settled: int) -> dict[str, Any]:
+    return {
+        **{verdict: counts[verdict] for verdict in VERDICTS},
+        "errors": counts["error"],
+        "settled": counts["settled"],
+        "settled_elsewhere": num_settled - counts["settled"],
+        "labelled": {name: n for name, n in sorted(counts.items()) if " called " in name},
+    }
+
+
+def _describe_policy(policy: Policy, out: AnyPath) -> dict[str, Any]:
+    facts = policy.to_dict()
+    return {
+        "policy": policy.id,
+        "policy_file": str(out / POLICY_NAME),
+        **{name: value for name, value in facts.items() if name not in ("bundle", "precision")},
+        "others": dict(zip(("threshold", "unsure_from"), policy.others, strict=True)),
+    }
+
+
 def read_settled(out: AnyPath) -> dict[str, dict[str, str]]:
     """Return what persons have decided, by key: verdict, by, note."""
     path = out / SETTLED_NAME
     if not exists(path):
         return {}
-    table = read_shard(path, SETTLED_FIELDS)
-    return {row["key"]: row for row in table.select([f.name for f in SETTLED_FIELDS]).to_pylist()}
+    try:
+        rows = read_shard(path, SETTLED_FIELDS).to_pylist()
+    except StorageError as error:
+        raise StorageError(
+            f"{path}: damaged; put back a copy, or remove it and give them again with --settled"
+        ) from error
+    return {row["key"]: row for row in rows}
 
 
 def _make_settled_table(settled: Mapping[str, dict[str, str]]) -> pa.Table:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from cifake_ray.config import ExportConfig
 from cifake_ray.core.evaluation.score_summary import find_margin
+from cifake_ray.core.schema import THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, make_folder, write_chunks
 from cifake_ray.storage.io.paths import AnyPath, is_inside
@@ -31,7 +32,7 @@ from cifake_ray.storage.runs.export_tables import (
     encode_keys,
     encode_parquet,
 )
-from cifake_ray.storage.runs.read_scores import LISTING, Scores, open_scores, read_footer
+from cifake_ray.storage.runs.read_scores import LISTING, Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.sort_rows import sort_rows
 
 EXISTS = "{} exists; choose another file, or give --overwrite"
@@ -143,8 +144,12 @@ def _choose_rows(scores: Scores, config: ExportConfig, counts: Counter[str]) -> 
         for name in config.column_names:
             _check_column(table, name, "--columns")
         counts["rows"] += table.num_rows
-        if MARGIN.name not in config.column_names and MARGIN in table.schema:
-            table = table.drop_columns(MARGIN.name)
+        unasked = [
+            field.name
+            for field in (MARGIN, THUMBNAIL_FIELD)
+            if field in list(table.schema) and field.name not in config.column_names
+        ]
+        table = table.drop_columns(unasked)
         if config.column_names and not with_listing:
             table = table.select(config.column_names)
         yield path, table
@@ -184,14 +189,10 @@ def compute_margin(path: AnyPath, table: pa.Table) -> pa.Array:
 
     UsageError for files that do not say their threshold.
     """
-    try:
-        threshold = float(read_footer(table)["threshold"])
-        p_fake = table.column("p_fake").to_numpy()
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path}: no p_fake with a threshold, so there is no {MARGIN.name}"
-        ) from error
-    return pa.array(find_margin(p_fake, threshold), from_pandas=True)
+    threshold = find_threshold(table)
+    if threshold is None or "p_fake" not in table.column_names:
+        raise UsageError(f"{path}: no p_fake with a threshold, so it has no margin")
+    return pa.array(find_margin(table.column("p_fake").to_numpy(), threshold), from_pandas=True)
 
 
 def _check_column(table: pa.Table, name: str, option: str) -> None:

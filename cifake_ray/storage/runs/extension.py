@@ -56,7 +56,7 @@ class Changes:
         changed, gone = self.counts["changed"], self.counts["gone"]
         if changed or gone:
             text += (
-                f"; {changed:,} have changed and {gone:,} are gone since they were listed"
+                f"; {changed:,} changed and {gone:,} gone since they were listed"
                 f" ({', '.join(map(repr, self.examples))}"
                 + ", ..." * (changed + gone > len(self.examples))
                 + f"): their rows stay as they are; {self.out / CHANGES_NAME} names them"

@@ -123,6 +123,16 @@ def read_footer(table: pa.Table) -> dict[str, Any]:
     return footer if isinstance(footer, dict) else {}
 
 
+def find_threshold(table: pa.Table) -> float | None:
+    """Return the threshold of a shard; of one that a policy decides, the bundle's own."""
+    footer = read_footer(table)
+    try:
+        found = footer.get("threshold", json.loads(footer.get("thresholds", "{}")).get("default"))
+        return None if found is None else float(found)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
 def take_listing(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
     """Split rows of `read_shards(with_listing=True)` into scores and rows of the manifest."""
     index = rows.schema.get_field_index(LISTING)

@@ -298,13 +298,13 @@ def reopen_run(run: Run) -> None:
 
 def _write_card(run: Run) -> None:
     """Write the card of the run, unless a person has changed that of an earlier extent."""
-    cards = [
+    cards = (
         encode_card(run.results, run.manifest_folder, files)
-        for files in run.manifest.list_extents()
-    ]
-    path = run.out / CARD_NAME
-    if not create_bytes(path, cards[-1]) and read_bytes(path) in cards[:-1]:
-        write_bytes(path, cards[-1])
+        for files in reversed(run.manifest.list_extents())
+    )
+    path, card = run.out / CARD_NAME, next(cards)
+    if not create_bytes(path, card) and (there := read_bytes(path)) != card and there in cards:
+        write_bytes(path, card)
 
 
 def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:

@@ -17,7 +17,13 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.evaluation.policy import Policy, find_verdicts, set_verdicts
 from cifake_ray.core.provenance.read_provenance import count_provenance
-from cifake_ray.core.schema import FOOTER_KEY, SCHEMA_VERSION, SCORE_FIELDS, datasets_metadata
+from cifake_ray.core.schema import (
+    FOOTER_KEY,
+    SCHEMA_VERSION,
+    SCORE_FIELDS,
+    THUMBNAIL_FIELD,
+    datasets_metadata,
+)
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import make_folder, read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
@@ -62,8 +68,9 @@ def encode_shard(table: pa.Table, footer: dict[str, Any]) -> bytes:
         {FOOTER_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
     )
     # Images are compressed already: zstd would waste time on them.
+    packed = ("image.", THUMBNAIL_FIELD.name)
     compression = {
-        path: "none" if path.startswith("image.") else "zstd" for path in _leaf_paths(schema)
+        path: "none" if path.startswith(packed) else "zstd" for path in _leaf_paths(schema)
     }
     dictionary = [name for name in DICTIONARY_COLUMNS if name in schema.names]
     sink = pa.BufferOutputStream()

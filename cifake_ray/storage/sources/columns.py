@@ -18,6 +18,7 @@ from cifake_ray.core.schema import (
     PROVENANCE_FIELDS,
     SCORE_FIELDS,
     SHARD_FIELDS,
+    THUMBNAIL_FIELD,
 )
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath
@@ -59,7 +60,8 @@ class ColumnChoice:
             keep=config.keep_column,
             class_names=make_class_names(config.real_name, config.fake_name),
             reserved=frozenset(RESERVED_COLUMNS)
-            | {field.name for field in PROVENANCE_FIELDS if getattr(config, "provenance", False)},
+            | {field.name for field in PROVENANCE_FIELDS if getattr(config, "provenance", False)}
+            | ({THUMBNAIL_FIELD.name} if getattr(config, "thumbnails", False) else set()),
         )
 
     def check_names(self, names: Iterable[str], place: AnyPath) -> None:

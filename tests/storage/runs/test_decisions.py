@@ -80,7 +80,8 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decide(scores: Path, out: Path, **options: Any) -> dict[str, Any]:
-    options = {"target_fpr": 0.1, **options}
+    if "policy" not in options:
+        options = {"target_fpr": 0.1, **options}
     config = DecideConfig(src=str(scores), out=str(out), **options)
     return decide_scores(config, out, scores, lambda message: None)
 
@@ -144,7 +145,7 @@ def test_real_images_may_be_named_in_four_ways(scores: Path, tmp_path: Path) -> 
     ]
     ids = {decide(scores, tmp_path / str(n), **way)["policy"] for n, way in enumerate(ways)}
     assert len(ids) == 1
-    again = decide(scores, tmp_path / "again", target_fpr=0.5, policy=str(tmp_path / "0"))
+    again = decide(scores, tmp_path / "again", policy=str(tmp_path / "0"))
     assert {again["policy"]} == ids
     assert again["target_fpr"] == 0.1
 
@@ -277,6 +278,15 @@ def test_other_folders_and_other_detectors_are_refused(scores: Path, tmp_path: P
     (scores / "kept").rename(scores / "_SUCCESS")
 
 
+def test_damaged_verdicts_of_persons_are_told_and_not_lost(scores: Path, tmp_path: Path) -> None:
+    settled = write(tmp_path / "settled.csv", "key,verdict\n0.jpg,fake\n")
+    decide(scores, tmp_path / "out", settled=settled)
+    (tmp_path / "out" / "_settled.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match="give them again with --settled"):
+        decide(scores, tmp_path / "out")
+    assert read_decisions(tmp_path / "out")["0.jpg"]["decided_by"] == "a person"
+
+
 def test_an_edited_policy_is_told(scores: Path, tmp_path: Path) -> None:
     decide(scores, tmp_path / "out")
     policy = read_policy(str(tmp_path / "out"))
@@ -302,6 +312,7 @@ def test_an_edited_policy_is_told(scores: Path, tmp_path: Path) -> None:
         {"unsure_fpr": 0.001},
         {"real": "a", "labels": "b"},
         {"policy": "p", "by": "source"},
+        {"policy": "p", "confidence": 0.9},
         {"target_fpr": float("nan")},
     ],
 )
