@@ -84,7 +84,7 @@ def test_examples_are_bounded_and_the_uncertain_are_nearest_to_a_half() -> None:
     logit = [n / 10 - 5 for n in range(100)]
     chosen = examples.choose_examples(make_predictions(logit, [REAL, FAKE] * 50, [""] * 100))
     assert {len(rows) for rows in chosen.values()} == {12}
-    assert sorted(chosen["Most uncertain"])[0] == 44
+    assert set(range(45, 56)) < set(chosen["Most uncertain"])
     assert len(set(chosen["Random images"])) == 12
     assert chosen["Random images"] != sorted(chosen["Random images"])
 

@@ -55,7 +55,8 @@ def find_examples(
 ) -> dict[str, list[Example]]:
     """Return the images of `choose_examples`; given a detector, all but random ones get its map."""
     chosen = {
-        heading: scored.take(rows).to_pylist() for heading, rows in choose_examples(scored).items()
+        heading: scored.take(pa.array(rows, pa.int64())).to_pylist()
+        for heading, rows in choose_examples(scored).items()
     }
     images = _read_images(run, source, [row["key"] for rows in chosen.values() for row in rows])
     examples: dict[str, list[Example]] = {}

@@ -153,7 +153,7 @@ def describe_context(
         **detector,
         "Data": f"{metrics['num_images']:,} images: {metrics['num_real']:,} REAL and"
         f" {metrics['num_fake']:,} FAKE{f' of {len(sources)} sources' if sources else ''},"
-        f" {facts['Split']}; listing {facts['Listing (sha256)'][:12]}",
+        f" {f'split {detail.split}' if detail.split else 'all rows'}; listing {facts['Listing (sha256)'][:12]}",
         "Measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, in {minutes} min {seconds} s, on"
         f" {platform.system()} {platform.machine()} with {os.cpu_count()} CPUs",
     }
