@@ -185,6 +185,7 @@ def test_the_pure_floors_know_only_each_other(floor: str) -> None:
         ("jinja2", {"report"}),
         ("onnx_ir", {"core"}),
         ("onnxruntime", {"core"}),
+        ("captum", {"core"}),
         ("torch.distributed", {"core"}),
     ],
 )
