@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cifake_ray.core.evaluation.margin import find_margin
 from cifake_ray.core.evaluation.metrics import NUM_HISTOGRAM_BINS
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 
@@ -30,20 +31,6 @@ ROW_COLUMNS = [  # that a page shows of a row
 ]
 
 Row = dict[str, Any]
-
-
-def find_margin(p_fake: np.ndarray, threshold: np.ndarray | float) -> np.ndarray:
-    """Return float64[N], the distance of p_fake to the threshold in log-odds, 0 or more.
-
-    Both are in [0, 1]; NaN where one is NaN.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score, limit = (
-            np.log(p) - np.log1p(-p)
-            for p in (p_fake.astype(np.float64), np.asarray(threshold, np.float64))
-        )
-        margin: np.ndarray = np.abs(score - limit)
-    return margin
 
 
 def _read_verdicts(decided: pa.Table) -> pa.ChunkedArray:

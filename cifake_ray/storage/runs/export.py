@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.config import ExportConfig
-from cifake_ray.core.evaluation.score_summary import find_margin
+from cifake_ray.core.evaluation.margin import find_margin
 from cifake_ray.core.schema import THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, make_folder, write_chunks

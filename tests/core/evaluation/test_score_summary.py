@@ -11,7 +11,8 @@ import pytest
 from score_run import make_scores
 
 from cifake_ray.core.evaluation import score_summary as module
-from cifake_ray.core.evaluation.score_summary import BAND_EDGES, ScoreSummary, find_margin
+from cifake_ray.core.evaluation.margin import find_margin
+from cifake_ray.core.evaluation.score_summary import BAND_EDGES, ScoreSummary
 
 THRESHOLD = 0.4
 
