@@ -42,7 +42,7 @@ DOOR_RANK = 4
 ROOMS = {
     "core": [
         {"schema", "imaging"},
-        {"labels", "evaluation", "sample_images", "provenance"},
+        {"labels", "audit", "evaluation", "sample_images", "provenance"},
         {"models"},
         {"processing", "training"},
         {"search"},
