@@ -42,7 +42,7 @@ DOOR_RANK = 4
 ROOMS = {
     "core": [
         {"schema", "imaging"},
-        {"labels", "evaluation", "sample_images", "provenance"},
+        {"labels", "audit", "evaluation", "sample_images", "provenance"},
         {"models"},
         {"processing", "training"},
         {"search"},
@@ -185,6 +185,7 @@ def test_the_pure_floors_know_only_each_other(floor: str) -> None:
         ("jinja2", {"report"}),
         ("onnx_ir", {"core"}),
         ("onnxruntime", {"core"}),
+        ("captum", {"core"}),
         ("torch.distributed", {"core"}),
     ],
 )

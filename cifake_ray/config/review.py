@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cifake_ray.config.fields import RuntimeDoc, StoreConfig, check, check_least
 
-MAX_IMAGES = 10_000  # on a page; it stays below 10 MB
+MAX_IMAGES = 5_000  # on a page; it stays below 10 MB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from cifake_ray.report.numbers import format_share
 
 LEAK, NOTE, CLEAN = "LEAK", "NOTE", "CLEAN"
 QUALITY = "jpeg:90"
+MAX_ALONE = 0.1  # of the images may have a type that the other class lacks
 SIDES = (32, 64, 96, 128, 224, 256, 384, 512, 768, 1024)  # pixels, to scale images to
 COPIES = {
     "bytes_group": ("bytes", "the same bytes"),
@@ -44,6 +45,7 @@ def judge_audit(findings: Mapping[str, Any], config: AuditConfig) -> list[dict[s
         *_judge_leaks(findings, config),
         *_judge_copies(findings, config),
         *_judge_balance(findings, config),
+        *_judge_columns(findings["balance"]),
     ]
     levels = (LEAK, NOTE, CLEAN)
     return [asdict(v) for v in sorted(verdicts, key=lambda v: levels.index(v.level))]
@@ -93,7 +95,7 @@ def _judge_leaks(findings: Mapping[str, Any], config: AuditConfig) -> list[Verdi
             kept = f"{matched[trait]:,} of {findings['images']:,} images stay"
             remedies.append(f"{_convert(config, match=(trait,))}  # {kept}")
         typical = findings["typical"][name]
-        text = f"{text}: most often {typical['REAL']} of REAL, {typical['FAKE']} of FAKE."
+        text = f"{text}: REAL is most often {typical['REAL']}, FAKE {typical['FAKE']}."
         verdicts.append(Verdict(name, LEAK, text, remedies))
     return [*verdicts, *_judge_combined(findings, config)]
 
@@ -114,8 +116,8 @@ def _judge_combined(findings: Mapping[str, Any], config: AuditConfig) -> list[Ve
         found = Verdict(
             "zero-pixel null",
             NOTE,
-            f"Sizes in bytes differ, {_format_auroc(size)}, in files that are encoded alike: the"
-            " images of one class are smoother.",
+            f"Sizes in bytes differ, {_format_auroc(size)}, in files whose headers are alike: they"
+            " follow from the pixels, or from how hard an encoder worked.",
             [],
         )
     else:
@@ -167,6 +169,27 @@ def _judge_balance(findings: Mapping[str, Any], config: AuditConfig) -> list[Ver
     text = f"{real:,} REAL and {fake:,} FAKE: accuracy at 0.5 depends on it, AUROC does not."
     remedies = [_convert(config, match=("size",))] if findings["matched"]["size"] else []
     return [Verdict("balance", NOTE, text, remedies)]
+
+
+def _judge_columns(balance: Mapping[str, Any]) -> list[Verdict]:
+    """Return notes on sources and on columns of types that the classes do not share."""
+    notes = []
+    for name in ("REAL", "FAKE"):
+        sources = [row["value"] for row in balance.get("source", []) if row[name]]
+        if len(sources) == 1:
+            text = f"All {name} come from one source: a detector may learn that source instead."
+            notes.append(Verdict(f"sources of {name}", NOTE, text, []))
+    for column, rows in balance.items():
+        if column in ("label", "source", "format", "mode", "subsampling"):
+            continue
+        alone = sum(row["REAL"] + row["FAKE"] for row in rows if not row["REAL"] * row["FAKE"])
+        share = alone / max(sum(row["REAL"] + row["FAKE"] for row in rows), 1)
+        if share > MAX_ALONE:
+            text = (
+                f"{column}: {format_share(share)} of images have a value that one class alone has."
+            )
+            notes.append(Verdict(column, NOTE, text, []))
+    return notes
 
 
 def choose_side(median_side: float) -> int:

@@ -68,7 +68,7 @@ def list_operating_points(metrics: Metrics) -> list[dict[str, Any]]:
     """Return a row for each operating point: 0.5, the bundle's own, and those for an FPR."""
     points = {
         "0.5": metrics["at_0.5"],
-        "the bundle's threshold": metrics["at_threshold"],
+        "the threshold": metrics["at_threshold"],
         **{POINTS[name]: point for name, point in metrics["operating_points"].items()},
     }
     rows = []

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from markupsafe import Markup
 
 from cifake_ray.core.evaluation.metrics import wilson_interval
 from cifake_ray.core.evaluation.score_summary import BAND_EDGES, Row, ScoreSummary, ShownRow
@@ -41,13 +39,12 @@ class Picture:
     reason: str = ""
     side: int = 0  # pixels, the longer
 
-    @property
-    def url(self) -> Markup:
-        return Markup("data:image/webp;base64,") + base64.b64encode(self.data or b"").decode()
 
+def choose_groups(summary: ScoreSummary, max_rows: int) -> list[Group]:
+    """Return what there is to look at, most worth looking at first, at most so many in all.
 
-def choose_groups(summary: ScoreSummary) -> list[Group]:
-    """Return what there is to look at: most worth looking at first."""
+    No group gets more while another has rows left.
+    """
     near = "Nearest to the threshold, of each source in turn."
     groups = [Group("Uncertain", "", near, summary.uncertain.interleave())]
     for label, called in ((REAL, FAKE), (FAKE, REAL)):
@@ -61,7 +58,10 @@ def choose_groups(summary: ScoreSummary) -> list[Group]:
         heading = f"p_fake {BAND_EDGES[band]:g} to {BAND_EDGES[band + 1]:g}"
         note = f"At random of {summary.band_counts[band]:,}."
         groups.append(Group("By score", heading, note, summary.bands.list_rows(band)))
-    return [group for group in groups if group.rows]
+    most = max(len(group.rows) for group in groups)
+    while sum(min(len(group.rows), most) for group in groups) > max_rows:
+        most -= 1
+    return [replace(group, rows=group.rows[:most]) for group in groups if group.rows[:most]]
 
 
 def draw_histograms(
@@ -95,7 +95,7 @@ def draw_histograms(
 def render_review(
     *,
     title: str,
-    context: str,
+    context: Mapping[str, str],
     queue: str,
     facts: Mapping[str, str],
     summary: ScoreSummary,
@@ -144,7 +144,7 @@ def render_review(
             name: [group for group in groups if group.section == name]
             for name in dict.fromkeys(group.section for group in groups)
         },
-        describe_row=_describe_row,
+        describe_verdict=_describe_verdict,
         pictures=pictures,
         format_interval=format_interval,
     )
@@ -160,8 +160,8 @@ def _name_source(name: str | None) -> str:
     return "no source" if name is None else "all other sources" if name == "..." else name
 
 
-def _describe_row(row: Row) -> str:
-    """Return label, source, size and format of a row, such as `REAL, coco, 640 x 480 JPEG`."""
-    label = None if row["label"] is None else LABEL_NAMES[row["label"]]
-    size = f"{row['width']} x {row['height']} {row['format']}"
-    return ", ".join(text for text in (label, row["source"], size) if text)
+def _describe_verdict(row: Row) -> str:
+    """Return what an image is, if known, and what it is called, such as `REAL, called FAKE`."""
+    called = "unsure" if row["is_fake"] is None else f"called {LABEL_NAMES[row['is_fake']]}"
+    label = dict(enumerate(LABEL_NAMES)).get(row["label"])
+    return called if label is None else f"{label}, {called}"

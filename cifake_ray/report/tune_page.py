@@ -77,7 +77,7 @@ def render_tune_page(
                 f"of {summary['epochs_planned']:,}, {format_share(saved)} saved by stopping early",
             ),
         },
-        ends=", ".join(f"{count:,} {end}" for end, count in ends.most_common()),
+        ends=", ".join(f"{end} ({count:,})" for end, count in ends.most_common()),
         figures=figures,
         captions=CAPTIONS,
         note="" if importance else TOO_FEW_TRIALS,

@@ -15,13 +15,15 @@ from cifake_ray.config import AuditConfig, list_options
 from cifake_ray.core.audit.match_classes import TRAIT_COLUMNS, choose_unmatched
 from cifake_ray.core.processing.audit import AuditProcessor
 from cifake_ray.core.schema import AUDIT_FIELDS, FAKE, LABEL_NAMES, REAL
-from cifake_ray.errors import UsageError
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.report.audit_text import Verdict, judge_audit
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.io.files import exists, read_json, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.version import __version__
@@ -74,13 +76,31 @@ def audit_images(
     result = run_batch(plan)
     if isinstance(result, DryRun):
         return result
-    # A person may have removed it.
-    findings = read_json(out / "audit.json") if exists(out / "audit.json") else {}
     return AuditSummary(
-        **vars(result),
-        verdicts=findings.get("verdicts", []),
-        report=link_path(out / "audit.html") if exists(out / "audit.html") else "",
+        **vars(result), verdicts=read_verdicts(out), report=link_path(out / "audit.html")
     )
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What is read of `audit.json`."""
+
+    verdicts: list[Verdict]
+
+
+def read_verdicts(out: AnyPath) -> list[dict[str, Any]]:
+    """Return the verdicts of a finished audit, none if a person has removed their file."""
+    path = out / "audit.json"
+    if not exists(path):
+        return []
+    try:
+        found = parse_record(_Findings, read_json(path))
+    except ValueError as error:
+        raise StorageError(
+            f"{path}: not the findings of an audit ({error}); remove {out / '_SUCCESS'} and run the"
+            " same command again"
+        ) from error
+    return [asdict(verdict) for verdict in found.verdicts]
 
 
 def write_audit(run: Run, config: AuditConfig) -> None:
@@ -88,7 +108,6 @@ def write_audit(run: Run, config: AuditConfig) -> None:
     from cifake_ray.core.audit.duplicates import GROUP_COLUMNS, count_duplicates, find_duplicates
     from cifake_ray.core.audit.label_leaks import find_typical, measure_leaks
     from cifake_ray.report.audit_page import render_audit_page
-    from cifake_ray.report.audit_text import judge_audit
     from cifake_ray.storage.runs.audit_rows import read_audit_rows, write_duplicates
 
     rows = read_audit_rows(run)

@@ -30,10 +30,10 @@ from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.shards import read_shard
 
-MAX_GROUPS = 10  # that share the images of a page
+MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
 MAX_READ_S = 60.0  # for all images: a store may answer slowly, or not at all
 MAX_IMAGE_BYTES = 24 * 2**10  # of a thumbnail
-MAX_PAGE_IMAGE_BYTES = 5 * 2**20  # of all: a page grows by a third more, in base64
+MAX_PAGE_IMAGE_BYTES = 4 * 2**20  # of all: a page grows by a third more, in base64
 QUEUE = "cifake-ray export {} tasks.json --format label-studio --sort margin --top 50 --by source"
 DECISION_FIELDS = [
     pa.field("key", pa.string()),
@@ -55,8 +55,8 @@ def review_scores(
     scores = open_scores(folder)
     bundle = _find_bundle(scores, config, log)
     domain = bundle.domain if bundle else None
-    summary = summarise_scores(scores, domain, decisions, config.images // MAX_GROUPS)
-    groups = choose_groups(summary)
+    summary = summarise_scores(scores, domain, decisions, -(-config.images // MIN_GROUPS))
+    groups = choose_groups(summary, config.images)
     pictures = read_pictures(scores, groups, config, log)
     finished = read_json(folder / "_SUCCESS")
     page = render_review(
@@ -84,19 +84,21 @@ def review_scores(
 
 def _describe_context(
     scores: Scores, finished: dict[str, Any], summary: ScoreSummary, decisions: AnyPath | None
-) -> str:
-    """Return what was scored, with what and when, in sentences."""
+) -> dict[str, str]:
+    """Return what was scored, with what and when, by name."""
     run = scores.require_run()
-    detector = run.config.get("bundle") or "the built-in detector"
+    detector = run.config.get("bundle") or "built-in"
     low, high = summary.thresholds
-    rule = f"from p_fake {low:.4g} on" if low == high else "by several thresholds"
+    rule = f"p_fake >= {low:.4g}" if low == high else "by several thresholds"
     if decisions is not None or run.settings.get("policy"):
-        rule = f"by {decisions or run.settings['policy']}, {rule}"
-    return (
-        f"{scores.find_root()}, scored by {detector} ({str(run.settings.get('bundle'))[:12]}) in"
-        f" {run.settings.get('precision', 'float32')}, finished {finished.get('finished_at', '-')}."
-        f" FAKE is decided {rule}."
-    )
+        rule += f", {decisions or run.settings['policy']}"
+    precision = run.settings.get("precision", "float32")
+    return {
+        "Images": scores.find_root(),
+        "Detector": f"{detector} ({str(run.settings.get('bundle'))[:12]}), in {precision}",
+        "Finished": str(finished.get("finished_at", "-")),
+        "FAKE is": rule,
+    }
 
 
 def _list_facts(

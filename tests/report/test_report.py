@@ -239,10 +239,10 @@ def test_page_has_its_parts_in_order_and_lists_them(page, metrics):
     headings = re.findall(r"<h2 id=\"([a-z]+)\">([^<]+)</h2", page)
     assert [heading for _, heading in headings] == [
         "Decisions",
-        "Other measures",
         "Sources and other slices",
         "REAL against REAL",
         "Figures",
+        "Other measures",
         "Images",
         "Images without a score",
         "How to reproduce these numbers",

@@ -141,6 +141,19 @@ def test_an_interrupted_audit_ends_as_another(images: Path, audited: Path, tmp_p
         audit(images, out, seed=1)
 
 
+def test_findings_that_were_edited_are_refused_and_may_be_missing(
+    images: Path, audited: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audited, out)
+    (out / "audit.json").write_text('{"verdicts": [{"name": 3}]}')
+    with pytest.raises(StorageError, match="not the findings of an audit"):
+        audit(images, out)
+    (out / "audit.json").unlink()
+    config = AuditConfig(src=str(images), out=str(out), num_workers=0, shard_size=32)
+    assert run(config).verdicts == []
+
+
 def test_a_damaged_shard_is_repaired(images: Path, audited: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(audited, out)

@@ -186,6 +186,9 @@ def test_wrong_requests(scored: Path, tmp_path: Path) -> None:
     keys = copy(scored, tmp_path / "k", lambda t: replace(t, key=[f"k{n}" for n in range(48)]))
     labels = copy(scored, tmp_path / "l", lambda t: replace(t, label=1 - t["label"].to_numpy()))
     none = copy(scored, tmp_path / "n", lambda t: replace(t, label=[None] * 48))
+    nan = copy(scored, tmp_path / "x", lambda t: replace(t, logit=[float("nan")] * 48))
+    with pytest.raises(StorageError, match="a score is no number"):
+        compare(nan)
     broken = copy(scored, tmp_path / "m", lambda t: t, {"grid": {"worst_cell": 7}})
     for reports, options, message in (
         ((first, keys), {}, "share no image"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,17 +11,31 @@ import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import ConvertConfig, EvaluateConfig, ScoreConfig
+from cifake_ray.core.models import gradient_maps
+from cifake_ray.errors import UsageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.evaluate.driver import evaluate_detector
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def run_evaluate(shards: Path, bundle: Path, out: Path, split: str | None = None) -> list[str]:
+def run_evaluate(
+    shards: Path,
+    bundle: Path,
+    out: Path,
+    split: str | None = None,
+    *,
+    gradient_maps: bool = False,
+) -> list[str]:
     """What was said, but for what only begins."""
     said: list[str] = []
     config = EvaluateConfig(
-        shards=str(shards), bundle=str(bundle), out=str(out), split=split, num_bootstrap=50
+        shards=str(shards),
+        bundle=str(bundle),
+        out=str(out),
+        split=split,
+        num_bootstrap=50,
+        gradient_maps=gradient_maps,
     )
     evaluate_detector(config, shards, out, bundle, lambda _: None, time.monotonic(), said.append)
     return [line for line in said if not line.endswith("...")]
@@ -69,6 +84,31 @@ def test_the_report_is_one_page_with_figures_and_mistakes(report: Path) -> None:
     figures = {path.name for path in (report / "figures").iterdir()}
     assert {"roc.svg", "reliability.svg", "scores.svg", "loss.svg", "accuracy.svg"} <= figures
     assert (report / "_SUCCESS").stat().st_mtime >= (report / "report.html").stat().st_mtime
+    assert "There is no split" not in page
+    assert "UTC, in 0 min" in page
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["facts"]["Listing (sha256)"][:12] in page
+    assert "pairs" not in re.findall('class="sheet[^"]*"', page)[0]
+
+
+def test_gradient_maps_stand_beside_the_worst_and_the_uncertain_images(
+    shards: Path, bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("captum")
+    run_evaluate(shards, bundle, tmp_path / "out", gradient_maps=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    uncertain, random = page.split("<h3>Most uncertain</h3>")[1].split("<h3>Random images</h3>")
+    assert uncertain.count("<img") == 2 * uncertain.count("<summary>") == 12
+    assert random.count("<img") == random.count("<summary>") == 6
+
+
+def test_gradient_maps_without_captum_are_refused_before_anything_is_scored(
+    shards: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_maps, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"cifake-ray\[explain\]"):
+        run_evaluate(shards, bundle, tmp_path / "out", gradient_maps=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_takes_the_split_that_is_asked_for(shards: Path, bundle: Path, tmp_path: Path) -> None:
@@ -84,6 +124,7 @@ def test_every_row_is_used_where_there_is_no_test_split_and_that_is_told(
     run_verb(config, time.monotonic())
     (told,) = run_evaluate(shards, bundle, tmp_path / "out")
     assert "no split `test`" in told
+    assert "There is no split `test`" in (tmp_path / "out" / "report.html").read_text()
     assert pq.read_table(tmp_path / "out" / "predictions").num_rows == 48
 
 

@@ -15,14 +15,12 @@ import pytest
 from cifake_ray.config import EvaluateConfig
 from cifake_ray.core.evaluation.buckets import check_slices
 from cifake_ray.core.evaluation.calibration import compute_p_fake
-from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo
 from cifake_ray.stages.evaluate import examples
 from cifake_ray.stages.evaluate.driver import evaluate_detector
 from cifake_ray.stages.evaluate.measure import measure, measure_slices
+from cifake_ray.stages.evaluate.write_report import measure_operating_points
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
-from cifake_ray.storage.runs.run_plan import RunPlan
-from cifake_ray.storage.sources.source import Listing, batch_rows
 
 REAL, FAKE = 0, 1
 
@@ -71,32 +69,36 @@ def test_images_of_one_class_alone_have_no_rank() -> None:
     ] * 2
 
 
-class NoImages:
-    def read_images(self, rows: pa.Table) -> Any:
-        return (b"%d" % n for n in range(rows.num_rows))
-
-
-def test_mistakes_are_those_that_accuracy_counts(
-    bundle: BundleInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_those_that_accuracy_counts(bundle: BundleInfo) -> None:
     """A logit of 0, and one that is 0.5 after rounding, is called FAKE."""
     logit, label = [0.0, 0.0, -1e-9, 1.0, -1.0, -1.0], [REAL, FAKE, FAKE, REAL, FAKE, REAL]
     table = make_predictions(logit, label, [""] * 6)
-    monkeypatch.setattr(examples, "make_thumbnail", lambda data: data)
-    rows = [(f"{n}", None, None, 1, *[None] * 6) for n in range(6)]
-    run = RunPlan(
-        out=tmp_path,
-        command="evaluate",
-        settings={},
-        config={},
-        list_source=lambda: Listing(batch_rows(rows, pa.schema(MANIFEST_FIELDS))),
-        shard_rows=None,
-    ).open()
-    source: Any = NoImages()
-    found = {mistake.key for mistake in examples.find_mistakes(run, source, table)}
-    assert found == {"0", "3", "4"}
+    chosen = examples.choose_examples(table)
+    assert chosen["Worst mistakes: REAL called FAKE"] == [3, 0], "the worst first"
+    assert chosen["Worst mistakes: FAKE called REAL"] == [4]
     counted = measure(table, bundle.calibration, 0)["at_0.5"]["confusion"]
-    assert counted[REAL][FAKE] + counted[FAKE][REAL] == len(found)
+    assert counted[REAL][FAKE] + counted[FAKE][REAL] == 3
+
+
+def test_examples_are_bounded_and_the_uncertain_are_nearest_to_a_half() -> None:
+    logit = [n / 10 - 5 for n in range(100)]
+    chosen = examples.choose_examples(make_predictions(logit, [REAL, FAKE] * 50, [""] * 100))
+    assert {len(rows) for rows in chosen.values()} == {12}
+    assert set(range(45, 56)) < set(chosen["Most uncertain"])
+    assert len(set(chosen["Random images"])) == 12
+    assert chosen["Random images"] != sorted(chosen["Random images"])
+
+
+def test_operating_points_count_what_their_thresholds_call_fake() -> None:
+    table = make_predictions([-1.0, 1.0, 0.5, 3.0], [REAL, REAL, FAKE, FAKE], [""] * 4)
+    points = measure_operating_points(
+        table, {"default": 0.5, "fpr_0.001": float(table["p_fake"][3].as_py()), "fpr_0.01": 0.5}
+    )
+    assert {name: point["confusion"] for name, point in points.items()} == {
+        "fpr_0.01": [[1, 1], [0, 2]],
+        "fpr_0.001": [[2, 0], [1, 1]],
+    }
+    assert list(points) == ["fpr_0.01", "fpr_0.001"]
 
 
 @pytest.mark.parametrize(

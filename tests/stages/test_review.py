@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from s3_server import S3Server
 from score_run import write_score_run
 
 from cifake_ray.config import ExportConfig, ReviewConfig, ScoreConfig
@@ -81,7 +83,7 @@ def test_the_page_says_what_the_rows_say(scores: Path) -> None:
     assert f"<dd>{1 - wrong / 96:.1%}</dd>" in page
     assert "not_an_image" in page
     assert "REAL/a/bad.png" in page
-    assert "finished 20" in page
+    assert "<dd>p_fake &gt;= 0.4</dd>" in page
     for source, name in (("a", "a"), ("<b>", "&lt;b&gt;")):
         mine = [row for row in scored if row["source"] == source]
         count = sum(row["is_fake"] != row["label"] for row in mine)
@@ -91,27 +93,29 @@ def test_the_page_says_what_the_rows_say(scores: Path) -> None:
 
 
 def test_the_uncertain_are_the_nearest_of_each_source(scores: Path) -> None:
-    _, page = review(scores, images=100)  # 10 of each kind
+    _, page = review(scores, images=50)
     section = page.partition('id="uncertain"')[2].partition("<section>")[0]
-    shown = re.findall(r"p_fake (0\.\d{4})</b>\w+, ([^,]+),", section)
-    assert len(shown) == 10
+    shown = re.findall(r"p_fake (0\.\d{4})</b>.*?<bdi>(.*?)</bdi>, ", section, re.DOTALL)
+    assert len(shown) >= 4
     rows = [row for row in read_scores(scores).to_pylist() if row["error"] is None]
     logit = np.log(0.4 / 0.6)
     for source, name in (("a", "a"), ("<b>", "&lt;b&gt;")):
         mine = [row["p_fake"] for row in rows if row["source"] == source]
         mine.sort(key=lambda p: abs(np.log(p / (1 - p)) - logit))
-        assert [p for p, of in shown if of == name] == [f"{p:.4f}" for p in mine[:5]]
+        found = [p for p, of in shown if of == name]
+        assert len(found) in (len(shown) // 2, len(shown) - len(shown) // 2)
+        assert found == [f"{p:.4f}" for p in mine[: len(found)]]
 
 
 def test_nothing_that_others_named_becomes_an_element(scores: Path) -> None:
     _, page = review(scores, images=1000)
     assert "<img src=x" not in page
-    assert "<b>b" not in page
+    assert "<b>," not in page
     assert "\u202e" not in page
     assert "49.png" not in page
     assert "<script" not in page
     assert "default-src 'none'" in page
-    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert links
     assert [link for link in links if not link.startswith(("#", "data:image/webp;base64,"))] == []
 
@@ -160,6 +164,31 @@ def test_images_that_are_gone_are_said_in_their_place(
     assert result["not_shown"] > 0
     assert reason.lower() in page.lower()
     assert "data:image/webp" not in page
+
+
+@pytest.mark.parametrize("most", [0, 50, 90])
+def test_no_more_images_than_asked_for_and_all_kinds_among_them(scores: Path, most: int) -> None:
+    _, page = review(scores, images=most)
+    assert most - 9 < page.count("<b>p_fake") <= most
+    # Uncertain, two kinds of mistakes, six ranges; what it was trained on is not known.
+    assert page.count('<div class="sheet">') == min(most, 9)
+
+
+def test_a_bucket_is_read_and_named(s3_env: S3Server, images: Path, tmp_path: Path) -> None:
+    bucket = s3_env.make_bucket()
+    s3_env.upload(bucket, images / "REAL" / "a", "photos/")
+    write_score_run(f"s3://{bucket}/photos", tmp_path / "scores")
+    result, _ = review(tmp_path / "scores")
+    assert (result["shown"], result["not_shown"]) == (24, 1)  # one is no image
+    file = tmp_path / "tasks.jsonl"
+    config = ExportConfig(src="scores", file=str(file), format="label-studio")
+    export_scores(tmp_path / "scores", file, config)
+    urls = [json.loads(line)["data"]["image"] for line in file.read_text().splitlines()]
+    assert f"s3://{bucket}/photos/0.png" in urls
+    s3_env.client().delete_object(Bucket=bucket, Key="photos/0.png")
+    result, page = review(tmp_path / "scores")
+    assert (result["shown"], result["not_shown"]) == (23, 2)
+    assert "not_found" in page
 
 
 def test_a_slow_source_ends(scores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,8 +244,8 @@ def test_wrong_requests_are_named(scores: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text() == "mine"
     with pytest.raises(StorageError, match=r"_run\.json"):
         review(scores / "scores")
-    with pytest.raises(UsageError, match="--images is 10,001"):
-        review(scores, images=10_001)
+    with pytest.raises(UsageError, match="--images is 5,001"):
+        review(scores, images=5_001)
 
 
 def test_no_images_and_no_scores_are_a_page_too(images: Path, tmp_path: Path) -> None:
@@ -246,3 +275,18 @@ def test_thumbnails_of_score_need_no_source(images: Path, tmp_path: Path) -> Non
     file = tmp_path / "all.csv"
     export_scores(tmp_path / "kept", file, ExportConfig(src="kept", file=str(file)))
     assert "thumbnail" not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label", 9), ("width", None), ("p_fake", -7.0), ("p_fake", float("nan")), ("is_fake", None)],
+)
+def test_columns_may_hold_anything(scores: Path, name: str, value: object) -> None:
+    path = scores / "scores" / "part-00000.parquet"
+    rows = pq.read_table(path)
+    field = rows.schema.field(name)
+    column = pa.array([value] * len(rows), field.type)
+    index = rows.schema.get_field_index(name)
+    pq.write_table(rows.set_column(index, field, column), path)
+    _, page = review(scores, images=50)
+    assert "called FAKE" in page

@@ -21,6 +21,7 @@ from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 BAND_EDGES = np.array([0, 0.01, 0.1, 0.5, 0.9, 0.99, 1])  # of p_fake; sheets show a sample of each
 MAX_SOURCES = 1000  # counted apart; the others are counted together
 MAX_STRATA = 100  # sources that have a share of the uncertain ones of their own
+MAX_UNCERTAIN = 200  # of a source, and in all
 MAX_ERROR_KEYS = 5
 UNSURE_FIRST = 1e6  # a margin, in log-odds, that no p_fake has
 COUNTED = ("images", "scored", "called_fake", "labelled", "wrong")  # of a source
@@ -127,7 +128,7 @@ class ScoreSummary:
         self.histograms = np.zeros((MAX_SOURCES + 1, NUM_HISTOGRAM_BINS), np.int64)
         self.band_counts = np.zeros(len(BAND_EDGES) - 1, np.int64)
         self.bands = BestRows(self.per_group, len(self.band_counts))
-        self.uncertain = BestRows(self.per_group, MAX_STRATA + 1)
+        self.uncertain = BestRows(min(self.per_group, MAX_UNCERTAIN), MAX_STRATA + 1)
         self.mistakes = BestRows(self.per_group, 2)  # by label, the most confident first
         self.unlike_rows = BestRows(self.per_group, 1)
 
@@ -172,7 +173,10 @@ class ScoreSummary:
         margin[is_settled[mask]] = np.inf  # a person has looked at it
         self.uncertain.add(shard, shown, np.minimum(codes[mask], MAX_STRATA), margin)
         if self.find_unlike is not None:
-            unlike = {name: mask.to_numpy() for name, mask in self.find_unlike(scored).items()}
+            unlike = {
+                name: mask.fill_null(False).to_numpy()
+                for name, mask in self.find_unlike(scored).items()
+            }
             self.unlike.update({name: int(mask.sum()) for name, mask in unlike.items()})
             one = np.zeros(len(p_fake), np.int64)
             self.unlike_rows.add(shard, shown, one, np.where(unlike["any"], random, np.inf))
@@ -211,8 +215,8 @@ class ScoreSummary:
 
     def _count_sources(self, codes: np.ndarray, scored_codes: np.ndarray, scored: pa.Table) -> None:
         p_fake = scored.column("p_fake").to_numpy()
-        bins = np.minimum((p_fake * NUM_HISTOGRAM_BINS).astype(np.int64), NUM_HISTOGRAM_BINS - 1)
-        np.add.at(self.histograms, (scored_codes, bins), 1)
+        bins = np.nan_to_num(p_fake * NUM_HISTOGRAM_BINS).clip(0, NUM_HISTOGRAM_BINS - 1)
+        np.add.at(self.histograms, (scored_codes, bins.astype(np.int64)), 1)
         self._count("images", codes)
         self._count("scored", scored_codes)
 
@@ -233,7 +237,7 @@ class ScoreSummary:
         np.add.at(self.confusion, (label[is_labelled], is_fake[is_labelled].astype(np.int64)), 1)
         confidence = np.where(label == REAL, -p_fake, p_fake)  # the worst first
         self.mistakes.add(
-            shard, shown, np.maximum(label, 0), np.where(is_wrong, confidence, np.inf)
+            shard, shown, np.clip(label, REAL, FAKE), np.where(is_wrong, confidence, np.inf)
         )
         for name, mask in (
             ("called_fake", is_fake),

@@ -131,7 +131,7 @@ def plan_batch(plan: BatchPlan) -> DryRun:
     listing = plan.list_images()
     size = count_listing(listing)
     if not size.listed:
-        raise NothingToDo("the source holds no file; check the path, --include and --exclude")
+        raise NothingToDo(listing.explain_empty())
     for note in listing.notes:
         plan.log(f"{plan.command}: {note}")
     counts = listing.counts.to_dict()

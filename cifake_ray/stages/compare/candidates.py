@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.schema import FOOTER_KEY
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.stages.batch.summary import BatchSummary, read_summary
 from cifake_ray.stages.evaluate.write_report import MEASURED_FIELDS
@@ -18,8 +17,7 @@ from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.runs.shards import read_shard
-from cifake_ray.storage.runs.verify import open_finished
+from cifake_ray.storage.runs.read_scores import open_scores, read_footer
 from cifake_ray.storage.s3.location import open_path
 
 
@@ -71,16 +69,22 @@ def read_candidate(uri: str, store: StoreConfig) -> Candidate:
 
 
 def _read_report(uri: str, path: AnyPath) -> Candidate:
-    run = open_finished(path)
-    if run.command == "convert":
-        raise StorageError(f"{uri} is the output of convert; give that of evaluate, or a bundle")
-    shards = range(run.manifest.num_shards)
-    tables = [read_shard(run.shard_path(shard), MEASURED_FIELDS) for shard in shards]
+    if not exists(path / "_run.json"):
+        raise StorageError(f"{uri}: no _run.json; give the output of evaluate, or a bundle")
+    scores = open_scores(path)
+    run = scores.require_run()
+    if run.command not in ("evaluate", "score"):
+        raise StorageError(
+            f"{uri} is the output of {run.command}; give that of evaluate, or a bundle"
+        )
+    tables = [table for _, table in scores.read_shards(MEASURED_FIELDS)]
     names = [measured.name for measured in MEASURED_FIELDS]
     table = pa.concat_tables([table.select(names) for table in tables])
     scored = table.filter(pc.and_(pc.is_null(table["error"]), pc.is_valid(table["label"])))
     if not scored.num_rows:
         raise UsageError(f"{uri}: no image has both a label and a score; give labelled images")
+    if not all(pc.all(pc.is_finite(scored[name])).as_py() for name in ("logit", "p_fake")):
+        raise StorageError(f"{uri}: damaged: a score is no number; `cifake-ray repair` restores it")
     stored = _Stored()
     if exists(path / "metrics.json"):
         try:
@@ -89,7 +93,7 @@ def _read_report(uri: str, path: AnyPath) -> Candidate:
             raise StorageError(
                 f"{path / 'metrics.json'}: not the metrics of an evaluation ({error})"
             ) from error
-    image_size, num_views = _read_input(tables[0].schema)
+    image_size, num_views = _read_input(read_footer(tables[0]))
     architecture = stored.facts.get("Architecture")
     return Candidate(
         uri=uri,
@@ -102,10 +106,9 @@ def _read_report(uri: str, path: AnyPath) -> Candidate:
     )
 
 
-def _read_input(schema: pa.Schema) -> tuple[int | None, int]:
+def _read_input(footer: dict[str, Any]) -> tuple[int | None, int]:
     """Return image size and views of the detector that made a shard, from its footer."""
     try:
-        footer = json.loads((schema.metadata or {}).get(FOOTER_KEY, b"{}"))
         found = json.loads(footer.get("preprocessing", "{}"))
         size = found["image_size"]
         return (size if type(size) is int else None), 1 + (found.get("test_time_flip") is True)

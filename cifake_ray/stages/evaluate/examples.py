@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +56,8 @@ def find_examples(
 ) -> dict[str, list[Example]]:
     """Return the images of `choose_examples`; given a detector, all but random ones get its map."""
     chosen = {
-        heading: scored.take(rows).to_pylist() for heading, rows in choose_examples(scored).items()
+        heading: scored.take(pa.array(rows, pa.int64())).to_pylist()
+        for heading, rows in choose_examples(scored).items()
     }
     images = _read_images(run, source, [row["key"] for rows in chosen.values() for row in rows])
     examples: dict[str, list[Example]] = {}
@@ -64,7 +66,7 @@ def find_examples(
         maps: list[bytes] = []
         if detector is not None and heading != RANDOM:
             load = detector.preprocessing.load_image
-            pixels = [load(images[row["key"]]) for row in shown]
+            pixels = [load(images[row["key"]][0]) for row in shown]
             maps = [
                 draw_gradient_image(*pair)
                 for pair in zip(pixels, attribute_logits(detector, pixels), strict=True)
@@ -72,7 +74,7 @@ def find_examples(
         examples[heading] = [
             Example(
                 key=row["key"],
-                image=make_thumbnail(images[row["key"]]),
+                image=images[row["key"]][1],
                 gradient_map=maps[number] if maps else None,
                 **{name: row[name] for name in EXAMPLE_COLUMNS},
             )
@@ -81,15 +83,16 @@ def find_examples(
     return examples
 
 
-def _read_images(run: Run, source: Source, keys: Sequence[str]) -> dict[str, bytes]:
-    """Return the encoded images by key, without those that have changed since they were scored."""
-    images: dict[str, bytes] = {}
+def _read_images(run: Run, source: Source, keys: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+    """Return image and thumbnail by key, without those that have changed since they were scored."""
+    images = {}
     for shard in range(run.manifest.num_shards):
         rows = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
         rows = rows.filter(pc.is_in(rows.column("key"), pa.array(keys, pa.string())))
         for key, data in zip(rows.column("key").to_pylist(), source.read_images(rows), strict=True):
-            if not isinstance(data, ImageError):
-                images[key] = data
+            with suppress(ImageError):
+                if not isinstance(data, ImageError):
+                    images[key] = data, make_thumbnail(data)
     return images
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +11,12 @@ from scipy.special import expit, logit
 
 from cifake_ray.config import EvaluateConfig, TrainConfig
 from cifake_ray.core.labels import parse_split
-from cifake_ray.errors import NothingToDo, RunMismatch, UsageError
-from cifake_ray.stages.batch.summary import read_summary
+from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.bundles.bundle import BundleInfo
 from cifake_ray.storage.datasets.training_set import read_training_rows
-from cifake_ray.storage.io.files import exists, is_file
+from cifake_ray.storage.io.files import exists, is_file, read_json
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import OtherVerb, read_record, read_run
 from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
@@ -26,7 +26,15 @@ from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, name_
 from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tables
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
+MAX_RATIOS = 1000  # from which a temperature is computed
 MAX_P_FAKE_GAP = 0.02  # of a p_fake, rounded perhaps, from the sigmoid of its logit
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is read of the `_SUCCESS` of a run that has scored."""
+
+    threshold: float | None = None
 
 
 def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, float] | None:
@@ -39,7 +47,7 @@ def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, fl
         if run is None or run.command == "convert":
             return None
         files = tuple(place / row["name"] for row in read_files(open_finished(place)))
-        threshold = read_summary(place).threshold
+        threshold = parse_record(_Summary, read_json(place / "_SUCCESS")).threshold
         return ScoreTables(place, files, is_ours=True), 0.5 if threshold is None else threshold
     choice = ColumnChoice.from_config(config.source)
     if config.source_kind != "auto":
@@ -111,11 +119,14 @@ def find_temperature(source: Source) -> float:
     logits, p_fake = (
         np.concatenate(parts).astype(np.float64) for parts in zip(*columns, strict=True)
     )
-    is_clear = (p_fake > 0.01) & (p_fake < 0.99) & (np.abs(logits) > 0.05) & (p_fake != 0.5)
-    ratios = logits[is_clear] / logit(p_fake[is_clear])
-    temperature = float(np.median(ratios)) if len(ratios) else 1.0
+    has_score = ~np.isnan(p_fake)
+    logits, p_fake = logits[has_score], p_fake[has_score]
+    sharpness = p_fake * (1 - p_fake) * np.abs(logits)  # how little rounding of p_fake matters
+    clear = np.argsort(-sharpness)[:MAX_RATIOS]
+    clear = clear[sharpness[clear] > 0]
+    temperature = float(np.median(logits[clear] / logit(p_fake[clear]))) if len(clear) else 1.0
     gap = np.abs(expit(logits / temperature) - p_fake) if temperature > 0 else np.ones(1)
-    if np.nanmax(gap, initial=0.0) > MAX_P_FAKE_GAP:
+    if np.max(gap, initial=0.0) > MAX_P_FAKE_GAP:
         raise UsageError(
             "p_fake is not the sigmoid of logit / T for any T, so the two columns are not of one"
             " detector; leave one out with --drop-columns logit or --drop-columns p_fake"
@@ -134,7 +145,7 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         names = ("val_fraction", "val_split", "test_fraction", "exclude_source")
         options = {name: found[name] for name in names if name in found}
         options["exclude_source"] = tuple(options.get("exclude_source", ()))
-    except (RunMismatch, KeyError) as error:
+    except (RunMismatch, StorageError, KeyError) as error:
         raise UsageError(
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"
         ) from error

@@ -149,11 +149,12 @@ def describe_context(
         name = f"{bundle.architecture}, bundle {bundle.fingerprint[:12]}, in {facts['Precision']}"
         detector = {"Detector": name, "Trained on": describe_domain(bundle.domain)}
     sources = metrics["slices"].get("source", [])
+    split = f"split {detail.split}" if detail.split else "all rows"
     return {
         **detector,
         "Data": f"{metrics['num_images']:,} images: {metrics['num_real']:,} REAL and"
         f" {metrics['num_fake']:,} FAKE{f' of {len(sources)} sources' if sources else ''},"
-        f" {facts['Split']}; listing {facts['Listing (sha256)'][:12]}",
+        f" {split}; listing {facts['Listing (sha256)'][:12]}",
         "Measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, in {minutes} min {seconds} s, on"
         f" {platform.system()} {platform.machine()} with {os.cpu_count()} CPUs",
     }

@@ -213,12 +213,7 @@ def write_manifest(
     shards = _deal_listing(listing, shard_rows)
     pending = next(shards, None)
     if pending is None:
-        left_out = ", ".join(f"{n} {reason}" for reason, n in listing.left_out.items() if n)
-        raise NothingToDo(
-            "the source holds no file"
-            + (f" (left out: {left_out})" if left_out else "")
-            + "; check the path, --include and --exclude"
-        )
+        raise NothingToDo(listing.explain_empty())
     while pending is not None:
         name = f"{run_id}-{len(files):05d}.parquet"
         first_shard = first + sum(file.num_shards for file in files)

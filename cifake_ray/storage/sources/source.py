@@ -68,6 +68,12 @@ class Listing:
             reason = error.strerror or type(error).__name__
             self.notes.append(f"left out the folder {name}: {reason}")
 
+    def explain_empty(self) -> str:
+        """Return why nothing is listed, once `batches` is exhausted."""
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
+        left_out = f" (left out: {reasons})" if reasons else ""
+        return f"the source holds no file{left_out}; check the path, --include and --exclude"
+
     def change_batches(
         self, change: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
     ) -> None:
