@@ -38,6 +38,7 @@ EXAMPLES = {  # of each command, without `cifake-ray`
         "train shards run --recipe fast",
         "train shards run --model resnet18 --image-size 64 --epochs 20",
         "train shards run --weights folder --freeze-epochs 2 --device cuda",
+        "train shards runs --leave-one-source-out",
     ),
     "tune": (
         "tune shards search --trials 16",
@@ -46,6 +47,7 @@ EXAMPLES = {  # of each command, without `cifake-ray`
     "evaluate": (
         "evaluate shards --bundle run --out report",
         "evaluate shards --split validation --out report",
+        "evaluate scores.csv --out report --slice size --slice image_type",
     ),
     "score": (
         "score photos scores",

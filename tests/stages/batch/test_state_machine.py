@@ -291,7 +291,7 @@ class BatchRunMachine(RuleBasedStateMachine):
             self.patch.setattr(
                 module, "open_source", lambda *a, opener=opener: FlakySource(opener(*a), world)
             )
-        self.patch.setattr(convert, "make_processor", make_processor)
+        self.patch.setattr(convert, "MakeConvertProcessor", lambda reencoder: make_processor)
         self.patch.setattr(score, "MakeScoreProcessor", lambda **options: make_processor)
         self.patch.setattr(score, "read_bundle_info", read_default_bundle)
         self.patch.setattr(fields, "doc_of", doc_of)
