@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cifake_ray.core.evaluation.policy import FEW, count_needed
+from cifake_ray.core.evaluation.fit_policy import FEW, count_needed
 from cifake_ray.report.numbers import format_share
 
 MAX_LINES = 40  # of values of a column

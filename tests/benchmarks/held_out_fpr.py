@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from measure import format_table
 
 from cifake_ray.config import DecideConfig
-from cifake_ray.core.evaluation.policy import measure_interval
+from cifake_ray.core.evaluation.fit_policy import measure_interval
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.runs.decisions import decide_scores

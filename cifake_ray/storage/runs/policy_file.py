@@ -10,15 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.config import DecideConfig, StoreConfig
-from cifake_ray.core.evaluation.policy import (
-    Policy,
-    Scores,
-    count_needed,
-    find_least_fpr,
-    fit_cut,
-    fit_groups,
-    read_groups,
-)
+from cifake_ray.core.evaluation.fit_policy import count_needed, find_least_fpr, fit_cut, fit_groups
+from cifake_ray.core.evaluation.policy import Policy, Scores, read_groups
 from cifake_ray.core.schema import FAKE, REAL, SCHEMA_VERSION, SCORE_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import encode_json, exists, read_json

@@ -9,15 +9,13 @@ import pyarrow as pa
 import pytest
 from scipy.stats import binomtest
 
-from cifake_ray.core.evaluation.policy import (
-    Cut,
-    Policy,
+from cifake_ray.core.evaluation.fit_policy import (
     count_needed,
     find_least_fpr,
-    find_verdicts,
     fit_cut,
     measure_interval,
 )
+from cifake_ray.core.evaluation.policy import Cut, Policy, find_verdicts
 from cifake_ray.errors import UsageError
 
 

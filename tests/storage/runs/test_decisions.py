@@ -15,7 +15,7 @@ import pytest
 from computer import disturb_every_change
 
 from cifake_ray.config import DecideConfig
-from cifake_ray.core.evaluation.policy import fit_cut
+from cifake_ray.core.evaluation.fit_policy import fit_cut
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL, SCORE_FIELDS
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.report.decide_text import describe_decisions
