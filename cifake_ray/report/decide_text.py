@@ -20,8 +20,8 @@ def describe_decisions(record: Record) -> list[str]:
         f"{name} {record[name]:,} ({format_share(record[name] / listed)})"
         for name in ("FAKE", "unsure", "REAL")
     )
-    errors = f" Unsure are {record['errors']:,} unreadable ones." if record["errors"] else ""
-    lines = [f"{verdicts} of {listed:,} images.{errors}"]
+    errors = f", {record['errors']:,} of them unreadable" if record["errors"] else ""
+    lines = [f"{verdicts} of {listed:,} images{errors}."]
     if record["settled"] or record["settled_elsewhere"]:
         other = record["settled_elsewhere"]
         others = f"; {other:,} settled keys are not among these scores" if other else ""
@@ -38,7 +38,8 @@ def describe_decisions(record: Record) -> list[str]:
             lines.append(f"and {len(groups) - MAX_LINES:,} more: see {record['policy_file']}.")
         if record["too_few"]:
             few = ", ".join(f"{name} {n:,}" for name, n in [*record["too_few"].items()][:MAX_LINES])
-            few += ", ..." * (len(record["too_few"]) > MAX_LINES)
+            if (more := len(record["too_few"]) - MAX_LINES) > 0:
+                few += f", and {more:,} more"
             needed = count_needed(record["target_fpr"], record["confidence"])
             lines.append(f"Too few REAL images to promise that, {needed:,} are needed: {few}.")
         others = record["others"]
@@ -67,7 +68,7 @@ def _describe_cut(cut: Record) -> str:
     low, high = cut["fpr_interval"]
     text = (
         f"FAKE from {cut['threshold']:.4g}, {cut['num_above']:,} of {cut['num_real']:,} REAL images"
-        f" ({100 * low:.2g}% to {100 * high:.2g}%); unsure from {cut['unsure_from']:.4g}"
+        f" (two-sided {100 * low:.2g}% to {100 * high:.2g}%); unsure from {cut['unsure_from']:.4g}"
     )
     if cut["num_above"] < FEW:
         text += f"; it rests on fewer than {FEW} images above it"

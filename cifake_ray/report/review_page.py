@@ -43,7 +43,7 @@ class Picture:
 def choose_groups(summary: ScoreSummary, max_rows: int) -> list[Group]:
     """Return what there is to look at, most worth looking at first, at most so many in all.
 
-    No group gets more while another has rows left.
+    No group gets more while another has rows left, but for what does not go round.
     """
     near = "Nearest to the threshold, of each source in turn."
     groups = [Group("Uncertain", "", near, summary.uncertain.interleave())]
@@ -61,7 +61,13 @@ def choose_groups(summary: ScoreSummary, max_rows: int) -> list[Group]:
     most = max(len(group.rows) for group in groups)
     while sum(min(len(group.rows), most) for group in groups) > max_rows:
         most -= 1
-    return [replace(group, rows=group.rows[:most]) for group in groups if group.rows[:most]]
+    left = max_rows - sum(min(len(group.rows), most) for group in groups)
+    chosen = []
+    for group in groups:
+        size = most + (left > 0 and len(group.rows) > most)
+        left -= size > most
+        chosen.append(replace(group, rows=group.rows[:size]))
+    return [group for group in chosen if group.rows]
 
 
 def draw_histograms(

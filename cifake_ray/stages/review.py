@@ -24,10 +24,11 @@ from cifake_ray.errors import CifakeError, ImageError, StorageError
 from cifake_ray.report.review_page import Group, Picture, choose_groups, render_review
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
-from cifake_ray.storage.io.files import read_json
+from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
+from cifake_ray.storage.runs.run import require_run
 from cifake_ray.storage.runs.shards import read_shard
 
 MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
@@ -52,6 +53,7 @@ def review_scores(
 ) -> dict[str, Any]:
     """Write the page; return what the command prints. UsageError when the file exists."""
     refuse_existing(file, overwrite=config.overwrite)
+    require_run(folder, "score")
     scores = open_scores(folder)
     bundle = _find_bundle(scores, config, log)
     domain = bundle.domain if bundle else None
@@ -159,9 +161,13 @@ def summarise_scores(
     for number, (path, rows) in enumerate(scores.read_shards(SCORE_FIELDS)):
         decided = None
         if decisions is not None:
-            decided = read_shard(decisions / "decisions" / path.name, DECISION_FIELDS)
-            if not decided.column("key").equals(rows.column("key")):
-                raise StorageError(f"{decisions}: decisions on other scores than {scores.folder}")
+            place = decisions / "decisions" / path.name
+            decided = read_shard(place, DECISION_FIELDS) if exists(place) else None
+            if decided is None or not decided.column("key").equals(rows.column("key")):
+                raise StorageError(
+                    f"{decisions}: no decisions on these scores;"
+                    f" `cifake-ray decide {quote(str(scores.folder))} DIR` makes them"
+                )
         threshold = find_threshold(rows)
         summary.add(number, rows, 0.5 if threshold is None else threshold, decided)
     return summary

@@ -240,6 +240,13 @@ def test_a_policy_for_other_scores_is_refused(src: Path, tmp_path: Path, policy:
     assert verify_files(tmp_path / "out") == []
 
 
+def test_what_may_be_decided_again_is_no_reason_to_refuse(src: Path, tmp_path: Path) -> None:
+    run_score(src, tmp_path / "out")
+    with pytest.raises(RunMismatch, match="exclude: ") as refused:
+        run_score(src, tmp_path / "out", target_fpr=0.01, exclude=("1*",))
+    assert "target_fpr" not in str(refused.value)
+
+
 def test_a_run_that_has_not_finished_keeps_its_settings(src: Path, tmp_path: Path) -> None:
     run_score(src, tmp_path / "out")
     (tmp_path / "out" / "_SUCCESS").unlink()

@@ -42,7 +42,7 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.io.paths import AnyPath, is_inside, resolve_path
 from cifake_ray.storage.io.records import PARQUET_ERRORS, parse_record
-from cifake_ray.storage.runs.keyed_rows import read_answers
+from cifake_ray.storage.runs.keyed_rows import find_keys, read_answers
 from cifake_ray.storage.runs.policy_file import (
     POLICY_NAME,
     check_bundle,
@@ -55,6 +55,7 @@ from cifake_ray.storage.runs.run import Run, read_record
 from cifake_ray.storage.runs.shards import encode_shard, open_shard, read_shard
 from cifake_ray.storage.runs.train_run import RunFolder
 from cifake_ray.storage.runs.verify import SHARD_NAME, open_finished, read_files
+from cifake_ray.storage.sources.open_source import check_outside
 
 RESULTS = "decisions"
 SETTLED_NAME = "_settled.parquet"
@@ -119,11 +120,13 @@ def decide_scores(
     UsageError, RunMismatch or StorageError when that is impossible; OUT is then as it was.
     """
     started_s = time.monotonic()
-    run = open_finished(scores)
-    if run.command == "convert":
-        raise UsageError(f"{scores} is the output of convert; give that of score or evaluate")
+    run = open_finished(scores, "score or evaluate")
+    if run.command not in ("score", "evaluate"):
+        raise UsageError(f"{scores} is the output of {run.command}; give that of score or evaluate")
     if is_inside(out, scores) or is_inside(scores, out):
         raise UsageError(f"{out}: choose a folder for decisions that is beside {scores}")
+    if isinstance(source := run.config.get("src"), str):
+        check_outside(out, resolve_path(source, config.store))
     policy = (
         fit_policy(run, config, log)
         if config.policy is None
@@ -247,7 +250,7 @@ class _Decider:
         is_fake = find_verdicts(scores, 0.0, self.policy)
         threshold, unsure_from = self.policy.find_bounds(scores)
         verdict = pc.fill_null(pc.if_else(is_fake, "FAKE", "REAL"), "unsure")
-        place = pc.index_in(scores.column("key"), self.settled.column("key"))
+        place = find_keys(scores.column("key"), self.settled.column("key").combine_chunks())
         by_person = {
             name: self.settled.column(name).take(place.combine_chunks())
             for name in ("verdict", "by", "note")

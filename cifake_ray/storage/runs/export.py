@@ -38,7 +38,7 @@ from cifake_ray.storage.runs.sort_rows import sort_rows
 EXISTS = "{} exists; choose another file, or give --overwrite"
 MARGIN = pa.field("margin", pa.float64(), metadata={"computed": ""})
 
-CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|==|!=|=|>|<)\s*(.*?)\s*")
+CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|==|!=|=|>|<)\s*(.*?)\s*", re.DOTALL)
 COMPARE = {
     ">=": pc.greater_equal,
     "<=": pc.less_equal,

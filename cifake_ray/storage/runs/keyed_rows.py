@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.runs.export_tables import escape_formulas
 from cifake_ray.storage.sources.image_table import open_parquet, read_pieces
 from cifake_ray.storage.sources.text_table import open_text_table
 
@@ -64,6 +68,17 @@ def read_answers(
                 f"{path}, line {number}: {row['key']!r} has another {column} before; keep one"
             )
     return rows
+
+
+def find_keys(keys: pa.ChunkedArray, given: pa.Array) -> pa.ChunkedArray:
+    """Return where each key is among those that persons gave, null where it is not.
+
+    A key that a spreadsheet would take for a formula is also found as CSV exports write it.
+    """
+    exact = pc.index_in(keys, given)
+    if not pc.any(pc.starts_with(given, "'")).as_py():
+        return exact
+    return pc.coalesce(exact, pc.index_in(escape_formulas(keys), given))
 
 
 def _iterate_parquet(

@@ -17,7 +17,7 @@ from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import encode_json, exists, read_json
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.runs.keyed_rows import read_answers, read_keyed_rows
+from cifake_ray.storage.runs.keyed_rows import find_keys, read_answers, read_keyed_rows
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.shards import read_shard
 from cifake_ray.storage.runs.verify import open_finished, read_files
@@ -94,8 +94,8 @@ def fit_policy(run: Run, config: DecideConfig, log: Callable[[str], None]) -> Po
         step = 10.0 ** (np.floor(np.log10(least)) - 1)
         raise UsageError(
             f"{len(real):,} REAL images cannot promise a false-positive rate of {target:g} with"
-            f" {confidence:.0%} confidence: that takes {needed:,}; give more, or --target-fpr"
-            f" {np.ceil(least / step) * step:.2g} or above, or a lower --confidence"
+            f" {100 * confidence:.4g}% confidence: that takes {needed:,}; give more, or"
+            f" --target-fpr {np.ceil(least / step) * step:.2g} or above, or a lower --confidence"
         )
     own = {name: scores for name, scores in groups.items() if name is not None and config.by}
     fitted, too_few = fit_groups(own, target, confidence, config.unsure_fpr)
@@ -123,7 +123,7 @@ def _collect_real(
         rows = read_answers(path, "label", LABEL_WORDS)
         known = pa.array([key for key, row in rows.items() if row["label"] == REAL], pa.string())
     elif config.real is not None and exists(path / "_run.json"):
-        run, scored = open_finished(path), describe_bundle(run)
+        run, scored = open_finished(path, "score or evaluate"), describe_bundle(run)
         if describe_bundle(run) != scored:
             raise UsageError(
                 f"--real {config.real}: scores of another detector or precision than those of"
@@ -135,7 +135,7 @@ def _collect_real(
     num_known = 0
     for table in read_score_tables(run):
         if known is not None:
-            chosen = pc.is_in(table.column("key"), known)
+            chosen = pc.is_valid(find_keys(table.column("key"), known))
             num_known += pc.sum(chosen).as_py() or 0
         elif config.real is not None:
             chosen = pc.not_equal(pc.fill_null(table.column("label"), REAL), FAKE)

@@ -102,7 +102,7 @@ class Scores:
 def open_scores(folder: AnyPath) -> Scores:
     """Find the score files of a folder. StorageError when there are none, or not all of a run."""
     if exists(folder / "_run.json"):
-        run = open_finished(folder)
+        run = open_finished(folder, "score or evaluate")
         return Scores(folder, run, tuple(folder / row["name"] for row in read_files(run)))
     paths = [path for path in list_folder(folder) if SHARD_NAME.fullmatch(path.name)]
     if not paths:

@@ -50,6 +50,7 @@ RESULTS = {
     "evaluate": "predictions",
 }
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
+ANY_VERB = "convert, score, evaluate or audit"  # that has shards
 ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
 ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
 FILES_FIELDS = [
@@ -201,19 +202,20 @@ def read_again(out: AnyPath, earlier: Run | None = None) -> Run:
     return run
 
 
-def require_run(out: AnyPath) -> Run:
-    """Return the run of an output folder. StorageError when there is none, or of another verb."""
+def require_run(out: AnyPath, wanted: str = ANY_VERB) -> Run:
+    """Return the run of an output folder. StorageError when there is none, or of another verb.
+
+    `wanted` says of which verbs it may be.
+    """
     try:
         run = read_run(out)
     except OtherVerb as error:
+        again = ", or decide again, which mends its files" if error.command == "decide" else ""
         raise StorageError(
-            f"{out} is the output of {error.command}; give that of convert, score, evaluate or"
-            " audit"
+            f"{out} is the output of {error.command}; give that of {wanted}{again}"
         ) from error
     if run is None:
-        raise StorageError(
-            f"{out}: no _run.json; give the output of convert, score, evaluate or audit"
-        )
+        raise StorageError(f"{out}: no _run.json; give the output of {wanted}")
     return run
 
 

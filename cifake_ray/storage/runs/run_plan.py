@@ -71,7 +71,8 @@ class RunPlan:
         if run is None:
             return None
         if not self.changes_verdicts(run):
-            check_settings(self.out, run.settings, self._settings)
+            known = self._verdicts if is_finished(run) else {}  # only what must be the same
+            check_settings(self.out, run.settings | known, self._settings)
         elif not is_finished(run):
             raise RunMismatch(
                 f"{self.out}: this run has not finished"
@@ -82,7 +83,7 @@ class RunPlan:
 
     def changes_verdicts(self, run: Run) -> bool:
         """Return whether this plan differs from a run in VERDICT_SETTINGS, and in nothing else."""
-        verdicts = {n: value for n, value in self._settings.items() if n in VERDICT_SETTINGS}
+        verdicts = self._verdicts
         settings = run.settings | verdicts
         with suppress(RunMismatch):
             check_settings(self.out, settings, self._settings)
@@ -154,6 +155,10 @@ class RunPlan:
             self.check_new()
             run = self.freeze()
         return run
+
+    @property
+    def _verdicts(self) -> dict[str, Any]:
+        return {n: value for n, value in self._settings.items() if n in VERDICT_SETTINGS}
 
     @property
     def _settings(self) -> dict[str, Any]:

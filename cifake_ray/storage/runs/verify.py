@@ -24,6 +24,7 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.run import (
+    ANY_VERB,
     ASIDE_PREFIX,
     FILES_FIELDS,
     Run,
@@ -43,9 +44,9 @@ class DamagedFile:
     reason: str
 
 
-def open_finished(out: AnyPath) -> Run:
+def open_finished(out: AnyPath, wanted: str = ANY_VERB) -> Run:
     """Return the finished run of a folder. StorageError when there is none."""
-    run = require_run(out)
+    run = require_run(out, wanted)
     if not is_finished(run):
         raise StorageError(f"{out}: the run has not finished; run its command again first")
     return run

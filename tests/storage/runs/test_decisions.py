@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from computer import disturb_every_change
 
-from cifake_ray.config import DecideConfig
+from cifake_ray.config import DecideConfig, ExportConfig
 from cifake_ray.core.evaluation.fit_policy import fit_cut
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL, SCORE_FIELDS
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.report.decide_text import describe_decisions
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.decisions import decide_scores
+from cifake_ray.storage.runs.export import export_scores
 from cifake_ray.storage.runs.policy_file import encode_policy, read_policy
 from cifake_ray.storage.runs.run import finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
@@ -61,7 +62,7 @@ def make_scores(
         out=out,
         command=command,
         settings=settings,
-        config={},
+        config={"src": str(out.parent / "photos")},
         list_source=lambda: listing,
         shard_rows=None,
     )
@@ -126,7 +127,7 @@ def test_each_key_is_decided_as_its_threshold_says(scores: Path, tmp_path: Path)
     text = "\n".join(describe_decisions(summary))
     assert "camera: FAKE from" in text
     assert "fewer than 5" in text
-    assert "1 unreadable" in text
+    assert "1 of them unreadable" in text
 
 
 def test_real_images_may_be_named_in_four_ways(scores: Path, tmp_path: Path) -> None:
@@ -173,6 +174,24 @@ def test_what_a_person_settled_stays_settled(scores: Path, tmp_path: Path) -> No
     assert decide(tmp_path / "more", out)["settled_elsewhere"] == 0
     rows = {row["key"]: row for row in pq.read_table(out / "decisions").to_pylist()}
     assert (rows["new.jpg"]["verdict"], rows["new.jpg"]["decided_by"]) == ("FAKE", "bo")
+
+
+@pytest.mark.parametrize("option", ["settled", "labels", "real"])
+def test_keys_may_be_as_csv_exports_write_them(tmp_path: Path, option: str) -> None:
+    keys = ["=a.jpg", "-b.jpg", "'=c.jpg", " @d.jpg"]
+    odd = [{"key": key, "p_fake": 0.1, "label": FAKE} for key in keys]
+    scores = make_scores(tmp_path / "scores", [*make_rows(), *odd])
+    exported, given = tmp_path / "scores.csv", tmp_path / "given.csv"
+    config = ExportConfig(src=str(scores), file=str(exported), columns=("key",))
+    export_scores(scores, exported, config)
+    lines = exported.read_text().splitlines()[-len(keys) :]
+    rows = [f"{line},REAL,REAL\n" for line in lines]
+    given.write_text("".join(["key,verdict,label\n", *rows]))
+    if option == "settled":
+        assert decide(scores, tmp_path / "out", settled=str(given))["settled"] == len(keys)
+    else:
+        summary = decide(scores, tmp_path / "out", **{option: str(given)}, target_fpr=0.6)
+        assert summary["overall"]["num_real"] == len(keys)
 
 
 def test_only_what_changed_is_written_again(scores: Path, tmp_path: Path) -> None:
@@ -225,6 +244,7 @@ def test_anything_may_happen_at_any_change_of_decisions(scores: Path, tmp_path: 
         ({"target_fpr": 0.001}, "", "that takes 2,995; give more, or --target-fpr 0.015 or above"),
         ({"by": "camera"}, "", "thresholds by 'camera': there is no such column, only key"),
         ({"real": "FILE"}, "key\n", "0 REAL images cannot promise"),
+        ({"real": "FILE", "confidence": 0.999}, "key\n", "with 99.9% confidence"),
         ({"real": "FILE"}, "key\nx.jpg\n", "1 of 1 REAL keys are not in"),
         ({"real": "FILE"}, "name,size\nx.jpg,3\n", "call the column of keys `key`"),
         ({"real": "FILE.gone"}, "", "No such file"),
@@ -259,7 +279,8 @@ def test_other_folders_and_other_detectors_are_refused(scores: Path, tmp_path: P
         (UsageError, scores, scores, {}, "beside"),
         (UsageError, scores, scores / "decisions", {}, "beside"),
         (RunMismatch, scores, other, {}, "'score' there, 'decide' here"),
-        (StorageError, out, tmp_path / "new", {}, "no _run.json"),
+        (StorageError, out, tmp_path / "new", {}, "no _run.json; give the output of score or"),
+        (UsageError, scores, scores.parent / "photos" / "out", {}, "lies inside the source"),
     ]
     for kind, src, to, options, message in wrong:
         with pytest.raises(kind, match=message):
@@ -272,6 +293,8 @@ def test_other_folders_and_other_detectors_are_refused(scores: Path, tmp_path: P
     decide(other, out)
     with pytest.raises(UsageError, match=r"is for the scores of b2 in float32, .* has b1"):
         decide(scores, tmp_path / "new", policy=str(out))
+    with pytest.raises(StorageError, match="or decide again, which mends its files"):
+        verify_files(out)
     (scores / "_SUCCESS").rename(scores / "kept")
     with pytest.raises(StorageError, match="has not finished"):
         decide(scores, tmp_path / "new")

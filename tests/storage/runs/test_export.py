@@ -257,6 +257,13 @@ def test_an_unknown_extension_is_refused(name: str) -> None:
     assert ExportConfig(src="s", file=name, format="jsonl").chosen_format == "jsonl"
 
 
+def test_a_value_may_be_of_several_lines(tmp_path: Path) -> None:
+    write_parts(tmp_path / "odd", make_scores(["new\nline", "other"]))
+    file = tmp_path / "some.parquet"
+    options = configure(tmp_path / "odd", file, where=("key = 'new\nline'",))
+    assert export_scores(tmp_path / "odd", file, options) == 1
+
+
 def test_a_file_that_exists_is_kept(folder: Path) -> None:
     file = folder.parent / "x.csv"
     file.write_text("mine")
