@@ -30,7 +30,7 @@ from cifake_ray.config import (
 from cifake_ray.config.export import STDOUT
 from cifake_ray.console import ProgressLine, StepLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
-from cifake_ray.storage.io.paths import AnyPath, link_path, resolve_path
+from cifake_ray.storage.io.paths import AnyPath, explain_os_error, link_path, resolve_path
 from cifake_ray.storage.s3.location import open_path
 
 if TYPE_CHECKING:
@@ -265,7 +265,10 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
     scores = open_path(config.src, config.store)
     counts: Counter[str] = Counter()
     if config.file == STDOUT:
-        show_bytes(encode_scores(scores, config, counts))
+        try:
+            show_bytes(encode_scores(scores, config, counts))
+        except OSError as error:
+            raise explain_os_error(error, "standard output") from error
         log(f"export: {counts.pop('rows', 0):,} rows{describe_counts(counts)}")
         return None, ExitCode.OK
     export_scores(scores, resolve_path(config.file, config.store), config, counts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from upath import UPath
 
 from cifake_ray.config import ExportConfig
 from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.pipeline import run_verb
 from cifake_ray.storage.io.digest import hash_file
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs import export as export_module
@@ -262,6 +265,15 @@ def test_a_value_may_be_of_several_lines(tmp_path: Path) -> None:
     file = tmp_path / "some.parquet"
     options = configure(tmp_path / "odd", file, where=("key = 'new\nline'",))
     assert export_scores(tmp_path / "odd", file, options) == 1
+
+
+def test_a_full_standard_output_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parts(tmp_path / "scores", make_scores(["a"]))
+    with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(StorageError, match=r"standard output: .*the disk is full"):
+            run_verb(ExportConfig(src=str(tmp_path / "scores"), file="-"), 0.0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what is left goes there
 
 
 def test_a_file_that_exists_is_kept(folder: Path) -> None:
