@@ -35,6 +35,7 @@ class ReviewConfig(StoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 0, "images")
+        check(self.file != "-", "FILE is -; give the page a name, such as review.html")
         check(
             self.images <= MAX_IMAGES,
             f"--images is {self.images:,}; a page holds {MAX_IMAGES:,}. For more use `export"

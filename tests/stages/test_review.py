@@ -248,6 +248,8 @@ def test_wrong_requests_are_named(scores: Path, tmp_path: Path) -> None:
         review(scores, decisions=str(tmp_path))
     with pytest.raises(UsageError, match="--images is 5,001"):
         review(scores, images=5_001)
+    with pytest.raises(UsageError, match="give the page a name"):
+        ReviewConfig(src=str(scores), file="-")
 
 
 def test_no_images_and_no_scores_are_a_page_too(images: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import cifake_ray
 
 PAGE = Path(cifake_ray.__file__).parent / "ARCHITECTURE.md"
-PASSING = {"_attempts/NNNNN.json"}  # gone when a run is complete
+# Gone when a run is complete; only of a run that was extended.
+PASSING = {"_attempts/NNNNN.json", "_changes.parquet"}
 
 
 def read_table(heading: str) -> list[str]:
