@@ -58,7 +58,8 @@ def describe_decisions(record: Record) -> list[str]:
     before = f"; {resumed:,} had been decided before" if resumed else ""
     return [
         *lines,
-        f"Rows in {out}/decisions, {record['shards_total']:,} shards{before}.",
+        f"Rows in {out}/decisions, {record['shards_total']:,}"
+        f" shard{'s' * (record['shards_total'] != 1)}{before}.",
         f"Policy: {record['policy_file']} ({record['policy']}), for score --policy",
     ]
 

@@ -56,7 +56,6 @@ from cifake_ray.storage.runs.tune_run import Trial
 from cifake_ray.storage.s3.location import open_path
 
 OUT_OF_TIME = "the time budget was over"
-DEFAULTS = asdict(TrainConfig(shards="", run=""))
 
 
 @dataclass(frozen=True)
@@ -314,7 +313,8 @@ def _finish(
     if search.run_of(trial).read_success() is None:  # it was stopped, but is the best
         finish_trial(train, config.cpus_per_worker, use_gpu)
     settings = {**fingerprint_settings(train), "augment": str(train.augment)}
-    options = {n: v for n, v in settings.items() if n != "shards" and v != DEFAULTS[n]}
+    default = TrainConfig(shards=train.shards, run="")
+    options = {n: v for n, v in settings.items() if getattr(train, n) != getattr(default, n)}
     recipe = format_recipe(
         options,
         command=f"cifake-ray train {config.shards} RUN --recipe recipe.yaml",

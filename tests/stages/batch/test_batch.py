@@ -35,7 +35,7 @@ from cifake_ray.stages.batch.shard_worker import (
 )
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.batch.watchdog import watch_progress
-from cifake_ray.stages.convert import make_processor
+from cifake_ray.stages.convert import MakeConvertProcessor
 from cifake_ray.stages.resources import ONE_WORKER
 from cifake_ray.storage.datasets.sample_folder import write_sample
 from cifake_ray.storage.runs.attempts import follow_attempt, write_attempt
@@ -89,7 +89,7 @@ class Bench:
                 out=self.out,
                 source=FlakySource(folder, errors, self.log),
                 paths={},
-                make_processor=make_processor,
+                make_processor=MakeConvertProcessor(None),
                 on_progress=on_progress,
                 started_s=time.monotonic(),
                 log=print,
@@ -283,7 +283,9 @@ def test_slices_are_bounded_by_rows_and_by_bytes() -> None:
 
 
 class PairProcessor(ConvertProcessor):
-    batch_size = 2
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 2
 
 
 @dataclass

@@ -58,7 +58,7 @@ def test_every_image_is_converted_once_and_the_workers_are_gone(
 def test_a_bug_in_a_worker_shows_its_traceback(
     sample_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "make_processor", partial(int, "x"))
+    monkeypatch.setattr(convert, "MakeConvertProcessor", lambda reencoder: partial(int, "x"))
     with pytest.raises(RuntimeError, match=r"(?s)in a worker process: Traceback.*TypeError"):
         convert_images(sample_folder, tmp_path / "out")
     monkeypatch.undo()
