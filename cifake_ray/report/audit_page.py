@@ -75,6 +75,6 @@ def draw_leaks(leaks: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.axvline(0.5, color=MUTED, linestyle=":", linewidth=1.2)
     axes.set_yticks(range(len(leaks)), list(leaks))
     axes.invert_yaxis()
-    axes.set_xlim(0.4, 1.02)
+    axes.set_xlim(min(0.4, *(leak["low"] - 0.02 for leak in leaks.values())), 1.02)
     axes.set_xlabel(f"AUROC ({LEAK.lower()} above 0.5)")
     return encode_figure(figure)

@@ -31,7 +31,7 @@ def list_cells(matrix: Matrix) -> list[dict[str, Any]]:
     ]
 
 
-def render_matrix(matrix: Matrix, shards: str) -> str:
+def render_matrix(matrix: Matrix, command: str) -> str:
     """Return the page of a matrix: a row for each detector, a column for each source."""
     measured: dict[str, str] = {}
     for row in matrix["rows"]:
@@ -50,9 +50,5 @@ def render_matrix(matrix: Matrix, shards: str) -> str:
         columns=columns,
         labels=measured,
         format_interval=format_interval,
-        facts={
-            "Command": f"cifake-ray {matrix['command']}",
-            "Shards": shards,
-            "Out": matrix["out"],
-        },
+        facts={"Command": command},
     )

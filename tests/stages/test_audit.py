@@ -241,6 +241,7 @@ def test_images_that_were_not_audited_are_counted(audited: Path) -> None:
     listing = make_listing(("test/REAL/03.jpg", 0, "test"), ("new.jpg", 0, "test"))
     assert choose(audited, listing) == ["test/REAL/03.jpg"]
     assert dict(listing.left_out) == {"not in the audit": 1}
+    assert "is in the audit (left out: 1 not in the audit); give" in listing.explain_empty()
 
 
 @pytest.mark.parametrize("row", [("test/REAL/03.jpg", 1, "test"), ("test/REAL/03.jpg", 0, "train")])

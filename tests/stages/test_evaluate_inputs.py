@@ -201,6 +201,11 @@ def test_a_wrong_row_is_refused_by_its_line(tmp_path: Path, lines: str, expected
 @pytest.mark.parametrize(
     ("lines", "options", "expected"),
     [
+        (
+            ["key,label,score", "a,REAL,0.5"],
+            {},
+            "no column p_fake or logit, only key, label, score",
+        ),
         (["key,p_fake", "a,0.5"], {}, "no column 'label', only key, p_fake"),
         (["key,label,p_fake", "a,REAL,0.5"], {"bundle": "x"}, "--bundle: .* holds scores"),
         (["key,label,p_fake", "a,REAL,0.5"], {"slice": ("hue",)}, "--slice hue: no such column"),
@@ -221,6 +226,17 @@ def test_a_wrong_table_or_option_is_refused_by_name(
     with pytest.raises(CifakeError, match=expected):
         run_evaluate(tmp_path / "s.csv", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_keys_may_be_whole_numbers(tmp_path: Path) -> None:
+    scores: dict[str, list[Any]] = {"label": [0, 1], "p_fake": [0.1, 0.9]}
+    pq.write_table(pa.table({"key": [1, 20], **scores}), tmp_path / "s.parquet")
+    run_evaluate(tmp_path / "s.parquet", tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "predictions")
+    assert rows.column("key").to_pylist() == ["1", "20"]
+    pq.write_table(pa.table({"key": [0.5, 1.5], **scores}), tmp_path / "f.parquet")
+    with pytest.raises(UsageError, match="row 0: the key is of type float; give words or"):
+        run_evaluate(tmp_path / "f.parquet", tmp_path / "x")
 
 
 def test_jsonl_with_other_names_and_a_calibrated_logit(tmp_path: Path) -> None:
@@ -356,6 +372,11 @@ def test_unseen_images_are_those_that_no_step_of_the_training_used(
     pq.write_table(pq.read_table(shards / "a.parquet"), part)
     with pytest.raises(UsageError, match="are not the shards that"):
         run_evaluate(part, tmp_path / "x", bundle=str(tmp_path / "run"), unseen=True)
+    table = pq.read_table(shards / "a.parquet")
+    one = table.set_column(table.column_names.index("source"), "source", [["a"] * len(table)])
+    pq.write_table(one, part)  # without the source that --exclude-source named
+    with pytest.raises(UsageError, match="are not the shards that"):
+        run_evaluate(part, tmp_path / "x", bundle=str(tmp_path / "run"), unseen=True)
     bundle.symlink_to(tmp_path / "run" / "bundle")
     with pytest.raises(UsageError, match="is not in the RUN of `train`"):
         run_evaluate(shards, tmp_path / "x", bundle=str(bundle), unseen=True)
@@ -384,6 +405,8 @@ def test_a_detector_without_each_generator_is_measured_on_all_and_resumes(
         assert len(list(csv.DictReader(file))) == 15
     page = (tmp_path / "run" / "matrix.html").read_text()
     assert 'href="without-02/report/report.html"' in page
+    assert "--leave-one-source-out" in page
+    assert "--exclude-source c" in page, "the whole command"
     assert [cell["left_out"] for cell in result["cells"]] == ["a", "b"]
     before = (tmp_path / "run" / "without-01" / "bundle" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "run" / "without-02" / "report" / "_SUCCESS").unlink()

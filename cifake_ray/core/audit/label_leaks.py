@@ -150,8 +150,8 @@ def _measure_group(
 ) -> Leak:
     varying = {name: v for name, v in features.items() if pc.count_distinct(v, "all").as_py() > 1}
     if not varying:
-        first = next(iter(features.values()))[0].as_py()
-        return Leak(0.5, 0.5, 0.5, 0.5, constant="none" if first is None else str(first))
+        first = {name: values[0].as_py() for name, values in features.items()}
+        return Leak(0.5, 0.5, 0.5, 0.5, constant=_describe_constant(first))
     is_category = [pa.types.is_string(values.type) for values in varying.values()]
     matrix = np.column_stack([_encode(values) for values in varying.values()])
     if is_linear:
@@ -173,6 +173,16 @@ def _measure_group(
     margin = 1.96 * estimate_auroc_error(auroc, int((labels == REAL).sum()), int(labels.sum()))
     accuracy = float(scores["test_balanced_accuracy"].mean())
     return Leak(auroc, max(auroc - margin, 0.0), min(auroc + margin, 1.0), accuracy)
+
+
+def _describe_constant(values: dict[str, object]) -> str:
+    """Return the values that all images have of the features of a group, in words."""
+    name, first = next(iter(values.items()))
+    if name == "width":
+        return f"{first}x{values['height']}"
+    if name == "exif_bytes":
+        return "the same amount" if any(values.values()) else "none"
+    return "none" if first is None else str(first)
 
 
 def _encode(values: pa.Array) -> np.ndarray:

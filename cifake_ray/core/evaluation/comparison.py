@@ -78,15 +78,18 @@ class _Ranks:
 
 
 def average_seeds(values: Sequence[float | None]) -> Interval:
-    """Return the mean of a metric over seeds with Student's 95% interval; None if one is None."""
+    """Return the mean of a metric over seeds with Student's 95% interval; None if one is None.
+
+    The interval is cut off at 0 and 1, beyond which there is no accuracy, AUROC, rate or ECE.
+    """
     from scipy.stats import t
 
     known = [value for value in values if value is not None]
     mean = float(np.mean(known)) if len(known) == len(values) else None
     if mean is None or len(known) == 1:
         return {"value": mean, "low": None, "high": None}
-    spread = t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / np.sqrt(len(known))
-    return {"value": mean, "low": mean - float(spread), "high": mean + float(spread)}
+    spread = float(t.ppf(0.975, len(known) - 1) * np.std(known, ddof=1) / np.sqrt(len(known)))
+    return {"value": mean, "low": max(mean - spread, 0.0), "high": min(mean + spread, 1.0)}
 
 
 def compare_seeds(ours: Sequence[float | None], baseline: Sequence[float | None]) -> Interval:

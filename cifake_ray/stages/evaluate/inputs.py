@@ -150,12 +150,16 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"
         ) from error
     train = TrainConfig(shards=str(place), run="", **options)
-    rows = read_training_rows(train)
+    other = UsageError(
+        f"--unseen: {place} are not the shards that {bundle.path.parent} was trained on, so"
+        " what it has not seen is unknown; leave --unseen out"
+    )
+    try:
+        rows = read_training_rows(train)
+    except UsageError as error:  # such as for a source that these shards do not have
+        raise other from error
     if settings.get("rows") != rows.hash_rows():
-        raise UsageError(
-            f"--unseen: {place} are not the shards that {bundle.path.parent} was trained on, so"
-            " what it has not seen is unknown; leave --unseen out"
-        )
+        raise other
     starts, counts = [], defaultdict[AnyPath, int](int)
     for (path, _), num_rows in zip(rows.groups, rows.group_rows.tolist(), strict=True):
         starts.append(counts[path])

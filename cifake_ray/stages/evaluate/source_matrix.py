@@ -9,6 +9,7 @@ Each step resumes by itself, so the same command continues where the one before 
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cifake_ray.config import EvaluateConfig, TrainConfig
+from cifake_ray.config import EvaluateConfig, TrainConfig, list_options
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import RunMismatch, UsageError
 from cifake_ray.report.source_matrix import list_cells, render_matrix
@@ -57,6 +58,7 @@ def measure_sources(
             f"--leave-one-source-out: {shards} has {len(names)} FAKE sources to train on, and it"
             " takes two; sources are the folders below FAKE, or the column --source-column"
         )
+    command = shlex.join(["cifake-ray", "train", *list_options(config)])
     config = replace(
         config,
         leave_one_source_out=False,
@@ -100,7 +102,7 @@ def measure_sources(
     make_folder(root)
     write_json(root / "matrix.json", matrix)
     write_bytes(root / "matrix.csv", encode_csv(list(cells[0]), cells))
-    write_bytes(root / "matrix.html", render_matrix(matrix, config.shards).encode())
+    write_bytes(root / "matrix.html", render_matrix(matrix, command).encode())
     return {
         **plan,
         "cells": [cell for cell in cells if cell["source"] == cell["left_out"]],

@@ -17,7 +17,7 @@ from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.run import Run, is_finished, require_run
 from cifake_ray.storage.runs.shards import read_shard
-from cifake_ray.storage.sources.source import Listing
+from cifake_ray.storage.sources.source import NOT_AUDITED, Listing
 
 DUPLICATES_NAME = "_duplicates.parquet"  # readers of Parquet folders skip such names
 _DUPLICATES_FIELDS = [
@@ -86,7 +86,7 @@ class AuditedRows:
             rows = zip(*(batch.column(name).to_pylist() for name in _LISTED), strict=True)
             for key, label, split in rows:
                 if key not in audited:
-                    reason: str | None = "not in the audit"
+                    reason: str | None = NOT_AUDITED
                 else:
                     seen_label, seen_split, reason = audited[key]
                     self._check_row(key, (seen_label, seen_split), (label, split))

@@ -26,6 +26,7 @@ from cifake_ray.storage.sources.columns import (
     find_column,
     make_split_reader,
     read_label_names,
+    rename_columns,
 )
 from cifake_ray.storage.sources.image_table import find_image_column, open_parquet
 from cifake_ray.storage.sources.open_source import detect_kind
@@ -42,6 +43,7 @@ from cifake_ray.storage.sources.text_table import open_text_table
 MAX_LOGIT = 1000.0  # of a p_fake of exactly 0 or 1: beyond that of any other float64
 CARRIED_FIELDS = [f for f in SCORE_FIELDS if f.name in ("logit", "p_fake")] + HEADER_FIELDS
 NO_SCORE = "without a score"
+_NO_SCORES = "no column p_fake or logit"
 
 
 class _Opened(NamedTuple):
@@ -70,6 +72,8 @@ def find_score_tables(place: AnyPath, uri: str, choice: ColumnChoice) -> list[An
     except UsageError:  # no column of keys: perhaps a list, which has its own remedy
         return []
     has_scores = any(find_column(names, name) for name in ("p_fake", "logit"))
+    if not has_scores and choice.path not in rename_columns(names, choice.path, choice.label):
+        raise UsageError(f"{tables[0]}: {_NO_SCORES}, only {', '.join(names)}; give one to measure")
     return tables if has_scores else []
 
 
@@ -164,7 +168,7 @@ class ScoreTables:
                 " measured against labels; --label-column names them"
             )
         if "p_fake" not in places and "logit" not in places:
-            raise UsageError(f"{path}: no column p_fake or logit, only {', '.join(names)}")
+            raise UsageError(f"{path}: {_NO_SCORES}, only {', '.join(names)}")
         return places
 
     def _make_rows(
@@ -182,8 +186,13 @@ class ScoreTables:
             where = f"{path}, {opened.unit} {number}"
             cells = {name: _clean(values[place]) for name, place in places.items()}
             key = cells["key"]
-            if not isinstance(key, str):
+            if isinstance(key, int):  # as a text table writes it
+                key = str(key)
+            if key is None:
                 raise UsageError(f"{where}: no key; give each image one")
+            if not isinstance(key, str):
+                kind = type(key).__name__
+                raise UsageError(f"{where}: the key is of type {kind}; give words or whole numbers")
             if not self.key_filter.keeps(key):
                 left_out["excluded"] += 1
                 continue

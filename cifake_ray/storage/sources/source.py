@@ -23,6 +23,7 @@ LISTING_BATCH_ROWS = 16_384
 MIN_SHARD_ROWS, MAX_SHARD_ROWS = 1_024, 16_384  # images in a shard, unless --shard-size says
 MAX_SHARD_BYTES = 256 * 2**20
 MAX_NOTES = 5
+NOT_AUDITED = "not in the audit"  # why `convert --audit` leaves a file out
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 _WILDCARD = re.compile(r"[*?[]")
 
@@ -72,6 +73,8 @@ class Listing:
         """Return why nothing is listed, once `batches` is exhausted."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
         left_out = f" (left out: {reasons})" if reasons else ""
+        if self.left_out[NOT_AUDITED]:
+            return f"no file of the source is in the audit{left_out}; give --audit its own"
         return f"the source holds no file{left_out}; check the path, --include and --exclude"
 
     def change_batches(

@@ -48,9 +48,15 @@ def test_nothing_is_found_where_there_is_nothing() -> None:
     assert list(leaks) == list(GROUPS)
     assert [name for name, leak in leaks.items() if leak.is_leak] == []
     assert leaks["format"].constant == "JPEG"
-    assert leaks["metadata"].constant == "0"
+    assert leaks["metadata"].constant == "none"
     assert leaks["size"].low < 0.5 < leaks["size"].high
     assert leaks == measure_leaks(make_rows(), 0)  # the same seed
+
+
+def test_a_constant_is_told_in_words() -> None:
+    leaks = measure_leaks(make_rows(width=[512] * 400, icc_bytes=[9] * 400), 0)
+    assert leaks["size"].constant == "512x512"
+    assert leaks["metadata"].constant == "the same amount"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -90,6 +92,8 @@ def test_seeds_have_students_interval() -> None:
     assert found == pytest.approx(expected)
     assert average_seeds([0.9]) == {"value": 0.9, "low": None, "high": None}
     assert average_seeds([0.9, None])["value"] is None
+    assert average_seeds([0.99, 0.9]) == {"value": pytest.approx(0.945), "low": ANY, "high": 1.0}
+    assert average_seeds([0.01, 0.1])["low"] == 0.0, "there is no rate below 0"
 
 
 def test_variants_of_several_seeds_have_welchs_interval() -> None:
