@@ -277,9 +277,8 @@ def is_finished(run: Run) -> bool:
     path = run.out / "_SUCCESS"
     if (data := read_if_exists(path)) is None:
         return False
-    first = (*run.earlier_identities, run.identities[0])[
-        0
-    ]  # earlier versions did not write it down
+    # Earlier versions did not write it down.
+    first = (run.earlier_identities or run.identities)[0]
     return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
