@@ -65,6 +65,10 @@ class ConvertConfig(SourceConfig):
             self.reencode is not None or self.reencode_size is None,
             "--reencode-size needs --reencode, such as jpeg:90",
         )
+        check(
+            self.reencode_size is not None or self.reencode_fit == "resize",
+            f"--reencode-fit {self.reencode_fit} needs --reencode-size, the side in pixels",
+        )
         check_least(self, 1, "reencode_size")
         check(
             (self.reencode_size or 1) <= MAX_IMAGE_SIZE,

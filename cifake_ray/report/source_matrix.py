@@ -38,7 +38,8 @@ def render_matrix(matrix: Matrix, command: str) -> str:
         measured |= {name: found["label"] for name, found in row["slices"].items()}
     columns = sorted(measured, key=lambda name: (measured[name] == "REAL", name))
     own = [row["slices"].get(row["left_out"]) for row in matrix["rows"][1:]]
-    values = [one["auroc"]["value"] for one in own if one and one["auroc"]["value"] is not None]
+    large = [one for one in own if one and not one["is_small"]]
+    values = [one["auroc"]["value"] for one in large if one["auroc"]["value"] is not None]
     sentence = f"{len(own)} generators, each left out of a training."
     if values:
         sentence += f" AUROC on the one left out: {min(values):.3f} to {max(values):.3f}."

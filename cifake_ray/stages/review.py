@@ -29,6 +29,7 @@ from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.run import require_run
+from cifake_ray.storage.runs.settings import describe_detector
 from cifake_ray.storage.runs.shards import read_shard
 
 MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
@@ -89,15 +90,13 @@ def _describe_context(
 ) -> dict[str, str]:
     """Return what was scored, with what and when, by name."""
     run = scores.require_run()
-    detector = run.config.get("bundle") or "built-in"
     low, high = summary.thresholds
     rule = f"p_fake >= {low:.4g}" if low == high else "by several thresholds"
     if decisions is not None or run.settings.get("policy"):
         rule += f", {decisions or run.settings['policy']}"
-    precision = run.settings.get("precision", "float32")
     return {
         "Images": scores.find_root(),
-        "Detector": f"{detector} ({str(run.settings.get('bundle'))[:12]}), in {precision}",
+        "Detector": describe_detector(run.settings, run.config),
         "Finished": str(finished.get("finished_at", "-")),
         "FAKE is": rule,
     }

@@ -284,6 +284,7 @@ def test_an_audit_that_lacks_something_is_refused(
         ({"reencode": "jpeg:101"}, "--reencode"),
         ({"reencode": "gif"}, "--reencode"),
         ({"reencode_size": 32}, "--reencode-size needs --reencode"),
+        ({"reencode": "png", "reencode_fit": "crop"}, "--reencode-fit crop needs --reencode-size"),
         ({"reencode": "png", "reencode_size": 0}, "--reencode-size is 0"),
         ({"reencode": "png", "reencode_size": 10**6}, "--reencode-size is 1000000"),
     ],

@@ -290,6 +290,7 @@ def test_a_labelled_folder_is_measured_and_its_output_again(folder: Path, tmp_pa
             assert again[metric] == first[metric], metric
         assert again["nll"] == pytest.approx(first["nll"])
         assert again["temperature"] == pytest.approx(first["temperature"], rel=1e-4)
+        assert "built-in (" in (tmp_path / f"{name}-2" / "report.html").read_text()
 
 
 def test_other_slices_of_a_finished_report_ask_for_a_new_folder(
@@ -407,6 +408,7 @@ def test_a_detector_without_each_generator_is_measured_on_all_and_resumes(
     assert 'href="without-02/report/report.html"' in page
     assert "--leave-one-source-out" in page
     assert "--exclude-source c" in page, "the whole command"
+    assert " †</td>" in page, "few images are marked"
     assert [cell["left_out"] for cell in result["cells"]] == ["a", "b"]
     before = (tmp_path / "run" / "without-01" / "bundle" / "model.safetensors").stat().st_mtime_ns
     (tmp_path / "run" / "without-02" / "report" / "_SUCCESS").unlink()

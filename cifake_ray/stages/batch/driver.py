@@ -272,6 +272,7 @@ def _start_on_ray(
 
 def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> BatchSummary:
     """Write what marks a run as finished, once all of its shards are committed."""
+    plan.before_success(run)
     elapsed_s = time.monotonic() - plan.started_s
     is_counted = all(stats.called_fake for stats in totals.shards)  # not by earlier versions
     summary = BatchSummary(
@@ -298,7 +299,6 @@ def finish_batch(plan: BatchPlan, run: Run, totals: Totals, ran_on: str) -> Batc
         precision=plan.inputs.get("precision", ""),
         **run.counts,
     )
-    plan.before_success(run)
     clear_attempts(run)
     finish_run(run, totals.shards, asdict(summary))
     return summary

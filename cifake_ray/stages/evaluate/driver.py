@@ -88,7 +88,7 @@ def evaluate_detector(
         calibration = replace(calibration, threshold=round_threshold(config.threshold))
     threshold = calibration.threshold
     precision = resolve_precision(config, bundle, out)
-    detail = Detail(calibration, split, started_s, bundle)
+    detail = Detail(calibration, split, started_s, bundle=bundle)
     grid = read_grid(config)
     make_processor = MakeScoreProcessor(bundle, threshold, config.batch_size, precision)
     plan = BatchPlan(
@@ -125,6 +125,7 @@ def measure_scores(
     out: AnyPath,
     tables: ScoreTables,
     threshold: float,
+    detector: str,
     on_progress: Callable[[Progress], None],
     started_s: float,
     log: Callable[[str], None],
@@ -154,7 +155,7 @@ def measure_scores(
         threshold_fpr_1=None,
         threshold_fpr_01=None,
     )
-    detail = Detail(calibration, split, started_s)
+    detail = Detail(calibration, split, started_s, detector=detector)
     plan = BatchPlan(
         command="evaluate",
         config=config,

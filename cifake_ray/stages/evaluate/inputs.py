@@ -18,6 +18,7 @@ from cifake_ray.storage.io.files import exists, is_file, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import OtherVerb, read_record, read_run
+from cifake_ray.storage.runs.settings import describe_detector
 from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.labelled import LabelledSource
@@ -26,6 +27,7 @@ from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, name_
 from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tables
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
+ELSEWHERE = "unknown: the scores were made elsewhere"
 MAX_RATIOS = 1000  # from which a temperature is computed
 MAX_P_FAKE_GAP = 0.02  # of a p_fake, rounded perhaps, from the sigmoid of its logit
 
@@ -37,8 +39,8 @@ class _Summary:
     threshold: float | None = None
 
 
-def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, float] | None:
-    """Return the scores that a path holds, and from which p_fake they call an image FAKE."""
+def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, float, str] | None:
+    """Return the scores that a path holds, from which p_fake they mean FAKE, and who made them."""
     if not is_file(place) and exists(place / "_run.json"):
         try:
             run = read_run(place)
@@ -48,13 +50,17 @@ def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, fl
             return None
         files = tuple(place / row["name"] for row in read_files(open_finished(place)))
         threshold = parse_record(_Summary, read_json(place / "_SUCCESS")).threshold
-        return ScoreTables(place, files, is_ours=True), 0.5 if threshold is None else threshold
+        detector = ELSEWHERE
+        if run.settings.get("bundle") is not None:
+            detector = f"{describe_detector(run.settings, run.config)}; the scores are of {place}"
+        tables = ScoreTables(place, files, is_ours=True)
+        return tables, 0.5 if threshold is None else threshold, detector
     choice = ColumnChoice.from_config(config.source)
     if config.source_kind != "auto":
         return None
     files = tuple(find_score_tables(place, config.shards, choice))
     kept = KeyFilter(config.include, config.exclude)
-    return (ScoreTables(place, files, choice, kept), 0.5) if files else None
+    return (ScoreTables(place, files, choice, kept), 0.5, ELSEWHERE) if files else None
 
 
 def open_labelled(

@@ -48,7 +48,8 @@ class Detail:
     calibration: Calibration  # with the threshold that is used
     split: str | None
     started_s: float  # of the command, by time.monotonic
-    bundle: BundleInfo | None = None  # None for scores that were made elsewhere
+    detector: str = ""  # what has made the scores, if not `bundle`
+    bundle: BundleInfo | None = None
 
 
 def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detail) -> None:
@@ -144,7 +145,7 @@ def describe_context(
     """Return what a reader wants to know first: which detector measured which data, and when."""
     minutes, seconds = divmod(round(time.monotonic() - detail.started_s), 60)
     bundle = detail.bundle
-    detector = {"Detector": "unknown: the scores were made elsewhere"}
+    detector = {"Detector": detail.detector}
     if bundle:
         name = f"{bundle.architecture}, bundle {bundle.fingerprint[:12]}, in {facts['Precision']}"
         detector = {"Detector": name, "Trained on": describe_domain(bundle.domain)}

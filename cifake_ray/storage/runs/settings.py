@@ -27,6 +27,12 @@ def _show_setting(value: Any) -> str:
     return "not given" if value in (None, []) else repr(value)
 
 
+def describe_detector(settings: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return what scored a run: its bundle, the start of its identity, and the precision."""
+    bundle, precision = settings.get("bundle"), settings.get("precision", "float32")
+    return f"{config.get('bundle') or 'built-in'} ({str(bundle)[:12]}), in {precision}"
+
+
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise RunMismatch with the difference when the folder belongs to other settings.
 
