@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cifake_ray.errors import RunMismatch, UsageError
+from cifake_ray.errors import RunMismatch, StorageError, UsageError
 from cifake_ray.storage.io.files import (
     TEMPORARY_PREFIX,
     check_writable,
@@ -71,7 +71,9 @@ class RunPlan:
         if run is None:
             return None
         if not self.changes_verdicts(run):
-            known = self._verdicts if is_finished(run) else {}  # only what must be the same
+            known: dict[str, Any] = {}  # what may differ, and need not be named
+            with suppress(StorageError):  # of a damaged `_SUCCESS`, told to who may use it
+                known = self._verdicts if is_finished(run) else {}
             check_settings(self.out, run.settings | known, self._settings)
         elif not is_finished(run):
             raise RunMismatch(
