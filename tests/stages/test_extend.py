@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from computer import Computer, SimulatedPool, disturb_every_change
+from test_every_step import AllAreGood
 
 from cifake_ray.config import DecideConfig, ExportConfig, RepairConfig, ScoreConfig
 from cifake_ray.core.evaluation.policy import set_verdicts
@@ -67,19 +68,6 @@ class StubProcessor:
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:
         return {"any": 0}
-
-
-class AllAreGood:
-    """The quarantine of images that kill no process."""
-
-    def __init__(self, **options: Any) -> None:
-        self.try_images = lambda images, on_step: images
-
-    def __enter__(self) -> AllAreGood:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
