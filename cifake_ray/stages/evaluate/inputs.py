@@ -13,7 +13,7 @@ from cifake_ray.config import EvaluateConfig, TrainConfig
 from cifake_ray.core.labels import parse_split
 from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.bundles.bundle import BundleInfo
-from cifake_ray.storage.datasets.training_set import read_training_rows
+from cifake_ray.storage.datasets.training_rows import read_training_rows
 from cifake_ray.storage.io.files import exists, is_file, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
