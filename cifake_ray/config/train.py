@@ -36,8 +36,9 @@ class TrainConfig(ClusterConfig):
         "Augmentation": "augment crops_per_image twins consistency mixup cutmix label_smoothing",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
-        "Validation and the epoch that is kept": "val_fraction val_split test_fraction"
-        " val_sources exclude_source leave_one_source_out monitor patience min_delta keep_epochs ema_decay",
+        "Validation and the epoch that is kept": "val_fraction val_split val_sources"
+        " test_fraction exclude_source leave_one_source_out monitor patience min_delta keep_epochs"
+        " ema_decay",
     }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]

@@ -191,7 +191,7 @@ def _add_noise(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torc
 
 
 def _compress(pixels: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Encode and decode: JPEG at the half colour resolution of most, by libjpeg-turbo, then WebP."""
+    """Encode and decode: JPEG by libjpeg-turbo at most files' half colour resolution, then WebP."""
     for i in _choose(draws, "jpeg", policy.jpeg_share):
         quality = _draw_quality(policy, policy.jpeg_quality, draws.uniform["jpeg"][i])
         rows = np.ascontiguousarray(pixels[i].cpu().numpy())

@@ -37,7 +37,9 @@ def load_native(data: bytes, preprocessing: Preprocessing) -> NativeImage:
     pixels = decode_image(data)
     windows, size = cut_windows(pixels), preprocessing.image_size
     is_whole = windows[0].shape == pixels.shape
-    scored = np.empty((0, size, size, 3), np.uint8) if is_whole else preprocessing.fit_pixels(pixels)
+    scored = (
+        np.empty((0, size, size, 3), np.uint8) if is_whole else preprocessing.fit_pixels(pixels)
+    )
     return NativeImage(windows, scored)
 
 

@@ -188,7 +188,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
-        images, labels = batch.images.tensor_split(num_pieces), batch.labels.tensor_split(num_pieces)
+        images, labels = (
+            batch.images.tensor_split(num_pieces),
+            batch.labels.tensor_split(num_pieces),
+        )
         clean = [None] * num_pieces if batch.clean is None else batch.clean.tensor_split(num_pieces)
         pieces = zip(images, clean, labels, strict=True)
         for number, piece in enumerate(pieces, start=1):

@@ -27,9 +27,7 @@ class ScoredPixels(NamedTuple):
         return torch.stack([crops.mean() for crops in logit.split(self.counts)])
 
 
-def read_scored(
-    images: Images, preprocessing: Preprocessing, indices: np.ndarray
-) -> ScoredPixels:
+def read_scored(images: Images, preprocessing: Preprocessing, indices: np.ndarray) -> ScoredPixels:
     """Read the pixels of some images that `Preprocessing.load_image` gives."""
     if preprocessing.fit != "crops":
         return ScoredPixels(images.read(indices), [1] * len(indices))

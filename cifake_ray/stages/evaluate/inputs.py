@@ -148,9 +148,10 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
     try:
         record = read_record(bundle.path.parent)
         settings, found = record["settings"], record["config"]
-        names = ("val_fraction", "val_split", "test_fraction", "exclude_source")
-        options = {name: found[name] for name in names if name in found}
-        options["exclude_source"] = tuple(options.get("exclude_source", ()))
+        names = ("val_fraction", "val_split", "test_fraction", "exclude_source", "val_sources")
+        options = {name: found[name] for name in (*names, "twins") if name in found}
+        for name in ("exclude_source", "val_sources"):
+            options[name] = tuple(options.get(name, ()))
     except (RunMismatch, StorageError, KeyError) as error:
         raise UsageError(
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"

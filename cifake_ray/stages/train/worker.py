@@ -172,11 +172,12 @@ def _write_best(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
     settings = describe_options(config)
-    shards = settings.pop("shards").rpartition("/")[
-        2
-    ]  # without the folders above, which are private
+    # Without the folders above, which are private.
+    shards, twins = (path and path.rpartition("/")[2] for path in (config.shards, config.twins))
+    del settings["shards"]
     training = {
         **settings,
+        "twins": twins,
         "precision": trainer.precision.name,
         "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),

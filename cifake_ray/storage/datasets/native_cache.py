@@ -80,7 +80,7 @@ class NativeCache(DecodedCache):
             return Stored(errors | list_errors(decoded), {}, over_bytes=self.max_bytes)
 
     def _write(self, file: int, decoded: Decoded, errors: dict[int, str]) -> int:
-        """Write the file and return its CRC-32. _TooLargeError as soon as it is beyond its limit."""
+        """Write the file and return its CRC-32. _TooLargeError once it is beyond its limit."""
         table = np.zeros((self.num_images, COLUMNS), np.int64)
         size_bytes = crc = 0
         with os.fdopen(os.dup(file), "wb") as stream:

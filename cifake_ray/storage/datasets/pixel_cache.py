@@ -1,8 +1,8 @@
 """Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
 
-`KEY.npy` has the pixels (`KEY.native` those of `native_cache.py`), `KEY.json` the errors of images that do not decode and the sums of both,
-`KEY.lock` whoever decodes them now. The key is that of all that the pixels follow from, so files of
-one key are equal.
+`KEY.npy` has the pixels, or `KEY.native` (`native_cache.py`), `KEY.json` the errors of images that
+do not decode and the sums of both, `KEY.lock` whoever decodes them now. The key is that of all that
+the pixels follow from, so files of one key are equal.
 Modes follow the umask, as those of outputs do. Whoever may write pixels decides what is learned, so
 files of others are used if they are root's or those of the folder's owner, who was chosen with it.
 """

@@ -229,5 +229,3 @@ def read_bytes_of(value: Any) -> bytes | None:
         return get_bytes(value)
     except ImageError:
         return None
-
-

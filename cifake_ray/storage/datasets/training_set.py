@@ -26,7 +26,7 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training.native_crops import MAX_WHOLE_PIXELS, NativeImage, load_native
-from cifake_ray.errors import ImageError, UsageError
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.datasets.native_cache import NativeArray, NativeCache
 from cifake_ray.storage.datasets.pixel_cache import DecodedCache, PixelCache, locate_cache
 from cifake_ray.storage.datasets.training_rows import (
@@ -49,9 +49,7 @@ class Pixels(Protocol):
         """Return uint8[len(positions), S, S, 3] of images that have been made to fit."""
         ...
 
-    def map(
-        self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]
-    ) -> list[np.ndarray]:
+    def map(self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]) -> list[np.ndarray]:
         """Return what `cut` makes of each image and its place in `positions`."""
         ...
 
@@ -66,9 +64,7 @@ class MappedPixels:
         pixels: np.ndarray = self.array[self.slots[positions]]
         return pixels
 
-    def map(
-        self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]
-    ) -> list[np.ndarray]:
+    def map(self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]) -> list[np.ndarray]:
         return [cut(self.array[slot], n) for n, slot in enumerate(self.slots[positions].tolist())]
 
 
@@ -83,9 +79,7 @@ class StreamedPixels:
     def read(self, positions: np.ndarray) -> np.ndarray:
         return np.stack(self.map(positions, lambda image, _: image))
 
-    def map(
-        self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]
-    ) -> list[np.ndarray]:
+    def map(self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]) -> list[np.ndarray]:
         groups, rows = self.rows.group[positions], self.rows.row[positions]
         found: list[np.ndarray] = [np.empty(0)] * len(positions)
 
@@ -160,14 +154,12 @@ def open_training_data(
 
     CacheError when the folder for decoded images cannot be used.
     """
-    num_rows, size, num_crops = (
-        *(int(rows.group_rows.sum()), preprocessing.image_size, preprocessing.num_crops),
-    )
+    num_rows, size = int(rows.group_rows.sum()), preprocessing.image_size
     is_native = preprocessing.fit == "crops"
     identity = [
         *(DECODE_POLICY, rows.hash_files()),
         *(size, preprocessing.fit, preprocessing.jpeg_scale),
-        *((num_crops, MAX_WHOLE_PIXELS) if is_native else ()),
+        *((preprocessing.num_crops, MAX_WHOLE_PIXELS) if is_native else ()),
     ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path, max_bytes = locate_cache(config.cache_dir) / key, int(config.cache_gb * 1e9)

@@ -67,9 +67,9 @@ def find_difference(weight: float) -> float:
     trainer.fit(lambda: None)
     detector = trainer.detector.eval()
     clean = torch.from_numpy(ArrayImages(64, seed=5).pixels)
-    noisy = (clean + 40.0 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))).clamp(
-        0, 255
-    )
+    noisy = (
+        clean + 40.0 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(0, 255)
     with torch.no_grad():
         outputs = detector(torch.cat([clean.float(), noisy]))
     return (sum_differences(torch.ones(128, 2), outputs) / 64).item()
@@ -97,7 +97,9 @@ def test_pieces_of_a_batch_give_its_gradient(options: dict[str, object]) -> None
         trainer.detector.network[3].p = 0.0  # type: ignore[index]
         batch = next(trainer.batches.draw(0, 0))
         trainer._find_gradient(batch)
-        gradients.append([p.grad.clone() for p in trainer.detector.parameters() if p.grad is not None])
+        gradients.append(
+            [p.grad.clone() for p in trainer.detector.parameters() if p.grad is not None]
+        )
         trainer.train_step(batch)
         assert not any(m._forward_pre_hooks for m in trainer.eval_model.modules())
     for one, other in zip(*gradients, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifake_ray.config import Augmentation
+from cifake_ray.config import POLICIES, Augmentation
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training import native_crops
 from cifake_ray.core.training.native_crops import (
@@ -35,7 +35,9 @@ def draw(**values: float) -> dict[str, float]:
 
 
 def cut(
-    pixels: np.ndarray, policy: Augmentation = Augmentation(), **values: float  # noqa: B008
+    pixels: np.ndarray,
+    policy: Augmentation = POLICIES["none"],
+    **values: float,
 ) -> np.ndarray:
     image = NativeImage(cut_windows(pixels), NOTHING)
     return cut_random_crop(image, SIZE, policy, draw(**values))

@@ -51,10 +51,20 @@ class TwinImages:
 
 
 def make_batches(
-    policy: Augmentation, rank: int = 0, num_ranks: int = 1, *, negative: bool = False, **options: int
+    policy: Augmentation,
+    rank: int = 0,
+    num_ranks: int = 1,
+    *,
+    negative: bool = False,
+    **options: int,
 ) -> tuple[Batches, TwinImages]:
     config = TrainConfig(
-        shards="s", run="r", fit="crops", twins="t", batch_size=6, **options  # type: ignore[arg-type]
+        shards="s",
+        run="r",
+        fit="crops",
+        twins="t",
+        batch_size=6,
+        **options,  # type: ignore[arg-type]
     )
     images = TwinImages(negative=negative)
     return Batches(images, config, policy, "cpu", rank, num_ranks), images
