@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
     MAX_IMAGE_SIZE,
+    MAX_NUM_CROPS,
+    NUM_CROPS,
     ClusterConfig,
     Device,
     Doc,
@@ -180,12 +182,16 @@ class TrainConfig(ClusterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
-        check_least(self, 1, "keep_epochs", "checkpoint_steps", "crops_per_image", "num_crops")
+        check_least(self, 1, "keep_epochs", "checkpoint_steps", "crops_per_image")
         check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
         check_least(self, 0, "mixup", "cutmix", "freeze_epochs", "consistency")
         check(
             self.fit == "crops" or (self.num_crops is None and self.crops_per_image == 1),
             "--num-crops and --crops-per-image need --fit crops",
+        )
+        check(
+            1 <= (self.num_crops or NUM_CROPS) <= MAX_NUM_CROPS and self.num_crops != 0,
+            f"--num-crops is {self.num_crops}; give 1 to {MAX_NUM_CROPS}",
         )
         check(
             self.consistency == 0 or not self.compile,

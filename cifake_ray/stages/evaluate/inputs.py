@@ -23,7 +23,7 @@ from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.labelled import LabelledSource
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, name_table
+from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, find_tables, name_table
 from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tables
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
@@ -173,7 +173,9 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         counts[path] += num_rows
     numbers = np.array(starts)[rows.group] + rows.row
     files = np.array([list(counts).index(path) for path, _ in rows.groups])[rows.group]
+    own = set(find_tables(place))  # twins are in files elsewhere
     return {
         name_table(path, place): numbers[files == number].astype(np.int64)
         for number, path in enumerate(counts)
+        if path in own
     }

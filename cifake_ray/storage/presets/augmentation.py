@@ -20,6 +20,11 @@ def read_augmentation(config: TrainConfig) -> Augmentation:
             f"--augment {policy}: downscale shrinks native pixels; give --fit crops, or leave it"
             " out"
         )
+    if config.consistency and policy in (POLICIES["none"], POLICIES["flip"]):
+        raise UsageError(
+            f"--consistency compares an image with what --augment makes of it, and {policy}"
+            " degrades nothing; give another policy, or leave it out"
+        )
     return policy
 
 
