@@ -71,6 +71,7 @@ class Detector(nn.Module):
     def find_logit(self, images: torch.Tensor) -> torch.Tensor:
         """Map uint8[B, S, S, 3] to float32[B]: z_FAKE - z_REAL, uncalibrated; FAKE above 0.
 
+        Of a detector of crops these are of single crops; `pool_logits` makes an image's of them.
         With test-time flip the mean over an image and its mirror image.
         """
         logit = to_logit(self(images))
