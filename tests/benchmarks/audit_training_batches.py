@@ -60,7 +60,7 @@ def write_epoch(config: TrainConfig, out: Path) -> int:
     data = open_training_data(read_training_rows(config), preprocessing, config, 1, print)
     batches = Batches(data.train, config, read_augmentation(config), "cpu", 0, 1)
     encodings, number = record_encodings(), 0
-    for name in LABEL_NAMES.values():
+    for name in LABEL_NAMES:
         (out / name).mkdir(parents=True)
     for batch in batches.draw(0, 0):
         for pixels, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):

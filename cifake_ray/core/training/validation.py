@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
+from cifake_ray.core.imaging.crops import pool_logits
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.training.batches import CropImages, Images, to_device
@@ -17,21 +18,21 @@ class ScoredPixels(NamedTuple):
     """What is scored of N images."""
 
     pixels: np.ndarray  # uint8[M, S, S, 3], image after image
-    counts: list[int]  # of each image
+    num_crops: np.ndarray | None = None  # int64[N], of each image; None: M = N
 
     def find_logit(self, detector: Detector, device: str = "cpu") -> torch.Tensor:
-        """Return float32[N], the mean over each image's crops."""
+        """Return float32[N], of images with several crops their mean."""
         logit = detector.find_logit(to_device(self.pixels, device))
-        if len(self.counts) == len(self.pixels):
+        if self.num_crops is None:
             return logit
-        return torch.stack([crops.mean() for crops in logit.split(self.counts)])
+        return torch.from_numpy(pool_logits(logit.cpu().numpy(), self.num_crops)[0])
 
 
 def read_scored(images: Images, preprocessing: Preprocessing, indices: np.ndarray) -> ScoredPixels:
     """Read the pixels of some images that `Preprocessing.load_image` gives."""
     if preprocessing.fit != "crops":
-        return ScoredPixels(images.read(indices), [1] * len(indices))
+        return ScoredPixels(images.read(indices))
     crops = cast(CropImages, images).map_native(
         indices, lambda image, _: cut_scored(image, preprocessing)
     )
-    return ScoredPixels(np.concatenate(crops), [len(each) for each in crops])
+    return ScoredPixels(np.concatenate(crops), np.array([len(each) for each in crops]))

@@ -27,7 +27,7 @@ from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training.native_crops import MAX_WHOLE_PIXELS, NativeImage, load_native
 from cifake_ray.errors import UsageError
-from cifake_ray.storage.datasets.native_cache import NativeArray, NativeCache
+from cifake_ray.storage.datasets.native_cache import NativeCache
 from cifake_ray.storage.datasets.pixel_cache import DecodedCache, PixelCache, locate_cache
 from cifake_ray.storage.datasets.training_rows import (
     TrainingRows,
@@ -57,7 +57,8 @@ class Pixels(Protocol):
 class MappedPixels:
     """Rows of the cache, which all processes of a node share."""
 
-    def __init__(self, array: np.ndarray | NativeArray, slots: np.ndarray) -> None:
+    def __init__(self, array: Any, slots: np.ndarray) -> None:
+        """`array` is a numpy array or a `NativeArray`."""
         self.array, self.slots = array, slots
 
     def read(self, positions: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def check(
         patch.setattr(check_precision, "_time_batch", lambda *_: next(times))
         logit = score(detector, images)
         return check_precisions(
-            detector, CALIBRATION, logit, label, lambda at: ScoredPixels(images[at], [1] * len(at))
+            detector, CALIBRATION, logit, label, lambda at: ScoredPixels(images[at])
         )
 
 

@@ -79,7 +79,8 @@ def open_data(config: TrainConfig) -> TrainingData:
 def read_crops(data: TrainingData) -> list[list[bytes]]:
     """The scored crops of each image of validation."""
     scored = read_scored(data.val, PREPROCESSING, np.arange(len(data.val.labels)))
-    ends = np.cumsum(scored.counts)
+    assert scored.num_crops is not None
+    ends = np.cumsum(scored.num_crops)
     crops = np.split(scored.pixels, ends[:-1])
     return [[crop.tobytes() for crop in each] for each in crops]
 
