@@ -94,7 +94,7 @@ class Batches:
         rng = np.random.default_rng((self.config.seed, epoch))
         order = np.concatenate([self._order(rng) for _ in range(self.config.crops_per_image)])
         mirrored = rng.random(len(order)) < self.augmentation.flip
-        places = np.arange(self.rank, self.batch_size, self.num_ranks)
+        places: np.ndarray = np.arange(self.rank, self.batch_size, self.num_ranks)
         if self.twin_of is not None:  # whole couples
             couples = np.arange(self.rank, self.batch_size // 2, self.num_ranks)
             places = (2 * couples[:, None] + [0, 1]).ravel()
