@@ -161,6 +161,8 @@ def find_own_size(architecture: str) -> int:
 
 def find_head(network: nn.Module) -> nn.Module:
     """Return the classifier: timm's `get_classifier`, else the last linear layer."""
+    if isinstance(network, WithResidual):
+        network = network.network
     find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
     if find is not None:
         found: nn.Module | tuple[nn.Module, ...] = find()

@@ -49,7 +49,8 @@ DESCRIPTIONS = (
     }
     | {
         "small_lite0": f"the first {LITE_STAGES} of 7 stages of timm's efficientnet_lite0, for"
-        " crops; takes its ImageNet weights; small_lite1_s4_stride1 is lite1, 4 stages, stem of stride 1"
+        " crops; takes its ImageNet weights; small_lite1_s4_stride1 is lite1, 4 stages, no"
+        " stride in the stem"
     }
     | {
         "small_cnn_residual": "small_cnn that also sees each pixel less the median of the 9 around"
@@ -213,12 +214,6 @@ class WithResidual(nn.Module):
         stem = find_stem(network)
         weight = torch.cat([stem.weight.data, torch.zeros_like(stem.weight)], dim=1)
         stem.weight, stem.in_channels = nn.Parameter(weight), 2 * stem.in_channels
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head, under timm's name for it."""
-        from cifake_ray.core.models.detector import find_head
-
-        return find_head(self.network)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map float[B, 3, S, S] to float[B, 2]; the residual is computed as exactly as `images`."""
