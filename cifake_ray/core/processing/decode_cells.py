@@ -13,7 +13,7 @@ import numpy as np
 from cifake_ray.config.grid import Grid
 from cifake_ray.core.imaging.decode import ImageHeader, map_images
 from cifake_ray.core.imaging.perturbation import perturb_image, seed_noise
-from cifake_ray.core.imaging.preprocessing import Preprocessing, fit_image
+from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.processing.decode_batch import Decoded
 from cifake_ray.errors import ImageError
 
@@ -23,22 +23,22 @@ class DecodedCells:
     """N images, of which K could be decoded, each under C cells."""
 
     clean: Decoded
-    pixels: np.ndarray  # uint8[M, S, S, 3], of all cells that were possible
+    pixels: np.ndarray  # uint8[L, S, S, 3], of all M cells that were possible; L = M but for crops
     image: np.ndarray  # int64[M], the row of each, 0..N-1
     cell: np.ndarray  # int64[M], 0..C-1
+    num_crops: np.ndarray | None  # int64[M], L in all, if the detector sees crops
 
 
 def decode_cells(
     preprocessing: Preprocessing, grid: Grid, images: Iterable[bytes | ImageError]
 ) -> DecodedCells:
     """Decode the images once, and perturb and fit each for every cell."""
-    size, fit = preprocessing.image_size, preprocessing.fit
 
     def load(data: bytes) -> tuple[ImageHeader, np.ndarray, list[np.ndarray | None]]:
         header, clean, whole = preprocessing.load_whole(data)
         seed = seed_noise(data)
         perturbed = (perturb_image(whole, cell, seed) for cell in grid.values())
-        cells = [None if p is None else fit_image(p, size=size, fit=fit) for p in perturbed]
+        cells = [None if p is None else preprocessing.fit_pixels(p) for p in perturbed]
         return header, clean, cells
 
     loaded = map_images(load, images)
@@ -49,17 +49,17 @@ def decode_cells(
         for number, pixels in enumerate(cells)
         if pixels is not None
     ]
+    clean, clean_crops = preprocessing.stack_images([each[1] for _, each in good])
+    pixels, num_crops = preprocessing.stack_images([pixels for _, _, pixels in places])
     return DecodedCells(
         clean=Decoded(
-            _stack([each[1] for _, each in good], size),
+            clean,
             headers=[None if isinstance(each, ImageError) else each[0] for each in loaded],
             errors=[each if isinstance(each, ImageError) else None for each in loaded],
+            num_crops=clean_crops,
         ),
-        pixels=_stack([pixels for _, _, pixels in places], size),
+        pixels=pixels,
         image=np.array([row for row, _, _ in places], np.int64),
         cell=np.array([number for _, number, _ in places], np.int64),
+        num_crops=num_crops,
     )
-
-
-def _stack(pixels: list[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
