@@ -137,7 +137,13 @@ class BundleConfig(BatchConfig):
     PANEL: ClassVar[str] = "Detector"
     PANELS: ClassVar[dict[str, str]] = {"Detector": "expect_sha256 allow_pickle"}
 
-    bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
+    bundle: Annotated[
+        str | None,
+        Doc(
+            "Bundle of the detector, its RUN, or the name of a built-in one: cifake (default: the"
+            " built-in one that fits the images)"
+        ),
+    ] = None
     expect_sha256: Annotated[
         str | None, RuntimeDoc("Reject a bundle with another sha256 (the error shows its own)")
     ] = None

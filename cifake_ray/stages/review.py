@@ -29,7 +29,7 @@ from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.run import require_run
-from cifake_ray.storage.runs.settings import describe_detector
+from cifake_ray.storage.runs.settings import describe_detector, name_detector
 from cifake_ray.storage.runs.shards import read_shard
 
 MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
@@ -112,7 +112,7 @@ def _list_facts(
         "Scores": scores.folder,
         "Source": scores.find_root(),
         "Finished": finished.get("finished_at"),
-        "Detector": run.config.get("bundle") or "built-in",
+        "Detector": name_detector(run.config),
         "Architecture": bundle.architecture if bundle else None,
         "Bundle sha256": run.settings.get("bundle"),
         "Precision": run.settings.get("precision", "float32"),

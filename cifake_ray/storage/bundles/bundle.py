@@ -41,6 +41,8 @@ from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.io.text_rows import encode_json_lines
 
 PRECISION_NAME = "precision.json"  # beside the weights, not in the fingerprint of float32
+BUILT_IN_FOLDER = Path(str(files("cifake_ray") / "bundles"))
+FIRST_BUILT_IN = "cifake"
 
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
@@ -107,12 +109,32 @@ class _Checks:
     precisions: dict[str, PrecisionCheck]
 
 
+def list_built_ins() -> list[str]:
+    """Return the names of the detectors that ship with the package, sorted."""
+    return sorted(path.parent.name for path in BUILT_IN_FOLDER.glob("*/config.json"))
+
+
 def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
-    """Return the path of a bundle from its URI or that of its RUN; None is the built-in one."""
-    if uri is None:
-        return Path(str(files("cifake_ray") / "bundles" / "default"))
+    """Return the path of a bundle from its URI, that of its RUN, or the name of a built-in one.
+
+    A name wins over a folder that is called so, whose path is ./NAME. None is the built-in one
+    that runs used when there was no other.
+    """
+    if uri is None or uri in list_built_ins():
+        return BUILT_IN_FOLDER / (uri or FIRST_BUILT_IN)
     path = resolve_path(uri, store)
     return path / "bundle" if exists(path / "bundle" / "config.json") else path
+
+
+def pin_bundle(uri: str, store: StoreConfig | None = None) -> str:
+    """Return a URI that means the same in every working folder; a built-in's name stays."""
+    return uri if uri in list_built_ins() else str(resolve_path(uri, store))
+
+
+def name_bundle(path: AnyPath) -> str:
+    """Return what `locate_bundle` finds a bundle by: the name of a built-in one, else its URI."""
+    is_built_in = path.parent == BUILT_IN_FOLDER and path.name in list_built_ins()
+    return path.name if is_built_in else str(path)
 
 
 def read_bundle_info(
@@ -154,6 +176,11 @@ def load_bundle(
             f" ({str(error).splitlines()[0]}); copy or train the bundle again"
         ) from error
     return detector.eval(), info
+
+
+def read_built_in_domains() -> dict[str, TrainingDomain | None]:
+    """Return what each built-in detector was trained on, by its name."""
+    return {name: read_bundle_info(locate_bundle(name)).domain for name in list_built_ins()}
 
 
 def _read_bundle(

@@ -189,9 +189,9 @@ def test_the_example_of_the_readme_gives_what_the_detector_gives(
     lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
     names: dict[str, Any] = {}
     exec("\n".join(lines), names)
-    expected = load_detector().predict([Path("photo.jpg").read_bytes()])
+    expected = load_detector("cifake").predict([Path("photo.jpg").read_bytes()])
     assert np.allclose(names["p_fake"], expected, atol=1e-5)
-    assert names["is_fake"].tolist() == (expected >= load_detector().threshold).tolist()
+    assert names["is_fake"].tolist() == (expected >= load_detector("cifake").threshold).tolist()
 
 
 @pytest.mark.usefixtures("encoded")
