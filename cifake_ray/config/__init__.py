@@ -18,10 +18,13 @@ from cifake_ray.config.export import ExportConfig
 from cifake_ray.config.fields import (
     LAST_PANELS,
     MAX_IMAGE_SIZE,
+    MAX_NUM_CROPS,
+    NUM_CROPS,
     ClusterConfig,
     Device,
     Doc,
     Fit,
+    SquareFit,
     StoreConfig,
     check_endpoint,
     doc_of,

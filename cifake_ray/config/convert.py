@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.batch import SourceConfig
-from cifake_ray.config.fields import MAX_IMAGE_SIZE, Doc, Fit, check, check_least
+from cifake_ray.config.fields import MAX_IMAGE_SIZE, Doc, SquareFit, check, check_least
 
 SameAs = Literal["none", "bytes", "pixels", "near"]
 Trait = Literal["size", "quality"]
@@ -45,7 +45,7 @@ class ConvertConfig(SourceConfig):
     reencode_size: Annotated[
         int | None, Doc("With --reencode: the side of a square, in pixels, for all images")
     ] = None
-    reencode_fit: Annotated[Fit, Doc("How images are made to fit --reencode-size")] = "resize"
+    reencode_fit: Annotated[SquareFit, Doc("How images are made to fit --reencode-size")] = "resize"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,10 @@ from cifake_ray.errors import UsageError, suggest_word
 
 Device = Literal["auto", "cpu", "cuda"]
 ScorePrecision = Literal["auto", "float32", "tf32", "bf16", "fp16", "int8"]
-Fit = Literal["resize", "crop"]
+SquareFit = Literal["resize", "crop"]  # one square for an image
+Fit = Literal["resize", "crop", "crops"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
+NUM_CROPS, MAX_NUM_CROPS = 12, 64  # of an image, with the fit "crops": the default and the most
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifake_ray.config import Fit
+from cifake_ray.config import NUM_CROPS, Fit
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small, is_small
 from cifake_ray.errors import UsageError
@@ -89,12 +89,17 @@ def to_logit(outputs: torch.Tensor) -> torch.Tensor:
 
 
 def build_detector(
-    architecture: str, *, image_size: int | None = None, fit: Fit = "resize", drop_path: float = 0.0
+    architecture: str,
+    *,
+    image_size: int | None = None,
+    fit: Fit = "resize",
+    num_crops: int = NUM_CROPS,
+    drop_path: float = 0.0,
 ) -> Detector:
     """Build a detector with fresh weights, drawn from torch's global generator.
 
-    `image_size` None is the architecture's own. UsageError for an unknown architecture, or a size
-    or a `drop_path` it cannot take.
+    `image_size` None is the architecture's own; `num_crops` is for `fit` "crops". UsageError for
+    an unknown architecture, or a size or a `drop_path` it cannot take.
     """
     network: nn.Module
     mean = std = HALF
@@ -109,7 +114,8 @@ def build_detector(
         network = build_small(architecture, size, drop_path)
     else:
         network, size, mean, std = _build_timm(architecture, image_size, drop_path)
-    preprocessing = Preprocessing(image_size=size, fit=fit, mean=mean, std=std)
+    crops = num_crops if fit == "crops" else None
+    preprocessing = Preprocessing(image_size=size, fit=fit, mean=mean, std=std, num_crops=crops)
     detector = Detector(architecture, network, preprocessing)
     check_size(detector)
     return detector

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from cifake_ray.config import Fit
+from cifake_ray.config import SquareFit
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES, decode_image, map_images
 from cifake_ray.core.imaging.preprocessing import fit_image
 from cifake_ray.errors import ImageError
@@ -21,7 +21,7 @@ class Reencoder:
 
     encoding: str  # jpeg:QUALITY, webp:QUALITY or png
     size: int | None  # pixels: side of a square; None keeps the size
-    fit: Fit
+    fit: SquareFit
 
     def encode_images(self, images: Iterable[bytes | ImageError]) -> list[bytes | ImageError]:
         """Return each image encoded anew, or the error of one that cannot be."""
