@@ -172,7 +172,6 @@ class LoadedDetector:
         from PIL.Image import Image
 
         from cifake_ray.core.imaging.pillow_pixels import convert_image
-        from cifake_ray.core.imaging.preprocessing import fit_image
 
         is_rgb = (
             isinstance(image, np.ndarray)
@@ -195,12 +194,13 @@ class LoadedDetector:
             pixels = image if isinstance(image, np.ndarray) else convert_image(image)
         except ImageError as error:
             raise ImageError(error.error, f"image {position}: {error.detail}") from error
-        return fit_image(pixels, size=preprocessing.image_size, fit=preprocessing.fit)
+        return preprocessing.fit_pixels(pixels)
 
 
 def load_detector(
     bundle: str | None = None,
     *,
+    fake_class: str | None = None,
     device: str = "cpu",
     precision: str = "float32",
     store: StoreConfig | None = None,
@@ -208,6 +208,7 @@ def load_detector(
     """Load a bundle, a run of `train` that holds one, or a built-in detector by its name.
 
     Without `bundle` it is the built-in one of the largest images, since none is there to look at.
+    `fake_class` is the `--fake-class` of `score`.
     `device` is torch's name ("cpu", "cuda"), `precision` one of those of `score`, which may itself
     choose another one; `store` configures access to buckets. BundleError when the bundle is
     missing, incomplete or damaged, UsageError when it or the device does not have the precision.
@@ -218,15 +219,12 @@ def load_detector(
     from cifake_ray.core.imaging.training_domain import choose_detector
     from cifake_ray.core.models.precision import use_precision
     from cifake_ray.core.training.device_limits import choose_eval_batch_size
-    from cifake_ray.storage.bundles.bundle import (
-        load_bundle,
-        locate_bundle,
-        read_built_in_domains,
-    )
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
+    from cifake_ray.storage.bundles.bundle import load_bundle, read_built_in_domains
 
     if bundle is None:
         bundle, _ = choose_detector([], read_built_in_domains())
-    detector, info = load_bundle(locate_bundle(bundle, store))
+    detector, info = load_bundle(locate_bundle(bundle, store), fake_class=fake_class)
     batch_size = choose_eval_batch_size(detector.network, info.preprocessing.image_size, device)
     ranges = info.checks[precision].ranges if precision in info.checks else None
     detector = use_precision(detector, precision, device, ranges)

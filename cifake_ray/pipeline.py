@@ -182,7 +182,7 @@ def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
 
 def _locate_given(config: BundleConfig) -> AnyPath | None:
     """Return the path of `--bundle`, None where the images choose the detector."""
-    from cifake_ray.storage.bundles.bundle import locate_bundle
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
 
     return None if config.bundle is None else locate_bundle(config.bundle, config.store)
 
@@ -284,7 +284,7 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export_detector(config: ExportConfig) -> dict[str, Any]:
-    from cifake_ray.storage.bundles.bundle import locate_bundle
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
     from cifake_ray.storage.runs.export_onnx import export_detector
 
     file = resolve_path(config.file, config.store)

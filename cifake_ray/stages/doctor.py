@@ -19,7 +19,8 @@ from cifake_ray.config import ClusterConfig, DoctorConfig, StoreConfig
 from cifake_ray.errors import CifakeError, ExitCode
 from cifake_ray.stages.cluster import connect_cluster
 from cifake_ray.stages.resources import count_local_cpus
-from cifake_ray.storage.bundles.bundle import list_built_ins, load_bundle, locate_bundle
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path

@@ -23,7 +23,8 @@ from cifake_ray.core.schema import SCORE_FIELDS, THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, ImageError, StorageError
 from cifake_ray.report.review_page import Group, Picture, choose_groups, render_review
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
@@ -141,7 +142,9 @@ def _find_bundle(
     run = scores.require_run()
     try:
         place = locate_bundle(run.config.get("bundle"), config.store)
-        bundle = read_bundle_info(place, allow_pickle=config.allow_pickle)
+        bundle = read_bundle_info(
+            place, allow_pickle=config.allow_pickle, fake_class=run.config.get("fake_class")
+        )
     except CifakeError as error:
         log(f"review: which images are unlike the training images is not known: {error}")
         return None

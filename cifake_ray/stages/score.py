@@ -27,12 +27,10 @@ from cifake_ray.stages.resources import (
     read_cpu_flags,
     read_local_resources,
 )
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle, name_bundle
 from cifake_ray.storage.bundles.bundle import (
     BundleInfo,
-    list_built_ins,
     load_bundle,
-    locate_bundle,
-    name_bundle,
     read_built_in_domains,
     read_bundle_info,
 )
@@ -80,6 +78,7 @@ class MakeScoreProcessor:
             self.bundle.path,
             expect_sha256=self.bundle.fingerprint,
             allow_pickle=self.bundle.is_pickle,
+            fake_class=self.bundle.fake_class,
         )
         device, size = find_device(placement), bundle.preprocessing.image_size
         batch_size = choose_eval_batch_size(detector.network, size, device)
@@ -230,8 +229,13 @@ def score_images(
     source = open_source(config, src, out)
     bundle_path = bundle_path or choose_built_in("score", source, src, config.src, out, log)
     bundle = read_bundle_info(
-        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+        bundle_path,
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+        fake_class=config.fake_class,
     )
+    if bundle.other is not None:
+        log(f"score: {bundle.path} is {bundle.other}")
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
     c2pa_reader = choose_c2pa_reader(config, out)

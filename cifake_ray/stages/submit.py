@@ -32,7 +32,7 @@ from cifake_ray.config import (
 )
 from cifake_ray.errors import ExitCode, ResourceError, UsageError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
-from cifake_ray.storage.bundles.bundle import list_built_ins
+from cifake_ray.storage.bundles.built_ins import list_built_ins
 from cifake_ray.storage.io.paths import refuse_credentials
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray prefers it to RAY_ADDRESS, and both to an argument

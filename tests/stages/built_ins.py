@@ -11,14 +11,15 @@ import torch
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import build_detector
-from cifake_ray.storage.bundles import bundle
+from cifake_ray.storage.bundles import built_ins
+from cifake_ray.storage.bundles.bundle import write_bundle
 
 
 def add_wild(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the package have two built-in bundles, in `folder`."""
-    shutil.copytree(bundle.BUILT_IN_FOLDER / "cifake", folder / "cifake")
+    shutil.copytree(built_ins.BUILT_IN_FOLDER / "cifake", folder / "cifake")
     torch.manual_seed(0)
-    bundle.write_bundle(
+    write_bundle(
         folder / "wild",
         build_detector("small_cnn", image_size=64, fit="crop").eval(),
         Calibration(temperature=1.0, threshold=0.5, threshold_fpr_1=None, threshold_fpr_01=None),
@@ -28,4 +29,4 @@ def add_wild(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         history=[],
         model_card="# Card\n",
     )
-    monkeypatch.setattr(bundle, "BUILT_IN_FOLDER", folder)
+    monkeypatch.setattr(built_ins, "BUILT_IN_FOLDER", folder)

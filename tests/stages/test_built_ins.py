@@ -19,13 +19,13 @@ from cifake_ray.config.submit import check_remote_paths
 from cifake_ray.core.imaging.training_domain import TrainingDomain, choose_detector
 from cifake_ray.errors import BundleError, RunMismatch, UsageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.storage.bundles.bundle import (
+from cifake_ray.storage.bundles.built_ins import (
     list_built_ins,
     locate_bundle,
     name_bundle,
     pin_bundle,
-    read_bundle_info,
 )
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.sources import sample_sizes
 
 Choose = Callable[..., str]

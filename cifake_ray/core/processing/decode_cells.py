@@ -13,7 +13,7 @@ import numpy as np
 from cifake_ray.config.grid import Grid
 from cifake_ray.core.imaging.decode import ImageHeader, map_images
 from cifake_ray.core.imaging.perturbation import perturb_image, seed_noise
-from cifake_ray.core.imaging.preprocessing import Preprocessing, fit_image
+from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.processing.decode_batch import Decoded
 from cifake_ray.errors import ImageError
 
@@ -32,13 +32,13 @@ def decode_cells(
     preprocessing: Preprocessing, grid: Grid, images: Iterable[bytes | ImageError]
 ) -> DecodedCells:
     """Decode the images once, and perturb and fit each for every cell."""
-    size, fit = preprocessing.image_size, preprocessing.fit
+    size = preprocessing.image_size
 
     def load(data: bytes) -> tuple[ImageHeader, np.ndarray, list[np.ndarray | None]]:
         header, clean, whole = preprocessing.load_whole(data)
         seed = seed_noise(data)
         perturbed = (perturb_image(whole, cell, seed) for cell in grid.values())
-        cells = [None if p is None else fit_image(p, size=size, fit=fit) for p in perturbed]
+        cells = [None if p is None else preprocessing.fit_pixels(p) for p in perturbed]
         return header, clean, cells
 
     loaded = map_images(load, images)

@@ -13,7 +13,8 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.stages.batch.summary import BatchSummary, read_summary
 from cifake_ray.stages.evaluate.write_report import MEASURED_FIELDS
-from cifake_ray.storage.bundles.bundle import list_built_ins, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record

@@ -37,7 +37,8 @@ from cifake_ray.stages.evaluate.inputs import (
 from cifake_ray.stages.evaluate.write_report import Detail, write_report
 from cifake_ray.stages.resources import Placement
 from cifake_ray.stages.score import MakeScoreProcessor, choose_built_in, resolve_precision
-from cifake_ray.storage.bundles.bundle import name_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import name_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
@@ -80,8 +81,13 @@ def evaluate_detector(
         "evaluate", source, shards, config.shards, out, log
     )
     bundle = read_bundle_info(
-        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+        bundle_path,
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+        fake_class=config.fake_class,
     )
+    if bundle.other is not None:
+        log(f"evaluate: {bundle.path} is {bundle.other}")
     if config.unseen:
         source = LabelledSource(source, seen=find_seen(config, shards, bundle))
     split = choose_split(config, source, shards, out)

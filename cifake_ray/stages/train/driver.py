@@ -35,7 +35,8 @@ from cifake_ray.stages.train.prepare import (
 )
 from cifake_ray.stages.train.progress import receive
 from cifake_ray.stages.train.worker import train_rank
-from cifake_ray.storage.bundles.bundle import pin_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import pin_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path

@@ -13,7 +13,7 @@ from cifake_ray.config import POLICIES, TrainConfig, TuneConfig
 from cifake_ray.core.search.space import AUGMENT, Space, parse_space, to_train_options
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
 from cifake_ray.errors import UsageError
-from cifake_ray.storage.bundles.bundle import pin_bundle
+from cifake_ray.storage.bundles.built_ins import pin_bundle
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches

@@ -8,7 +8,7 @@ from typing import Any
 from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import RunMismatch
-from cifake_ray.storage.bundles.bundle import FIRST_BUILT_IN
+from cifake_ray.storage.bundles.built_ins import FIRST_BUILT_IN
 from cifake_ray.storage.io.paths import AnyPath
 
 # What runs of before did, whose settings lack these names.
