@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import BundleError
-from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.bundles.weights import (
     check_pickle,
     check_weights,
