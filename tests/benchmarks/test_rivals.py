@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from rivals import (
     list_wild,
     measure,
     render,
+    take_some,
 )
 from rivals_detectors import FerretNet, crop_center, fit_probe, resize_shortest
 
@@ -68,6 +70,18 @@ def test_mixed_images_have_their_folder_as_source_and_twins_their_maker(tmp_path
     assert [(image.key, image.source) for image in list_twins(twins)] == [
         ("esrgan/test/FAKE/pets/a.jpg", "esrgan twins")
     ]
+
+
+def test_a_limit_takes_the_twins_of_the_photographs_it_takes() -> None:
+    photographs = [*make_images("wild", "cars", 0, 9), *make_images("wild", "pets", 0, 9)]
+    twins = [
+        replace(image, key=f"twin of {image.key}", group="twins", source="esrgan twins")
+        for image in reversed(photographs)
+    ]
+    taken = take_some([*photographs, *twins], 4)
+    keys = {group: {i.key for i in taken if i.group == group} for group in ("wild", "twins")}
+    assert len(keys["wild"]) == 8
+    assert keys["twins"] == {f"twin of {key}" for key in keys["wild"]}
 
 
 def test_scores_are_kept_and_unreadable_images_are_nan(tmp_path: Path) -> None:
