@@ -64,7 +64,7 @@ def find_scores(config: EvaluateConfig, place: AnyPath) -> tuple[ScoreTables, fl
 
 
 def open_labelled(
-    config: EvaluateConfig, place: AnyPath, out: AnyPath, bundle: BundleInfo
+    config: EvaluateConfig, place: AnyPath, out: AnyPath
 ) -> ParquetSource | LabelledSource:
     """Open the images of a path that have labels. UsageError or StorageError when it has none."""
     source = open_source(config.source, place, out)
@@ -72,10 +72,7 @@ def open_labelled(
         raise UsageError(f"--unseen: {place} is not what the detector was trained on: give shards")
     if not isinstance(source, ParquetSource):
         return LabelledSource(source)
-    source = replace(source, labelled=True)
-    return (
-        LabelledSource(source, seen=find_seen(config, place, bundle)) if config.unseen else source
-    )
+    return replace(source, labelled=True)
 
 
 def choose_split(

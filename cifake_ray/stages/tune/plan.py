@@ -13,6 +13,7 @@ from cifake_ray.config import POLICIES, TrainConfig, TuneConfig
 from cifake_ray.core.search.space import AUGMENT, Space, parse_space, to_train_options
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
 from cifake_ray.errors import UsageError
+from cifake_ray.storage.bundles.built_ins import pin_bundle
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches
@@ -117,8 +118,10 @@ def read_space(config: TuneConfig, shared: TrainConfig) -> Space:
 
 def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
     """Make a path absolute, or replace a file of steps by its text: trials run elsewhere."""
-    if name in ("weights", "twins") and value is not None:
+    if name == "twins" and value is not None:
         return str(resolve_path(value, train.store))
+    if name == "weights" and value is not None:
+        return pin_bundle(value, train.store)
     if name == "augment" and value not in POLICIES:
         return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
     return value
