@@ -29,7 +29,7 @@ from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.perturbation import perturb_image, seed_noise
 from cifake_ray.core.imaging.training_domain import TrainingDomain
-from cifake_ray.core.models.detector import build_detector
+from cifake_ray.core.models.detector import build_detector, find_head
 from cifake_ray.core.schema import CROP_FIELDS, PROVENANCE_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.pipeline import run_verb
@@ -53,6 +53,9 @@ def run(config: Any) -> Any:
 def write_crop_bundle(folder: Path, *, flip: bool = False) -> Path:
     torch.manual_seed(0)
     detector = build_detector("small_cnn_w8_d1", image_size=32, fit="crops", num_crops=5).eval()
+    with torch.no_grad():
+        for values in find_head(detector.network).parameters():
+            values *= 100  # fresh weights hardly tell one crop from another
     detector.set_preprocessing(replace(detector.preprocessing, test_time_flip=flip))
     write_bundle(
         folder,
@@ -136,7 +139,7 @@ def test_a_row_has_the_mean_and_the_spread_of_its_crops(
         assert row["p_fake"] == expected
         assert row["thumbnail_webp"] is not None
     assert counts == {1, 3, 5}
-    assert max(row["crop_logit_std"] or 0 for row in rows.values()) > 0.001
+    assert max(row["crop_logit_std"] or 0 for row in rows.values()) > 0.1
 
 
 def test_workers_and_batches_change_nothing(
