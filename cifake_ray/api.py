@@ -118,7 +118,7 @@ class LoadedDetector:
     """A detector from a bundle, which computes `p_fake` of images as `score` does.
 
     >>> from PIL import Image
-    >>> detector = load_detector()
+    >>> detector = load_detector("cifake")
     >>> grey = Image.new("RGB", (64, 48), "grey")
     >>> detector.predict([grey, np.asarray(grey)]).shape
     (2,)
@@ -200,24 +200,31 @@ class LoadedDetector:
 def load_detector(
     bundle: str | None = None,
     *,
+    fake_class: str | None = None,
     device: str = "cpu",
     precision: str = "float32",
     store: StoreConfig | None = None,
 ) -> LoadedDetector:
-    """Load a bundle, or a run of `train` that holds one; without `bundle` the built-in detector.
+    """Load a bundle, a run of `train` that holds one, or a built-in detector by its name.
 
+    Without `bundle` it is the built-in one of the largest images, since none is there to look at.
+    `fake_class` is the `--fake-class` of `score`.
     `device` is torch's name ("cpu", "cuda"), `precision` one of those of `score`, which may itself
     choose another one; `store` configures access to buckets. BundleError when the bundle is
     missing, incomplete or damaged, UsageError when it or the device does not have the precision.
 
-    >>> load_detector().bundle.architecture
+    >>> load_detector("cifake").bundle.architecture
     'small_cnn'
     """
+    from cifake_ray.core.imaging.training_domain import choose_detector
     from cifake_ray.core.models.precision import use_precision
     from cifake_ray.core.training.device_limits import choose_eval_batch_size
-    from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
+    from cifake_ray.storage.bundles.bundle import load_bundle, read_built_in_domains
 
-    detector, info = load_bundle(locate_bundle(bundle, store))
+    if bundle is None:
+        bundle, _ = choose_detector([], read_built_in_domains())
+    detector, info = load_bundle(locate_bundle(bundle, store), fake_class=fake_class)
     batch_size = choose_eval_batch_size(detector.network, info.preprocessing.image_size, device)
     ranges = info.checks[precision].ranges if precision in info.checks else None
     detector = use_precision(detector, precision, device, ranges)

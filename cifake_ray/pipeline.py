@@ -13,6 +13,7 @@ from cifake_ray.config import (
     VERBS,
     AuditConfig,
     BatchConfig,
+    BundleConfig,
     CompareConfig,
     ConvertConfig,
     DecideConfig,
@@ -163,22 +164,27 @@ def _tune(config: TuneConfig, started_s: float) -> tuple[Any, int]:
 
 def _evaluate(config: EvaluateConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.evaluate.driver import evaluate_detector
-    from cifake_ray.storage.bundles.bundle import locate_bundle
 
     shards, out = open_path(config.shards, config.store), open_path(config.out, config.store)
-    bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("evaluate")
+    bundle, line = _locate_given(config), ProgressLine("evaluate")
     result = evaluate_detector(config, shards, out, bundle, line, started_s, log)
     return result, judge_errors(result, config)
 
 
 def _score(config: ScoreConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.score import score_images
-    from cifake_ray.storage.bundles.bundle import locate_bundle
 
     src, out = open_path(config.src, config.store), open_path(config.out, config.store)
-    bundle, line = locate_bundle(config.bundle, config.store), ProgressLine("score")
+    bundle, line = _locate_given(config), ProgressLine("score")
     result = score_images(config, src, out, bundle, line, started_s, log)
     return result, judge_errors(result, config)
+
+
+def _locate_given(config: BundleConfig) -> AnyPath | None:
+    """Return the path of `--bundle`, None where the images choose the detector."""
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
+
+    return None if config.bundle is None else locate_bundle(config.bundle, config.store)
 
 
 def _compare(config: CompareConfig, started_s: float) -> tuple[Any, int]:
@@ -278,7 +284,7 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _export_detector(config: ExportConfig) -> dict[str, Any]:
-    from cifake_ray.storage.bundles.bundle import locate_bundle
+    from cifake_ray.storage.bundles.built_ins import locate_bundle
     from cifake_ray.storage.runs.export_onnx import export_detector
 
     file = resolve_path(config.file, config.store)

@@ -51,7 +51,7 @@ def test_a_verb_takes_the_keywords_of_its_config_and_checks_them() -> None:
 
 def test_a_detector_takes_bytes_pillow_images_and_arrays_alike(sample_folder: Path) -> None:
     path = next(sample_folder.rglob("*.jpg"))
-    detector = cifake_ray.load_detector()
+    detector = cifake_ray.load_detector("cifake")
     image = Image.open(path)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     p_fake = detector.predict([path.read_bytes(), image, pixels], batch_size=2)
@@ -64,7 +64,7 @@ def test_a_detector_gives_what_score_writes(sample_folder: Path) -> None:
     from cifake_ray.core.evaluation.calibration import compute_p_fake
 
     images = [path.read_bytes() for path in sorted(sample_folder.rglob("*.jpg"))]
-    detector = cifake_ray.load_detector()
+    detector = cifake_ray.load_detector("cifake")
     decoded = decode_batch(detector.detector.preprocessing, images)
     logit = detector.predict_logit(list(decoded.pixels), batch_size=7)
     expected = compute_p_fake(logit, detector.bundle.calibration.temperature)
@@ -73,7 +73,7 @@ def test_a_detector_gives_what_score_writes(sample_folder: Path) -> None:
 
 
 def test_an_image_that_cannot_be_used_is_named() -> None:
-    detector = cifake_ray.load_detector()
+    detector = cifake_ray.load_detector("cifake")
     with pytest.raises(ImageError, match="not_an_image: image 1: no decoder knows"):
         detector.predict([Image.new("L", (8, 8)), b"text"])
 
@@ -91,7 +91,7 @@ def test_an_image_that_cannot_be_used_is_named() -> None:
 )
 def test_what_is_no_image_is_refused_by_its_kind(wrong: Any, kind: str) -> None:
     with pytest.raises(UsageError, match=f"image 1 is {kind}; give the bytes"):
-        cifake_ray.load_detector().predict([Image.new("L", (8, 8)), wrong])
+        cifake_ray.load_detector("cifake").predict([Image.new("L", (8, 8)), wrong])
 
 
 def test_the_examples_run(

@@ -135,9 +135,19 @@ class BundleConfig(BatchConfig):
     """Options for loading and running a detector."""
 
     PANEL: ClassVar[str] = "Detector"
-    PANELS: ClassVar[dict[str, str]] = {"Detector": "expect_sha256 allow_pickle"}
+    PANELS: ClassVar[dict[str, str]] = {"Detector": "fake_class expect_sha256 allow_pickle"}
 
-    bundle: Annotated[str | None, Doc("Bundle of the detector (default: the built-in one)")] = None
+    bundle: Annotated[
+        str | None,
+        Doc(
+            "Bundle of the detector, its RUN, a built-in one by its name (cifake), or a classifier"
+            " of timm or transformers (default: the built-in one that fits the images)"
+        ),
+    ] = None
+    fake_class: Annotated[  # in the bundle's fingerprint
+        str | None,
+        RuntimeDoc("Which class of another's classifier is FAKE: its index, 0 or 1, or its name"),
+    ] = None
     expect_sha256: Annotated[
         str | None, RuntimeDoc("Reject a bundle with another sha256 (the error shows its own)")
     ] = None
@@ -162,6 +172,10 @@ class BundleConfig(BatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "batch_size")
+        check(
+            self.fake_class is None or self.bundle is not None,
+            "--fake-class is of a classifier that --bundle names",
+        )
         check(
             self.expect_sha256 is None or bool(re.fullmatch("[0-9a-fA-F]{64}", self.expect_sha256)),
             f"--expect-sha256 is {self.expect_sha256!r}; give all 64 hex digits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
@@ -10,6 +11,7 @@ from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
 
 PATH_OPTIONS = ("out", "bundle", "weights", "audit")  # paths, as all positional arguments are
+BUNDLE_OPTIONS = ("bundle", "weights")  # or the names of built-in detectors
 SECRETS = re.compile(
     r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
     re.IGNORECASE,
@@ -61,11 +63,15 @@ class SubmitConfig:
         return dict(item.split("=", 1) for item in self.env)
 
 
-def check_remote_paths(config: Any) -> None:
-    """Raise UsageError for a path that means nothing on another machine."""
+def check_remote_paths(config: Any, built_ins: Collection[str] = ()) -> None:
+    """Raise UsageError for a path that means nothing on another machine.
+
+    `built_ins` are names of detectors, which every machine has.
+    """
     for field in fields(config):
         doc, value = doc_of(type(config), field.name), getattr(config, field.name)
-        is_path = doc.positional or field.name in PATH_OPTIONS
+        is_name = field.name in BUNDLE_OPTIONS and value in built_ins
+        is_path = (doc.positional or field.name in PATH_OPTIONS) and not is_name
         if is_path and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
             name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
             raise UsageError(

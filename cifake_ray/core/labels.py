@@ -26,6 +26,13 @@ MAX_SHOWN_VALUES = 8
 SAFEST_FIRST = ("test", "val", "train")  # of several split folders: never train on a test image
 # FAKE where no other folder of the path means a class: `AI/Real` may be a collection's own name.
 WEAK_FAKE_WORDS = frozenset({"ai", "aigc", "generated", "synthetic", "deepfake"})
+# In names of a classifier's outputs. A photo is REAL only where no other word says what it is.
+REAL_WORDS = frozenset(
+    {"real", "realism", "human", "hum", "natural", "nature", "authentic", "genuine", "original"}
+)
+FAKE_WORDS = WEAK_FAKE_WORDS | {"fake", "artificial", "deepfakes"}
+PHOTO_WORDS = frozenset({"photo", "photos", "photograph", "photographs", "photography"})
+DENIALS = frozenset({"no", "non", "not", "without"})
 # Words that change nothing: `training_set`, `RealArt`, `fake images 2`, `class=real`.
 _FILLERS = """
 set sets data dataset datasets split image images img imgs photo photos picture pictures pic pics
@@ -170,6 +177,16 @@ def _find_class(name: str, class_names: Mapping[str, int]) -> int | None:
     classes |= {FAKE for word in words if word in WEAK_FAKE_WORDS}
     is_denied = not {"no", "non", "not"}.isdisjoint(words)
     return next(iter(classes)) if len(classes) == 1 and not is_denied else None
+
+
+def read_class_name(name: str) -> int | None:
+    """Return what a classifier's output of this name means: FAKE for `AI-made`; None if unsure."""
+    words = {*_find_words(name), *_LETTERS.findall(name.lower())}
+    if words & DENIALS or (words & REAL_WORDS and words & FAKE_WORDS):
+        return None
+    if words & FAKE_WORDS:
+        return FAKE
+    return REAL if words & (REAL_WORDS | PHOTO_WORDS) else None
 
 
 def split_file_name(path: str, class_names: Mapping[str, int]) -> Iterator[str]:

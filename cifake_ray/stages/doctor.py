@@ -19,7 +19,8 @@ from cifake_ray.config import ClusterConfig, DoctorConfig, StoreConfig
 from cifake_ray.errors import CifakeError, ExitCode
 from cifake_ray.stages.cluster import connect_cluster
 from cifake_ray.stages.resources import count_local_cpus
-from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.s3.location import open_path
@@ -99,8 +100,11 @@ def _measure_disk(folder: str) -> float:
 
 
 def _check_detector() -> str:
-    detector, bundle = load_bundle(locate_bundle(None))
-    return f"{detector.architecture}, {bundle.fingerprint[:12]}"
+    loaded = {name: load_bundle(locate_bundle(name)) for name in list_built_ins()}
+    return "; ".join(
+        f"{name}: {detector.architecture}, {bundle.fingerprint[:12]}"
+        for name, (detector, bundle) in loaded.items()
+    )
 
 
 def _check_store(uri: str, store: StoreConfig) -> str:

@@ -23,13 +23,14 @@ from cifake_ray.core.schema import SCORE_FIELDS, THUMBNAIL_FIELD
 from cifake_ray.errors import CifakeError, ImageError, StorageError
 from cifake_ray.report.review_page import Group, Picture, choose_groups, render_review
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.runs.export import refuse_existing, write_export
 from cifake_ray.storage.runs.read_scores import Scores, find_threshold, open_scores
 from cifake_ray.storage.runs.run import require_run
-from cifake_ray.storage.runs.settings import describe_detector
+from cifake_ray.storage.runs.settings import describe_detector, name_detector
 from cifake_ray.storage.runs.shards import read_shard
 
 MIN_GROUPS = 5  # that share the images of a page; where there are more, each gets fewer
@@ -112,7 +113,7 @@ def _list_facts(
         "Scores": scores.folder,
         "Source": scores.find_root(),
         "Finished": finished.get("finished_at"),
-        "Detector": run.config.get("bundle") or "built-in",
+        "Detector": name_detector(run.config),
         "Architecture": bundle.architecture if bundle else None,
         "Bundle sha256": run.settings.get("bundle"),
         "Precision": run.settings.get("precision", "float32"),
@@ -141,7 +142,9 @@ def _find_bundle(
     run = scores.require_run()
     try:
         place = locate_bundle(run.config.get("bundle"), config.store)
-        bundle = read_bundle_info(place, allow_pickle=config.allow_pickle)
+        bundle = read_bundle_info(
+            place, allow_pickle=config.allow_pickle, fake_class=run.config.get("fake_class")
+        )
     except CifakeError as error:
         log(f"review: which images are unlike the training images is not known: {error}")
         return None

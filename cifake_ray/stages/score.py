@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cifake_ray.config import ScoreConfig
 from cifake_ray.config.batch import BundleConfig
+from cifake_ray.core.imaging.training_domain import choose_detector
 from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
@@ -26,12 +27,20 @@ from cifake_ray.stages.resources import (
     read_cpu_flags,
     read_local_resources,
 )
-from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle, name_bundle
+from cifake_ray.storage.bundles.bundle import (
+    BundleInfo,
+    load_bundle,
+    read_built_in_domains,
+    read_bundle_info,
+)
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.policy_file import check_bundle, read_policy
 from cifake_ray.storage.runs.run import read_run
 from cifake_ray.storage.runs.shards import describe_threshold
 from cifake_ray.storage.sources.open_source import open_source
+from cifake_ray.storage.sources.sample_sizes import sample_sizes
+from cifake_ray.storage.sources.source import Source
 
 if TYPE_CHECKING:
     from cifake_ray.core.evaluation.policy import Policy
@@ -69,6 +78,7 @@ class MakeScoreProcessor:
             self.bundle.path,
             expect_sha256=self.bundle.fingerprint,
             allow_pickle=self.bundle.is_pickle,
+            fake_class=self.bundle.fake_class,
         )
         device, size = find_device(placement), bundle.preprocessing.image_size
         batch_size = choose_eval_batch_size(detector.network, size, device)
@@ -174,23 +184,58 @@ def _count_gpus(config: BundleConfig) -> int:
         return resources.num_gpus
 
 
+def choose_built_in(
+    command: str,
+    source: Source,
+    place: AnyPath,
+    uri: str,
+    out: AnyPath,
+    log: Callable[[str], None],
+) -> AnyPath:
+    """Return the built-in bundle of a run without `--bundle`, and log which one and why.
+
+    It is that of the run that was begun in `out`, else the one whose training images are most like
+    a sample of the source. `uri` names the source's `place`.
+    """
+    names = list_built_ins()
+    if (run := read_run(out)) is not None:
+        begun = run.config.get("bundle")  # None in runs of before
+        return locate_bundle(begun if begun in names else None)
+    if len(names) == 1:
+        return locate_bundle(names[0])
+    sides = [max(size) for size in sample_sizes(source, place, uri)]
+    name, reason = choose_detector(sides, read_built_in_domains())
+    log(
+        f"{command}: {reason}: using the built-in detector `{name}`; --bundle"
+        f" {' or '.join(names)} chooses"
+    )
+    return locate_bundle(name)
+
+
 def score_images(
     config: ScoreConfig,
     src: AnyPath,
     out: AnyPath,
-    bundle_path: AnyPath,
+    bundle_path: AnyPath | None,
     on_progress: Callable[[Progress], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
     """Score every image of `src` into `out`. The same call again resumes.
 
+    Without `bundle_path` the built-in detector is used that fits the images.
     Log a warning when images are unlike those that the detector was trained on.
     """
     source = open_source(config, src, out)
+    bundle_path = bundle_path or choose_built_in("score", source, src, config.src, out, log)
     bundle = read_bundle_info(
-        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+        bundle_path,
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+        fake_class=config.fake_class,
     )
+    if bundle.other is not None:
+        log(f"score: {bundle.path} is {bundle.other}")
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
     c2pa_reader = choose_c2pa_reader(config, out)
@@ -198,7 +243,7 @@ def score_images(
     if policy:
         check_bundle(policy, bundle.identify(precision), precision, bundle.path)
     paths = {
-        "bundle": config.bundle and str(bundle.path),
+        "bundle": name_bundle(bundle.path),
         "policy": config.policy and str(resolve_path(config.policy, config.store)),
     }
     plan = BatchPlan(

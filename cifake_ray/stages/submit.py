@@ -32,6 +32,7 @@ from cifake_ray.config import (
 )
 from cifake_ray.errors import ExitCode, ResourceError, UsageError
 from cifake_ray.stages.cluster import TOKEN_REMEDY
+from cifake_ray.storage.bundles.built_ins import list_built_ins
 from cifake_ray.storage.io.paths import refuse_credentials
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"  # Ray prefers it to RAY_ADDRESS, and both to an argument
@@ -100,7 +101,7 @@ def submit_job(
 
 def _check_request(config: Any, job: SubmitConfig) -> None:
     """Raise UsageError for paths of this machine, and for secrets that the cluster would show."""
-    check_remote_paths(config)
+    check_remote_paths(config, list_built_ins())
     values = [getattr(config, field.name) for field in fields(config)]
     words = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
     for word in filter(lambda word: isinstance(word, str), words):

@@ -38,7 +38,8 @@ from cifake_ray.core.models.onnx_model import encode_onnx
 from cifake_ray.core.training.device_limits import choose_eval_batch_size, choose_precision
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.malloc import keep_freed_memory
-from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle
 
 DETECTORS = ("built-in", "resnet18@96", "efficientnet_b0@224", "vit_tiny_patch16_224@224")
 PACKAGES = ("onnxruntime", "openvino", "nncf")

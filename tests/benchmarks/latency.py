@@ -30,7 +30,8 @@ from cifake_ray.errors import ImageError
 from cifake_ray.stages.batch.image_batches import slice_rows
 from cifake_ray.stages.resources import ONE_WORKER
 from cifake_ray.stages.score import MakeScoreProcessor
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 

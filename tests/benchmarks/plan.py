@@ -38,7 +38,8 @@ from cifake_ray.stages.batch.shard_worker import ShardWorker, WorkerOptions, Wor
 from cifake_ray.stages.convert import MakeConvertProcessor
 from cifake_ray.stages.resources import ONE_WORKER, Placement
 from cifake_ray.stages.score import MakeScoreProcessor
-from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs import manifest
 from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest

@@ -30,7 +30,7 @@ from measure import format_table, log
 from sklearn.metrics import roc_auc_score
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.io.files import write_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -23,7 +23,7 @@ from cifake_ray.pipeline import run_verb
 from cifake_ray.report.summary_text import split_summary
 from cifake_ray.stages.compare.driver import compare_reports
 from cifake_ray.stages.score import score_images
-from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
 
 BUILTIN = str(locate_bundle(None))
 Change = Callable[[pa.Table], pa.Table]

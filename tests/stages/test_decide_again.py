@@ -29,7 +29,8 @@ from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.shard_worker import ShardReport, WorkerTask
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.resources import Placement
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.policy_file import encode_policy, read_policy
 from cifake_ray.storage.runs.run import Run, read_run

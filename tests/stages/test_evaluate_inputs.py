@@ -21,7 +21,7 @@ from cifake_ray.config import EvaluateConfig, ScoreConfig, TrainConfig
 from cifake_ray.core.evaluation.buckets import MISSING, name_buckets
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, UsageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.storage.datasets.training_set import read_training_rows
+from cifake_ray.storage.datasets.training_rows import read_training_rows
 
 RATES = {"tpr_at_fpr_1pct": 0.01, "tpr_at_fpr_0.1pct": 0.001}
 
@@ -290,7 +290,7 @@ def test_a_labelled_folder_is_measured_and_its_output_again(folder: Path, tmp_pa
             assert again[metric] == first[metric], metric
         assert again["nll"] == pytest.approx(first["nll"])
         assert again["temperature"] == pytest.approx(first["temperature"], rel=1e-4)
-        assert "built-in (" in (tmp_path / f"{name}-2" / "report.html").read_text()
+        assert "built-in cifake (" in (tmp_path / f"{name}-2" / "report.html").read_text()
 
 
 def test_other_slices_of_a_finished_report_ask_for_a_new_folder(

@@ -29,7 +29,8 @@ from cifake_ray.pipeline import run_verb
 from cifake_ray.stages import score
 from cifake_ray.stages.batch import driver, shard_worker
 from cifake_ray.stages.batch.summary import BatchSummary
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.runs.export import export_scores
 from cifake_ray.storage.runs.run import Run, require_run
 from cifake_ray.storage.runs.run_plan import RunPlan

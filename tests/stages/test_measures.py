@@ -20,7 +20,8 @@ from cifake_ray.stages.evaluate import examples
 from cifake_ray.stages.evaluate.driver import evaluate_detector
 from cifake_ray.stages.evaluate.measure import measure, measure_slices
 from cifake_ray.stages.evaluate.write_report import measure_operating_points
-from cifake_ray.storage.bundles.bundle import BundleInfo, locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import BundleInfo, read_bundle_info
 
 REAL, FAKE = 0, 1
 

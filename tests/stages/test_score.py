@@ -24,7 +24,8 @@ from cifake_ray.errors import BundleError, RunMismatch
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.score import score_images
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

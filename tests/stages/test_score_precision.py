@@ -20,7 +20,8 @@ from cifake_ray.stages import score
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.resources import Node, Resources, read_cpu_flags
 from cifake_ray.stages.score import resolve_precision, score_images
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 
 BUNDLE = read_bundle_info(locate_bundle(None))
 INT8 = BUNDLE.checks["int8"]

@@ -20,7 +20,8 @@ from cifake_ray.stages import score
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.resources import Placement
 from cifake_ray.stages.score import VERIFIER, MakeScoreProcessor, score_images
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 
 XMP = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><x:a xmlns:e="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'

@@ -18,6 +18,7 @@ from cifake_ray.core.imaging.decode import (
     decode_with_header,
 )
 from cifake_ray.core.imaging.pillow_pixels import turn_upright
+from cifake_ray.core.imaging.resize import Resize, parse_resize
 
 # A JPEG decoded at a smaller scale has at least so many times the input's side. At 4 a network
 # told such images from their whole twins, at 6 hardly (225 mixed generators of mostly 512 to 32
@@ -84,6 +85,7 @@ class Preprocessing:
     test_time_flip: bool = False  # the detector sees the mirror image too, see `find_logit`
     jpeg_scale: bool = False  # large JPEGs are decoded at a smaller scale, see `load_image`
     num_crops: int | None = None  # of an image at most, 1..MAX_NUM_CROPS; only with fit "crops"
+    resize: Resize | None = None  # of another program's classifier, in place of `fit_image`
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= MAX_IMAGE_SIZE:
@@ -102,6 +104,13 @@ class Preprocessing:
         ):
             raise ValueError(
                 f"num_crops={self.num_crops!r} must be a whole number in 1..{MAX_NUM_CROPS}"
+            )
+        if self.resize is not None and (
+            self.fit != "resize" or self.jpeg_scale or self.image_size > self.resize.side
+        ):
+            raise ValueError(
+                f"{self.resize} with fit={self.fit!r}, jpeg_scale={self.jpeg_scale} and"
+                f" image_size={self.image_size}: it is of fit 'resize', whole and no smaller"
             )
         if self.fit == "crops" and self.jpeg_scale:
             raise ValueError("jpeg_scale with fit='crops': crops are of the native resolution")
@@ -148,6 +157,9 @@ class Preprocessing:
 
     def fit_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """Fit uint8[H, W, 3], upright, to the input: the shapes of `load_image`."""
+        if self.resize is not None:
+            _check_pixels(pixels)
+            return self.resize.fit(pixels, self.image_size)
         if self.num_crops is None:
             return fit_image(pixels, size=self.image_size, fit=cast(SquareFit, self.fit))
         _check_pixels(pixels)
@@ -178,7 +190,7 @@ class Preprocessing:
             and stored.orientation == 1
             and max(image.size) <= 4 * min(image.size)
         )
-        if self.fit != "resize" or not (stored.scaled or is_plain):
+        if self.fit != "resize" or self.resize or not (stored.scaled or is_plain):
             return self.fit_pixels(stored.to_array())
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image)
@@ -186,17 +198,18 @@ class Preprocessing:
         return np.array(_crop_center(pixels, size, size))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types, for a bundle's config; `num_crops` only if it has a meaning."""
+        """Return plain JSON types, for a bundle's config; newer fields only if set."""
         values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-        if self.num_crops is None:  # as bundles were before the field: their bytes stay
-            del values["num_crops"]
+        for name in ("num_crops", "resize"):
+            if values[name] is None:  # as bundles were before the field: their bytes stay
+                del values[name]
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Invert `to_dict`. Raises ValueError for missing, unknown or impossible values."""
         names = set(cls.__dataclass_fields__)
-        older = {"test_time_flip": False, "jpeg_scale": False, "num_crops": None}
+        older = {"test_time_flip": False, "jpeg_scale": False, "num_crops": None, "resize": None}
         values = {**older, **values}
         if set(values) != names:
             raise ValueError(
@@ -206,7 +219,8 @@ class Preprocessing:
         mean, std = (
             tuple(v) if isinstance(v, list) else v for v in (values["mean"], values["std"])
         )
-        return cls(**{**values, "mean": mean, "std": std})
+        resize = parse_resize(values["resize"])
+        return cls(**{**values, "mean": mean, "std": std, "resize": resize})
 
 
 def _crop_center(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

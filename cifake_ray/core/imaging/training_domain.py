@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ Bounds = tuple[int, int]  # lowest and highest, both inside
 DOMAIN_COLUMNS = ["width", "height", "format", "jpeg_quality"]  # of HEADER_FIELDS
 QUALITIES = (1, 100)  # IJG
 ANY_SIDES = (1, 2**31 - 1)
+MAX_ENLARGEMENT = 2  # images of up to so many times the largest side are like those of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +83,28 @@ def find_domain(headers: pa.Table) -> TrainingDomain:
         formats=tuple(sorted(name.unique().to_pylist())),
         jpeg_qualities=None if qualities["min"] is None else (qualities["min"], qualities["max"]),
     )
+
+
+def choose_detector(
+    sides: Sequence[int], domains: Mapping[str, TrainingDomain | None]
+) -> tuple[str, str]:
+    """Return the detector whose training images are most like images of these sizes, and why.
+
+    `sides` are the longer sides of a sample of images in pixels, `domains` those of the detectors
+    by name. The detector of the smallest images is chosen if more than half of the sample is at
+    most MAX_ENLARGEMENT times as large as those, then that of the next larger, else the last.
+    """
+    largest = {
+        name: (domain.sides if domain and domain.sides else ANY_SIDES)[1]
+        for name, domain in domains.items()
+    }
+    *smaller, last = sorted(domains, key=lambda name: (largest[name], name))
+    reason = "the sizes of the images are not known"
+    for name in smaller if sides else ():
+        limit = MAX_ENLARGEMENT * largest[name]
+        num_near = sum(side <= limit for side in sides)
+        if 2 * num_near > len(sides):
+            return name, f"{num_near} of {len(sides)} sampled images are at most {limit} pixels"
+        num_larger = len(sides) - num_near
+        reason = f"{num_larger} of {len(sides)} sampled images are larger than {limit} pixels"
+    return last, reason

@@ -64,7 +64,11 @@ from cifake_ray.storage.sources.source import Listing, Source
 
 SHORT_LISTING_S = 0.5
 DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
-KEPT_OPTIONS = ("max_error_rate", "allow_pickle")  # not in the fingerprint, but `repair` needs them
+KEPT_OPTIONS = (
+    "max_error_rate",
+    "allow_pickle",
+    "fake_class",
+)  # not in the fingerprint, but `repair` needs them
 
 
 @dataclass(frozen=True, kw_only=True)

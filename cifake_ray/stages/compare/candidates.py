@@ -13,7 +13,8 @@ from cifake_ray.config import StoreConfig
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.stages.batch.summary import BatchSummary, read_summary
 from cifake_ray.stages.evaluate.write_report import MEASURED_FIELDS
-from cifake_ray.storage.bundles.bundle import locate_bundle, read_bundle_info
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
+from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
@@ -55,7 +56,7 @@ class Candidate:
 
 def read_candidate(uri: str, store: StoreConfig) -> Candidate:
     """Return what is known of a report or a bundle. StorageError, UsageError or BundleError."""
-    path = open_path(uri, store)
+    path = locate_bundle(uri) if uri in list_built_ins() else open_path(uri, store)
     if exists(path / "config.json") or exists(path / "bundle" / "config.json"):
         info = read_bundle_info(locate_bundle(uri, store))
         preprocessing = info.preprocessing

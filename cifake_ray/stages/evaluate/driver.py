@@ -29,13 +29,15 @@ from cifake_ray.stages.evaluate.grid import GridSummary, MakeGridProcessor, summ
 from cifake_ray.stages.evaluate.inputs import (
     choose_split,
     find_scores,
+    find_seen,
     find_temperature,
     open_labelled,
     read_first_schema,
 )
 from cifake_ray.stages.evaluate.write_report import Detail, write_report
 from cifake_ray.stages.resources import Placement
-from cifake_ray.stages.score import MakeScoreProcessor, resolve_precision
+from cifake_ray.stages.score import MakeScoreProcessor, choose_built_in, resolve_precision
+from cifake_ray.storage.bundles.built_ins import name_bundle
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
@@ -60,21 +62,34 @@ def evaluate_detector(
     config: EvaluateConfig,
     shards: AnyPath,
     out: AnyPath,
-    bundle_path: AnyPath,
+    bundle_path: AnyPath | None,
     on_progress: Callable[[Progress], None],
     started_s: float,
     log: Callable[[str], None] = lambda message: None,
 ) -> BatchSummary | DryRun:
-    """Score `shards`, measure, and write the report into `out`."""
+    """Score `shards`, measure, and write the report into `out`.
+
+    Without `bundle_path` the built-in detector is measured that fits the images.
+    """
     scores = find_scores(config, shards)
     if scores is not None:
         return measure_scores(config, shards, out, *scores, on_progress, started_s, log)
     if config.gradient_maps:
         check_captum()
-    bundle = read_bundle_info(
-        bundle_path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+    source = open_labelled(config, shards, out)
+    bundle_path = bundle_path or choose_built_in(
+        "evaluate", source, shards, config.shards, out, log
     )
-    source = open_labelled(config, shards, out, bundle)
+    bundle = read_bundle_info(
+        bundle_path,
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+        fake_class=config.fake_class,
+    )
+    if bundle.other is not None:
+        log(f"evaluate: {bundle.path} is {bundle.other}")
+    if config.unseen:
+        source = LabelledSource(source, seen=find_seen(config, shards, bundle))
     split = choose_split(config, source, shards, out)
     source = replace(source, split=split)
     listed = read_first_schema(source, shards, split)
@@ -97,8 +112,11 @@ def evaluate_detector(
         config=config,
         out=out,
         source=source,
-        paths={"shards": str(shards), "bundle": config.bundle and str(bundle.path)}
-        | ({"grid": json.dumps(grid)} if grid else {}),
+        paths={
+            "shards": str(shards),
+            "bundle": name_bundle(bundle.path),
+            **({"grid": json.dumps(grid)} if grid else {}),
+        },
         inputs={"split": split, "bundle": bundle.identify(precision), "precision": precision},
         facts={"bundle": str(bundle.path), "threshold": threshold, "precision": precision},
         device=config.device,

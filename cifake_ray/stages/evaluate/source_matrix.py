@@ -24,7 +24,7 @@ from cifake_ray.report.source_matrix import list_cells, render_matrix
 from cifake_ray.stages.batch.summary import Progress
 from cifake_ray.stages.evaluate.driver import evaluate_detector, read_metrics
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.io.files import exists, make_folder, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.text_rows import encode_csv

@@ -106,7 +106,10 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
     detector = None
     if bundle and config.gradient_maps:  # in float32, whatever the precision of the scores
         detector, _ = load_bundle(
-            bundle.path, expect_sha256=config.expect_sha256, allow_pickle=config.allow_pickle
+            bundle.path,
+            expect_sha256=config.expect_sha256,
+            allow_pickle=config.allow_pickle,
+            fake_class=bundle.fake_class,
         )
     name = config.shards.rstrip("/").rpartition("/")[2]
     page = render_report(

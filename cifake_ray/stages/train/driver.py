@@ -35,6 +35,7 @@ from cifake_ray.stages.train.prepare import (
 )
 from cifake_ray.stages.train.progress import receive
 from cifake_ray.stages.train.worker import train_rank
+from cifake_ray.storage.bundles.built_ins import pin_bundle
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
@@ -99,8 +100,9 @@ def train_detector(
     # Absolute, because a Ray worker has another working folder.
     config = replace(
         config,
-        weights=config.weights and str(resolve_path(config.weights, config.store)),
+        weights=config.weights and pin_bundle(config.weights, config.store),
         shards=str(open_path(config.shards, config.store)),
+        twins=config.twins and str(open_path(config.twins, config.store)),
         run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
         augment=read_augmentation(config),

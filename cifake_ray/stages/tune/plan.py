@@ -13,6 +13,7 @@ from cifake_ray.config import POLICIES, TrainConfig, TuneConfig
 from cifake_ray.core.search.space import AUGMENT, Space, parse_space, to_train_options
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
 from cifake_ray.errors import UsageError
+from cifake_ray.storage.bundles.built_ins import pin_bundle
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches
@@ -77,7 +78,10 @@ def _measure_latency_ms(model: str, image_size: int | None) -> float:
 
 def make_plan(config: TuneConfig) -> TrialPlan:
     """Read the recipe. UsageError when it has options that `train` does not have."""
-    options = read_recipe(find_preset(config.recipe, RECIPES))
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in read_recipe(find_preset(config.recipe, RECIPES)).items()
+    }
     options |= {
         **asdict(config.store),
         "shards": config.shards,
@@ -98,7 +102,8 @@ def make_plan(config: TuneConfig) -> TrialPlan:
             f"--recipe {config.recipe}: {error}; a recipe has options of `train`"
         ) from error
     options["epochs"] = train.epochs
-    options["weights"] = _pin_file("weights", train.weights, train)
+    for name in ("weights", "twins"):
+        options[name] = _pin_file(name, getattr(train, name), train)
     options["augment"] = read_augmentation(train)
     return TrialPlan(config, options)
 
@@ -113,8 +118,10 @@ def read_space(config: TuneConfig, shared: TrainConfig) -> Space:
 
 def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
     """Make a path absolute, or replace a file of steps by its text: trials run elsewhere."""
-    if name == "weights" and value is not None:
+    if name == "twins" and value is not None:
         return str(resolve_path(value, train.store))
+    if name == "weights" and value is not None:
+        return pin_bundle(value, train.store)
     if name == "augment" and value not in POLICIES:
         return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
     return value

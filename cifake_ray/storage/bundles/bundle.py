@@ -10,17 +10,22 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cifake_ray.config import StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
 from cifake_ray.errors import BundleError, UsageError
+from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
+from cifake_ray.storage.bundles.other_layouts import (
+    PROCESSOR_NAME,
+    OtherClassifier,
+    find_layout,
+    parse_classifier,
+)
+from cifake_ray.storage.bundles.precision_file import PRECISION_NAME, parse_checks
 from cifake_ray.storage.bundles.weights import (
     WEIGHTS_NAME,
     check_weights,
@@ -34,13 +39,12 @@ from cifake_ray.storage.io.files import (
     exists,
     make_folder,
     read_bytes,
+    read_if_exists,
     write_bytes,
 )
-from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.io.text_rows import encode_json_lines
-
-PRECISION_NAME = "precision.json"  # beside the weights, not in the fingerprint of float32
 
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
@@ -61,10 +65,18 @@ class BundleInfo:
     # By precision; {} if the bundle has none, or --expect-sha256 does not cover them.
     checks: dict[str, PrecisionCheck] = field(default_factory=dict)
     checks_fingerprint: str = ""  # as `fingerprint`, and of PRECISION_NAME: the ranges of int8
+    # Of a classifier in the layout of timm or transformers; None of a bundle of ours. Its
+    # fingerprint covers PROCESSOR_NAME and which output means FAKE too.
+    other: OtherClassifier | None = None
 
     def identify(self, precision: str) -> str:
         """Return the fingerprint of all that decides scores in a precision."""
         return self.checks_fingerprint if precision == "int8" else self.fingerprint
+
+    @property
+    def fake_class(self) -> str | None:
+        """The `--fake-class` that makes the same bundle of the same files."""
+        return None if self.other is None else str(self.other.fake_output)
 
     @property
     def is_pickle(self) -> bool:
@@ -100,34 +112,28 @@ class BundleInfo:
         return {name: value for name, value in thresholds.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class _Checks:
-    """What PRECISION_NAME holds."""
-
-    precisions: dict[str, PrecisionCheck]
-
-
-def locate_bundle(uri: str | None, store: StoreConfig | None = None) -> AnyPath:
-    """Return the path of a bundle from its URI or that of its RUN; None is the built-in one."""
-    if uri is None:
-        return Path(str(files("cifake_ray") / "bundles" / "default"))
-    path = resolve_path(uri, store)
-    return path / "bundle" if exists(path / "bundle" / "config.json") else path
-
-
 def read_bundle_info(
-    path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
+    path: AnyPath,
+    *,
+    expect_sha256: str | None = None,
+    allow_pickle: bool = False,
+    fake_class: str | None = None,
 ) -> BundleInfo:
     """Read and check a bundle without torch, cheaply enough to do before work is scheduled.
 
-    `expect_sha256` is the fingerprint it must have. BundleError when the bundle is missing,
-    incomplete, damaged, another one, not of cifake-ray, or a pickle without `allow_pickle`.
+    `expect_sha256` is the fingerprint it must have. `fake_class` says which output of a classifier
+    of others means FAKE, by its index or name. BundleError when the bundle is missing, incomplete,
+    damaged, another one, of an unknown layout, or a pickle without `allow_pickle`.
     """
-    return _read_bundle(path, expect_sha256, allow_pickle)[0]
+    return _read_bundle(path, expect_sha256, allow_pickle, fake_class)[0]
 
 
 def load_bundle(
-    path: AnyPath, *, expect_sha256: str | None = None, allow_pickle: bool = False
+    path: AnyPath,
+    *,
+    expect_sha256: str | None = None,
+    allow_pickle: bool = False,
+    fake_class: str | None = None,
 ) -> tuple[Detector, BundleInfo]:
     """Return the detector, on the CPU and ready to score, from the bytes that were checked.
 
@@ -137,18 +143,27 @@ def load_bundle(
 
     from cifake_ray.core.models.detector import build_detector
 
-    info, weights = _read_bundle(path, expect_sha256, allow_pickle)
+    info, weights = _read_bundle(path, expect_sha256, allow_pickle, fake_class)
     size, fit = info.preprocessing.image_size, info.preprocessing.fit
     weights_path = path / info.weights_name
     state = load_weights(weights_path, weights)
     try:
+        if info.other is not None:
+            return info.other.build(info.architecture, info.preprocessing, state), info
         with torch.device("meta"):  # without memory: a name can stand for any number of weights
             blank = build_detector(info.architecture, image_size=size, fit=fit)
         blank.network.load_state_dict(state, assign=True)
         detector = build_detector(info.architecture, image_size=size, fit=fit)
         detector.set_preprocessing(info.preprocessing)
         detector.network.load_state_dict(state)
-    except (RuntimeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise BundleError(
             f"{weights_path}: not the weights of {info.architecture}"
             f" ({str(error).splitlines()[0]}); copy or train the bundle again"
@@ -156,8 +171,13 @@ def load_bundle(
     return detector.eval(), info
 
 
+def read_built_in_domains() -> dict[str, TrainingDomain | None]:
+    """Return what each built-in detector was trained on, by its name."""
+    return {name: read_bundle_info(locate_bundle(name)).domain for name in list_built_ins()}
+
+
 def _read_bundle(
-    path: AnyPath, expect_sha256: str | None, allow_pickle: bool
+    path: AnyPath, expect_sha256: str | None, allow_pickle: bool, fake_class: str | None
 ) -> tuple[BundleInfo, bytes]:
     """Return the checked `config.json` and the bytes of the weights.
 
@@ -168,6 +188,10 @@ def _read_bundle(
             f"{path}: no config.json; give the bundle folder of a finished training run"
         )
     config = read_bytes(path / "config.json", MAX_JSON_BYTES)
+    if find_layout(parsed := _parse_object(path / "config.json", config)) is not None:
+        return _read_classifier(path, config, parsed, expect_sha256, fake_class)
+    if fake_class is not None:
+        raise UsageError(f"--fake-class: {path} says itself which output means FAKE; leave it out")
     weights_name = find_weights(path, allow_pickle)
     weights = read_bytes(path / weights_name)
     fingerprint = whole = _combine(config, weights)
@@ -176,33 +200,75 @@ def _read_bundle(
         checked = read_bytes(path / PRECISION_NAME, MAX_JSON_BYTES)
         whole = _combine(config, weights, checked)
     wanted = (expect_sha256 or whole).lower()
-    if wanted not in (fingerprint, whole):
-        raise BundleError(
-            f"{path}: its sha256 is {whole}, expected is {expect_sha256}; it is another"
-            " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
-        )
+    _check_sha256(path, wanted, fingerprint, whole)
     info = _parse_config(path, config, weights_name, fingerprint)
     check_weights(path / weights_name, weights, info.architecture)
     if checked is not None and wanted == whole:
-        checks = _parse_checks(path / PRECISION_NAME, checked)
+        checks = parse_checks(path / PRECISION_NAME, checked)
         info = replace(info, checks=checks, checks_fingerprint=whole)
     return info, weights
+
+
+def _read_classifier(
+    path: AnyPath,
+    config: bytes,
+    parsed: dict[str, Any],
+    expect_sha256: str | None,
+    fake_class: str | None,
+) -> tuple[BundleInfo, bytes]:
+    """Return what `_read_bundle` does of a classifier of others. Pickles are not read."""
+    processor = read_if_exists(path / PROCESSOR_NAME)
+    architecture, preprocessing, other = parse_classifier(
+        str(path),
+        parsed,
+        None if processor is None else _parse_object(path / PROCESSOR_NAME, processor),
+        fake_class,
+    )
+    if not exists(path / WEIGHTS_NAME):
+        raise BundleError(
+            f"{path}: no {WEIGHTS_NAME}; classifiers of others are read from it alone"
+        )
+    weights = read_bytes(path / WEIGHTS_NAME)
+    fingerprint = _combine(config, processor or b"", weights, b"%d" % other.fake_output)
+    _check_sha256(path, (expect_sha256 or fingerprint).lower(), fingerprint)
+    check_weights(path / WEIGHTS_NAME, weights, architecture)
+    info = BundleInfo(
+        path=path,
+        weights_name=WEIGHTS_NAME,
+        fingerprint=fingerprint,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        calibration=Calibration(
+            temperature=1.0, threshold=0.5, threshold_fpr_1=None, threshold_fpr_01=None
+        ),
+        domain=None,
+        training={},
+        other=other,
+    )
+    return info, weights
+
+
+def _parse_object(path: AnyPath, data: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(data)
+        if not isinstance(parsed, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: damaged ({error}); copy the bundle again") from error
+    return parsed
+
+
+def _check_sha256(path: AnyPath, wanted: str, *known: str) -> None:
+    if wanted not in known:
+        raise BundleError(
+            f"{path}: its sha256 is {known[-1]}, expected is {wanted}; it is another"
+            " bundle, or it was changed: fetch it again, or give the sha256 of the one you mean"
+        )
 
 
 def _combine(*contents: bytes) -> str:
     """Return the sha256 of the sha256 of each."""
     return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in contents)).hexdigest()
-
-
-def _parse_checks(path: AnyPath, data: bytes) -> dict[str, PrecisionCheck]:
-    try:
-        record = parse_record(_Checks, json.loads(data))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{path}: not the precisions of a bundle ({error}); copy the bundle again, or remove"
-            " this file: scores are then computed in float32"
-        ) from error
-    return record.precisions
 
 
 def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: str) -> BundleInfo:

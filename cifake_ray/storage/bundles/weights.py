@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, deserialize
@@ -66,9 +66,12 @@ def check_pickle(path: AnyPath, allow_pickle: bool) -> None:
         )
 
 
-def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
+def check_weights(
+    path: AnyPath, data: bytes, architecture: str, others: Collection[str] = ()
+) -> None:
     """Raise BundleError unless safetensors can read `data` and it names no other architecture.
 
+    It may name one of `others`, whose weights the architecture can start from.
     It takes as much memory again as `data`. Pickles are not checked here: that takes torch.
     """
     if path.suffix != ".safetensors":
@@ -79,7 +82,7 @@ def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
         raise BundleError(f"{path}: damaged ({error}); copy or train the bundle again") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     written_for = (header.get("__metadata__") or {}).get("architecture", architecture)
-    if written_for != architecture:
+    if written_for != architecture and written_for not in others:
         raise BundleError(
             f"{path}: the weights of {written_for}, not the weights of {architecture}, which"
             " config.json names; copy or train the bundle again"

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 
 from cifake_ray.config import Fit
 from cifake_ray.core.imaging.training_domain import DOMAIN_COLUMNS, TrainingDomain, find_domain
-from cifake_ray.storage.datasets.training_set import ImageSet, TrainingRows
+from cifake_ray.storage.datasets.training_rows import TrainingRows
+from cifake_ray.storage.datasets.training_set import ImageSet
 from cifake_ray.storage.sources.image_table import ImageTable
 
 

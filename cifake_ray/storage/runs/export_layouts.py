@@ -19,6 +19,7 @@ from cifake_ray.storage.io.files import encode_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.export_tables import Sink, Tables, encode_json_rows, list_rows
 from cifake_ray.storage.runs.read_scores import Scores, find_image, take_listing
+from cifake_ray.storage.runs.settings import name_detector
 from cifake_ray.storage.sources.allowed_paths import is_uri
 from cifake_ray.storage.sources.source import Source
 
@@ -121,7 +122,7 @@ class _Row:
 def describe_model(scores: Scores) -> str:
     """Return what names a detector and its precision, such as `run/bundle 3f2a9c0d1e4b int8`."""
     run = scores.require_run()
-    name = "/".join(str(run.config.get("bundle") or "built-in").rstrip("/").split("/")[-2:])
+    name = "/".join(name_detector(run.config).rstrip("/").split("/")[-2:])
     facts = (str(run.settings.get("bundle"))[:12], str(run.settings.get("precision", "float32")))
     return " ".join((name, *facts))
 

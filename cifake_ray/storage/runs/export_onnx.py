@@ -9,6 +9,7 @@ from cifake_ray.config import ExportConfig
 from cifake_ray.core.models.onnx_model import check_onnx_packages, encode_onnx, load_onnx
 from cifake_ray.core.processing.compare_onnx import OnnxComparison, compare_onnx
 from cifake_ray.core.training.device_limits import choose_eval_batch_size
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.bundles.bundle import BundleInfo, load_bundle
 from cifake_ray.storage.io.files import read_if_exists
 from cifake_ray.storage.io.paths import AnyPath
@@ -28,6 +29,8 @@ def export_detector(
     check_onnx_packages()
     refuse_existing(file, overwrite=config.overwrite)
     detector, info = load_bundle(bundle, allow_pickle=config.allow_pickle)
+    if info.other is not None:
+        raise UsageError(f"{bundle}: a classifier of {info.other.layout}, which exports its own")
     temperature = info.calibration.temperature
     data = encode_onnx(detector, temperature, _describe_bundle(info))
     most = choose_eval_batch_size(detector.network, info.preprocessing.image_size, "cpu")

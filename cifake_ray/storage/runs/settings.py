@@ -8,6 +8,7 @@ from typing import Any
 from cifake_ray.config import VERBS
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import RunMismatch
+from cifake_ray.storage.bundles.built_ins import FIRST_BUILT_IN
 from cifake_ray.storage.io.paths import AnyPath
 
 # What runs of before did, whose settings lack these names.
@@ -27,10 +28,16 @@ def _show_setting(value: Any) -> str:
     return "not given" if value in (None, []) else repr(value)
 
 
+def name_detector(config: dict[str, Any]) -> str:
+    """Return how the config of a run names its detector: `built-in cifake`, or a bundle's URI."""
+    bundle = str(config.get("bundle") or FIRST_BUILT_IN)
+    return bundle if "/" in bundle else f"built-in {bundle}"
+
+
 def describe_detector(settings: dict[str, Any], config: dict[str, Any]) -> str:
     """Return what scored a run: its bundle, the start of its identity, and the precision."""
     bundle, precision = settings.get("bundle"), settings.get("precision", "float32")
-    return f"{config.get('bundle') or 'built-in'} ({str(bundle)[:12]}), in {precision}"
+    return f"{name_detector(config)} ({str(bundle)[:12]}), in {precision}"
 
 
 def check_settings(out: AnyPath, old: dict[str, Any], new: dict[str, Any]) -> None:

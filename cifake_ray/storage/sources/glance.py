@@ -6,10 +6,14 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import exists, is_file
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 GLANCE_KEYS = 1000  # what S3 lists in one request; no more of a bucket is looked at here
 
@@ -26,15 +30,22 @@ def iterate_names(place: AnyPath, uri: str) -> Iterator[str]:
         if isinstance(place, Path):
             yield from (path.name for path in place.iterdir())
         elif uri.startswith("s3://"):
-            bucket, prefix = split_prefix(uri)
-            page = place.fs.call_s3(
-                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
-            )
-            yield from (entry.get("Key", "")[len(prefix) :] for entry in page.get("Contents", ()))
+            yield from (key for key, _, _ in iterate_entries(place, uri))
         else:
             own = place.path.rstrip("/")  # some stores list a file or folder within itself
             names = (name.rstrip("/") for name in place.fs.ls(own, detail=False))
             yield from (name.rpartition("/")[2] for name in names if name != own)
+
+
+def iterate_entries(place: UPath, uri: str) -> Iterator[tuple[str, int, str | None]]:
+    """Yield key, size in bytes and etag of the first objects below a prefix on S3."""
+    bucket, prefix = split_prefix(uri)
+    with explain_errors(place):
+        page = place.fs.call_s3(
+            "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=GLANCE_KEYS
+        )
+        for entry in page.get("Contents", ()):
+            yield entry.get("Key", "")[len(prefix) :], entry.get("Size", 0), entry.get("ETag")
 
 
 def check_there(place: AnyPath, uri: str) -> bool:

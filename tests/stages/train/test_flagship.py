@@ -19,7 +19,7 @@ from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.stages.score import score_images
 from cifake_ray.stages.train.driver import train_detector
-from cifake_ray.storage.bundles.bundle import locate_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.presets.yaml_presets import RECIPES
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -64,7 +64,7 @@ def test_tasks_hold_the_image_the_verdict_and_its_model(scores: Path, tmp_path: 
     assert first["data"]["image"] == f"/data/local-files/?d={path}"
     assert first["predictions"] == [
         {
-            "model_version": "built-in abababababab float32",
+            "model_version": "built-in cifake abababababab float32",
             "score": first["data"]["p_fake"],
             "result": [
                 {

@@ -28,7 +28,8 @@ from cifake_ray.core.processing import compare_onnx as compare_module
 from cifake_ray.core.processing.compare_onnx import compare_onnx
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.errors import CifakeError, UsageError
-from cifake_ray.storage.bundles.bundle import load_bundle, locate_bundle, write_bundle
+from cifake_ray.storage.bundles.built_ins import locate_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle, write_bundle
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs import export_onnx as export_module
 from cifake_ray.storage.runs.export_onnx import export_detector
@@ -189,9 +190,9 @@ def test_the_example_of_the_readme_gives_what_the_detector_gives(
     lines = [line[4:] for line in section.splitlines() if line.startswith("    ") or not line]
     names: dict[str, Any] = {}
     exec("\n".join(lines), names)
-    expected = load_detector().predict([Path("photo.jpg").read_bytes()])
+    expected = load_detector("cifake").predict([Path("photo.jpg").read_bytes()])
     assert np.allclose(names["p_fake"], expected, atol=1e-5)
-    assert names["is_fake"].tolist() == (expected >= load_detector().threshold).tolist()
+    assert names["is_fake"].tolist() == (expected >= load_detector("cifake").threshold).tolist()
 
 
 @pytest.mark.usefixtures("encoded")
