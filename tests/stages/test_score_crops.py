@@ -83,8 +83,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, label in enumerate(("real", "fake")):
         (folder / label).mkdir()
         for name, (height, width) in SIDES.items():
-            noise = random.integers(0, 256 - 100 * number, (height, width, 3), np.uint8)
-            noise[:, width // 2 :] //= 1 + number  # so that crops differ
+            noise = random.integers(0, 256, (height, width, 3), np.uint8)
+            noise[:, width // 2 :] //= 2 + 6 * number  # so that crops differ
             Image.fromarray(noise).save(folder / label / name)
     (folder / "real" / "no.png").write_bytes(b"words")
     return folder
