@@ -1,4 +1,4 @@
-"""Detectors of crops: one row an image, the mean of its crops' logits, by every road; no Ray."""
+"""Detectors of crops: one row an image, the mean of its crops' logits, by every road."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from cifake_ray.config import (
     StoreConfig,
 )
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
+from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.perturbation import perturb_image, seed_noise
 from cifake_ray.core.imaging.training_domain import TrainingDomain
@@ -33,6 +34,7 @@ from cifake_ray.core.models.detector import build_detector, find_head
 from cifake_ray.core.schema import CROP_FIELDS, PROVENANCE_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.pipeline import run_verb
+from cifake_ray.report.text import model_card
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.compare.candidates import read_candidate
 from cifake_ray.stages.resources import Placement
@@ -276,3 +278,40 @@ def test_an_onnx_model_takes_crops_and_says_how_many(bundle: Path, tmp_path: Pat
     logit, _ = session.run(None, {"images": crops})
     p_fake = compute_p_fake(logit.mean(keepdims=True), float(properties["temperature"]))
     assert p_fake == pytest.approx(load_detector(str(bundle)).predict([pixels]), abs=1e-5)
+
+
+def test_the_python_of_the_card_gives_what_score_gives(
+    images: Path, bundle: Path, scored: Path
+) -> None:
+    metrics = compute_metrics(
+        np.array([1.0, -1.0]), np.array([1, 0]), temperature=1, threshold=0.5, num_bootstrap=0
+    )
+    card = model_card(
+        name="x",
+        architecture="small_cnn_w8_d1",
+        num_parameters=1,
+        trained_on="x",
+        domain=TrainingDomain(sides=None, formats=("PNG",), jpeg_qualities=None),
+        preprocessing=load_bundle(bundle)[1].preprocessing.to_dict(),
+        training={},
+        calibration=CALIBRATION,
+        metrics=metrics,
+    )
+    assert "crops of their own resolution, 5 at most" in card
+    assert "Sides: any, seen in crops" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(snippet.replace("BUNDLE", str(bundle)).replace("IMAGE", f"{images}/real/a.png"), names)
+    rows = {row["key"]: row for row in pq.read_table(scored / "scores").to_pylist()}
+    assert names["p_fake"] == pytest.approx(rows["real/a.png"]["p_fake"], abs=1e-5)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_on_ray_give_equal_bits(
+    images: Path, bundle: Path, scored: Path, tmp_path: Path
+) -> None:
+    expected = pq.read_table(scored / "scores").replace_schema_metadata()
+    for num_workers in (1, 2):
+        out = tmp_path / f"{num_workers}"
+        score(images, out, bundle, shard_size=3, num_workers=num_workers)
+        assert pq.read_table(out / "scores").replace_schema_metadata() == expected
