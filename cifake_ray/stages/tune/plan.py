@@ -78,7 +78,7 @@ def _measure_latency_ms(model: str, image_size: int | None) -> float:
 
 def make_plan(config: TuneConfig) -> TrialPlan:
     """Read the recipe. UsageError when it has options that `train` does not have."""
-    options = {
+    options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in read_recipe(find_preset(config.recipe, RECIPES)).items()
     }
