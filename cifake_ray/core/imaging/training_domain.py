@@ -27,7 +27,7 @@ class TrainingDomain:
 
     def __post_init__(self) -> None:
         bounds = {
-            "sides": self.sides or ANY_SIDES,
+            "sides": ANY_SIDES if self.sides is None else self.sides,
             "jpeg_qualities": self.jpeg_qualities or QUALITIES,
         }
         for name, (low, high) in bounds.items():
@@ -62,7 +62,7 @@ class TrainingDomain:
         """Parse the config of a bundle. KeyError, TypeError or ValueError if malformed."""
         sides, qualities = values["sides"], values["jpeg_qualities"]
         return cls(
-            sides=sides and tuple(sides),
+            sides=None if sides is None else tuple(sides),
             formats=tuple(values["formats"]),
             jpeg_qualities=qualities and tuple(qualities),
         )

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifake_ray.core.imaging.crops import choose_crops, cut_crops, find_difference, pad_to
+from cifake_ray.core.imaging.crops import (
+    choose_crops,
+    cut_crops,
+    find_difference,
+    pad_to,
+    pool_logits,
+)
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 
 CROPS: dict[str, Any] = {
@@ -145,3 +151,11 @@ def test_a_wrong_number_of_crops_is_refused(wrong: dict[str, Any]) -> None:
         Preprocessing(**{**CROPS, **wrong})
     with pytest.raises(ValueError, match="image is uint8"):
         Preprocessing(**CROPS).fit_pixels(np.zeros((4, 4)))
+
+
+def test_logits_are_pooled_by_image() -> None:
+    logit = np.array([1, 3, 7, -2, -2, np.nan, 5], np.float32)
+    mean, std = pool_logits(logit, np.array([2, 1, 2, 2]))
+    np.testing.assert_array_equal(mean, np.array([2, 7, -2, np.nan], np.float32))
+    np.testing.assert_array_equal(std, np.array([1, 0, 0, np.nan], np.float32))
+    assert [len(each) for each in pool_logits(logit[:0], np.zeros(0, np.int64))] == [0, 0]

@@ -79,7 +79,7 @@ def test_it_comes_back_from_json(domain: TrainingDomain) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"sides": None},
+        {"sides": []},
         {"sides": [1]},
         {"sides": [64, 32]},
         {"sides": [0, 32]},
@@ -93,3 +93,10 @@ def test_it_comes_back_from_json(domain: TrainingDomain) -> None:
 def test_an_impossible_one_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError)):
         TrainingDomain.from_dict({**asdict(PHOTOS), **change})
+
+
+def test_without_sides_images_of_any_size_are_alike() -> None:
+    crops = TrainingDomain(sides=None, formats=("JPEG",), jpeg_qualities=None)
+    assert TrainingDomain.from_dict(json.loads(json.dumps(asdict(crops)))) == crops
+    rows = make_rows((1, 60_000_000, "JPEG", 50), (32, 32, "PNG", None))
+    assert crops.count_unlike(rows) == {"size": 0, "format": 1, "jpeg_quality": 0, "any": 1}
