@@ -156,16 +156,16 @@ class LoadedDetector:
 
         Takes and raises what `predict` does.
         """
-        import torch
+        from cifake_ray.core.processing.score import predict_images
 
-        from cifake_ray.core.processing.score import predict_logit
-
-        batch_size = batch_size or self.batch_size
+        batch_size, preprocessing = batch_size or self.batch_size, self.detector.preprocessing
+        at_once = max(1, batch_size // (preprocessing.num_crops or 1))
         batches = [np.zeros(0, np.float32)]
-        for start in range(0, len(images), batch_size):
-            stop = min(start + batch_size, len(images))
-            pixels = np.stack([self._load_image(images[i], i) for i in range(start, stop)])
-            batches.append(predict_logit(self.detector, torch.from_numpy(pixels), self.device))
+        for start in range(0, len(images), at_once):
+            stop = min(start + at_once, len(images))
+            loaded = [self._load_image(images[i], i) for i in range(start, stop)]
+            pixels = preprocessing.stack_images(loaded)
+            batches.append(predict_images(self.detector, *pixels, self.device, batch_size)[0])
         return np.concatenate(batches)
 
     def _load_image(self, image: AnyImage, position: int) -> np.ndarray:

@@ -294,6 +294,7 @@ def _export_detector(config: ExportConfig) -> dict[str, Any]:
         "out": config.file,
         "architecture": info.architecture,
         "image_size": info.preprocessing.image_size,
+        "num_crops": info.preprocessing.num_crops,
         "bundle_sha256": info.fingerprint,
         **asdict(found),
     }

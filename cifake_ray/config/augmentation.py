@@ -17,7 +17,10 @@ DEGRADED_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Steps applied to training images, in this order. 0 skips a step, as JPEG quality 100 does."""
+    """Steps applied to training images, in this order, but `downscale` comes first.
+
+    0 skips a step, as JPEG and WebP quality 100 do.
+    """
 
     flip: Annotated[float, Doc("Share of the images that are mirrored, 0 to 1")] = 0.0
     rotation: Annotated[float, Doc("Largest angle either way, degrees")] = 0.0
@@ -37,6 +40,13 @@ class Augmentation:
     noise_share: Annotated[float, Doc("Share of the images that get noise")] = 0.0
     jpeg_quality: Annotated[int, Doc("Lowest quality of the re-encoded JPEG, 1 to 100")] = 100
     jpeg_share: Annotated[float, Doc("Share of the images that are re-encoded as JPEG")] = 0.0
+    webp_quality: Annotated[int, Doc("Lowest quality of the re-encoded WebP, 1 to 100")] = 100
+    webp_share: Annotated[float, Doc("Share of the images that are re-encoded as WebP, last")] = 0.0
+    best_quality: Annotated[int, Doc("Highest quality of re-encoded JPEG and WebP, 1 to 100")] = 100
+    downscale: Annotated[
+        float, Doc("Crops: largest share of the side lost by shrinking a larger native region")
+    ] = 0.0
+    downscale_share: Annotated[float, Doc("Share of the crops that are shrunk")] = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -44,16 +54,22 @@ class Augmentation:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value <= highest:
                 raise UsageError(f"augmentation: {field.name} is {value}; give 0 to {highest:g}")
-        if not isinstance(self.jpeg_quality, int) or self.jpeg_quality < 1:
-            raise UsageError(f"augmentation: jpeg_quality is {self.jpeg_quality}; give 1 to 100")
+        for name in QUALITIES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"augmentation: {name} is {value}; give 1 to 100")
         for step, is_off in (
             ("rescale", self.rescale == 0),
             ("blur", self.blur == 0),
             ("noise", self.noise == 0),
             ("jpeg", self.jpeg_quality == 100),
+            ("webp", self.webp_quality == 100),
+            ("downscale", self.downscale == 0),
         ):
+            strength = f"{step}_quality" if step in ("jpeg", "webp") else step
+            if not is_off and strength != step and getattr(self, strength) > self.best_quality:
+                raise UsageError(f"augmentation: {strength} is above best_quality; lower it")
             if is_off != (getattr(self, f"{step}_share") == 0):
-                strength = "jpeg_quality" if step == "jpeg" else step
                 raise UsageError(f"augmentation: give {strength} and {step}_share, or neither")
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,8 +88,11 @@ class Augmentation:
         return max(self.rotation, self.shift, self.crop) > 0
 
 
-LIMITS = {"rotation": 180.0, "crop": 0.95, "rescale": 0.95, "blur": 10.0, "noise": 255.0} | {
-    "jpeg_quality": 100.0
+QUALITIES = ("jpeg_quality", "webp_quality", "best_quality")
+LIMITS = {
+    **{"rotation": 180.0, "crop": 0.95, "rescale": 0.95, "downscale": 0.95},
+    **{"blur": 10.0, "noise": 255.0},
+    **dict.fromkeys(QUALITIES, 100.0),
 }
 
 POLICIES: dict[str, Augmentation] = {
@@ -117,6 +136,23 @@ POLICIES: dict[str, Augmentation] = {
         noise_share=0.15,
         jpeg_quality=30,
         jpeg_share=0.25,
+    ),
+    # What happens to photographs and generated images alike on their way through the web: drawn
+    # without a look at the label, so that format, quality and scale say nothing of it. Qualities
+    # end at 95, above which publishers seldom save. Most are saved again, many of them twice.
+    "wild": Augmentation(
+        flip=0.5,
+        downscale=0.6,
+        downscale_share=0.3,
+        blur=1.5,
+        blur_share=0.1,
+        noise=6.0,
+        noise_share=0.1,
+        jpeg_quality=30,
+        jpeg_share=0.6,
+        webp_quality=30,
+        webp_share=0.2,
+        best_quality=95,
     ),
 }
 

@@ -10,6 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
     MAX_IMAGE_SIZE,
+    MAX_NUM_CROPS,
+    NUM_CROPS,
     ClusterConfig,
     Device,
     Doc,
@@ -32,12 +34,13 @@ class TrainConfig(ClusterConfig):
 
     PANEL: ClassVar[str] = "Training"
     PANELS: ClassVar[dict[str, str]] = {
-        "Model": "model weights pretrained image_size fit drop_path test_time_flip",
-        "Augmentation": "augment mixup cutmix label_smoothing",
+        "Model": "model weights pretrained image_size fit num_crops drop_path test_time_flip",
+        "Augmentation": "augment crops_per_image twins consistency mixup cutmix label_smoothing",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
-        "Validation and the epoch that is kept": "val_fraction val_split test_fraction"
-        " exclude_source leave_one_source_out monitor patience min_delta keep_epochs ema_decay",
+        "Validation and the epoch that is kept": "val_fraction val_split val_sources"
+        " test_fraction exclude_source leave_one_source_out monitor patience min_delta keep_epochs"
+        " ema_decay",
     }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
@@ -50,6 +53,13 @@ class TrainConfig(ClusterConfig):
         bool, RuntimeDoc("Take --weights from .bin .pt .pth .ckpt .pkl too: tensors only, no code")
     ] = False
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
+    twins: Annotated[
+        str | None,
+        Doc(
+            "Output of convert with FAKE twins of REAL images: same source and file name, suffix"
+            " aside. The two are in one batch and augmented alike"
+        ),
+    ] = None
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
     batch_size: Annotated[int, Doc("Images per optimizer step, all workers together")] = 128
     optimizer: Annotated[
@@ -73,6 +83,10 @@ class TrainConfig(ClusterConfig):
         Doc("Validate and keep a moving average of the weights; its decay per step, below 1"),
     ] = None
     label_smoothing: Annotated[float, Doc("Label smoothing, 0 to 1")] = 0.0
+    consistency: Annotated[
+        float,
+        Doc("Weight of DCPT's loss between an image before and after its degradations; 0 is none"),
+    ] = 0.0
     mixup: Annotated[float, Doc("Alpha of mixup; 0 is none")] = 0.0
     cutmix: Annotated[float, Doc("Alpha of CutMix; 0 is none")] = 0.0
     drop_path: Annotated[float, Doc("Stochastic depth, for timm networks that support it")] = 0.0
@@ -80,8 +94,8 @@ class TrainConfig(ClusterConfig):
     augment: Annotated[
         str | Augmentation,
         Doc(
-            "Augmentation: none, flip, shift, seed, strong, robust, a YAML file of steps, or"
-            " {step: value}"
+            "Augmentation: none, flip, shift, seed, strong, robust, wild (for --fit crops), a YAML"
+            " file of steps, or {step: value}"
         ),
     ] = "flip"
     monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
@@ -99,11 +113,21 @@ class TrainConfig(ClusterConfig):
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
     ] = None
     fit: Annotated[Fit, Doc("How images of other sizes are made to fit")] = "resize"
+    num_crops: Annotated[
+        int | None, Doc("With --fit crops: most crops of an image that are scored (default: 12)")
+    ] = None
+    crops_per_image: Annotated[
+        int, Doc("With --fit crops: random crops of each image in an epoch")
+    ] = 1
     test_time_flip: Annotated[
         bool, Doc("Average the outputs of an image and its mirror image, here and in the bundle")
     ] = False
     val_fraction: Annotated[float, Doc("Share of the training images kept for validation")] = 0.1
     val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
+    val_sources: Annotated[
+        tuple[str, ...],
+        Doc("Validate on these sources instead, `a,b`, and train on none of their images"),
+    ] = ()
     test_fraction: Annotated[
         float,
         Doc("Share of the training images that is neither: for `evaluate --unseen`"),
@@ -158,9 +182,29 @@ class TrainConfig(ClusterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
-        check_least(self, 1, "keep_epochs", "checkpoint_steps")
+        check_least(self, 1, "keep_epochs", "checkpoint_steps", "crops_per_image")
         check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
-        check_least(self, 0, "mixup", "cutmix", "freeze_epochs")
+        check_least(self, 0, "mixup", "cutmix", "freeze_epochs", "consistency")
+        check(
+            self.fit == "crops" or (self.num_crops is None and self.crops_per_image == 1),
+            "--num-crops and --crops-per-image need --fit crops",
+        )
+        check(
+            1 <= (self.num_crops or NUM_CROPS) <= MAX_NUM_CROPS and self.num_crops != 0,
+            f"--num-crops is {self.num_crops}; give 1 to {MAX_NUM_CROPS}",
+        )
+        check(
+            self.consistency == 0 or not self.compile,
+            "--consistency reads what enters the classifier, which --compile hides; leave one out",
+        )
+        check(
+            not self.val_sources or self.val_split is None,
+            "--val-sources and --val-split: give one of them",
+        )
+        check(
+            self.twins is None or self.batch_size % 2 == 0,
+            f"--twins needs an even --batch-size, not {self.batch_size}: no pair is torn apart",
+        )
         check(
             self.weights is None or not self.pretrained,
             "--weights and --pretrained: give one of them",
@@ -198,9 +242,9 @@ class TrainConfig(ClusterConfig):
         )
         least, most = self.worker_range or (0, 0)
         check(
-            least <= most <= self.batch_size,
+            least <= most <= self.batch_size // (1 if self.twins is None else 2),
             f"--num-workers is {self.num_workers} with --batch-size {self.batch_size}; every"
-            " worker needs at least one image of each batch",
+            " worker needs at least one image of each batch, with --twins a pair",
         )
         check(
             self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
@@ -212,6 +256,11 @@ class TrainConfig(ClusterConfig):
         """Return `augment`, whose text `read_augmentation` has parsed by now."""
         assert isinstance(self.augment, Augmentation)
         return self.augment
+
+    @property
+    def val_source_names(self) -> list[str]:
+        """Return the sources that `val_sources` names, one or several a value."""
+        return [name for value in self.val_sources for name in value.split(",") if name]
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

@@ -72,6 +72,12 @@ SCORE_FIELDS = [
     *LABEL_FIELDS,
 ]
 
+# Behind SCORE_FIELDS when the bundle has the fit "crops", whose mean logit `logit` is.
+CROP_FIELDS = [
+    pa.field("num_crops", pa.int32()),
+    pa.field("crop_logit_std", pa.float32()),  # of the population: 0 for a single crop
+]
+
 # Behind SCORE_FIELDS with `score --provenance`: what metadata claims, never part of a verdict. All
 # are null where the image has an error; else null means that nothing was found.
 PROVENANCE_FIELDS = [

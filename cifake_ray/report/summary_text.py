@@ -261,10 +261,13 @@ def _describe_export(record: Record) -> list[str]:
     if "rows" in record:
         rows = _count(record["rows"], "row")
         return [f"{rows} written to {record['out']}{describe_counts(record['left_out'])}."]
-    size = record["image_size"]
+    size, crops = record["image_size"], record["num_crops"]
+    pooling = [f"An image's logit is the mean of those of its crops, {crops} at most."]
     return [
-        f"Detector {record['architecture']} written to {record['out']}: images uint8[N, {size},"
-        f" {size}, 3] to logit and p_fake, float32[N].",
+        f"Detector {record['architecture']} written to {record['out']}:"
+        f" {'crops' if crops else 'images'} uint8[N, {size}, {size}, 3] to logit and p_fake,"
+        " float32[N].",
+        *(pooling if crops else []),
         f"ONNX Runtime agrees with the bundle on {record['images']:,} made-up images: logit within"
         f" {record['largest_logit_difference']:.2g}, p_fake within"
         f" {record['largest_p_fake_difference']:.2g},"

@@ -99,8 +99,9 @@ def describe_domain(domain: TrainingDomain | None) -> str:
     """Describe the training images, for a model card."""
     if domain is None:
         return "Sizes, formats and JPEG qualities of these images were not recorded."
+    sides = f"{_format_range(domain.sides)} pixels" if domain.sides else "any, seen in crops"
     return (
-        f"Sides: {_format_range(domain.sides)} pixels; formats: {', '.join(domain.formats)};"
+        f"Sides: {sides}; formats: {', '.join(domain.formats)};"
         f" JPEG quality: {_format_range(domain.jpeg_qualities)}."
     )
 
@@ -149,6 +150,18 @@ def model_card(
         training=_format_facts(training),
         metrics=format_metrics(metrics),
         temperature=f"{calibration.temperature:.4f}",
+        python=_describe_python(architecture, preprocessing, calibration),
+        points=format_rows(("Operating point", "p_fake at least", "based on"), points),
+    )
+
+
+def _describe_python(
+    architecture: str, preprocessing: Mapping[str, object], calibration: Calibration
+) -> str:
+    """Return how Python scores an image with a bundle."""
+    if preprocessing.get("fit") == "crops":
+        return CROPS_USAGE.format(num_crops=preprocessing["num_crops"])
+    return TIMM_USAGE.format(
         divisor=repr(calibration.temperature),
         views="torch.stack([image, image.flip(2)])"
         if preprocessing.get("test_time_flip")
@@ -160,7 +173,6 @@ def model_card(
         register=f'\ncifake_ray.timm.register("{architecture}")'
         if architecture.startswith("small_cnn_")
         else "",
-        points=format_rows(("Operating point", "p_fake at least", "based on"), points),
     )
 
 
@@ -196,6 +208,36 @@ def _flatten(text: str) -> str:
     return " ".join(text.split())  # a line break would end the table row or the heading
 
 
+TIMM_USAGE = """\
+timm opens BUNDLE too:
+
+```python
+import timm, torch
+from PIL import Image
+import cifake_ray.timm  # tells timm of cnn, small_cnn and the like{register}
+
+network = timm.create_model("local-dir:BUNDLE", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=network))
+image = transform(Image.open("IMAGE").convert("RGB")){note}
+with torch.inference_mode():
+    z_real, z_fake = network({views}).mean(0)
+p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
+```
+"""
+
+CROPS_USAGE = """\
+It looks at
+images of any size in crops of their own resolution, {num_crops} at most, and `logit` is the mean of
+theirs. timm opens the network, which takes one crop; Python that scores an image:
+
+```python
+from cifake_ray import load_detector
+
+with open("IMAGE", "rb") as file:
+    p_fake = float(load_detector("BUNDLE").predict([file.read()])[0])
+```
+"""
+
 CARD = """\
 ---
 license: apache-2.0
@@ -220,21 +262,7 @@ parameters, two outputs [REAL, FAKE]. `logit = z_FAKE - z_REAL`, `p_fake = sigmo
     cifake-ray score DIR OUT --bundle BUNDLE
 
 DIR holds images, BUNDLE is this folder. OUT receives one row per image, with `p_fake` and `is_fake`
-or an error. `--target-fpr` selects another operating point. timm opens BUNDLE too:
-
-```python
-import timm, torch
-from PIL import Image
-import cifake_ray.timm  # tells timm of cnn, small_cnn and the like{register}
-
-network = timm.create_model("local-dir:BUNDLE", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=network))
-image = transform(Image.open("IMAGE").convert("RGB")){note}
-with torch.inference_mode():
-    z_real, z_fake = network({views}).mean(0)
-p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
-```
-
+or an error. `--target-fpr` selects another operating point. {python}
 {preprocessing}
 
 ## Training data

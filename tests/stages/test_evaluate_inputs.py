@@ -21,7 +21,7 @@ from cifake_ray.config import EvaluateConfig, ScoreConfig, TrainConfig
 from cifake_ray.core.evaluation.buckets import MISSING, name_buckets
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, UsageError
 from cifake_ray.pipeline import run_verb
-from cifake_ray.storage.datasets.training_set import read_training_rows
+from cifake_ray.storage.datasets.training_rows import read_training_rows
 
 RATES = {"tpr_at_fpr_1pct": 0.01, "tpr_at_fpr_0.1pct": 0.001}
 

@@ -1,4 +1,6 @@
-"""Choose crops of an image at its native resolution: from its pixels alone, so everywhere the same.
+"""Choose crops of an image at its native resolution, and pool what a detector says of them.
+
+The choice follows from the pixels alone, so it is everywhere the same.
 
 Nothing is resized, since traces of a generator live in the finest detail.
 """
@@ -65,6 +67,19 @@ def find_difference(crop: np.ndarray) -> float:
     green = crop[..., 1].astype(np.int16)  # it carries most of the brightness
     across, down = np.abs(np.diff(green, axis=1)), np.abs(np.diff(green, axis=0))
     return int(across.sum() + down.sum()) / max(across.size + down.size, 1)
+
+
+def pool_logits(logit: np.ndarray, num_crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and population standard deviation of each image's logits: float32[N] both.
+
+    `logit` is float32[M] of all crops in order, `num_crops` int64[N] of each image, 1 or more.
+    """
+    starts = np.cumsum(num_crops) - num_crops
+    wide = logit.astype(np.float64)
+    mean = np.add.reduceat(wide, starts) / num_crops
+    squares = (wide - np.repeat(mean, num_crops)) ** 2
+    std = np.sqrt(np.add.reduceat(squares, starts) / num_crops)
+    return mean.astype(np.float32), std.astype(np.float32)
 
 
 def _count_cells(height: int, width: int, size: int, most: int) -> tuple[int, int]:

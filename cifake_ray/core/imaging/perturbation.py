@@ -40,7 +40,7 @@ def perturb_image(pixels: np.ndarray, cell: Cell, noise_seed: int) -> np.ndarray
         elif name in MAX_SIDE:
             if max(image.size) > MAX_SIDE[name]:
                 return None
-            image = _encode(image, name, int(value))
+            image = reencode(image, name, int(value))
         elif name == "resize":
             if image.width * image.height * value**2 > MAX_IMAGE_PIXELS:
                 return None
@@ -80,7 +80,8 @@ def _crop(image: Image.Image, share: float) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _encode(image: Image.Image, name: str, quality: int) -> Image.Image:
+def reencode(image: Image.Image, name: str, quality: int) -> Image.Image:
+    """Encode as `jpeg` or `webp` with Pillow's defaults, and decode."""
     buffer = io.BytesIO()
     image.save(buffer, name, quality=quality)
     return Image.open(buffer).convert("RGB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
 
@@ -165,6 +165,17 @@ class Preprocessing:
         _check_pixels(pixels)
         offsets = choose_crops(pixels, size=self.image_size, num_crops=self.num_crops)
         return cut_crops(pixels, offsets, size=self.image_size)
+
+    def stack_images(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Join the results of `load_image` for N images: uint8[M, image_size, image_size, 3].
+
+        Return also the number of crops of each, int64[N], which add up to M; None with another
+        `fit`, where M is N.
+        """
+        nothing = np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+        if self.num_crops is None:
+            return (np.stack(images) if images else nothing), None
+        return np.concatenate([nothing, *images]), np.array([len(i) for i in images], np.int64)
 
     @property
     def _min_side(self) -> int | None:

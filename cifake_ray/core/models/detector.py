@@ -15,7 +15,13 @@ from torch import nn
 
 from cifake_ray.config import NUM_CROPS, Fit
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.models.small_networks import DESCRIPTIONS, SMALL_SIZE, build_small, is_small
+from cifake_ray.core.models.small_networks import (
+    DESCRIPTIONS,
+    SMALL_SIZE,
+    WithResidual,
+    build_small,
+    is_small,
+)
 from cifake_ray.errors import UsageError
 
 OWN_ARCHITECTURES = {
@@ -65,12 +71,15 @@ class Detector(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # [B, S, S, 3] seen as [B, 3, S, S] is channels-last already; no copy is made.
         normalised = (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)
-        outputs: torch.Tensor = self.network(normalised.to(self.dtype))
+        if not isinstance(self.network, WithResidual):  # it needs all digits for its residual
+            normalised = normalised.to(self.dtype)
+        outputs: torch.Tensor = self.network(normalised)
         return outputs.float()
 
     def find_logit(self, images: torch.Tensor) -> torch.Tensor:
         """Map uint8[B, S, S, 3] to float32[B]: z_FAKE - z_REAL, uncalibrated; FAKE above 0.
 
+        Of a detector of crops these are of single crops; `pool_logits` makes an image's of them.
         With test-time flip the mean over an image and its mirror image.
         """
         logit = to_logit(self(images))
@@ -159,6 +168,8 @@ def find_own_size(architecture: str) -> int:
 
 def find_head(network: nn.Module) -> nn.Module:
     """Return the classifier: timm's `get_classifier`, else the last linear layer."""
+    if isinstance(network, WithResidual):
+        network = network.network
     find: Callable[[], Any] | None = getattr(network, "get_classifier", None)
     if find is not None:
         found: nn.Module | tuple[nn.Module, ...] = find()

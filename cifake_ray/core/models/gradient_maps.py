@@ -26,19 +26,26 @@ def check_captum() -> None:
 def attribute_logits(detector: Detector, images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """Map each uint8[S, S, 3] to float32[S, S]: what each pixel adds to the logit.
 
-    Above 0 it speaks for FAKE. The pixels of an image add up to its logit less that of a plain
-    image in the mean colour of the training images, within the error of NUM_STEPS.
+    Of crops, uint8[k, S, S, 3] to float32[k, S, S], to the logit of each. Above 0 it speaks for
+    FAKE. The pixels of an image add up to its logit less that of a plain image in the mean colour
+    of the training images, within the error of NUM_STEPS.
     """
     import torch
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(detector.eval().find_logit)
     mean_colour = 255 * torch.tensor(detector.preprocessing.mean)
-    for image in images:
+
+    def attribute(image: np.ndarray) -> np.ndarray:
+        if image.ndim == 4:
+            return np.stack([attribute(crop) for crop in image])
         found = method.attribute(
             torch.from_numpy(image)[None].float(),
             mean_colour.expand(1, *image.shape),
             n_steps=NUM_STEPS,
             internal_batch_size=BATCH_SIZE,
         )
-        yield found[0].sum(2).numpy().astype(np.float32)
+        added: np.ndarray = found[0].sum(2).numpy().astype(np.float32)
+        return added
+
+    yield from map(attribute, images)

@@ -47,8 +47,9 @@ def encode_onnx(detector: Detector, temperature: float, properties: Mapping[str,
     """Return a detector as an ONNX model with these metadata properties.
 
     It takes `images`, uint8[N, S, S, 3] as of `Preprocessing.load_image`, N chosen by the caller,
-    and gives `logit` and the calibrated `p_fake`, float32[N]. UsageError for a network of more than
-    2 GB, CifakeError for one that torch cannot export.
+    and gives `logit` and the calibrated `p_fake`, float32[N]; of a detector of crops those of each
+    crop, and an image's `p_fake` is sigmoid(mean of its logits / temperature). UsageError for a
+    network of more than 2 GB, CifakeError for one that torch cannot export.
     """
     num_bytes = sum(tensor.nbytes for tensor in detector.state_dict().values())
     if num_bytes > MAX_WEIGHT_BYTES:

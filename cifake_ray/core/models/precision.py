@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cifake_ray.core.evaluation.calibration import compute_p_fake
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.models.detector import Detector, find_head
+from cifake_ray.core.models.small_networks import WithResidual
 from cifake_ray.errors import ResourceError, UsageError
 
 Ranges = Mapping[str, list[float]]
@@ -213,6 +214,8 @@ def _insert_observers(detector: Detector, observer: Any) -> Any:
     for name, module in detector.network.named_modules():
         if module in head:  # 256 logits would be too few
             mapping.set_module_name(name, None)
+    if isinstance(detector.network, WithResidual):
+        raise ValueError("its residual channels need more than 8 bits")
     size = detector.preprocessing.image_size
     network = copy.deepcopy(detector.network).eval().requires_grad_(False)
     return prepare_fx(network, mapping, (torch.zeros(1, 3, size, size),))

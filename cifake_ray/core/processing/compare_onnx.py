@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cifake_ray.core.evaluation.calibration import compute_p_fake
+from cifake_ray.core.imaging.crops import pool_logits
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.models.onnx_model import RunModel
 from cifake_ray.core.models.precision import make_probe
@@ -40,7 +41,8 @@ def compare_onnx(
 ) -> OnnxComparison:
     """Run model and detector on batches of these sizes and return the largest differences.
 
-    CifakeError when one is above its bound, or a logit is not finite.
+    A detector of crops is compared on the mean over as many as an image has. CifakeError when a
+    difference is above its bound, or a logit is not finite.
     """
     images = make_probe(detector.preprocessing.image_size, sum(batch_sizes)).numpy()
     batches = np.split(images, np.cumsum(batch_sizes)[:-1])
@@ -50,10 +52,14 @@ def compare_onnx(
     logit, p_fake = (
         np.concatenate(outputs) for outputs in zip(*map(run_model, batches), strict=True)
     )
+    if most := detector.preprocessing.num_crops:
+        counts = np.diff([*range(0, len(images), most), len(images)])
+        expected, logit = (pool_logits(each, counts)[0] for each in (expected, logit))
+        p_fake = compute_p_fake(logit, temperature)
     expected_p_fake = compute_p_fake(expected, temperature)
     logit_difference = np.abs(logit - expected)
     found = OnnxComparison(
-        images=len(images),
+        images=len(logit),
         largest_logit_difference=float(logit_difference.max()),
         largest_p_fake_difference=float(np.abs(p_fake - expected_p_fake).max()),
         verdicts_changed=int(np.sum((p_fake >= threshold) != (expected_p_fake >= threshold))),

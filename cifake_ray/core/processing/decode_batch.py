@@ -22,11 +22,12 @@ from cifake_ray.errors import ImageError
 class Decoded:
     """N images, of which K could be decoded."""
 
-    pixels: np.ndarray  # uint8[K, S, S, 3]
+    pixels: np.ndarray  # uint8[M, S, S, 3], M = K but for crops
     headers: list[ImageHeader | None]  # N; None if it could not be decoded
     errors: list[ImageError | None]  # N; None if it could
     provenance: list[Provenance | None] | None = None  # N, if it is asked for
     thumbnails: list[bytes | None] | None = None  # N, WebP, likewise
+    num_crops: np.ndarray | None = None  # int64[K], M in all, if the detector sees crops
 
 
 def decode_batch(
@@ -50,10 +51,11 @@ def decode_batch(
         return None
 
     decoded = map_images(load, images)
-    pixels = [each[1] for each in decoded if not isinstance(each, ImageError)]
-    side = preprocessing.image_size
+    pixels, num_crops = preprocessing.stack_images(
+        [each[1] for each in decoded if not isinstance(each, ImageError)]
+    )
     return Decoded(
-        np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
+        pixels,
         headers=[None if isinstance(each, ImageError) else each[0] for each in decoded],
         errors=[each if isinstance(each, ImageError) else None for each in decoded],
         provenance=[None if isinstance(each, ImageError) else each[2] for each in decoded]
@@ -62,4 +64,5 @@ def decode_batch(
         thumbnails=[None if isinstance(each, ImageError) else each[3] for each in decoded]
         if max_thumbnail_bytes is not None
         else None,
+        num_crops=num_crops,
     )

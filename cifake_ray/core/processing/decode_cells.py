@@ -23,16 +23,16 @@ class DecodedCells:
     """N images, of which K could be decoded, each under C cells."""
 
     clean: Decoded
-    pixels: np.ndarray  # uint8[M, S, S, 3], of all cells that were possible
+    pixels: np.ndarray  # uint8[L, S, S, 3], of all M cells that were possible; L = M but for crops
     image: np.ndarray  # int64[M], the row of each, 0..N-1
     cell: np.ndarray  # int64[M], 0..C-1
+    num_crops: np.ndarray | None  # int64[M], L in all, if the detector sees crops
 
 
 def decode_cells(
     preprocessing: Preprocessing, grid: Grid, images: Iterable[bytes | ImageError]
 ) -> DecodedCells:
     """Decode the images once, and perturb and fit each for every cell."""
-    size = preprocessing.image_size
 
     def load(data: bytes) -> tuple[ImageHeader, np.ndarray, list[np.ndarray | None]]:
         header, clean, whole = preprocessing.load_whole(data)
@@ -49,17 +49,17 @@ def decode_cells(
         for number, pixels in enumerate(cells)
         if pixels is not None
     ]
+    clean, clean_crops = preprocessing.stack_images([each[1] for _, each in good])
+    pixels, num_crops = preprocessing.stack_images([pixels for _, _, pixels in places])
     return DecodedCells(
         clean=Decoded(
-            _stack([each[1] for _, each in good], size),
+            clean,
             headers=[None if isinstance(each, ImageError) else each[0] for each in loaded],
             errors=[each if isinstance(each, ImageError) else None for each in loaded],
+            num_crops=clean_crops,
         ),
-        pixels=_stack([pixels for _, _, pixels in places], size),
+        pixels=pixels,
         image=np.array([row for row, _, _ in places], np.int64),
         cell=np.array([number for _, number, _ in places], np.int64),
+        num_crops=num_crops,
     )
-
-
-def _stack(pixels: list[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)

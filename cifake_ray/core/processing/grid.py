@@ -6,13 +6,11 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from cifake_ray.config.grid import Grid, name_column
 from cifake_ray.core.processing.decode_cells import DecodedCells, decode_cells
 from cifake_ray.core.processing.processor import Prepare
-from cifake_ray.core.processing.score import ScoreProcessor, predict_logit
-from cifake_ray.core.schema import SCORE_FIELDS
+from cifake_ray.core.processing.score import ScoreProcessor
 from cifake_ray.errors import UsageError
 
 
@@ -38,17 +36,13 @@ class GridProcessor:
             )
         table = self.scorer.finish(rows, prepared.clean)
         logit = np.full((len(self.grid), rows.num_rows), np.nan, np.float32)
-        for start in range(0, len(prepared.image), self.scorer.batch_size):
-            some = slice(start, start + self.scorer.batch_size)
-            # What another process decoded is read-only memory; torch wants it writable.
-            pixels = torch.from_numpy(np.require(prepared.pixels[some], requirements="W"))
-            found = predict_logit(self.scorer.detector, pixels, self.scorer.device)
-            logit[prepared.cell[some], prepared.image[some]] = found
+        found, _ = self.scorer.predict(prepared.pixels, prepared.num_crops)
+        logit[prepared.cell, prepared.image] = found
         scored = table.column("error").is_null().to_numpy()
         for number, name in enumerate(names):
             missing = ~(scored & np.isfinite(logit[number]))
             values = pa.array(logit[number], pa.float32(), mask=missing)
-            table = table.add_column(len(SCORE_FIELDS) + number, name, values)
+            table = table.add_column(len(self.scorer.fields) + number, name, values)
         return table
 
     def count_unlike(self, rows: pa.Table) -> dict[str, int]:

@@ -21,13 +21,18 @@ RANGES = ("uniform", "loguniform", "randint", "lograndint")
 KINDS = ("choice", *RANGES)
 AUGMENT = "augment."  # before the name of a step
 # Options of the search itself. Epochs are averaged (`keep_epochs`) after the objective is known.
-OF_THE_SEARCH = {"shards", "epochs", "seed", "val_fraction", "val_split", "monitor", "keep_epochs"}
+OF_THE_SEARCH = {
+    *("shards", "twins", "epochs", "seed", "val_fraction", "val_split", "val_sources"),
+    *("monitor", "keep_epochs"),
+}
 SEARCHED = {
     f.name
     for f in fields(TrainConfig)
     if f.name not in OF_THE_SEARCH and doc_of(TrainConfig, f.name).in_fingerprint
 }
-OFF = {"rescale": 0, "blur": 0, "noise": 0, "jpeg_quality": 100}  # and their shares
+OFF = {"rescale": 0, "blur": 0, "noise": 0, "downscale": 0, "jpeg_quality": 100} | {
+    "webp_quality": 100
+}  # and their shares
 
 
 @dataclass(frozen=True)

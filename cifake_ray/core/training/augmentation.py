@@ -12,15 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from cifake_ray.config import POLICIES, Augmentation
+from cifake_ray.core.imaging.perturbation import reencode
 
-DRAWN = (
+DRAWN_FIRST = (
     *("rotation", "shift_x", "shift_y", "crop", "crop_x", "crop_y"),
     *("brightness", "contrast", "saturation", "rescale_share", "rescale", "blur_share", "blur"),
     *("noise_share", "noise", "jpeg_share", "jpeg", "move_share"),
 )
+# By a generator of their own, so that the numbers of earlier versions stay the same. `window`,
+# `top` and `left` are where a native crop is cut.
+DRAWN_LATER = ("webp_share", "webp", "downscale_share", "downscale", "window", "top", "left")
+DRAWN = DRAWN_FIRST + DRAWN_LATER
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,28 @@ def draw_augmentation(rng: np.random.Generator, mirrored: np.ndarray) -> Draws:
 
     Every number is drawn whatever the policy, so that another step leaves the others as they are.
     """
-    table = rng.random((len(DRAWN), len(mirrored)))
-    seeds = rng.integers(2**62, size=len(mirrored))
-    return Draws(mirrored, dict(zip(DRAWN, table, strict=True)), seeds)
+    count = len(mirrored)
+    table = rng.random((len(DRAWN_FIRST), count))
+    seeds = rng.integers(2**62, size=count)
+    later = rng.spawn(1)[0].random((len(DRAWN_LATER), count))  # leaves `rng` where it is
+    return Draws(mirrored, dict(zip(DRAWN, [*table, *later], strict=True)), seeds)
+
+
+def mirror(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Mirror those of uint8[B, S, S, 3] that were drawn for it."""
+    if not policy.flip:
+        return images
+    mirrored = torch.from_numpy(draws.mirrored).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
 
 
 def augment(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Augment uint8[B, S, S, 3] on its device."""
-    if policy.flip:
-        mirrored = torch.from_numpy(draws.mirrored).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    """Mirror and degrade uint8[B, S, S, 3] on its device."""
+    return degrade(mirror(images, policy, draws), policy, draws)
+
+
+def degrade(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Do all that a policy does to images of the input's size but mirroring them."""
     if policy in (POLICIES["none"], POLICIES["flip"]):
         return images
     values = images.permute(0, 3, 1, 2).float()  # [B, 3, S, S], 0..255
@@ -173,11 +191,19 @@ def _add_noise(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torc
 
 
 def _compress(pixels: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
-    """Encode and decode with libjpeg-turbo, at the half colour resolution of most JPEGs."""
-    reach = 101 - policy.jpeg_quality
+    """Encode and decode: JPEG by libjpeg-turbo at most files' half colour resolution, then WebP."""
     for i in _choose(draws, "jpeg", policy.jpeg_share):
-        quality = policy.jpeg_quality + int(draws.uniform["jpeg"][i] * reach)
+        quality = _draw_quality(policy, policy.jpeg_quality, draws.uniform["jpeg"][i])
         rows = np.ascontiguousarray(pixels[i].cpu().numpy())
         data = simplejpeg.encode_jpeg(rows, quality, colorsubsampling="420")
         pixels[i] = torch.from_numpy(simplejpeg.decode_jpeg(data)).to(pixels.device)
+    for i in _choose(draws, "webp", policy.webp_share):
+        quality = _draw_quality(policy, policy.webp_quality, draws.uniform["webp"][i])
+        image = Image.fromarray(pixels[i].cpu().numpy())
+        decoded = np.array(reencode(image, "webp", quality))
+        pixels[i] = torch.from_numpy(decoded).to(pixels.device)
     return pixels
+
+
+def _draw_quality(policy: Augmentation, lowest: int, uniform: float) -> int:
+    return lowest + int(uniform * (policy.best_quality + 1 - lowest))

@@ -5,16 +5,19 @@ They follow from the seed, the epoch and the step alone, so that a killed run ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 
 from cifake_ray.config import Augmentation, TrainConfig
-from cifake_ray.core.training.augmentation import Draws, augment, draw_augmentation
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.training.augmentation import Draws, degrade, draw_augmentation, mirror
 from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
+from cifake_ray.core.training.native_crops import NativeImage, cut_random_crop
+from cifake_ray.core.training.pairs import count_coupled, draw_couples
 
 
 class Images(Protocol):
@@ -31,12 +34,25 @@ class Images(Protocol):
         ...
 
 
+class CropImages(Images, Protocol):
+    """Images of which crops are cut, `--fit crops`."""
+
+    preprocessing: Preprocessing
+
+    def map_native(
+        self, indices: np.ndarray, cut: Callable[[NativeImage, int], np.ndarray]
+    ) -> list[np.ndarray]:
+        """Return what `cut` makes of each image and its place in `indices`."""
+        ...
+
+
 class Batch(NamedTuple):
     """A rank's share of a global batch of `size` images."""
 
     images: torch.Tensor  # uint8[B, S, S, 3], float32 after mixup
     labels: torch.Tensor  # int64[B], or the share of each class as float32[B, 2]
     size: int
+    clean: torch.Tensor | None = None  # the images before they were degraded, for --consistency
 
 
 def count_steps(num_images: int, batch_size: int) -> int:
@@ -62,8 +78,13 @@ class Batches:
     num_ranks: int
 
     def __post_init__(self) -> None:
-        self.batch_size = min(self.config.batch_size, len(self.images.labels))
-        self.steps_per_epoch = count_steps(len(self.images.labels), self.batch_size)
+        self.twin_of: np.ndarray | None = getattr(self.images, "twin_of", None)
+        per_epoch = len(self.images.labels)
+        if self.twin_of is not None:
+            per_epoch = count_coupled(self.twin_of)
+        self.images_per_epoch = per_epoch * self.config.crops_per_image
+        self.batch_size = min(self.config.batch_size, self.images_per_epoch)
+        self.steps_per_epoch = count_steps(self.images_per_epoch, self.batch_size)
 
     def draw(self, epoch: int, start: int) -> Iterator[Batch]:
         """Yield the batches of an epoch from step `start` on, both counted from 0.
@@ -71,28 +92,57 @@ class Batches:
         Seeds torch for each step, so that dropout repeats too; each rank has its own seed.
         """
         rng = np.random.default_rng((self.config.seed, epoch))
-        order = self.images.order_epoch(rng)
+        order = np.concatenate([self._order(rng) for _ in range(self.config.crops_per_image)])
         mirrored = rng.random(len(order)) < self.augmentation.flip
         places = np.arange(self.rank, self.batch_size, self.num_ranks)
+        if self.twin_of is not None:  # whole couples
+            couples = np.arange(self.rank, self.batch_size // 2, self.num_ranks)
+            places = (2 * couples[:, None] + [0, 1]).ravel()
         for step in range(start, self.steps_per_epoch):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
             step_rng = np.random.default_rng((self.config.seed, epoch, step + 1))
-            draws = draw_augmentation(step_rng, mirrored[batch])
-            images, labels = self._read(order[batch], draws, places)
+            draws = self._share(draw_augmentation(step_rng, mirrored[batch]), order[batch])
+            images, labels, clean = self._read(order[batch], draws, places)
             mix = draw_mix(step_rng, self.config, images.shape[1])
             if mix is not None:  # partners are read too: they may be another rank's
                 others = self._read(order[batch], draws, self.batch_size - 1 - places)
                 images = mix_images(images, others[0], mix)
                 labels = mix_labels(labels, others[1], mix)
+                if clean is not None and others[2] is not None:
+                    clean = mix_images(clean, others[2], mix)
             torch.manual_seed(int(step_rng.integers(2**62)) + self.rank)
-            yield Batch(images, labels, self.batch_size)
+            yield Batch(images, labels, self.batch_size, clean)
+
+    def _order(self, rng: np.random.Generator) -> np.ndarray:
+        order = self.images.order_epoch(rng)
+        return order if self.twin_of is None else draw_couples(order, self.twin_of, rng)
+
+    def _share(self, draws: Draws, batch: np.ndarray) -> Draws:
+        """Give a twin the draws of its image, which is in the place before it."""
+        if self.twin_of is None:
+            return draws
+        owner = np.arange(len(batch))
+        owner[1::2] -= self.twin_of[batch[1::2]] == batch[::2]
+        return draws.take(owner)
 
     def _read(
         self, batch: np.ndarray, draws: Draws, places: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return augmented images and labels at some places of a global batch."""
-        indices = batch[places]
-        images = to_device(self.images.read(indices), self.device)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return augmented images, labels and clean images at some places of a global batch."""
+        indices, taken = batch[places], draws.take(places)
+        if self.config.fit == "crops":
+            pixels = self._cut(cast(CropImages, self.images), indices, taken)
+        else:
+            pixels = self.images.read(indices)
+        clean = mirror(to_device(pixels, self.device), self.augmentation, taken)
         labels = to_device(self.images.labels[indices], self.device)
-        return augment(images, self.augmentation, draws.take(places)), labels
+        images = degrade(clean, self.augmentation, taken)
+        return images, labels, clean if self.config.consistency else None
+
+    def _cut(self, images: CropImages, indices: np.ndarray, draws: Draws) -> np.ndarray:
+        def cut(image: NativeImage, place: int) -> np.ndarray:
+            u = {name: float(values[place]) for name, values in draws.uniform.items()}
+            return cut_random_crop(image, images.preprocessing.image_size, self.augmentation, u)
+
+        return np.stack(images.map_native(indices, cut))

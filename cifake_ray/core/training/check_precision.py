@@ -25,6 +25,7 @@ from cifake_ray.core.training.device_limits import (
     choose_precision,
     count_macs,
 )
+from cifake_ray.core.training.validation import ScoredPixels
 from cifake_ray.errors import UsageError
 
 MAX_IMAGES = 8192
@@ -38,21 +39,23 @@ def check_precisions(
     calibration: Calibration,
     logit: Floats,
     label: Ints,
-    read: Callable[[np.ndarray], np.ndarray],
+    read: Callable[[np.ndarray], ScoredPixels],
 ) -> dict[str, PrecisionCheck]:
     """Compare int8, and bf16 where this CPU is fast at it, with the validation logits in float32.
 
-    `logit` float32[N], `label` int[N]; `read` maps int64[K] positions to uint8[K, S, S, 3]. What is
-    no faster here is left out; so is all with fewer than MIN_IMAGES images, or if so many would
-    take minutes.
+    `logit` float32[N], `label` int[N]; `read` maps int64[K] positions to what is scored of them.
+    What is no faster here is left out; so is all with fewer than MIN_IMAGES images, or if so many
+    would take minutes.
     """
-    macs = count_macs(detector.network, detector.preprocessing.image_size)
+    num_crops = detector.preprocessing.num_crops or 1
+    macs = num_crops * count_macs(detector.network, detector.preprocessing.image_size)
     num_images = min(len(label), MAX_IMAGES, int(MAX_MACS / max(macs, 1)))
     if num_images < MIN_IMAGES:
         return {}
     chosen = np.linspace(0, len(label) - 1, num_images).astype(np.int64)
     batch_size = choose_batch_size(macs, "cpu", MAX_EVAL_BATCH)
-    some = torch.from_numpy(read(chosen[:: -(-num_images // max(batch_size, RANGE_IMAGES))]))
+    per_range = max(batch_size, RANGE_IMAGES // num_crops)
+    some = torch.from_numpy(read(chosen[:: -(-num_images // per_range)]).pixels)
     exact = copy.deepcopy(detector).to("cpu").eval()
     exact_s = _time_batch(use_precision(copy.deepcopy(exact), "float32"), some[:batch_size])
     checks = {}
@@ -67,7 +70,7 @@ def check_precisions(
         speedup = exact_s / _time_batch(fast, some[:batch_size])
         if speedup > 1:
             fast_logit = np.concatenate(
-                [_score(fast, torch.from_numpy(read(part))) for part in _split(chosen, batch_size)]
+                [_score(fast, read(part)) for part in _split(chosen, batch_size)]
             )
             found = _compare(logit[chosen], fast_logit, label[chosen], calibration)
             checks[precision] = PrecisionCheck(
@@ -90,17 +93,18 @@ def _split(positions: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def _score(detector: Detector, images: torch.Tensor) -> np.ndarray:
-    logit: np.ndarray = detector.find_logit(images).numpy()
+def _score(detector: Detector, scored: ScoredPixels) -> np.ndarray:
+    logit: np.ndarray = scored.find_logit(detector).numpy()
     return logit
 
 
+@torch.inference_mode()
 def _time_batch(detector: Detector, images: torch.Tensor) -> float:
     """Return the seconds of a batch: the median of a few, after one that does not count."""
     times = []
     for _ in range(1 + TIMED_RUNS):
         started_s = time.perf_counter()
-        _score(detector, images)
+        detector.find_logit(images)
         times.append(time.perf_counter() - started_s)
     return median(times[1:])
 

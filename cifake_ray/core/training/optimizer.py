@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import NUM_CROPS, TrainConfig
 from cifake_ray.core.models.detector import Detector, build_detector, find_head
 from cifake_ray.errors import UsageError
 
@@ -40,7 +40,11 @@ class SGD(_Uncompiled, torch.optim.SGD):
 def build_for_training(config: TrainConfig) -> Detector:
     """Build the detector that a run trains, with weights from torch's global generator."""
     detector = build_detector(
-        config.model, image_size=config.image_size, fit=config.fit, drop_path=config.drop_path
+        config.model,
+        image_size=config.image_size,
+        fit=config.fit,
+        num_crops=config.num_crops or NUM_CROPS,
+        drop_path=config.drop_path,
     )
     preprocessing = replace(
         detector.preprocessing,

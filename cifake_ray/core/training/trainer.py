@@ -23,7 +23,7 @@ from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.training.batches import Batch, Batches, Images, to_device
+from cifake_ray.core.training.batches import Batch, Batches, Images
 from cifake_ray.core.training.device_limits import DevicePrecision, choose_eval_batch_size
 from cifake_ray.core.training.early_stopping import (
     KeptEpoch,
@@ -32,7 +32,9 @@ from cifake_ray.core.training.early_stopping import (
     keep_best,
     to_score,
 )
+from cifake_ray.core.training.losses import sum_losses
 from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
+from cifake_ray.core.training.validation import read_scored
 from cifake_ray.errors import CifakeError
 
 
@@ -88,9 +90,10 @@ class Trainer:
             self.ema = ModelEmaV3(detector, decay=config.ema_decay, use_warmup=True)
         # The weights that are validated and kept.
         self.eval_model: Detector = detector if self.ema is None else self.ema.module
-        self.eval_batch_size = choose_eval_batch_size(
+        per_pass = choose_eval_batch_size(
             detector.network, detector.preprocessing.image_size, precision.device
         )
+        self.eval_batch_size = max(1, per_pass // (detector.preprocessing.num_crops or 1))
         self.state = TrainState()
         self.on_step: Callable[[torch.Tensor], None] = lambda total: None  # see `_train_epoch`
 
@@ -185,15 +188,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
-        split = (tensor.tensor_split(num_pieces) for tensor in (batch.images, batch.labels))
-        pieces = zip(*split, strict=True)
-        for number, (piece, piece_labels) in enumerate(pieces, start=1):
+        images, labels = (
+            batch.images.tensor_split(num_pieces),
+            batch.labels.tensor_split(num_pieces),
+        )
+        clean = [None] * num_pieces if batch.clean is None else batch.clean.tensor_split(num_pieces)
+        pieces = zip(images, clean, labels, strict=True)
+        for number, piece in enumerate(pieces, start=1):
             with self._synchronised(number == num_pieces):
-                with self.precision.autocast:
-                    outputs = self.wrapped(piece)
-                smoothing = self.config.label_smoothing
-                losses = nn.functional.cross_entropy(
-                    outputs, piece_labels, reduction="sum", label_smoothing=smoothing
+                losses = sum_losses(
+                    self.wrapped, self.detector.network, *piece, self.config, self.precision
                 )
                 # DDP divides the sum of the ranks' gradients by their number; this makes it the
                 # gradient of the mean over the whole batch, however it was dealt.
@@ -240,8 +244,9 @@ class Trainer:
             stop = min(start + stride, len(logit))
             indices = np.arange(start + self.rank, stop, self.num_ranks)
             if len(indices):
-                batch = to_device(images.read(indices), self.precision.device)
-                logit[start + self.rank : stop : self.num_ranks] = self.eval_model.find_logit(batch)
+                scored = read_scored(images, self.detector.preprocessing, indices)
+                found = scored.find_logit(self.eval_model, self.precision.device)
+                logit[start + self.rank : stop : self.num_ranks] = found
         if self.num_ranks > 1:
             dist.all_reduce(logit)  # every image is non-zero on one rank only
         return logit.cpu()

@@ -48,7 +48,7 @@ class Candidate:
     uri: str
     architecture: str | None
     image_size: int | None
-    num_views: int = 1  # 2 with test-time flip: the network sees each image twice
+    num_views: int = 1  # of an image that the network sees at most: mirror images, crops
     scored: pa.Table | None = None  # MEASURED_FIELDS of the images with a label and a score
     summary: BatchSummary | None = None
     grid: _Grid | None = None
@@ -64,7 +64,7 @@ def read_candidate(uri: str, store: StoreConfig) -> Candidate:
             uri=uri,
             architecture=info.architecture,
             image_size=preprocessing.image_size,
-            num_views=1 + preprocessing.test_time_flip,
+            num_views=(1 + preprocessing.test_time_flip) * (preprocessing.num_crops or 1),
         )
     return _read_report(uri, path)
 
@@ -111,7 +111,8 @@ def _read_input(footer: dict[str, Any]) -> tuple[int | None, int]:
     """Return image size and views of the detector that made a shard, from its footer."""
     try:
         found = json.loads(footer.get("preprocessing", "{}"))
-        size = found["image_size"]
-        return (size if type(size) is int else None), 1 + (found.get("test_time_flip") is True)
+        size, crops = found["image_size"], found.get("num_crops", 1)
+        views = (1 + (found.get("test_time_flip") is True)) * (crops if type(crops) is int else 1)
+        return (size if type(size) is int else None), views
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, 1

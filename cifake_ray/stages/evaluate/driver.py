@@ -18,7 +18,7 @@ from cifake_ray.core.evaluation.buckets import check_slices
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.models.gradient_maps import check_captum
 from cifake_ray.core.processing.stored_scores import StoredScoreProcessor
-from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
+from cifake_ray.core.schema import CROP_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.report.slices_text import find_worst_source
 from cifake_ray.report.text import KEY_METRICS, describe_unlike
@@ -92,7 +92,8 @@ def evaluate_detector(
         source = LabelledSource(source, seen=find_seen(config, shards, bundle))
     split = choose_split(config, source, shards, out)
     source = replace(source, split=split)
-    check_slices(config.slice, describe_predictions(read_first_schema(source, shards, split)))
+    listed = read_first_schema(source, shards, split)
+    check_slices(config.slice, describe_predictions(listed, bundle.preprocessing.num_crops))
     if split is None and not config.unseen:
         log(
             "evaluate: there is no split `test`, so all labelled images are measured; those the"
@@ -208,10 +209,11 @@ def round_threshold(threshold: float) -> float:
     return float(np.float32(threshold))
 
 
-def describe_predictions(listed: pa.Schema) -> pa.Schema:
+def describe_predictions(listed: pa.Schema, num_crops: int | None = None) -> pa.Schema:
     """Return the columns of the predictions of rows that are listed."""
-    known = {field.name for field in [*MANIFEST_FIELDS, *SCORE_FIELDS]}
-    return pa.schema([*SCORE_FIELDS, *(field for field in listed if field.name not in known)])
+    measured = [*SCORE_FIELDS, *(CROP_FIELDS if num_crops else [])]
+    known = {field.name for field in [*MANIFEST_FIELDS, *measured]}
+    return pa.schema([*measured, *(field for field in listed if field.name not in known)])
 
 
 def summarise(out: AnyPath, summary: BatchSummary) -> EvaluateSummary:

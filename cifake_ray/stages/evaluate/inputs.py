@@ -13,7 +13,7 @@ from cifake_ray.config import EvaluateConfig, TrainConfig
 from cifake_ray.core.labels import parse_split
 from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.bundles.bundle import BundleInfo
-from cifake_ray.storage.datasets.training_set import read_training_rows
+from cifake_ray.storage.datasets.training_rows import read_training_rows
 from cifake_ray.storage.io.files import exists, is_file, read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
@@ -23,7 +23,7 @@ from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.labelled import LabelledSource
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, name_table
+from cifake_ray.storage.sources.parquet import ParquetSource, find_splits, find_tables, name_table
 from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tables
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
@@ -145,9 +145,10 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
     try:
         record = read_record(bundle.path.parent)
         settings, found = record["settings"], record["config"]
-        names = ("val_fraction", "val_split", "test_fraction", "exclude_source")
-        options = {name: found[name] for name in names if name in found}
-        options["exclude_source"] = tuple(options.get("exclude_source", ()))
+        names = ("val_fraction", "val_split", "test_fraction", "exclude_source", "val_sources")
+        options = {name: found[name] for name in (*names, "twins") if name in found}
+        for name in ("exclude_source", "val_sources"):
+            options[name] = tuple(options.get(name, ()))
     except (RunMismatch, StorageError, KeyError) as error:
         raise UsageError(
             f"--unseen: {bundle.path} is not in the RUN of `train` ({error})"
@@ -169,7 +170,9 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         counts[path] += num_rows
     numbers = np.array(starts)[rows.group] + rows.row
     files = np.array([list(counts).index(path) for path, _ in rows.groups])[rows.group]
+    own = set(find_tables(place))  # twins are in files elsewhere
     return {
         name_table(path, place): numbers[files == number].astype(np.int64)
         for number, path in enumerate(counts)
+        if path in own
     }

@@ -101,6 +101,8 @@ def write_report(run: Run, source: Source, config: EvaluateConfig, detail: Detai
             "Threshold for 1% FPR": format_threshold(calibration.threshold_fpr_1),
             "Threshold for 0.1% FPR": format_threshold(calibration.threshold_fpr_01),
         }
+        if crops := bundle.preprocessing.num_crops:
+            facts["Crops of an image"] = f"{crops} at most, of {bundle.preprocessing.image_size} px"
     detector = None
     if bundle and config.gradient_maps:  # in float32, whatever the precision of the scores
         detector, _ = load_bundle(

@@ -102,6 +102,7 @@ def train_detector(
         config,
         weights=config.weights and pin_bundle(config.weights, config.store),
         shards=str(open_path(config.shards, config.store)),
+        twins=config.twins and str(open_path(config.twins, config.store)),
         run=str(open_path(config.run, config.store)),
         cache_dir=config.cache_dir and str(locate_cache(config.cache_dir)),  # else each node's own
         augment=read_augmentation(config),

@@ -15,7 +15,7 @@ from cifake_ray.config import TrainConfig, fingerprint_settings
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
-from cifake_ray.storage.datasets.training_set import TrainingRows, read_training_rows
+from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
 from cifake_ray.storage.presets.augmentation import read_augmentation
 
 

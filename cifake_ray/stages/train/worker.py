@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from cifake_ray.core.training.device_limits import agree_on_precision, check_bat
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
 from cifake_ray.core.training.trainer import Trainer
+from cifake_ray.core.training.validation import read_scored
 from cifake_ray.errors import CifakeError
 from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
@@ -83,7 +85,7 @@ def train_rank(
     )
     if trainer.rank == 0:
         trainer.on_step = StepMeter(trainer, send)
-    domain = read_domain(data.train) if trainer.rank == 0 else None
+    domain = read_domain(data.train, config.fit) if trainer.rank == 0 else None
     if checkpoint is not None:
         try:
             trainer.resume(checkpoint)
@@ -160,7 +162,8 @@ def _write_best(
     trainer.detector.network.load_state_dict(best.weights)
     logit, label = best.logit.numpy(), data.val.labels
     calibration = calibrate(logit, label)
-    checks = check_precisions(trainer.detector, calibration, logit, label, data.val.read)
+    read = partial(read_scored, data.val, trainer.detector.preprocessing)
+    checks = check_precisions(trainer.detector, calibration, logit, label, read)
     for name, check in checks.items():
         use = "may" if check.is_harmless else "does not"
         what = f"{name} is {check.speedup:.1f} times as fast; {check}"
@@ -169,11 +172,12 @@ def _write_best(
         logit, label, temperature=calibration.temperature, threshold=calibration.threshold
     )
     settings = describe_options(config)
-    shards = settings.pop("shards").rpartition("/")[
-        2
-    ]  # without the folders above, which are private
+    # Without the folders above, which are private.
+    shards, twins = (path and path.rpartition("/")[2] for path in (config.shards, config.twins))
+    del settings["shards"]
     training = {
         **settings,
+        "twins": twins,
         "precision": trainer.precision.name,
         "weights": config.weights and config.weights.rpartition("/")[2],
         "train_images": len(data.train.labels),

@@ -49,7 +49,7 @@ from cifake_ray.stages.tune.schedulers import (
 from cifake_ray.stages.tune.trial_callback import TrialCallback
 from cifake_ray.stages.tune.trial_worker import FAILED, finish_trial, run_trial
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
-from cifake_ray.storage.datasets.training_set import TrainingRows, read_training_rows
+from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
 from cifake_ray.storage.io.paths import to_arrow
 from cifake_ray.storage.runs.trackers import check_trackers
 from cifake_ray.storage.runs.tune_run import Trial

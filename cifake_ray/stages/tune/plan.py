@@ -78,7 +78,10 @@ def _measure_latency_ms(model: str, image_size: int | None) -> float:
 
 def make_plan(config: TuneConfig) -> TrialPlan:
     """Read the recipe. UsageError when it has options that `train` does not have."""
-    options = read_recipe(find_preset(config.recipe, RECIPES))
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in read_recipe(find_preset(config.recipe, RECIPES)).items()
+    }
     options |= {
         **asdict(config.store),
         "shards": config.shards,
@@ -99,7 +102,8 @@ def make_plan(config: TuneConfig) -> TrialPlan:
             f"--recipe {config.recipe}: {error}; a recipe has options of `train`"
         ) from error
     options["epochs"] = train.epochs
-    options["weights"] = _pin_file("weights", train.weights, train)
+    for name in ("weights", "twins"):
+        options[name] = _pin_file(name, getattr(train, name), train)
     options["augment"] = read_augmentation(train)
     return TrialPlan(config, options)
 
@@ -114,6 +118,8 @@ def read_space(config: TuneConfig, shared: TrainConfig) -> Space:
 
 def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
     """Make a path absolute, or replace a file of steps by its text: trials run elsewhere."""
+    if name == "twins" and value is not None:
+        return str(resolve_path(value, train.store))
     if name == "weights" and value is not None:
         return pin_bundle(value, train.store)
     if name == "augment" and value not in POLICIES:

@@ -43,12 +43,16 @@ class StartingWeights:
     num_loaded: int  # tensors
     fresh: tuple[str, ...]  # names in the classifier that were not loaded
     dropped: str = ""  # what stood before the names of the network
+    num_left_out: int = 0  # tensors of stages that the network does not have
 
     def __str__(self) -> str:
         fresh = ", ".join(self.fresh)
         rest = f"; the classifier is fresh: {fresh}" if fresh else ", the classifier too"
         names = f" (named {self.dropped}...)" if self.dropped else ""
-        return f"{self.num_loaded} tensors from {self.source}{names}{rest}"
+        count = f"{self.num_loaded} tensors"
+        if self.num_left_out:
+            count += f" (and not {self.num_left_out} of later stages)"
+        return f"{count} from {self.source}{names}{rest}"
 
 
 def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWeights | None:
@@ -76,8 +80,10 @@ def load_starting_weights(config: TrainConfig, detector: Detector) -> StartingWe
 
 
 def _read_state(path: AnyPath, architecture: str) -> Mapping[str, torch.Tensor]:
+    from cifake_ray.core.models.small_networks import list_weight_sources
+
     data = read_bytes(path)
-    check_weights(path, data, architecture)
+    check_weights(path, data, architecture, list_weight_sources(architecture))
     return load_weights(path, data)
 
 
@@ -120,7 +126,9 @@ def _read_pretrained_cfg(folder: AnyPath, architecture: str) -> dict[str, Any]:
             f"{path}: names no architecture of timm ({type(error).__name__}: {error}); give the"
             " folder of a timm model or a bundle"
         ) from error
-    if found != architecture:
+    from cifake_ray.core.models.small_networks import list_weight_sources
+
+    if found not in list_weight_sources(architecture):
         raise BundleError(f"{folder}: the weights of {found}; give --model {found}")
     return cfg
 
@@ -153,9 +161,12 @@ def _load_fitting(
     BundleError when anything else does not fit.
     """
     from cifake_ray.core.models.detector import find_head
+    from cifake_ray.core.models.small_networks import fit_state
 
     own = detector.network.state_dict(keep_vars=True)
-    state, dropped = _drop_wrappers(state, own)
+    state, dropped = _drop_wrappers(state, {*own, *(n.removeprefix("network.") for n in own)})
+    fitted = fit_state(detector.network, state)
+    num_left_out, state = len(state) - len(fitted), fitted
     in_head = {id(t) for t in find_head(detector.network).state_dict(keep_vars=True).values()}
     head = {name for name, tensor in own.items() if id(tensor) in in_head}
     fits = {name: t for name, t in state.items() if name in own and t.shape == own[name].shape}
@@ -187,4 +198,5 @@ def _load_fitting(
         num_loaded=len(loaded),
         fresh=tuple(sorted(own.keys() - loaded.keys())),
         dropped=dropped,
+        num_left_out=num_left_out,
     )

@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, deserialize
@@ -66,9 +66,12 @@ def check_pickle(path: AnyPath, allow_pickle: bool) -> None:
         )
 
 
-def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
+def check_weights(
+    path: AnyPath, data: bytes, architecture: str, others: Collection[str] = ()
+) -> None:
     """Raise BundleError unless safetensors can read `data` and it names no other architecture.
 
+    It may name one of `others`, whose weights the architecture can start from.
     It takes as much memory again as `data`. Pickles are not checked here: that takes torch.
     """
     if path.suffix != ".safetensors":
@@ -78,7 +81,7 @@ def check_weights(path: AnyPath, data: bytes, architecture: str) -> None:
     except SafetensorError as error:
         raise BundleError(f"{path}: damaged ({error}); copy or train the bundle again") from error
     written_for = read_architecture(data) or architecture
-    if written_for != architecture:
+    if written_for != architecture and written_for not in others:
         raise BundleError(
             f"{path}: the weights of {written_for}, not the weights of {architecture}, which"
             " config.json names; copy or train the bundle again"

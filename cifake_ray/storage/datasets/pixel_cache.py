@@ -1,8 +1,8 @@
 """Keep the decoded pixels of shards on a node's disk, for all processes and trainings there.
 
-`KEY.npy` has the pixels, `KEY.json` the errors of images that do not decode and the sums of both,
-`KEY.lock` whoever decodes them now. The key is that of all that the pixels follow from, so files of
-one key are equal.
+`KEY.npy` has the pixels, or `KEY.native` (`native_cache.py`), `KEY.json` the errors of images that
+do not decode and the sums of both, `KEY.lock` whoever decodes them now. The key is that of all that
+the pixels follow from, so files of one key are equal.
 Modes follow the umask, as those of outputs do. Whoever may write pixels decides what is learned, so
 files of others are used if they are root's or those of the folder's owner, who was chosen with it.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,10 +27,10 @@ from cifake_ray.errors import CacheError, ImageError
 from cifake_ray.storage.io.files import write_json
 from cifake_ray.storage.io.paths import resolve_local
 
-SUFFIXES = (".npy", ".json", ".lock", ".writing")
+SUFFIXES = (".npy", ".native", ".json", ".lock", ".writing")
 # What json and numpy raise for bytes that are not those that were written.
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
-Decoded = Iterator[tuple[int, "np.ndarray | ImageError"]]
+Decoded = Iterator[tuple[int, Any]]  # the number of an image, and its pixels or its ImageError
 
 
 def locate_cache(cache_dir: str | None) -> Path:
@@ -39,12 +40,20 @@ def locate_cache(cache_dir: str | None) -> Path:
     return resolve_local(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cache") / "cifake_ray"
 
 
+class Stored(NamedTuple):
+    """What has been stored of the images."""
+
+    errors: dict[int, str]
+    sums: dict[str, int]  # CRC-32 of the pixels
+    over_bytes: int | None = None  # the limit that the pixels went beyond, so that none are kept
+
+
 @dataclass(frozen=True)
-class PixelCache:
+class DecodedCache:
     """The files of one key."""
 
     path: Path  # without a suffix
-    shape: tuple[int, ...] | None  # of the pixels, uint8[M, S, S, 3]; None keeps the errors only
+    suffix: ClassVar[str]  # of the pixels
 
     def fill(self, decode: Callable[[], Decoded], log: Callable[[str], None]) -> None:
         """Store what `decode` yields unless it is there. CacheError when the folder is unusable."""
@@ -55,13 +64,15 @@ class PixelCache:
             with _hold_lock(self._base.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
-                errors, sums = self._store(decode())
+                errors, sums, over_bytes = self._store(decode())
                 sums["unusable"] = zlib.crc32(json.dumps(errors).encode())
-                write_json(self._errors_path, {"unusable": errors, "crc32": sums})
+                limit = {} if over_bytes is None else {"over_bytes": over_bytes}
+                write_json(self._errors_path, {"unusable": errors, "crc32": sums, **limit})
 
-    def read(self) -> tuple[dict[int, str], np.ndarray | None]:
+    def read(self) -> tuple[dict[int, str], Any]:
         """Return the error of each image that does not decode, and the pixels, mapped into memory.
 
+        The pixels are None if they are not kept.
         CacheError when a file is damaged, in a single bit even: all of them are summed once.
         """
         with self._explain_errors():
@@ -70,19 +81,14 @@ class PixelCache:
                 record = json.loads(path.read_bytes())
                 errors, sums = record["unusable"], record.get("crc32", {})
                 unusable = {int(number): error for number, error in errors.items()}
-                _compare(sums, "unusable", json.dumps(errors).encode())
-                if self.shape is None:
-                    return unusable, None
+                compare_sum(sums, "unusable", json.dumps(errors).encode())
                 path = self._pixels_path
-                array = np.load(path, mmap_mode="r")
-                if array.shape != self.shape or array.dtype != np.uint8:
-                    raise ValueError(f"{array.dtype}{list(array.shape)}")
-                _compare(sums, "pixels", array.data)
+                pixels = self._map(sums)
             except DAMAGE as error:
                 raise CacheError(
                     f"{path}: damaged ({error}); delete it, and the images are decoded again"
                 ) from error
-        return unusable, array
+        return unusable, pixels
 
     @property
     def _base(self) -> Path:
@@ -100,31 +106,22 @@ class PixelCache:
 
     @property
     def _pixels_path(self) -> Path:
-        return self._base.with_suffix(".npy")
+        return self._base.with_suffix(self.suffix)
 
     @property
     def _errors_path(self) -> Path:
         return self._base.with_suffix(".json")
 
     def _is_filled(self) -> bool:
-        return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
+        raise NotImplementedError
 
-    def _store(self, decoded: Decoded) -> tuple[dict[int, str], dict[str, int]]:
-        """Write the pixels, whole or not at all; return the errors and the sum of the pixels."""
-        if self.shape is None:
-            return {n: image.error for n, image in decoded if isinstance(image, ImageError)}, {}
-        errors: dict[int, str] = {}
-        with _create_unnamed(self._pixels_path) as (file, name):
-            array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
-            _allocate(file)
-            for number, image in decoded:
-                if isinstance(image, ImageError):
-                    errors[number] = image.error
-                else:
-                    array[number] = image
-            array.flush()
-            sums = {"pixels": zlib.crc32(array.data)}  # a second for each 4 GB
-        return errors, sums
+    def _store(self, decoded: Decoded) -> Stored:
+        """Write the pixels, whole or not at all."""
+        raise NotImplementedError
+
+    def _map(self, sums: dict[str, int]) -> Any:
+        """Map the pixels, None if they are not kept. ValueError when they are others."""
+        raise NotImplementedError
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
@@ -134,7 +131,47 @@ class PixelCache:
             raise _explain_error(error, self.path.parent) from error
 
 
-def _compare(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:
+@dataclass(frozen=True)
+class PixelCache(DecodedCache):
+    """Images of one size."""
+
+    shape: tuple[int, ...] | None  # of the pixels, uint8[M, S, S, 3]; None keeps the errors only
+    suffix = ".npy"
+
+    def _is_filled(self) -> bool:
+        return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
+
+    def _store(self, decoded: Decoded) -> Stored:
+        if self.shape is None:
+            return Stored(list_errors(decoded), {})
+        errors: dict[int, str] = {}
+        with create_unnamed(self._pixels_path) as (file, name):
+            array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
+            _allocate(file)
+            for number, image in decoded:
+                if isinstance(image, ImageError):
+                    errors[number] = image.error
+                else:
+                    array[number] = image
+            array.flush()
+            return Stored(errors, {"pixels": zlib.crc32(array.data)})  # a second for each 4 GB
+
+    def _map(self, sums: dict[str, int]) -> np.ndarray | None:
+        if self.shape is None:
+            return None
+        array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
+        if array.shape != self.shape or array.dtype != np.uint8:
+            raise ValueError(f"{array.dtype}{list(array.shape)}")
+        compare_sum(sums, "pixels", array.data)
+        return array
+
+
+def list_errors(decoded: Decoded) -> dict[int, str]:
+    """Return the errors of the images that do not decode."""
+    return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
+
+
+def compare_sum(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:
     """Raise ValueError when the data have another CRC-32 than when they were written.
 
     Files of earlier versions have no sums.
@@ -175,7 +212,7 @@ def _hold_lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _create_unnamed(path: Path) -> Iterator[tuple[int, str]]:
+def create_unnamed(path: Path) -> Iterator[tuple[int, str]]:
     """Yield an empty file and a name to open it by; at the end it is published as `path`.
 
     A process that is killed leaves nothing behind, or, where files need a name, one file that the

@@ -10,7 +10,25 @@ from cifake_ray.storage.presets.yaml_presets import parse_mapping
 
 
 def read_augmentation(config: TrainConfig) -> Augmentation:
-    """Return the policy of `--augment`. UsageError for an unknown name, file or step."""
+    """Return the policy of `--augment`.
+
+    UsageError for an unknown name, file or step, and for a step that `--fit` rules out.
+    """
+    policy = _read_policy(config)
+    if policy.downscale and config.fit != "crops":
+        raise UsageError(
+            f"--augment {policy}: downscale shrinks native pixels; give --fit crops, or leave it"
+            " out"
+        )
+    if config.consistency and policy in (POLICIES["none"], POLICIES["flip"]):
+        raise UsageError(
+            f"--consistency compares an image with what --augment makes of it, and {policy}"
+            " degrades nothing; give another policy, or leave it out"
+        )
+    return policy
+
+
+def _read_policy(config: TrainConfig) -> Augmentation:
     if isinstance(config.augment, Augmentation):
         return config.augment
     if config.augment in POLICIES:

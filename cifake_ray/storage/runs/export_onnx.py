@@ -57,6 +57,7 @@ def _describe_bundle(info: BundleInfo) -> dict[str, str]:
         "cifake_ray_version": __version__,
         "image_size": info.preprocessing.image_size,
         "fit": info.preprocessing.fit,
+        "num_crops": info.preprocessing.num_crops,
         "test_time_flip": info.preprocessing.test_time_flip,
         "temperature": info.calibration.temperature,
         **thresholds,

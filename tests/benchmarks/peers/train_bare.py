@@ -26,7 +26,8 @@ def read_arrays(config: Any, detector: Any) -> tuple[torch.Tensor, torch.Tensor]
     import numpy as np
     import torch
 
-    from cifake_ray.storage.datasets.training_set import open_training_data, read_training_rows
+    from cifake_ray.storage.datasets.training_rows import read_training_rows
+    from cifake_ray.storage.datasets.training_set import open_training_data
 
     rows = read_training_rows(config)
     data = open_training_data(rows, detector.preprocessing, config, 1).train

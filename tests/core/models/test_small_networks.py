@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import timm
 import torch
+from scipy.ndimage import median_filter
 from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_detector, find_head, list_architectures
-from cifake_ray.core.models.small_networks import DESCRIPTIONS, FUSION, Fusion, build_small
+from cifake_ray.core.models.precision import use_precision
+from cifake_ray.core.models.small_networks import (
+    DESCRIPTIONS,
+    FUSION,
+    Fusion,
+    WithResidual,
+    build_small,
+    find_median,
+    find_stem,
+    fit_state,
+)
 from cifake_ray.core.training.optimizer import make_optimizer
+from cifake_ray.errors import UsageError
 
 
 @pytest.mark.parametrize("name", DESCRIPTIONS)
@@ -115,3 +129,60 @@ def test_paths_are_dropped_where_asked(name: str) -> None:
 
     assert has_paths(0.3)
     assert not has_paths(0.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (17, 6)])
+def test_the_median_of_each_window_is_scipys(shape: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (2, 3, *shape)).astype(np.float32)
+    expected = median_filter(images, size=(1, 1, 3, 3), mode="nearest")
+    np.testing.assert_array_equal(find_median(torch.from_numpy(images)).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "side"),
+    [
+        ("small_lite0", 700_994, 8),
+        ("small_lite0_s4", 254_146, 8),
+        ("small_lite1_s3_stride1", 0, 32),
+    ],
+)
+def test_a_small_lite_is_the_first_stages_of_timms(
+    name: str, num_parameters: int, side: int
+) -> None:
+    network = build_small(name, 128, 0.0).eval()
+    assert num_parameters in (0, sum(each.numel() for each in network.parameters()))
+    with torch.inference_mode():
+        features = network.forward_features(torch.zeros(1, 3, 128, 128))
+    assert features.shape[-1] == side
+    whole = timm.create_model(f"efficientnet_{name.split('_')[1]}", bn_eps=1e-3).eval()
+    own, theirs = network.state_dict(), fit_state(network, whole.state_dict())
+    body = {key for key in own if not key.startswith("classifier.")}
+    assert body == theirs.keys() - {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("name", ["small_lite0", "small_cnn", "small_vit_tiny"])
+def test_a_residual_changes_nothing_until_it_is_trained(name: str) -> None:
+    plain, detector = build_detector(name).eval(), build_detector(f"{name}_residual").eval()
+    network = detector.network
+    assert isinstance(network, WithResidual)
+    network.load_state_dict(fit_state(network, plain.network.state_dict()))
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(detector(images), plain(images))
+        nn.init.normal_(find_stem(network).weight[:, 3:])
+        assert not torch.allclose(detector(images), plain(images))
+        exact = detector.find_logit(images)
+        rounded = use_precision(detector, "bf16").find_logit(images)
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+    with pytest.raises(UsageError, match=r"int8.*residual channels"):
+        use_precision(build_detector(f"{name}_residual"), "int8", ranges={})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cnn_residual", "fusion_residual", "resnet18_residual", "small_lite9", "small_lite0_s8"],
+)
+def test_another_name_of_a_small_network_is_none(name: str) -> None:
+    with pytest.raises(UsageError, match="no such architecture"):
+        build_detector(name)

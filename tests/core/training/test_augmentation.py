@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 from cifake_ray.config import POLICIES, Augmentation, parse_augmentation
+from cifake_ray.core.training import augmentation
 from cifake_ray.core.training.augmentation import DRAWN, Draws, augment, draw_augmentation
 
 SIZE = 16
@@ -46,12 +48,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "rescale": {"rescale": 0.7, "rescale_share": 0.5},
     "blur": {"blur": 2.0, "blur_share": 0.5},
     "noise": {"noise": 20.0, "noise_share": 0.5},
-    "jpeg": {"jpeg_quality": 10, "jpeg_share": 0.5},
+    "jpeg": {"jpeg_quality": 10, "jpeg_share": 0.5, "best_quality": 90},
+    "webp": {"webp_quality": 10, "webp_share": 0.5},
 }
+CUT = {"downscale", "downscale_share"}  # before images have the size of the input
 
 
 def test_every_field_belongs_to_a_step() -> None:
-    assert {name for values in STEPS.values() for name in values} == {
+    assert {name for values in STEPS.values() for name in values} | CUT == {
         field.name for field in fields(Augmentation)
     }
 
@@ -198,14 +202,50 @@ def test_noise_has_the_deviation_that_was_drawn() -> None:
     assert not torch.equal(noisy[0], noisy[1])
 
 
-def test_a_jpeg_of_lower_quality_loses_more() -> None:
+@pytest.mark.parametrize("step", ["jpeg", "webp"])
+def test_a_lower_quality_loses_more(step: str) -> None:
     images = make_images()
     loss = []
     for drawn in (0.999, 0.5, 0.0):  # qualities 100, 55 and 10
-        draws = set_draws(make_draws(), jpeg=drawn, jpeg_share=0.0)
-        struck = augment(images, Augmentation(jpeg_quality=10, jpeg_share=1.0), draws)
+        draws = set_draws(make_draws(), **{step: drawn, f"{step}_share": 0.0})
+        policy = Augmentation(**{f"{step}_quality": 10, f"{step}_share": 1.0})
+        struck = augment(images, policy, draws)
         loss.append((struck.float() - images.float()).abs().mean().item())
     assert 0 < loss[0] < loss[1] < loss[2]
+
+
+@pytest.mark.parametrize(("step", "module"), [("jpeg", "simplejpeg"), ("webp", None)])
+def test_qualities_reach_from_the_lowest_to_the_best(
+    step: str, module: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    encode = simplejpeg.encode_jpeg if module else augmentation.reencode
+
+    def record(image: Any, name_or_quality: Any, quality: int = 0, **rest: Any) -> Any:
+        seen.append(quality or name_or_quality)
+        return encode(image, name_or_quality, *([quality] if quality else []), **rest)
+
+    place: Any = simplejpeg if module else augmentation
+    monkeypatch.setattr(place, "encode_jpeg" if module else "reencode", record)
+    policy = Augmentation(
+        **{f"{step}_quality": 93, f"{step}_share": 1.0, "best_quality": 95}  # type: ignore[arg-type]
+    )
+    augment(make_images(60, 8), policy, make_draws(60))
+    assert set(seen) == {93, 94, 95}
+    assert len(seen) == 60
+
+
+def test_numbers_that_were_drawn_before_others_came_stay_the_same() -> None:
+    """So policies of before keep their pixels, and what is drawn behind them its values."""
+    mine, plain = np.random.default_rng(3), np.random.default_rng(3)
+    draws = draw_augmentation(mine, np.zeros(5, bool))
+    table = plain.random((18, 5))
+    for name, row in (("rotation", 0), ("jpeg", 16), ("move_share", 17)):
+        assert draws.uniform[name].tolist() == table[row].tolist()
+    assert draws.noise_seed.tolist() == plain.integers(2**62, size=5).tolist()
+    assert mine.random() == plain.random()
+    later = [draws.uniform[name].tolist() for name in ("webp", "downscale", "top", "left")]
+    assert len({tuple(values) for values in [*later, *table.tolist()]}) == 22
 
 
 def test_rescaling_takes_detail_away_and_leaves_the_mean() -> None:
@@ -244,6 +284,12 @@ def test_a_policy_survives_its_mapping(name: str) -> None:
         ({"noise_share": 0.5}, "give noise and noise_share, or neither"),
         ({"jpeg_quality": 50}, "give jpeg_quality and jpeg_share, or neither"),
         ({"jpeg_quality": 0, "jpeg_share": 0.5}, "jpeg_quality is 0; give 1 to 100"),
+        ({"webp_share": 0.5}, "give webp_quality and webp_share, or neither"),
+        ({"downscale": 0.5}, "give downscale and downscale_share, or neither"),
+        (
+            {"webp_quality": 96, "webp_share": 1, "best_quality": 95},
+            "webp_quality is above best_quality",
+        ),
         ({"jpeg_quality": 50.5, "jpeg_share": 0.5}, "jpeg_quality is 50.5; give 1 to 100"),
     ],
 )

@@ -12,6 +12,7 @@ from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.models.precision import has_int8, use_precision
 from cifake_ray.core.training import check_precision
 from cifake_ray.core.training.check_precision import check_precisions
+from cifake_ray.core.training.validation import ScoredPixels
 
 CALIBRATION = Calibration(
     temperature=0.5, threshold=0.5, threshold_fpr_1=0.9, threshold_fpr_01=0.99
@@ -44,7 +45,9 @@ def check(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check_precision, "_time_batch", lambda *_: next(times))
         logit = score(detector, images)
-        return check_precisions(detector, CALIBRATION, logit, label, lambda at: images[at])
+        return check_precisions(
+            detector, CALIBRATION, logit, label, lambda at: ScoredPixels(images[at])
+        )
 
 
 @needs_int8

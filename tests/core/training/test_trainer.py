@@ -463,7 +463,7 @@ def find_flips(trainer: Trainer) -> dict[bytes, bool]:
     source = trainer.batches.images
     assert isinstance(source, ArrayImages)
     flips = {}
-    for images, _, _ in trainer.batches.draw(trainer.state.epoch, 0):
+    for images, *_ in trainer.batches.draw(trainer.state.epoch, 0):
         for given, number in zip(images.numpy(), source.reads[-1], strict=True):
             stored = source.pixels[number]
             assert np.array_equal(given, stored) or np.array_equal(given, stored[:, ::-1])
@@ -524,7 +524,7 @@ def test_labels_stay_with_their_images() -> None:
     trainer = make_trainer()
     source = trainer.batches.images
     assert isinstance(source, ArrayImages)
-    for _, labels, batch_size in trainer.batches.draw(trainer.state.epoch, 0):
+    for _, labels, batch_size, _ in trainer.batches.draw(trainer.state.epoch, 0):
         assert labels.tolist() == source.labels[source.reads[-1]].tolist()
         assert batch_size == 16
 

@@ -17,11 +17,8 @@ from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
 from cifake_ray.storage.datasets.domain import read_domain, read_typical_side
-from cifake_ray.storage.datasets.training_set import (
-    ImageSet,
-    open_training_data,
-    read_training_rows,
-)
+from cifake_ray.storage.datasets.training_rows import read_training_rows
+from cifake_ray.storage.datasets.training_set import ImageSet, open_training_data
 from cifake_ray.storage.runs.shards import FOOTER_KEY
 
 PREPROCESSING = Preprocessing(image_size=8, fit="resize", mean=(0.5,) * 3, std=(0.5,) * 3)

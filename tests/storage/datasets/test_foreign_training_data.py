@@ -17,11 +17,8 @@ from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import StorageError, UsageError
-from cifake_ray.storage.datasets.training_set import (
-    TrainingRows,
-    open_training_data,
-    read_training_rows,
-)
+from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
+from cifake_ray.storage.datasets.training_set import open_training_data
 from cifake_ray.storage.sources.parquet import ParquetSource, choose_columns, find_splits
 
 PREPROCESSING = Preprocessing(image_size=8, fit="resize", mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -24,11 +24,8 @@ from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.schema import FAKE, FOOTER_KEY, REAL
 from cifake_ray.errors import CacheError
 from cifake_ray.storage.datasets import pixel_cache, training_set
-from cifake_ray.storage.datasets.training_set import (
-    TrainingData,
-    open_training_data,
-    read_training_rows,
-)
+from cifake_ray.storage.datasets.training_rows import read_training_rows
+from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
 
 SIZE = 8
 PREPROCESSING = Preprocessing(image_size=SIZE, fit="resize", mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -1,0 +1,231 @@
+"""Find the rows of shards that train and validate, and the twins of their images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cifake_ray.config import TrainConfig
+from cifake_ray.core.labels import LabelReader, parse_split
+from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
+from cifake_ray.errors import ImageError, UsageError
+from cifake_ray.storage.datasets.twins import find_twins
+from cifake_ray.storage.io.digest import stamp_file
+from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.sources.columns import ColumnChoice
+from cifake_ray.storage.sources.held_images import get_bytes
+from cifake_ray.storage.sources.image_table import ImageTable
+from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
+
+USES = ("to train on", "to validate on", "left out")
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The labelled rows of the shards that train or validate; parallel arrays."""
+
+    groups: list[tuple[AnyPath, int]]  # (file, row group)
+    group_rows: np.ndarray  # int64[G]: all rows of each row group
+    group: np.ndarray  # int32[N]: number of the row group
+    row: np.ndarray  # int32[N]: row inside it
+    label: np.ndarray  # int64[N]
+    is_val: np.ndarray  # bool[N]
+    num_in_both: int = 0  # rows whose bytes are also those of a row with the other label
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # rows by use and split
+    choice: ColumnChoice = ColumnChoice()  # noqa: RUF009 - frozen
+    twin_of: np.ndarray | None = None  # int64[N]: the row that each is a twin of, else -1
+    notes: tuple[str, ...] = ()  # how labels of others were read, for the user
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{sum(splits.values()):,} {use} ("
+            + ", ".join(f"{n:,} {s}" if len(splits) > 1 else s for s, n in splits.items())
+            + ")"
+            for use in USES
+            if (splits := {split: n for (u, split), n in self.counts.items() if u == use})
+        )
+
+    @property
+    def slots(self) -> np.ndarray:
+        """Return the position of each row among all rows of the files, int64[N]."""
+        starts: np.ndarray = np.cumsum(self.group_rows) - self.group_rows
+        slots: np.ndarray = starts[self.group] + self.row
+        return slots
+
+    def read_group(self, number: int) -> tuple[pa.ChunkedArray, list[str | None]]:
+        """Read the images of a row group, and their errors."""
+        path, group = self.groups[number]
+        with ImageTable(path, path.name, self.choice) as table:
+            images = table.read([group], [table.image]).column(table.image)
+            return images, table.read_facts([group]).errors
+
+    def hash_rows(self) -> str:
+        """Return the sha256 of which rows train and validate, and their labels."""
+        digest = hashlib.sha256()
+        for column in (self.group, self.row, self.label, self.is_val, self.twin_of):
+            if column is not None:
+                digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def hash_files(self) -> str:
+        """Return a sha256 that changes when a file does."""
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(path for path, _ in self.groups):
+            digest.update(f"{path}|{stamp_file(path)}\n".encode())
+        return digest.hexdigest()
+
+
+def read_training_rows(config: TrainConfig) -> TrainingRows:
+    """Find the training and validation rows, and the twins of their REAL images.
+
+    UsageError for a source that is not there, and when either side has none of a class.
+    """
+    root = resolve_path(config.shards, config.store)
+    choice, left_out = choose_columns(root), Counter[str]()
+    labels, is_foreign = LabelReader(choice.label, choice.class_names), False
+    groups: list[tuple[AnyPath, int]] = []
+    group_rows: list[int] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    counts: Counter[tuple[str, str]] = Counter()
+    sources: set[str] = set()
+    for table in open_tables(root, choice, left_out):
+        is_foreign |= not table.is_ours
+        for number in range(table.file.num_row_groups):
+            columns = _read_group_rows(table, number, labels, config, counts, sources)
+            parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
+            groups.append((table.path, number))
+            group_rows.append(table.file.metadata.row_group(number).num_rows)
+    for source in config.exclude_source:
+        if not counts[USES[2], f"of the source {source}"]:
+            raise UsageError(f"--exclude-source {source}: {root} has no labelled image of it")
+    for source in config.val_source_names:
+        if source not in sources:
+            known = ", ".join(sorted(sources)) or "no source at all"
+            raise UsageError(
+                f"--val-sources {source}: {root} has no labelled image of it to train on; it has"
+                f" {known}"
+            )
+    group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
+    in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
+    num_in_both = int(np.isin(digest, in_both).sum())
+    labels.check(root, HINT_CONVERT)
+    rows = TrainingRows(
+        groups,
+        np.array(group_rows),
+        group,
+        row,
+        label,
+        is_val,
+        num_in_both,
+        counts,
+        choice,
+        notes=(labels.describe(),) if is_foreign and labels.counts else (),
+    )
+    if config.twins is not None:
+        rows = _add_twins(rows, config)
+    check_both_classes(rows, np.ones(len(rows.label), bool), config)
+    return rows
+
+
+def _add_twins(rows: TrainingRows, config: TrainConfig) -> TrainingRows:
+    """Return the rows and behind them those of their twins, which train or validate with them."""
+    images = np.flatnonzero(rows.label == REAL)
+    twins = find_twins(rows.groups, rows.group[images], rows.row[images], config)
+    twin_of = images[twins.twin_of]
+    return replace(
+        rows,
+        groups=rows.groups + twins.groups,
+        group_rows=np.append(rows.group_rows, twins.group_rows),
+        group=np.append(rows.group, len(rows.groups) + np.array(twins.group, np.int32)),
+        row=np.append(rows.row, np.array(twins.row, np.int32)),
+        label=np.append(rows.label, np.full(len(twin_of), FAKE)),
+        is_val=np.append(rows.is_val, rows.is_val[twin_of]),
+        twin_of=np.append(np.full(len(rows.label), -1), twin_of),
+        notes=(*rows.notes, f"{twins}"),
+    )
+
+
+def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
+    """Raise UsageError when a class has no usable image to train or to validate on."""
+    for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
+        for value in (REAL, FAKE):
+            if not (rows.label[side & usable] == value).any():
+                if config.val_sources:
+                    which = "of" if name == "validation" else "beside"
+                    raise UsageError(
+                        f"--val-sources {','.join(config.val_source_names)}: no labelled"
+                        f" {LABEL_NAMES[value]} image {which} these sources that decodes; {name}"
+                        " needs both classes, REAL and FAKE: name other sources"
+                    )
+                raise UsageError(
+                    f"{config.shards}: no labelled {LABEL_NAMES[value]} image for {name} that"
+                    f" decodes; of its rows, {rows}; training takes those with split `train` or"
+                    " none (--val-fraction, --val-split choose among them); `convert` takes names"
+                    " of classes by --real-name and --fake-name"
+                    + "".join(f"; {note}" for note in rows.notes)
+                )
+
+
+def _read_group_rows(
+    table: ImageTable,
+    number: int,
+    labels: LabelReader,
+    config: TrainConfig,
+    counts: Counter[tuple[str, str]],
+    sources: set[str],
+) -> tuple[np.ndarray, ...]:
+    """Return row, label, is_val and digest of the usable rows of one row group.
+
+    Count all rows, and collect the sources of the usable ones.
+    """
+    has_hashes = table.is_ours and "sha256" in table.columns
+    hashed = "sha256" if has_hashes else table.image
+    contents = table.read([number], [hashed]).column(hashed).to_pylist()
+    facts = table.read_facts([number])
+    val_split, val_sources = parse_split(config.val_split), set(config.val_source_names)
+    chosen: list[tuple[int, int, bool, int]] = []
+    understood = table.understand_labels(facts.labels, labels)
+    cells = understood, facts.splits, facts.sources, facts.errors, contents
+    for row, (label, split, source, error, content) in enumerate(zip(*cells, strict=True)):
+        data = content if has_hashes else read_bytes_of(content)
+        name = f"of split {split}" if split else "without a split"
+        if label is None or error is not None or not data:
+            name = "with an error" if label is not None or error is not None else "without a label"
+            counts[USES[2], name] += 1
+            continue
+        is_val = val_split is not None and split == val_split
+        if not is_val and split not in (None, "train"):
+            counts[USES[2], name] += 1
+            continue
+        if source in config.exclude_source:
+            counts[USES[2], f"of the source {source}"] += 1
+            continue
+        digest = int.from_bytes((data if has_hashes else hashlib.sha256(data).digest())[:8], "big")
+        # By the image's bytes, so that duplicates are never on both sides.
+        if digest >= (1 - config.test_fraction) * 2**64:
+            counts[USES[2], "for a test"] += 1
+            continue
+        if source is not None:
+            sources.add(source)
+        if val_sources:
+            is_val = source in val_sources
+        elif val_split is None:
+            is_val = digest < config.val_fraction * 2**64
+        counts[USES[is_val], name] += 1
+        chosen.append((row, label, is_val, digest))
+    types = (np.int32, np.int64, bool, np.uint64)
+    lists = [list(column) for column in zip(*chosen, strict=True)] or [[]] * len(types)
+    return tuple(np.array(column, kind) for column, kind in zip(lists, types, strict=True))
+
+
+def read_bytes_of(value: Any) -> bytes | None:
+    """Return the encoded image in a value of a column of images, None when there is none."""
+    try:
+        return get_bytes(value)
+    except ImageError:
+        return None
