@@ -32,6 +32,7 @@ from cifake_ray.storage.bundles.weights import (
     encode_weights,
     find_weights,
     load_weights,
+    read_architecture,
 )
 from cifake_ray.storage.io.files import (
     MAX_JSON_BYTES,
@@ -218,12 +219,8 @@ def _read_classifier(
 ) -> tuple[BundleInfo, bytes]:
     """Return what `_read_bundle` does of a classifier of others. Pickles are not read."""
     processor = read_if_exists(path / PROCESSOR_NAME)
-    architecture, preprocessing, other = parse_classifier(
-        str(path),
-        parsed,
-        None if processor is None else _parse_object(path / PROCESSOR_NAME, processor),
-        fake_class,
-    )
+    steps = None if processor is None else _parse_object(path / PROCESSOR_NAME, processor)
+    architecture, preprocessing, other = parse_classifier(str(path), parsed, steps, fake_class)
     if not exists(path / WEIGHTS_NAME):
         raise BundleError(
             f"{path}: no {WEIGHTS_NAME}; classifiers of others are read from it alone"
@@ -232,6 +229,8 @@ def _read_classifier(
     fingerprint = _combine(config, processor or b"", weights, b"%d" % other.fake_output)
     _check_sha256(path, (expect_sha256 or fingerprint).lower(), fingerprint)
     check_weights(path / WEIGHTS_NAME, weights, architecture)
+    if read_architecture(weights) is not None:  # without its calibration
+        raise BundleError(f"{path}: not a bundle any more: its config.json has lost `cifake_ray`")
     info = BundleInfo(
         path=path,
         weights_name=WEIGHTS_NAME,

@@ -80,13 +80,19 @@ def check_weights(
         deserialize(data)  # type: ignore[no-untyped-call]  # there is no check that copies nothing
     except SafetensorError as error:
         raise BundleError(f"{path}: damaged ({error}); copy or train the bundle again") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    written_for = (header.get("__metadata__") or {}).get("architecture", architecture)
+    written_for = read_architecture(data) or architecture
     if written_for != architecture and written_for not in others:
         raise BundleError(
             f"{path}: the weights of {written_for}, not the weights of {architecture}, which"
             " config.json names; copy or train the bundle again"
         )
+
+
+def read_architecture(data: bytes) -> str | None:
+    """Return what `encode_weights` wrote into safetensors; None in those of other programs."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    found: str | None = (header.get("__metadata__") or {}).get("architecture")
+    return found
 
 
 def load_weights(path: AnyPath, data: bytes) -> Mapping[str, torch.Tensor]:
