@@ -1,7 +1,7 @@
 """Other people's detectors for `rivals.py`, each with its own preprocessing.
 
-Each takes encoded images and returns a logit for each, above it more FAKE. Their weights stay where
-they are or are made in a scratch folder: nothing of them ships.
+Each takes an encoded image and returns a logit: the higher, the more likely FAKE. Their weights are
+read from where they were downloaded to: nothing of them ships.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional
 
+from cifake_ray.core.models.small_networks import MEDIAN_PAIRS
+
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Score = Callable[[bytes], float]
 
@@ -25,12 +27,6 @@ CLIP_MODEL = "vit_base_patch16_clip_quickgelu_224"
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 CLIP_SIZE = 224
-# Exchanges after which the fifth of nine numbers is in the middle (Paeth, Graphics Gems, 1990):
-# several times as fast as sorting them.
-MEDIAN_OF_9 = (
-    *((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3)),
-    *((5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2)),
-)
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -144,11 +140,9 @@ def find_median(pixels: torch.Tensor) -> torch.Tensor:
     padded = functional.pad(pixels, (1, 1, 1, 1))
     window = [padded[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
     window[4] = torch.zeros_like(pixels)
-    for low, high in MEDIAN_OF_9:
-        window[low], window[high] = (
-            torch.minimum(window[low], window[high]),
-            torch.maximum(window[low], window[high]),
-        )
+    for low, high in MEDIAN_PAIRS:
+        pair = window[low], window[high]
+        window[low], window[high] = torch.minimum(*pair), torch.maximum(*pair)
     return window[4]
 
 
