@@ -1,7 +1,8 @@
 """Make a detector compute in another precision: folded batch norms, bf16, fp16, TF32, int8.
 
 int8 is torch's static quantisation of a traced network: 8-bit activations, weights by channel, the
-classifier in float32, computed by oneDNN. It needs no compiler and no other package.
+classifier in float32, computed by oneDNN. It needs no compiler and no other package. A residual and
+the convolution that sees it stay in float32: 8 bits for both would round its small steps away.
 torch.ao.quantization is deprecated in favour of torchao, whose networks need torch.compile: 10
 seconds and a C++ compiler in each worker.
 """
@@ -12,17 +13,19 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cifake_ray.core.evaluation.calibration import compute_p_fake
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.models.detector import Detector, find_head
-from cifake_ray.core.models.small_networks import WithResidual
+from cifake_ray.core.models.small_networks import WithResidual, find_stem, is_lite
 from cifake_ray.errors import ResourceError, UsageError
 
 Ranges = Mapping[str, list[float]]
@@ -85,8 +88,10 @@ def exact_products() -> Iterator[None]:
 def fold_norms(network: nn.Module) -> nn.Module:
     """Return the network, in eval mode, with the batch norms behind convolutions folded into them.
 
-    Where one follows the other in a Sequential. Outputs change in the last bits.
+    Where one follows the other in a Sequential or in `small_lite`. Outputs change in the last bits.
     """
+    if is_lite(network):
+        _fold_lite_norms(network)
     for module in network.modules():
         if isinstance(module, nn.Sequential):
             for at in range(len(module) - 1):
@@ -94,6 +99,17 @@ def fold_norms(network: nn.Module) -> nn.Module:
                 if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
                     module[at], module[at + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
     return network
+
+
+def _fold_lite_norms(network: nn.Module) -> None:
+    """Fold timm's batch norms, which hold the activation behind them, into the convolutions."""
+    from timm.layers import BatchNormAct2d
+
+    for module in list(network.modules()):
+        for (conv_name, conv), (name, norm) in pairwise(list(module.named_children())):
+            if type(conv) is nn.Conv2d and type(norm) is BatchNormAct2d:
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, name, norm.act)
 
 
 def make_probe(size: int, count: int = NUM_PROBES) -> torch.Tensor:
@@ -158,7 +174,8 @@ def find_ranges(
         for name, each in _list_observers(prepared).items():
             scale, zero_point = (float(value) for value in each.calculate_qparams())
             ranges[name] = [-zero_point * scale, (255 - zero_point) * scale]
-    ranges[INPUT_OBSERVER] = _choose_input_range(detector)
+    if INPUT_OBSERVER in ranges:
+        ranges[INPUT_OBSERVER] = _choose_input_range(detector)
     return ranges
 
 
@@ -196,6 +213,9 @@ def quantize(detector: Detector, ranges: Ranges) -> nn.Module:
             raise ValueError("the bundle's ranges are for another network or version of torch")
         for name, each in observers.items():
             each.min_val, each.max_val = (torch.tensor(value) for value in ranges[name])
+        if isinstance(prepared, WithResidual):
+            prepared.network = convert_fx(prepared.network)
+            return prepared
         network: nn.Module = convert_fx(prepared)
     return network
 
@@ -210,15 +230,37 @@ def _insert_observers(detector: Detector, observer: Any) -> Any:
     )
     qconfig = QConfig(activation=observer, weight=by_channel)  # type: ignore[no-untyped-call]
     mapping = QConfigMapping().set_global(qconfig)
-    head = set(find_head(detector.network).modules())
-    for name, module in detector.network.named_modules():
-        if module in head:  # 256 logits would be too few
+    whole = copy.deepcopy(detector.network).eval().requires_grad_(False)
+    network = whole.network if isinstance(whole, WithResidual) else whole
+    stem = find_stem(network)
+    exact = set(find_head(network).modules())  # 256 logits would be too few
+    if isinstance(whole, WithResidual):
+        exact.add(stem)
+    for name, module in network.named_modules():
+        if module in exact:
             mapping.set_module_name(name, None)
-    if isinstance(detector.network, WithResidual):
-        raise ValueError("its residual channels need more than 8 bits")
+    if is_lite(network):
+        _fold_lite_norms(network)
+        _saturate_at_6(network)
     size = detector.preprocessing.image_size
-    network = copy.deepcopy(detector.network).eval().requires_grad_(False)
-    return prepare_fx(network, mapping, (torch.zeros(1, 3, size, size),))
+    prepared = prepare_fx(network, mapping, (torch.zeros(1, stem.in_channels, size, size),))
+    if not isinstance(whole, WithResidual):
+        return prepared
+    whole.network = prepared
+    return whole
+
+
+def _saturate_at_6(network: nn.Module) -> None:
+    """Let each ReLU6 be the end of its convolution, as torch fuses a ReLU only.
+
+    The observers see no value above 6, and int8 saturates at the end of their ranges.
+    """
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.ReLU6:
+                relu = nn.ReLU()
+                relu.forward = functional.relu6  # type: ignore[method-assign]
+                setattr(module, name, relu)
 
 
 def _list_observers(prepared: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cifake_ray.core.models.gradient_maps import attribute_logits, check_captum
 from cifake_ray.errors import UsageError
 
 
-@pytest.mark.parametrize("architecture", ["cnn", "small_cnn_w8_d1"])
+@pytest.mark.parametrize("architecture", ["cnn", "small_cnn_w8_d1", "small_cnn_w8_d1_residual"])
 def test_what_pixels_add_is_the_logit_less_that_of_a_plain_image(architecture: str) -> None:
     pytest.importorskip("captum")
     torch.manual_seed(0)

@@ -67,11 +67,12 @@ def find_kinds(detector: Detector) -> set[str]:
     return {type(module).__name__ for module in detector.network.modules()}
 
 
-def test_folded_norms_are_gone_and_change_the_last_bits_only() -> None:
-    detector, images = make_detector(), make_images()
+@pytest.mark.parametrize("name", ["small_cnn_w16_d1", "small_lite0_s2", "small_lite0_s2_residual"])
+def test_folded_norms_are_gone_and_change_the_last_bits_only(name: str) -> None:
+    detector, images = make_detector(name), make_images()
     before = find_logits(detector, images)
     detector.network = fold_norms(detector.network)
-    assert "BatchNorm2d" not in find_kinds(detector)
+    assert not {"BatchNorm2d", "BatchNormAct2d"} & find_kinds(detector)
     np.testing.assert_allclose(find_logits(detector, images), before, rtol=1e-4, atol=1e-5)
 
 
@@ -94,6 +95,25 @@ def test_int8_computes_nearly_the_same_with_quantised_convolutions(name: str) ->
     after = find_logits(detector, images)
     assert 0 < np.abs(after - before).max() < 0.25 * before.std() + 0.02
     assert len(set(after.tolist())) > len(images) // 2  # its outputs are not 8-bit numbers
+
+
+@needs_int8
+@pytest.mark.parametrize("name", ["small_lite0_s2", "small_lite0_s2_residual"])
+def test_int8_of_a_small_lite_saturates_at_6_behind_its_convolutions(name: str) -> None:
+    detector, images = make_detector(name), make_images()
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.bias.data += 2.0  # so that many values would be above 6
+    before = find_logits(detector, images)
+    ranges = find_ranges(detector, images, 32)
+    quantised = use_precision(detector, "int8", ranges=ranges)
+    kinds = find_kinds(quantised)
+    assert "ConvReLU2d" in kinds
+    assert not {"ReLU6", "BatchNormAct2d"} & kinds
+    after = find_logits(quantised, images)
+    assert np.abs(after - before).max() < 0.05 * np.abs(before).max()
+    exact = [each.in_channels for each in quantised.network.modules() if type(each) is nn.Conv2d]
+    assert exact == ([6] if name.endswith("residual") else [])
 
 
 @needs_int8

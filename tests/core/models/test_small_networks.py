@@ -11,6 +11,7 @@ from torch import nn
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.models.detector import build_detector, find_head, list_architectures
+from cifake_ray.core.models.onnx_model import encode_onnx, load_onnx
 from cifake_ray.core.models.precision import use_precision
 from cifake_ray.core.models.small_networks import (
     DESCRIPTIONS,
@@ -22,6 +23,7 @@ from cifake_ray.core.models.small_networks import (
     find_stem,
     fit_state,
 )
+from cifake_ray.core.training.model_cost import count_cost
 from cifake_ray.core.training.optimizer import make_optimizer
 from cifake_ray.errors import UsageError
 
@@ -175,8 +177,26 @@ def test_a_residual_changes_nothing_until_it_is_trained(name: str) -> None:
         exact = detector.find_logit(images)
         rounded = use_precision(detector, "bf16").find_logit(images)
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
-    with pytest.raises(UsageError, match=r"int8.*residual channels"):
-        use_precision(build_detector(f"{name}_residual"), "int8", ranges={})
+
+
+@pytest.mark.parametrize("name", ["small_lite0_s2", "small_cnn_w8_d1_residual"])
+def test_an_onnx_model_sees_the_same_residual(name: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    detector = build_detector(name, image_size=40).eval()
+    nn.init.normal_(find_stem(detector.network).weight, std=0.2)
+    images = torch.randint(0, 256, (3, 40, 40, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = detector.find_logit(images).numpy()
+    logit, _ = load_onnx(encode_onnx(detector, 1.0, {}))(images.numpy())
+    np.testing.assert_allclose(logit, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small_lite0", "small_cnn_residual"])
+def test_the_cost_of_a_network_for_crops_is_counted(name: str) -> None:
+    small, large = count_cost(name, 64), count_cost(name, 128)
+    assert small.num_parameters == large.num_parameters < 1_500_000
+    assert 3.5 < large.macs / small.macs < 4.5
 
 
 @pytest.mark.parametrize(
