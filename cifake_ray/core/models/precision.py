@@ -103,7 +103,7 @@ def fold_norms(network: nn.Module) -> nn.Module:
 
 def _fold_lite_norms(network: nn.Module) -> None:
     """Fold timm's batch norms, which hold the activation behind them, into the convolutions."""
-    from timm.layers import BatchNormAct2d
+    from timm.layers.norm_act import BatchNormAct2d
 
     for module in list(network.modules()):
         for (conv_name, conv), (name, norm) in pairwise(list(module.named_children())):
@@ -214,7 +214,7 @@ def quantize(detector: Detector, ranges: Ranges) -> nn.Module:
         for name, each in observers.items():
             each.min_val, each.max_val = (torch.tensor(value) for value in ranges[name])
         if isinstance(prepared, WithResidual):
-            prepared.network = convert_fx(prepared.network)
+            prepared.network = convert_fx(prepared.network)  # type: ignore[arg-type]
             return prepared
         network: nn.Module = convert_fx(prepared)
     return network
@@ -232,10 +232,11 @@ def _insert_observers(detector: Detector, observer: Any) -> Any:
     mapping = QConfigMapping().set_global(qconfig)
     whole = copy.deepcopy(detector.network).eval().requires_grad_(False)
     network = whole.network if isinstance(whole, WithResidual) else whole
-    stem = find_stem(network)
     exact = set(find_head(network).modules())  # 256 logits would be too few
+    num_channels = 3
     if isinstance(whole, WithResidual):
-        exact.add(stem)
+        exact.add(find_stem(network))
+        num_channels = 6
     for name, module in network.named_modules():
         if module in exact:
             mapping.set_module_name(name, None)
@@ -243,7 +244,7 @@ def _insert_observers(detector: Detector, observer: Any) -> Any:
         _fold_lite_norms(network)
         _saturate_at_6(network)
     size = detector.preprocessing.image_size
-    prepared = prepare_fx(network, mapping, (torch.zeros(1, stem.in_channels, size, size),))
+    prepared = prepare_fx(network, mapping, (torch.zeros(1, num_channels, size, size),))
     if not isinstance(whole, WithResidual):
         return prepared
     whole.network = prepared
