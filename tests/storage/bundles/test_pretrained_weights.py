@@ -80,6 +80,44 @@ def test_weights_without_a_classifier_are_taken(tmp_path: Path) -> None:
     assert taken.fresh == HEAD
 
 
+@pytest.mark.parametrize("model", ["small_lite0_s2", "small_lite0_s2_residual"])
+def test_a_small_lite_takes_its_stages_and_says_what_it_left_out(
+    tmp_path: Path, model: str
+) -> None:
+    given = make_weights(model="tf_efficientnet_lite0")
+    save_file(given, tmp_path / "lite0.safetensors", {"architecture": "tf_efficientnet_lite0"})
+    detector, taken = start(tmp_path / "lite0.safetensors", model=model)
+    for name, tensor in detector.network.state_dict().items():
+        own = name.removeprefix("network.")
+        if own == "conv_stem.weight":
+            torch.testing.assert_close(tensor[:, :3], given[own], rtol=0, atol=0)
+            assert not tensor[:, 3:].any()
+        elif not own.startswith("classifier."):
+            assert torch.equal(tensor, given[own]), name
+    assert taken is not None
+    kept = ("conv_stem.", "bn1.", "blocks.0.", "blocks.1.")
+    num_kept = sum(name.startswith(kept) for name in given)
+    assert taken.num_loaded == num_kept
+    left_out = len(given) - num_kept - 2  # the classifier is not left out, but fresh
+    assert f"(and not {left_out} of later stages)" in str(taken)
+    with pytest.raises(BundleError, match=r"the weights of tf_efficientnet_lite0"):
+        start(tmp_path / "lite0.safetensors", model="small_lite1")
+
+
+def test_the_weights_of_the_plain_network_start_one_with_residual(tmp_path: Path) -> None:
+    plain = build_detector("small_cnn_w8_d1")
+    given = {name: tensor.clone() for name, tensor in plain.network.state_dict().items()}
+    save_file(given, tmp_path / "w8.safetensors", {"architecture": "small_cnn_w8_d1"})
+    detector, taken = start(tmp_path / "w8.safetensors", model="small_cnn_w8_d1_residual")
+    assert taken is not None
+    assert (taken.num_loaded, taken.fresh) == (len(given), ())
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(detector.eval()(images), plain.eval()(images))
+    with pytest.raises(BundleError, match=r"the weights of small_cnn_w8_d1,"):
+        start(tmp_path / "w8.safetensors", model="small_cnn_w16_d1_residual")
+
+
 def test_a_folder_of_timm_brings_its_own_mean_and_deviation(tmp_path: Path) -> None:
     save_file(make_weights(), tmp_path / "model.safetensors")
     facts = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
