@@ -166,8 +166,14 @@ def count_by_class(rows: pa.Table) -> dict[str, list[dict[str, Any]]]:
             empty = {"value": row[name], **dict.fromkeys((*LABEL_NAMES, "none"), 0)}
             values.setdefault(row[name], empty)[label] += row["count_all"]
         if name == "label" or 1 < len(values) <= MAX_VALUES:
-            total = lambda row: -sum(row[label] for label in (*LABEL_NAMES, "none"))  # noqa: E731
-            found[name] = sorted(values.values(), key=total)
+            # By the value too: Arrow's groups come in the order of its threads.
+            found[name] = sorted(
+                values.values(),
+                key=lambda row: (
+                    -sum(row[label] for label in (*LABEL_NAMES, "none")),
+                    str(row["value"]),
+                ),
+            )
     return found
 
 

@@ -72,6 +72,8 @@ class Entry:
 ENTRIES = (
     Entry("cnn", 32, epochs=10, lr=0.003),
     Entry("small_cnn", 32, epochs=10, lr=0.006),
+    Entry("small_cnn_residual", 32, epochs=10, lr=0.006, slow=True),
+    Entry("small_lite0", 64, slow=True),
     Entry("small_resnet18", 32),
     Entry("resnet18", 32),
     Entry("resnet18", 96),

@@ -11,7 +11,7 @@ from cifake_ray.storage.presets.augmentation import read_augmentation
 
 
 def read(augment: str) -> Augmentation:
-    return read_augmentation(TrainConfig(shards="s", run="r", augment=augment))
+    return read_augmentation(TrainConfig(shards="s", run="r", augment=augment, fit="crops"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
