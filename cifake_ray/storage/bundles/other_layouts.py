@@ -189,8 +189,10 @@ def _read_timm_outputs(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]
     names = config.get("label_names", cfg.get("label_names"))
     if names is None and type(count) is int:
         names = [f"LABEL_{number}" for number in range(min(count, MAX_NAMED))]
+    if names is None:
+        raise ValueError("config.json has neither num_classes nor label_names")
     if not isinstance(names, list):
-        raise ValueError(f"label_names {names!r}")
+        raise ValueError(f"label_names {names!r} is no list")
     return architecture, _check_outputs(names, count)
 
 
