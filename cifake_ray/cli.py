@@ -150,8 +150,7 @@ def _add_submission(verb: str) -> None:
 
             flags = ["--json"] * json_output + ["--debug"] * debug
             flags += ["--log-format", "json"] * (get_log_format() == "json")
-            log_to = sys.stderr if json_output else sys.stdout
-            return submit_job(config, job, verb, flags, log, partial(show_line, stream=log_to))
+            return submit_job(config, job, verb, flags, log, partial(show_line, stream=sys.stdout))
 
         run_command(body, json_output=json_output, debug=debug)
 

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,7 +88,9 @@ def run_command(
     error = ""
     result: Any = None
     try:
-        with _status.keep_alive() if _log_format == "text" else nullcontext(), _LostSignals():
+        apart = redirect_stdout(sys.stderr) if json_output else nullcontext()  # Ray prints errors
+        status = _status.keep_alive() if _log_format == "text" else nullcontext()
+        with apart, status, _LostSignals():
             result, code = body()
     except CifakeError as failure:
         error, code = str(failure), failure.exit_code

@@ -135,6 +135,22 @@ def test_a_result_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(ending.out) == {"listed": 1234, "errors": {"empty": 1}, "exit_code": 3}
 
 
+def test_json_stands_alone_on_stdout_whatever_a_library_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ray's driver prints what its raylets report, whatever `log_to_driver` says."""
+
+    def body() -> tuple[dict[str, int], int]:
+        print("(raylet) Task failed.")
+        return {"done": 1}, 0
+
+    with pytest.raises(SystemExit):
+        run_command(body, json_output=True, debug=False)
+    ending = capsys.readouterr()
+    assert json.loads(ending.out) == {"done": 1, "exit_code": 0}
+    assert ending.err == "(raylet) Task failed.\n"
+
+
 def test_a_dataclass_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(end(capsys, Ending(1, "a", "b"), json_output=True).out)
     assert record == {"code": 1, "out": "a", "err": "b", "exit_code": 0}

@@ -11,7 +11,6 @@ from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
     MAX_IMAGE_SIZE,
     MAX_NUM_CROPS,
-    NUM_CROPS,
     ClusterConfig,
     Device,
     Doc,
@@ -190,7 +189,7 @@ class TrainConfig(ClusterConfig):
             "--num-crops and --crops-per-image need --fit crops",
         )
         check(
-            1 <= (self.num_crops or NUM_CROPS) <= MAX_NUM_CROPS and self.num_crops != 0,
+            self.num_crops is None or 1 <= self.num_crops <= MAX_NUM_CROPS,
             f"--num-crops is {self.num_crops}; give 1 to {MAX_NUM_CROPS}",
         )
         check(

@@ -184,18 +184,43 @@ def _count_gpus(config: BundleConfig) -> int:
         return resources.num_gpus
 
 
-def choose_built_in(
+def read_run_bundle(
+    command: str,
+    config: BundleConfig,
+    bundle_path: AnyPath | None,
+    source: Source,
+    place: tuple[AnyPath, str],
+    out: AnyPath,
+    log: Callable[[str], None],
+) -> BundleInfo:
+    """Return the bundle of a run, and log what was chosen for it.
+
+    Without `bundle_path` it is the built-in one that fits the images. `place` is the path of the
+    source, and the URI that names it.
+    """
+    if bundle_path is None:
+        bundle_path = _choose_built_in(command, source, place, out, log)
+    bundle = read_bundle_info(
+        bundle_path,
+        expect_sha256=config.expect_sha256,
+        allow_pickle=config.allow_pickle,
+        fake_class=config.fake_class,
+    )
+    if bundle.other is not None:
+        log(f"{command}: {bundle.path} is {bundle.other}")
+    return bundle
+
+
+def _choose_built_in(
     command: str,
     source: Source,
-    place: AnyPath,
-    uri: str,
+    place: tuple[AnyPath, str],
     out: AnyPath,
     log: Callable[[str], None],
 ) -> AnyPath:
-    """Return the built-in bundle of a run without `--bundle`, and log which one and why.
+    """Return the built-in bundle of the run that was begun in `out`.
 
-    It is that of the run that was begun in `out`, else the one whose training images are most like
-    a sample of the source. `uri` names the source's `place`.
+    Of a new run it is the one whose training images are most like a sample of the source.
     """
     names = list_built_ins()
     if (run := read_run(out)) is not None:
@@ -203,7 +228,7 @@ def choose_built_in(
         return locate_bundle(begun if begun in names else None)
     if len(names) == 1:
         return locate_bundle(names[0])
-    sides = [max(size) for size in sample_sizes(source, place, uri)]
+    sides = [max(size) for size in sample_sizes(source, *place)]
     name, reason = choose_detector(sides, read_built_in_domains())
     log(
         f"{command}: {reason}: using the built-in detector `{name}`; --bundle"
@@ -227,15 +252,7 @@ def score_images(
     Log a warning when images are unlike those that the detector was trained on.
     """
     source = open_source(config, src, out)
-    bundle_path = bundle_path or choose_built_in("score", source, src, config.src, out, log)
-    bundle = read_bundle_info(
-        bundle_path,
-        expect_sha256=config.expect_sha256,
-        allow_pickle=config.allow_pickle,
-        fake_class=config.fake_class,
-    )
-    if bundle.other is not None:
-        log(f"score: {bundle.path} is {bundle.other}")
+    bundle = read_run_bundle("score", config, bundle_path, source, (src, config.src), out, log)
     threshold = bundle.threshold(config.target_fpr)
     precision = resolve_precision(config, bundle, out)
     c2pa_reader = choose_c2pa_reader(config, out)

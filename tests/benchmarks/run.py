@@ -160,7 +160,7 @@ class Bench:
     def bundle(self, architecture: str | None = None) -> Path:
         """The built-in detector, or one with random weights, which costs the same."""
         from cifake_ray.storage.bundles.built_ins import locate_bundle
-        from cifake_ray.storage.bundles.bundle import write_bundle
+        from cifake_ray.storage.bundles.write_bundle import write_bundle
 
         folder = self.work / f"bundle-{architecture}"
         if architecture is None:

@@ -12,7 +12,7 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.imaging.training_domain import TrainingDomain
 from cifake_ray.core.models.detector import build_detector
 from cifake_ray.storage.bundles import built_ins
-from cifake_ray.storage.bundles.bundle import write_bundle
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 
 
 def add_wild(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

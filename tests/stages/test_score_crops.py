@@ -38,7 +38,8 @@ from cifake_ray.report.text import model_card
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.compare.candidates import read_candidate
 from cifake_ray.stages.resources import Placement
-from cifake_ray.storage.bundles.bundle import load_bundle, write_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 
 CALIBRATION = Calibration(
     temperature=1.5, threshold=0.5, threshold_fpr_1=None, threshold_fpr_01=None

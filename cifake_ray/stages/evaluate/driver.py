@@ -36,9 +36,8 @@ from cifake_ray.stages.evaluate.inputs import (
 )
 from cifake_ray.stages.evaluate.write_report import Detail, write_report
 from cifake_ray.stages.resources import Placement
-from cifake_ray.stages.score import MakeScoreProcessor, choose_built_in, resolve_precision
+from cifake_ray.stages.score import MakeScoreProcessor, read_run_bundle, resolve_precision
 from cifake_ray.storage.bundles.built_ins import name_bundle
-from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.io.files import exists, read_json
 from cifake_ray.storage.io.paths import AnyPath, link_path
 from cifake_ray.storage.io.records import parse_record
@@ -77,17 +76,8 @@ def evaluate_detector(
     if config.gradient_maps:
         check_captum()
     source = open_labelled(config, shards, out)
-    bundle_path = bundle_path or choose_built_in(
-        "evaluate", source, shards, config.shards, out, log
-    )
-    bundle = read_bundle_info(
-        bundle_path,
-        expect_sha256=config.expect_sha256,
-        allow_pickle=config.allow_pickle,
-        fake_class=config.fake_class,
-    )
-    if bundle.other is not None:
-        log(f"evaluate: {bundle.path} is {bundle.other}")
+    place = shards, config.shards
+    bundle = read_run_bundle("evaluate", config, bundle_path, source, place, out, log)
     if config.unseen:
         source = LabelledSource(source, seen=find_seen(config, shards, bundle))
     split = choose_split(config, source, shards, out)

@@ -30,8 +30,8 @@ from cifake_ray.report.text import model_card
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.stages.train.prepare import Prepared, describe_options
 from cifake_ray.stages.train.progress import Send, StepMeter
-from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.weights import UNPICKLING_ERRORS
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 from cifake_ray.storage.datasets.domain import read_domain
 from cifake_ray.storage.datasets.training_set import TrainingData, open_training_data
 from cifake_ray.storage.io.paths import resolve_path

@@ -1,4 +1,4 @@
-"""Read and write bundles: a trained detector on disk, in the layout of timm and Hugging Face.
+"""Read bundles: a trained detector on disk, in the layout of timm and Hugging Face.
 
 timm reads `config.json` and `model.safetensors` with `local-dir:`; what only this package needs is
 in `config.json` under `cifake_ray`.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.imaging.training_domain import TrainingDomain
-from cifake_ray.core.schema import LABEL_NAMES, SCHEMA_VERSION
+from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, UsageError
 from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
 from cifake_ray.storage.bundles.other_layouts import (
@@ -29,23 +28,18 @@ from cifake_ray.storage.bundles.precision_file import PRECISION_NAME, parse_chec
 from cifake_ray.storage.bundles.weights import (
     WEIGHTS_NAME,
     check_weights,
-    encode_weights,
     find_weights,
     load_weights,
     read_architecture,
 )
 from cifake_ray.storage.io.files import (
     MAX_JSON_BYTES,
-    encode_json,
     exists,
-    make_folder,
     read_bytes,
     read_if_exists,
-    write_bytes,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.io.text_rows import encode_json_lines
 
 if TYPE_CHECKING:
     from cifake_ray.core.models.detector import Detector
@@ -202,7 +196,7 @@ def _read_bundle(
         whole = _combine(config, weights, checked)
     wanted = (expect_sha256 or whole).lower()
     _check_sha256(path, wanted, fingerprint, whole)
-    info = _parse_config(path, config, weights_name, fingerprint)
+    info = _parse_config(path, parsed, weights_name, fingerprint)
     check_weights(path / weights_name, weights, info.architecture)
     if checked is not None and wanted == whole:
         checks = parse_checks(path / PRECISION_NAME, checked)
@@ -270,9 +264,10 @@ def _combine(*contents: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in contents)).hexdigest()
 
 
-def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: str) -> BundleInfo:
+def _parse_config(
+    path: AnyPath, config: dict[str, Any], weights_name: str, fingerprint: str
+) -> BundleInfo:
     try:
-        config = json.loads(data)
         ours = config["cifake_ray"]
         if ours["schema_version"] != SCHEMA_VERSION:
             raise BundleError(
@@ -306,53 +301,3 @@ def _parse_config(path: AnyPath, data: bytes, weights_name: str, fingerprint: st
             f"{path}/config.json: not a bundle of cifake-ray ({type(error).__name__}: {error});"
             " give the bundle folder of a finished training run"
         ) from error
-
-
-def write_bundle(
-    path: AnyPath,
-    detector: Detector,
-    calibration: Calibration,
-    domain: TrainingDomain | None = None,
-    *,
-    training: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    history: list[dict[str, Any]],
-    model_card: str,
-    checks: Mapping[str, PrecisionCheck] | None = None,
-) -> None:
-    """Write a bundle, `config.json` last, so that a bundle that has one is complete."""
-    preprocessing = detector.preprocessing
-    timm_cfg: Mapping[str, Any] = getattr(detector.network, "pretrained_cfg", {})
-    is_sized = timm_cfg.get("fixed_input_size")  # timm must be told the size, as for its ViTs
-    config = {
-        "architecture": detector.architecture,
-        "model_args": {"img_size": preprocessing.image_size} if is_sized else {},
-        "num_classes": len(LABEL_NAMES),
-        "label_names": list(LABEL_NAMES),
-        "pretrained_cfg": {
-            "architecture": detector.architecture,
-            "num_classes": len(LABEL_NAMES),
-            "input_size": [3, preprocessing.image_size, preprocessing.image_size],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "label_names": list(LABEL_NAMES),
-        },
-        "cifake_ray": {
-            "schema_version": SCHEMA_VERSION,
-            "preprocessing": preprocessing.to_dict(),
-            "calibration": asdict(calibration),
-            "domain": domain and asdict(domain),
-            "training": dict(training),
-        },
-    }
-    make_folder(path, parents=False)
-    write_bytes(path / WEIGHTS_NAME, encode_weights(detector))
-    write_bytes(path / "history.jsonl", encode_json_lines(history))
-    write_bytes(path / "metrics.json", encode_json(dict(metrics)))
-    write_bytes(path / "README.md", model_card.encode())
-    if checks:
-        record = {name: asdict(check) for name, check in checks.items()}
-        write_bytes(path / PRECISION_NAME, encode_json({"precisions": record}))
-    write_bytes(path / "config.json", encode_json(config))

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecodedCache:
+class DecodedCache(ABC):
     """The files of one key."""
 
     path: Path  # without a suffix
@@ -112,16 +113,16 @@ class DecodedCache:
     def _errors_path(self) -> Path:
         return self._base.with_suffix(".json")
 
-    def _is_filled(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _is_filled(self) -> bool: ...
 
+    @abstractmethod
     def _store(self, decoded: Decoded) -> Stored:
         """Write the pixels, whole or not at all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _map(self, sums: dict[str, int]) -> Any:
         """Map the pixels, None if they are not kept. ValueError when they are others."""
-        raise NotImplementedError
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:

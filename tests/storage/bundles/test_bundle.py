@@ -30,7 +30,8 @@ from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, CifakeError, UsageError
 from cifake_ray.report.text import model_card
 from cifake_ray.storage.bundles.built_ins import locate_bundle
-from cifake_ray.storage.bundles.bundle import load_bundle, read_bundle_info, write_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle, read_bundle_info
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 from cifake_ray.storage.io.files import write_bytes
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.runs.train_run import read_history

@@ -16,8 +16,8 @@ from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.errors import BundleError, StorageError
-from cifake_ray.storage.bundles.bundle import write_bundle
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 
 HEAD = ("fc.bias", "fc.weight")
 

@@ -29,7 +29,8 @@ from cifake_ray.core.processing.compare_onnx import compare_onnx
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.errors import CifakeError, UsageError
 from cifake_ray.storage.bundles.built_ins import locate_bundle
-from cifake_ray.storage.bundles.bundle import load_bundle, write_bundle
+from cifake_ray.storage.bundles.bundle import load_bundle
+from cifake_ray.storage.bundles.write_bundle import write_bundle
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs import export_onnx as export_module
 from cifake_ray.storage.runs.export_onnx import export_detector
