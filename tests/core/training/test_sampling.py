@@ -84,6 +84,7 @@ def test_every_image_of_a_source_has_its_turn() -> None:
     counts = np.bincount(np.concatenate(draws))[50:]
     assert counts.sum() == 6000
     assert np.abs(counts - 300).max() < 5 * 300**0.5
+    assert len({tuple(sorted(drawn)) for drawn in draws}) > 500, "in ever other company"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -115,7 +116,7 @@ def test_a_share_of_the_pairs_are_twins_and_the_others_one_of_each_class(
 
 def test_each_of_an_images_twins_is_drawn() -> None:
     steps = np.array(draw_steps(twins="t", twin_share=1.0, crops_per_image=5))
-    of_60 = np.bincount(steps[steps[:, 0] == 60, 1] - NUM_IMAGES)[3:6]
+    of_60 = np.bincount(steps[steps[:, 0] == 60, 1] - NUM_IMAGES, minlength=6)[3:6]
     assert of_60.sum() == len(steps) / len(PAIRED) == 35
     assert of_60.min() > 4
 
