@@ -226,8 +226,8 @@ class TrainConfig(ClusterConfig):
         )
         check(
             self.teacher is None or not self.leave_one_source_out,
-            "--leave-one-source-out: a --teacher may know the source that is left out; leave it out"
-            " too",
+            "--leave-one-source-out: a --teacher may know the source that is left out; give one of"
+            " them",
         )
         check(
             not self.val_sources or self.val_split is None,

@@ -31,9 +31,9 @@ class RankTask:
 
     config: TrainConfig
     rows_hash: str  # of the rows that the driver found
-    teacher: str | None  # what identifies the teachers that it loaded
     use_gpu: bool
     num_threads: int
+    teacher: str | None = None  # what identifies the teachers that the driver loaded
 
 
 def start_rank(loop_config: dict[str, RankTask]) -> None:
