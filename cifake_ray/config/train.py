@@ -51,7 +51,8 @@ class TrainConfig(ClusterConfig):
         str | None, Doc("Start from a file of weights, a folder in timm's layout or a bundle")
     ] = None
     allow_pickle: Annotated[
-        bool, RuntimeDoc("Take --weights from .bin .pt .pth .ckpt .pkl too: tensors only, no code")
+        bool,
+        RuntimeDoc("Take --weights and --teacher from .bin .pt .pth .ckpt .pkl too: tensors only"),
     ] = False
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     twins: Annotated[
