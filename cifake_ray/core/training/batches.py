@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -17,7 +18,8 @@ from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training.augmentation import Draws, degrade, draw_augmentation, mirror
 from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
 from cifake_ray.core.training.native_crops import NativeImage, cut_random_crop
-from cifake_ray.core.training.pairs import count_coupled, draw_couples
+from cifake_ray.core.training.pairs import count_coupled, draw_couples, draw_shared_couples
+from cifake_ray.core.training.sampling import draw_both_classes, draw_by_source
 
 
 class Images(Protocol):
@@ -92,7 +94,7 @@ class Batches:
         Seeds torch for each step, so that dropout repeats too; each rank has its own seed.
         """
         rng = np.random.default_rng((self.config.seed, epoch))
-        order = np.concatenate([self._order(rng) for _ in range(self.config.crops_per_image)])
+        order = self._order(rng)
         mirrored = rng.random(len(order)) < self.augmentation.flip
         places: np.ndarray = np.arange(self.rank, self.batch_size, self.num_ranks)
         if self.twin_of is not None:  # whole couples
@@ -115,6 +117,23 @@ class Batches:
             yield Batch(images, labels, self.batch_size, clean)
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
+        """Return the images of an epoch, int64[images_per_epoch], with twins couple by couple."""
+        if self.config.balance_sources is None and self.config.twin_share is None:
+            return np.concatenate([self._pass(rng) for _ in range(self.config.crops_per_image)])
+        labels, share = self.images.labels, self.config.twin_share
+        source: np.ndarray | None = getattr(self.images, "source", None)
+        draw = partial(
+            draw_by_source,
+            source=np.zeros(len(labels), np.int32) if source is None else source,
+            balance=self.config.balance_sources or 0.0,
+            rng=rng,
+        )
+        if share is None or self.twin_of is None:
+            return draw_both_classes(labels, self.images_per_epoch, draw, rng)
+        num_couples = self.images_per_epoch // 2
+        return draw_shared_couples(labels, self.twin_of, num_couples, share, draw, rng)
+
+    def _pass(self, rng: np.random.Generator) -> np.ndarray:
         order = self.images.order_epoch(rng)
         return order if self.twin_of is None else draw_couples(order, self.twin_of, rng)
 
@@ -141,8 +160,10 @@ class Batches:
         return images, labels, clean if self.config.consistency else None
 
     def _cut(self, images: CropImages, indices: np.ndarray, draws: Draws) -> np.ndarray:
+        size = self.config.train_size or images.preprocessing.image_size
+
         def cut(image: NativeImage, place: int) -> np.ndarray:
             u = {name: float(values[place]) for name, values in draws.uniform.items()}
-            return cut_random_crop(image, images.preprocessing.image_size, self.augmentation, u)
+            return cut_random_crop(image, size, self.augmentation, u)
 
         return np.stack(images.map_native(indices, cut))
