@@ -91,7 +91,11 @@ def build_transformers_classifier(
         raise ValueError(f"{asked:,} weights, the file has {given:,}")
     network: nn.Module
     network, report = type(blank).from_pretrained(
-        None, config=found, state_dict=dict(state), output_loading_info=True
+        None,
+        config=found,
+        state_dict=dict(state),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, whose error names none of them
     )
     wrong = [f"{what}: {', '.join(map(str, names))}" for what, names in report.items() if names]
     if wrong:
