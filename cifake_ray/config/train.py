@@ -259,6 +259,10 @@ class TrainConfig(ClusterConfig):
             "--val-sources and --val-split: give one of them",
         )
         check(
+            not self.val_sources or len(self.val_source_names) > 0,
+            f"--val-sources {','.join(self.val_sources)!r} names no source; leave it out",
+        )
+        check(
             self.twins is None or self.batch_size % 2 == 0,
             f"--twins needs an even --batch-size, not {self.batch_size}: no pair is torn apart",
         )
@@ -346,7 +350,8 @@ class TrainConfig(ClusterConfig):
     @property
     def val_source_names(self) -> list[str]:
         """Return the sources that `val_sources` names, one or several a value."""
-        return [name for value in self.val_sources for name in value.split(",") if name]
+        parts = [part.strip() for value in self.val_sources for part in value.split(",")]
+        return [part for part in parts if part]
 
     @property
     def worker_range(self) -> tuple[int, int] | None:
