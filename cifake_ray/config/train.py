@@ -34,8 +34,10 @@ class TrainConfig(ClusterConfig):
 
     PANEL: ClassVar[str] = "Training"
     PANELS: ClassVar[dict[str, str]] = {
-        "Model": "model weights pretrained image_size fit num_crops drop_path test_time_flip",
-        "Augmentation": "augment crops_per_image twins consistency mixup cutmix label_smoothing",
+        "Model": "model weights pretrained image_size train_size fit num_crops drop_path"
+        " test_time_flip",
+        "Augmentation": "augment crops_per_image balance_sources twins twin_share consistency mixup"
+        " cutmix label_smoothing",
         "Distillation": "teacher distill distill_temperature",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
@@ -60,6 +62,20 @@ class TrainConfig(ClusterConfig):
         Doc(
             "Output of convert with FAKE twins of REAL images: same source and file name, suffix"
             " aside. The two are in one batch and augmented alike"
+        ),
+    ] = None
+    twin_share: Annotated[
+        float | None,
+        Doc(
+            "Share of an epoch's pairs that are an image and its twin, 0 to 1; others are a REAL"
+            " and a FAKE image (default: every image that has a twin is with it, once)"
+        ),
+    ] = None
+    balance_sources: Annotated[
+        float | None,
+        Doc(
+            "Draw REAL and FAKE equally often, and of each class a source of n images in proportion"
+            " to n^(1 - this): 0.5 is the square root, 1 all alike (default: every image once)"
         ),
     ] = None
     epochs: Annotated[int, Doc("Passes over the training images")] = 10
@@ -127,6 +143,10 @@ class TrainConfig(ClusterConfig):
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
+    ] = None
+    train_size: Annotated[
+        int | None,
+        Doc("With --fit crops: side of the crops trained on (default: --image-size)"),
     ] = None
     fit: Annotated[Fit, Doc("How images of other sizes are made to fit")] = "resize"
     num_crops: Annotated[
@@ -206,6 +226,10 @@ class TrainConfig(ClusterConfig):
             "--num-crops and --crops-per-image need --fit crops",
         )
         check(
+            self.fit == "crops" or self.train_size is None,
+            "--train-size needs --fit crops: only crops of native pixels may have another size",
+        )
+        check(
             self.num_crops is None or 1 <= self.num_crops <= MAX_NUM_CROPS,
             f"--num-crops is {self.num_crops}; give 1 to {MAX_NUM_CROPS}",
         )
@@ -238,6 +262,21 @@ class TrainConfig(ClusterConfig):
             self.twins is None or self.batch_size % 2 == 0,
             f"--twins needs an even --batch-size, not {self.batch_size}: no pair is torn apart",
         )
+        check(
+            self.twin_share is None or self.twins is not None,
+            "--twin-share needs --twins",
+        )
+        check(
+            self.twins is None or self.balance_sources is None or self.twin_share is not None,
+            "--balance-sources with --twins needs --twin-share: as many pairs as there are twins"
+            " leave no choice",
+        )
+        for name in ("balance_sources", "twin_share"):
+            value = getattr(self, name)
+            check(
+                value is None or 0 <= value <= 1,
+                f"--{name.replace('_', '-')} is {value}; give 0 to 1",
+            )
         check(
             self.weights is None or not self.pretrained,
             "--weights and --pretrained: give one of them",
@@ -279,10 +318,12 @@ class TrainConfig(ClusterConfig):
             f"--num-workers is {self.num_workers} with --batch-size {self.batch_size}; every"
             " worker needs at least one image of each batch, with --twins a pair",
         )
-        check(
-            self.image_size is None or 8 <= self.image_size <= MAX_IMAGE_SIZE,
-            f"--image-size is {self.image_size}; give 8 to {MAX_IMAGE_SIZE}",
-        )
+        for name in ("image_size", "train_size"):
+            value = getattr(self, name)
+            check(
+                value is None or 8 <= value <= MAX_IMAGE_SIZE,
+                f"--{name.replace('_', '-')} is {value}; give 8 to {MAX_IMAGE_SIZE}",
+            )
 
     @property
     def policy(self) -> Augmentation:

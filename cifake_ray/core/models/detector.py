@@ -192,9 +192,10 @@ def list_architectures(pattern: str) -> dict[str, str]:
     return ours
 
 
-def check_size(detector: Detector) -> None:
-    """Raise UsageError when the network cannot take images of its size."""
-    size = detector.preprocessing.image_size
+def check_size(detector: Detector, train_size: int | None = None) -> None:
+    """Raise UsageError when the network cannot take images of its size, or of `train_size`."""
+    size = train_size or detector.preprocessing.image_size
+    option = "--image-size" if train_size is None else "--train-size, or leave it out"
     was_training = detector.training
     detector.eval()
     try:
@@ -204,7 +205,7 @@ def check_size(detector: Detector) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--model {detector.architecture} cannot take {size} x {size} images"
-            f" ({str(error).splitlines()[0]}); choose another --image-size"
+            f" ({str(error).splitlines()[0]}); choose another {option}"
         ) from error
     finally:
         detector.train(was_training)

@@ -128,7 +128,7 @@ def check_batch_share(
     if is_synced or share // min(config.grad_accum, share) > 1:
         return
     network = copy.deepcopy(detector.network).to("meta").train().requires_grad_(False)
-    size = detector.preprocessing.image_size
+    size = config.train_size or detector.preprocessing.image_size
     try:
         network(torch.zeros(1, 3, size, size, device="meta"))
     except ValueError as error:

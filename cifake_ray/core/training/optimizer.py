@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cifake_ray.config import NUM_CROPS, TrainConfig
-from cifake_ray.core.models.detector import Detector, build_detector, find_head
+from cifake_ray.core.models.detector import Detector, build_detector, check_size, find_head
 from cifake_ray.errors import UsageError
 
 
@@ -38,7 +38,10 @@ class SGD(_Uncompiled, torch.optim.SGD):
 
 
 def build_for_training(config: TrainConfig) -> Detector:
-    """Build the detector that a run trains, with weights from torch's global generator."""
+    """Build the detector that a run trains, with weights from torch's global generator.
+
+    UsageError as `build_detector`, and for a `--train-size` that the network cannot take.
+    """
     detector = build_detector(
         config.model,
         image_size=config.image_size,
@@ -52,6 +55,8 @@ def build_for_training(config: TrainConfig) -> Detector:
         jpeg_scale=config.fit == "resize",  # crops need every pixel
     )
     detector.set_preprocessing(preprocessing)
+    if config.train_size is not None:
+        check_size(detector, config.train_size)
     if config.channels_last:
         detector.network.to(memory_format=torch.channels_last)
     return detector

@@ -1,12 +1,15 @@
 """Order the images of an epoch so that an image and its twin stand beside each other.
 
-A couple is an image and one of its twins, or two images without any. Batches and ranks take whole
+A couple is an image and one of its twins, or two other images. Batches and ranks take whole
 couples, so nothing tears a pair apart, and the order follows from the generator alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from cifake_ray.core.schema import FAKE, REAL
+from cifake_ray.core.training.sampling import Draw
 
 
 def count_coupled(twin_of: np.ndarray) -> int:
@@ -31,5 +34,35 @@ def draw_couples(order: np.ndarray, twin_of: np.ndarray, rng: np.random.Generato
             singles[: len(singles) // 2 * 2].reshape(-1, 2),
         ]
     )
+    drawn: np.ndarray = rng.permutation(couples).ravel()
+    return drawn
+
+
+def draw_shared_couples(
+    labels: np.ndarray,
+    twin_of: np.ndarray,
+    num_couples: int,
+    twin_share: float,
+    draw: Draw,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return int64[2 * num_couples] images, couple by couple, a share of them with a twin.
+
+    The others are one REAL and one FAKE of the images that are no twins. `draw` chooses all images;
+    one with several twins gets any of them each time.
+    """
+    num_pairs = round(twin_share * num_couples)
+    twins = np.flatnonzero(twin_of >= 0)
+    twins = twins[np.argsort(twin_of[twins], kind="stable")]
+    paired, first, num_twins = np.unique(twin_of[twins], return_index=True, return_counts=True)
+    owners = draw(paired, num_pairs)
+    places = np.searchsorted(paired, owners)
+    chosen = twins[first[places] + rng.integers(num_twins[places])]
+    num_others = num_couples - num_pairs
+    others = (
+        draw(np.flatnonzero((twin_of < 0) & (labels == label)), num_others)
+        for label in (REAL, FAKE)
+    )
+    couples = np.concatenate([np.stack([owners, chosen], axis=1), np.stack([*others], axis=1)])
     drawn: np.ndarray = rng.permutation(couples).ravel()
     return drawn

@@ -81,9 +81,11 @@ def describe_plan(prepared: Prepared) -> dict[str, Any]:
 def describe_start(prepared: Prepared, run: TrainRun, epochs_done: int) -> list[str]:
     """Return in words what is trained on what, and where it resumes."""
     config = prepared.config
-    size = prepared.detector.preprocessing.image_size
+    size = f"{prepared.detector.preprocessing.image_size} px"
+    if config.train_size is not None:
+        size += f", trained on crops of {config.train_size}"
     lines = [
-        f"{config.model}, {prepared.detector.num_parameters:,} parameters, {size} px;"
+        f"{config.model}, {prepared.detector.num_parameters:,} parameters, {size};"
         f" {config.epochs} epoch{'s' * (config.epochs > 1)}, batches of {config.batch_size},"
         f" {config.optimizer}, lr {config.lr:g},"
         f" augment {'on' if config.policy.to_dict() else 'none'}",

@@ -39,6 +39,7 @@ class TrainingRows:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # rows by use and split
     choice: ColumnChoice = ColumnChoice()  # noqa: RUF009 - frozen
     twin_of: np.ndarray | None = None  # int64[N]: the row that each is a twin of, else -1
+    source: np.ndarray | None = None  # int32[N]: number of each's source, with --balance-sources
     notes: tuple[str, ...] = ()  # how labels of others were read, for the user
 
     def __str__(self) -> str:
@@ -65,9 +66,9 @@ class TrainingRows:
             return images, table.read_facts([group]).errors
 
     def hash_rows(self) -> str:
-        """Return the sha256 of which rows train and validate, and their labels."""
+        """Return the sha256 of which rows train and validate, their labels and used sources."""
         digest = hashlib.sha256()
-        for column in (self.group, self.row, self.label, self.is_val, self.twin_of):
+        for column in (self.group, self.row, self.label, self.is_val, self.twin_of, self.source):
             if column is not None:
                 digest.update(column.tobytes())
         return digest.hexdigest()
@@ -92,7 +93,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     group_rows: list[int] = []
     parts: list[tuple[np.ndarray, ...]] = []
     counts: Counter[tuple[str, str]] = Counter()
-    sources: set[str] = set()
+    sources: dict[str | None, int] = {None: 0}  # the number of each, as they are met
     for table in open_tables(root, choice, left_out):
         is_foreign |= not table.is_ours
         for number in range(table.file.num_row_groups):
@@ -105,12 +106,12 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             raise UsageError(f"--exclude-source {source}: {root} has no labelled image of it")
     for source in config.val_source_names:
         if source not in sources:
-            known = ", ".join(sorted(sources)) or "no source at all"
+            known = ", ".join(sorted(filter(None, sources))) or "no source at all"
             raise UsageError(
                 f"--val-sources {source}: {root} has no labelled image of it to train on; it has"
                 f" {known}"
             )
-    group, row, label, is_val, digest = map(np.concatenate, zip(*parts, strict=True))
+    group, row, label, is_val, source_number, digest = map(np.concatenate, zip(*parts, strict=True))
     in_both = np.intersect1d(digest[label == REAL], digest[label == FAKE])
     num_in_both = int(np.isin(digest, in_both).sum())
     labels.check(root, HINT_CONVERT)
@@ -124,11 +125,12 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
         num_in_both,
         counts,
         choice,
+        source=None if config.balance_sources is None else source_number,
         notes=(labels.describe(),) if is_foreign and labels.counts else (),
     )
     if config.twins is not None:
         rows = _add_twins(rows, config)
-    check_both_classes(rows, np.ones(len(rows.label), bool), config)
+    check_usable(rows, np.ones(len(rows.label), bool), config)
     return rows
 
 
@@ -146,12 +148,16 @@ def _add_twins(rows: TrainingRows, config: TrainConfig) -> TrainingRows:
         label=np.append(rows.label, np.full(len(twin_of), FAKE)),
         is_val=np.append(rows.is_val, rows.is_val[twin_of]),
         twin_of=np.append(np.full(len(rows.label), -1), twin_of),
+        source=None if rows.source is None else np.append(rows.source, rows.source[twin_of]),
         notes=(*rows.notes, f"{twins}"),
     )
 
 
-def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
-    """Raise UsageError when a class has no usable image to train or to validate on."""
+def check_usable(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) -> None:
+    """Raise UsageError when a class has no usable image to train or to validate on.
+
+    Also when `--balance-sources` or `--twin-share` has nothing to draw from.
+    """
     for name, side in (("training", ~rows.is_val), ("validation", rows.is_val)):
         for value in (REAL, FAKE):
             if not (rows.label[side & usable] == value).any():
@@ -169,6 +175,24 @@ def check_both_classes(rows: TrainingRows, usable: np.ndarray, config: TrainConf
                     " of classes by --real-name and --fake-name"
                     + "".join(f"; {note}" for note in rows.notes)
                 )
+    trained = usable & ~rows.is_val
+    if config.balance_sources and rows.source is not None and not rows.source[trained].any():
+        raise UsageError(
+            f"--balance-sources {config.balance_sources:g}: no image of {config.shards} has a"
+            " source; 0 balances REAL and FAKE only"
+        )
+    if config.twin_share is not None and rows.twin_of is not None:
+        is_twin = rows.twin_of[trained] >= 0
+        if config.twin_share > 0 and not is_twin.any():
+            raise UsageError(
+                f"--twin-share {config.twin_share:g}: no image that is trained on has a twin that"
+                " decodes; give 0"
+            )
+        if config.twin_share < 1 and not (~is_twin & (rows.label[trained] == FAKE)).any():
+            raise UsageError(
+                f"--twin-share {config.twin_share:g}: all FAKE images that are trained on are"
+                " twins; give 1, or leave it out"
+            )
 
 
 def _read_group_rows(
@@ -177,18 +201,18 @@ def _read_group_rows(
     labels: LabelReader,
     config: TrainConfig,
     counts: Counter[tuple[str, str]],
-    sources: set[str],
+    sources: dict[str | None, int],
 ) -> tuple[np.ndarray, ...]:
-    """Return row, label, is_val and digest of the usable rows of one row group.
+    """Return row, label, is_val, source and digest of the usable rows of one row group.
 
-    Count all rows, and collect the sources of the usable ones.
+    Count all rows, and number the sources of the usable ones.
     """
     has_hashes = table.is_ours and "sha256" in table.columns
     hashed = "sha256" if has_hashes else table.image
     contents = table.read([number], [hashed]).column(hashed).to_pylist()
     facts = table.read_facts([number])
     val_split, val_sources = parse_split(config.val_split), set(config.val_source_names)
-    chosen: list[tuple[int, int, bool, int]] = []
+    chosen: list[tuple[int, int, bool, int, int]] = []
     understood = table.understand_labels(facts.labels, labels)
     cells = understood, facts.splits, facts.sources, facts.errors, contents
     for row, (label, split, source, error, content) in enumerate(zip(*cells, strict=True)):
@@ -210,15 +234,14 @@ def _read_group_rows(
         if digest >= (1 - config.test_fraction) * 2**64:
             counts[USES[2], "for a test"] += 1
             continue
-        if source is not None:
-            sources.add(source)
+        number_of_source = sources.setdefault(source, len(sources))
         if val_sources:
             is_val = source in val_sources
         elif val_split is None:
             is_val = digest < config.val_fraction * 2**64
         counts[USES[is_val], name] += 1
-        chosen.append((row, label, is_val, digest))
-    types = (np.int32, np.int64, bool, np.uint64)
+        chosen.append((row, label, is_val, number_of_source, digest))
+    types = (np.int32, np.int64, bool, np.int32, np.uint64)
     lists = [list(column) for column in zip(*chosen, strict=True)] or [[]] * len(types)
     return tuple(np.array(column, kind) for column, kind in zip(lists, types, strict=True))
 

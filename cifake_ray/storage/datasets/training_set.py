@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ from cifake_ray.storage.datasets.native_cache import NativeCache
 from cifake_ray.storage.datasets.pixel_cache import DecodedCache, PixelCache, locate_cache
 from cifake_ray.storage.datasets.training_rows import (
     TrainingRows,
-    check_both_classes,
+    check_usable,
     read_bytes_of,
 )
 
@@ -76,6 +77,7 @@ class StreamedPixels:
         self.rows, self.load = rows, load
         self.threads = ThreadPoolExecutor(num_threads)
         self.loaded: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self.lock = Lock()
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         return np.stack(self.map(positions, lambda image, _: image))
@@ -96,12 +98,13 @@ class StreamedPixels:
         return found
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
-        if group not in self.loaded:
-            self.loaded[group], _ = self.rows.read_group(group)
-            while len(self.loaded) > GROUP_SIZE + 1:
-                self.loaded.popitem(last=False)
-        self.loaded.move_to_end(group)
-        return self.loaded[group]
+        with self.lock:
+            if group not in self.loaded:
+                self.loaded[group], _ = self.rows.read_group(group)
+                while len(self.loaded) > GROUP_SIZE + 1:
+                    self.loaded.popitem(last=False)
+            self.loaded.move_to_end(group)
+            return self.loaded[group]
 
 
 @dataclass
@@ -114,6 +117,7 @@ class ImageSet:
     labels: np.ndarray
     preprocessing: Preprocessing
     twin_of: np.ndarray | None = None  # int64[N]: the image that each is a twin of, else -1
+    source: np.ndarray | None = None  # int32[N]: number of each's source, with --balance-sources
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         return self.pixels.read(self.positions[indices])
@@ -178,13 +182,18 @@ def open_training_data(
             f"--twins: images and twins, decoded, are more than --cache-gb {config.cache_gb:g}, and"
             " pairs cannot be streamed; raise it"
         )
+    if array is None and rows.source is not None:
+        raise UsageError(
+            f"--balance-sources: the images, decoded, are more than --cache-gb {config.cache_gb:g},"
+            " and streamed ones are read in the order of their files; raise it"
+        )
     pixels: Pixels = (
         StreamedPixels(rows, load, num_threads) if array is None else MappedPixels(array, slots)
     )
     usable = ~np.isin(slots, list(unusable))
     if rows.twin_of is not None:  # a twin alone tells styles, not traces
         usable &= (rows.twin_of < 0) | usable[rows.twin_of]
-    check_both_classes(rows, usable, config)
+    check_usable(rows, usable, config)
     make_set = partial(_make_set, rows, pixels, preprocessing)
     return TrainingData(
         train=make_set(usable & ~rows.is_val),
@@ -200,7 +209,9 @@ def _make_set(
     if twin_of is not None:
         places = np.cumsum(chosen) - 1  # of each row in the set
         twin_of = np.where(twin_of >= 0, places[twin_of], -1)[positions]
-    return ImageSet(rows, pixels, positions, rows.label[positions], preprocessing, twin_of)
+    source = None if rows.source is None else rows.source[positions]
+    label = rows.label[positions]
+    return ImageSet(rows, pixels, positions, label, preprocessing, twin_of, source)
 
 
 def _decode_rows(

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from cifake_ray.config import EvaluateConfig, TrainConfig
+from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.schema import FOOTER_KEY
-from cifake_ray.errors import CifakeError, UsageError
+from cifake_ray.errors import CifakeError, RunMismatch, UsageError
 from cifake_ray.stages.evaluate.inputs import find_seen
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.storage.bundles.bundle import read_bundle_info
@@ -131,6 +133,42 @@ def test_unseen_are_rows_of_the_shards_and_none_of_twins(
     sources = pq.read_table(options["shards"]).column("source").to_numpy()
     assert set(sources[seen["a.parquet"]]) == {"pets", "faces", "web"}
     assert len(seen["a.parquet"]) == 48
+
+
+def test_crops_of_another_size_are_trained_on_than_are_scored(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options |= {"model": "small_lite0", "image_size": 128, "train_size": 64, "epochs": 1}
+    options |= {"twin_share": 0.25, "balance_sources": 0.5}
+    sides, forward = set[tuple[bool, int]](), Detector.forward
+
+    def watch(detector: Detector, images: torch.Tensor) -> torch.Tensor:
+        sides.add((detector.training, images.shape[1]))
+        return forward(detector, images)
+
+    monkeypatch.setattr(Detector, "forward", watch)
+    summary, said = train(tmp_path / "run", options)
+    assert sides == {(True, 64), (False, 128), (False, 64)}, "it is tried at 64 before"
+    assert any("128 px, trained on crops of 64;" in line for line in said)
+    assert summary["steps"] == 2 * 48 // 12
+    info = read_bundle_info(tmp_path / "run" / "bundle")
+    assert info.preprocessing.image_size == 128
+    card = (tmp_path / "run" / "bundle" / "README.md").read_text()
+    for name in ("train_size", "twin_share", "balance_sources"):
+        assert info.training[name] == options[name]
+        assert name in card
+    with pytest.raises(RunMismatch, match=r"twin_share: 0\.25 there, 0\.5 here"):
+        train(tmp_path / "run", options | {"twin_share": 0.5})
+
+
+@pytest.mark.parametrize("model", ["cnn", "small_vit_tiny", "fusion"])
+def test_a_network_of_one_size_trains_on_no_other(
+    tmp_path: Path, options: dict[str, Any], model: str
+) -> None:
+    message = f"--model {model} cannot take 64 x 64 images .*choose another --train-size, or leave"
+    with pytest.raises(UsageError, match=message):
+        train(tmp_path / "run", options | {"model": model, "train_size": 64})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -205,3 +205,71 @@ def test_sources_that_cannot_validate_are_refused(images: Path, sources: str, me
 def test_sources_and_a_split_are_not_both_taken(images: Path) -> None:
     with pytest.raises(UsageError, match="--val-sources and --val-split: give one"):
         read(images, val_sources=("art",), val_split="val")
+
+
+# --- what is drawn -------------------------------------------------------------------------------
+
+
+def test_rows_know_their_source_where_sources_are_balanced(images: Path, tmp_path: Path) -> None:
+    twins = str(write(tmp_path / "twins", TWINS))
+    config = TrainConfig(
+        **{"shards": str(images), "run": "r", "twins": twins, "val_fraction": 0.4},
+        **{"cache_dir": str(tmp_path / "cache"), "balance_sources": 0.5, "twin_share": 0.5},
+    )
+    rows = read_training_rows(config)
+    data, names = open_training_data(rows, PREPROCESSING, config, 1), list_keys(rows)
+    for side in (data.train, data.val):
+        assert side.source is not None
+        sources = [names[n].split("/")[-2] for n in side.positions]
+        found = set(zip(sources, side.source.tolist(), strict=True))
+        assert sorted(name for name, _ in found) == ["art", "faces", "pets"]
+        assert len({number for _, number in found}) == 3
+    assert read(images, val_fraction=0.4).source is None
+
+
+def test_sources_belong_to_a_run_that_balances_them(images: Path, tmp_path: Path) -> None:
+    table = pq.read_table(images)
+    merged = pa.array([name.as_py().replace("faces", "pets") for name in table["source"]])
+    table = table.set_column(table.schema.get_field_index("source"), "source", merged)
+    pq.write_table(table, tmp_path / "merged.parquet", row_group_size=7)
+    for balance, num_runs in ((None, 1), (0.5, 2)):
+        options = {"val_fraction": 0.4, "balance_sources": balance}
+        paths = (images, tmp_path / "merged.parquet")
+        assert len({read(path, **options).hash_rows() for path in paths}) == num_runs
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "message"),
+    [
+        (
+            {"balance_sources": 0.5, "cache_gb": 0.0, "val_fraction": 0.4},
+            {},
+            "--balance-sources: the images, decoded, are more than --cache-gb 0, .* raise it",
+        ),
+        (
+            {"balance_sources": 0.5, "val_fraction": 0.4},
+            {"source": None},
+            "--balance-sources 0.5: no image of .* has a source; 0 balances REAL and FAKE only",
+        ),
+        (
+            {"twin_share": 0.5, "val_sources": ("faces,art,web",)},
+            {},
+            "--twin-share 0.5: all FAKE images that are trained on are twins; give 1",
+        ),
+        (
+            {"twin_share": 0.5, "val_sources": ("pets,web",)},
+            {},
+            "--twin-share 0.5: no image that is trained on has a twin that decodes; give 0",
+        ),
+    ],
+)
+def test_what_has_nothing_to_draw_from_is_refused(
+    tmp_path: Path, options: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    images = write(tmp_path / "images", [*IMAGES, ("train/FAKE/web/1.jpg", FAKE)], **changed)
+    if "twin_share" in options:
+        options |= {"twins": str(write(tmp_path / "twins", TWINS[:10]))}
+    paths = {"shards": str(images), "run": "r", "cache_dir": str(tmp_path / "cache")}
+    config = TrainConfig(**{**paths, **options})
+    with pytest.raises(UsageError, match=message):
+        open_training_data(read_training_rows(config), PREPROCESSING, config, 1)
