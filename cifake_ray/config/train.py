@@ -106,11 +106,7 @@ class TrainConfig(ClusterConfig):
         Doc("Weight of DCPT's loss between an image before and after its degradations; 0 is none"),
     ] = 0.0
     teacher: Annotated[
-        str | None,
-        Doc(
-            "Learn from a detector's outputs too: a bundle, as `score --bundle` takes it; of"
-            " several, `a,b`, the mean"
-        ),
+        str | None, Doc("Learn from the outputs of this bundle too; of several, `a,b`, their mean")
     ] = None
     distill: Annotated[
         float | None,
@@ -251,8 +247,7 @@ class TrainConfig(ClusterConfig):
         )
         check(
             self.teacher is None or not self.leave_one_source_out,
-            "--leave-one-source-out: a --teacher may know the source that is left out; give one of"
-            " them",
+            "--leave-one-source-out: a --teacher may know the source; give one of the two",
         )
         check(
             not self.val_sources or self.val_split is None,
@@ -343,9 +338,7 @@ class TrainConfig(ClusterConfig):
     @property
     def distill_weight(self) -> float:
         """Return the teachers' share of the loss, 0 without one."""
-        if self.teacher is None:
-            return 0.0
-        return DISTILL if self.distill is None else self.distill
+        return (DISTILL if self.distill is None else self.distill) if self.teachers else 0.0
 
     @property
     def val_source_names(self) -> list[str]:

@@ -76,7 +76,7 @@ class Trainer:
         self.num_ranks = dist.get_world_size() if is_distributed else 1
         self.detector, self.wrapped, self.config = detector, wrapped, config
         self.val_images, self.precision = val, precision
-        self.teachers = [t.to(precision.device).eval().requires_grad_(False) for t in teachers]
+        self.teachers = [teacher.to(precision.device).eval() for teacher in teachers]
         self.batches = Batches(
             train, config, augmentation, precision.device, self.rank, self.num_ranks
         )

@@ -99,6 +99,7 @@ def test_two_teachers_are_their_mean_and_flips_are_honoured() -> None:
     images = torch.from_numpy(ArrayImages(4).pixels)
     one, other = make_teacher(10.0), make_teacher(30.0)
     both = find_targets([one, other], images, CPU)
+    assert not both.requires_grad
     assert torch.allclose(both, find_targets([make_teacher(20.0)], images, CPU), atol=1e-5)
     flipping = make_detector().eval()
     plain = find_targets([flipping], images, CPU)
@@ -118,6 +119,12 @@ def test_pixels_are_resized_to_the_teachers_side(size: int, dtype: torch.dtype) 
     middle = resized[0, 0, :, 0][size // 4 : -size // 4].diff()
     assert torch.allclose(middle, torch.full_like(middle, 32 * SIZE / size))
     assert resize_pixels(ramp, make_teacher()) is ramp
+
+
+def test_no_pixel_is_lost_when_they_are_made_smaller() -> None:
+    images = torch.zeros(1, SIZE, SIZE, 3)
+    images[0, 0, 0] = 255
+    assert resize_pixels(images, make_teacher(size=2))[0, 0, 0, 0] > 1
 
 
 def test_each_view_has_its_own_target() -> None:

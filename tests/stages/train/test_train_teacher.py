@@ -98,16 +98,19 @@ def test_it_is_another_network_than_without_and_no_larger(
 
 
 def test_a_run_that_was_killed_goes_on_with_its_teacher_only(
-    shards: Path, wide: Path, tmp_path: Path
+    shards: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path / "whole", shards, teacher=str(wide))
+    monkeypatch.chdir(wide.parent)
 
     def stop(row: dict[str, Any], epochs: int) -> None:
         raise CifakeError("killed")
 
     run = tmp_path / "run"
     with pytest.raises(CifakeError, match="killed"):
-        train(run, shards, teacher=str(wide), on_epoch=stop)
+        train(run, shards, teacher="wide", on_epoch=stop)
+    record = json.loads((run / "_run.json").read_text())
+    assert record["config"]["teacher"] == str(wide), "workers have another working folder"
     for other in ("cifake", f"{wide},cifake", None):
         with pytest.raises(RunMismatch, match=r"teacher: '.*' there, .* here"):
             train(run, shards, teacher=other)
