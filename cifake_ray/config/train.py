@@ -238,10 +238,6 @@ class TrainConfig(ClusterConfig):
             "--distill and --distill-temperature need a --teacher",
         )
         check(
-            self.distill is None or 0 <= self.distill <= 1,
-            f"--distill is {self.distill}; give 0 to 1",
-        )
-        check(
             self.teacher is None or len(self.teachers) > 0,
             f"--teacher {self.teacher!r} names no bundle",
         )
@@ -270,7 +266,7 @@ class TrainConfig(ClusterConfig):
             "--balance-sources with --twins needs --twin-share: as many pairs as there are twins"
             " leave no choice",
         )
-        for name in ("balance_sources", "twin_share"):
+        for name in ("balance_sources", "twin_share", "distill"):
             value = getattr(self, name)
             check(
                 value is None or 0 <= value <= 1,
