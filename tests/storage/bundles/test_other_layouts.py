@@ -383,6 +383,11 @@ def test_a_classifier_of_transformers_gives_what_its_pipeline_gives(
         (tmp_path / "net" / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20}))
         with pytest.raises(BundleError, match="not the weights of ViTForImageClassification"):
             load_bundle(tmp_path / "net")
+        (tmp_path / "net" / "config.json").write_text(
+            json.dumps({**config, "num_hidden_layers": 10**9})
+        )
+        with pytest.raises(BundleError, match=r"more than .* parameters, the file has"):
+            load_bundle(tmp_path / "net")
         resized = {**config, "intermediate_size": config["intermediate_size"] - 1}
         (tmp_path / "net" / "config.json").write_text(json.dumps(resized))
         with pytest.raises(BundleError, match=r"mismatched_keys: .*mlp"):
