@@ -186,5 +186,5 @@ def test_one_built_in_looks_at_nothing(
 
 
 def test_a_name_that_is_none_is_a_path(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no config.json"):
+    with pytest.raises(BundleError, match=r"no config.json; .* a built-in detector: cifake"):
         score(write_images(tmp_path / "images", 32), tmp_path / "out", bundle="wilds")
