@@ -10,8 +10,14 @@ from typing import Annotated, Any, ClassVar
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
 
-PATH_OPTIONS = ("out", "bundle", "weights", "audit")  # paths, as all positional arguments are
-BUNDLE_OPTIONS = ("bundle", "weights")  # or the names of built-in detectors
+PATH_OPTIONS = (
+    "out",
+    "bundle",
+    "weights",
+    "teacher",
+    "audit",
+)  # paths, as all positional arguments are
+BUNDLE_OPTIONS = ("bundle", "weights", "teacher")  # or the names of built-in detectors
 SECRETS = re.compile(
     r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
     re.IGNORECASE,
@@ -69,12 +75,14 @@ def check_remote_paths(config: Any, built_ins: Collection[str] = ()) -> None:
     `built_ins` are names of detectors, which every machine has.
     """
     for field in fields(config):
-        doc, value = doc_of(type(config), field.name), getattr(config, field.name)
-        is_name = field.name in BUNDLE_OPTIONS and value in built_ins
-        is_path = (doc.positional or field.name in PATH_OPTIONS) and not is_name
-        if is_path and value is not None and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
-            name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
-            raise UsageError(
-                f"{name} is {value!r}: a job runs elsewhere; give s3://BUCKET/... or an absolute"
-                " path that every node sees"
-            )
+        doc, given = doc_of(type(config), field.name), getattr(config, field.name)
+        if not doc.positional and field.name not in PATH_OPTIONS:
+            continue
+        for value in config.teachers if field.name == "teacher" else [given]:
+            is_name = value is None or (field.name in BUNDLE_OPTIONS and value in built_ins)
+            if not is_name and not re.match(r"/|[a-z][a-z0-9+.-]*://", value):
+                name = field.name.upper() if doc.positional else f"--{field.name.replace('_', '-')}"
+                raise UsageError(
+                    f"{name} is {value!r}: a job runs elsewhere; give s3://BUCKET/... or an"
+                    " absolute path that every node sees"
+                )

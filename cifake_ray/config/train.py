@@ -25,6 +25,7 @@ Schedule = Literal["onecycle", "cosine", "constant"]
 Monitor = Literal["val_accuracy", "val_loss", "val_auroc", "val_tpr_at_fpr_1pct"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "mlflow"]
+DISTILL = 0.9  # as in the comparison of methods by Tian et al. 2020, arXiv 1910.10699
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class TrainConfig(ClusterConfig):
         " test_time_flip",
         "Augmentation": "augment crops_per_image balance_sources twins twin_share consistency mixup"
         " cutmix label_smoothing",
+        "Distillation": "teacher distill distill_temperature",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
         "Validation and the epoch that is kept": "val_fraction val_split val_sources"
@@ -51,7 +53,8 @@ class TrainConfig(ClusterConfig):
         str | None, Doc("Start from a file of weights, a folder in timm's layout or a bundle")
     ] = None
     allow_pickle: Annotated[
-        bool, RuntimeDoc("Take --weights from .bin .pt .pth .ckpt .pkl too: tensors only, no code")
+        bool,
+        RuntimeDoc("Take --weights and --teacher from .bin .pt .pth .ckpt .pkl too: tensors only"),
     ] = False
     pretrained: Annotated[bool, Doc("Start from timm's weights, fetched from its hub")] = False
     twins: Annotated[
@@ -102,6 +105,16 @@ class TrainConfig(ClusterConfig):
         float,
         Doc("Weight of DCPT's loss between an image before and after its degradations; 0 is none"),
     ] = 0.0
+    teacher: Annotated[
+        str | None, Doc("Learn from the outputs of this bundle too; of several, `a,b`, their mean")
+    ] = None
+    distill: Annotated[
+        float | None,
+        Doc(f"Share of the teacher in the loss, 0 to 1; labels have the rest (default: {DISTILL})"),
+    ] = None
+    distill_temperature: Annotated[
+        float, Doc("Temperature of the teacher's outputs and of those compared with them")
+    ] = 1.0
     mixup: Annotated[float, Doc("Alpha of mixup; 0 is none")] = 0.0
     cutmix: Annotated[float, Doc("Alpha of CutMix; 0 is none")] = 0.0
     drop_path: Annotated[float, Doc("Stochastic depth, for timm networks that support it")] = 0.0
@@ -221,8 +234,24 @@ class TrainConfig(ClusterConfig):
             "--consistency reads what enters the classifier, which --compile hides; leave one out",
         )
         check(
+            self.teacher is not None or (self.distill is None and self.distill_temperature == 1),
+            "--distill and --distill-temperature need a --teacher",
+        )
+        check(
+            self.teacher is None or len(self.teachers) > 0,
+            f"--teacher {self.teacher!r} names no bundle",
+        )
+        check(
+            self.teacher is None or not self.leave_one_source_out,
+            "--leave-one-source-out: a --teacher may know the source; give one of the two",
+        )
+        check(
             not self.val_sources or self.val_split is None,
             "--val-sources and --val-split: give one of them",
+        )
+        check(
+            not self.val_sources or len(self.val_source_names) > 0,
+            f"--val-sources {','.join(self.val_sources)!r} names no source; leave it out",
         )
         check(
             self.twins is None or self.batch_size % 2 == 0,
@@ -237,7 +266,7 @@ class TrainConfig(ClusterConfig):
             "--balance-sources with --twins needs --twin-share: as many pairs as there are twins"
             " leave no choice",
         )
-        for name in ("balance_sources", "twin_share"):
+        for name in ("balance_sources", "twin_share", "distill"):
             value = getattr(self, name)
             check(
                 value is None or 0 <= value <= 1,
@@ -255,7 +284,7 @@ class TrainConfig(ClusterConfig):
             self.min_delta == 0 or self.patience is not None,
             "--min-delta needs --patience: without it no epoch is counted",
         )
-        for name in ("lr", "grad_clip", "layer_decay", "ema_decay"):
+        for name in ("lr", "grad_clip", "layer_decay", "ema_decay", "distill_temperature"):
             value, is_decay = getattr(self, name), name.endswith("decay")
             check(
                 value is None or 0 < value < (1 if is_decay else math.inf),
@@ -298,9 +327,20 @@ class TrainConfig(ClusterConfig):
         return self.augment
 
     @property
+    def teachers(self) -> list[str]:
+        """Return the bundles that `teacher` names."""
+        return [name for name in (self.teacher or "").split(",") if name]
+
+    @property
+    def distill_weight(self) -> float:
+        """Return the teachers' share of the loss, 0 without one."""
+        return (DISTILL if self.distill is None else self.distill) if self.teachers else 0.0
+
+    @property
     def val_source_names(self) -> list[str]:
         """Return the sources that `val_sources` names, one or several a value."""
-        return [name for value in self.val_sources for name in value.split(",") if name]
+        parts = [part.strip() for value in self.val_sources for part in value.split(",")]
+        return [part for part in parts if part]
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

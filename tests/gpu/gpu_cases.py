@@ -27,7 +27,7 @@ def make_detector(architecture: str) -> Detector:
     if architecture != BUILT_IN:
         torch.manual_seed(0)
         return build_detector(architecture).eval()
-    folder = files("cifake_ray") / "bundles" / "default"
+    folder = files("cifake_ray") / "bundles" / "cifake"
     config = json.loads((folder / "config.json").read_text())
     detector = build_detector(config["architecture"])
     detector.set_preprocessing(Preprocessing.from_dict(config["cifake_ray"]["preprocessing"]))

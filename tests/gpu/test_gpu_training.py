@@ -57,20 +57,30 @@ class Recorder(Trainer):
         return total
 
 
-def train(device: str, precision: str, model: str, is_distributed: bool = False) -> list[float]:
-    """Return the loss of each of 18 steps, with SGD: Adam blows rounding up."""
+def train(
+    device: str, precision: str, model: str, is_distributed: bool = False, **options: Any
+) -> list[float]:
+    """Return the loss of each of 18 steps, with SGD: Adam blows rounding up.
+
+    A teacher, if `options` name one, has other pixels and random weights.
+    """
     torch.manual_seed(0)
     config = TrainConfig(
         **{"shards": "-", "run": "-", "model": model, "batch_size": 32, "epochs": 3},
-        **{"optimizer": "sgd", "lr": 0.05},
+        **{"optimizer": "sgd", "lr": 0.05, **options},
     )
     detector = build_detector(model)
     if is_distributed:
         detector.network = sync_batch_norms(detector.network, device)
     detector.to(device)
     wrapped = nn.parallel.DistributedDataParallel(detector) if is_distributed else detector
+    teachers = [build_detector("small_cnn", image_size=24) for _ in config.teachers]
+    if config.compile:
+        for each in (detector, *teachers):
+            each.network.compile()
     trainer = Recorder(
-        detector, wrapped, config, Noise(), Noise(20), DevicePrecision(device, precision)
+        *(detector, wrapped, config, Noise(), Noise(20), DevicePrecision(device, precision)),
+        teachers=teachers,
     )
     trainer.losses = []
     trainer.fit(lambda: None)
@@ -87,11 +97,23 @@ def test_the_curve_in_float32_is_the_cpus(model: str, device: str) -> None:
     assert gap < MAX_GAP
 
 
+@pytest.mark.usefixtures("exact_float32")
+def test_a_teacher_gives_the_curve_that_it_gives_on_the_cpu(device: str) -> None:
+    options: dict[str, Any] = {"teacher": "random", "mixup": 0.5, "distill_temperature": 2.0}
+    expected = train("cpu", "float32", "cnn", **options)
+    found = train(device, "float32", "cnn", **options)
+    assert np.abs(np.subtract(found, expected)).max() < MAX_GAP
+    assert np.abs(np.subtract(found, train("cpu", "float32", "cnn"))).max() > 10 * MAX_GAP
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher": "random", "distill": 0.1}])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_loss_falls_in_mixed_precision(precision: str, device: str) -> None:
+def test_the_loss_falls_in_mixed_precision(
+    precision: str, options: dict[str, Any], device: str
+) -> None:
     if device == "cpu" and precision == "fp16":
         pytest.skip("fp16 trains on GPUs only")
-    losses = train(device, precision, "small_cnn")
+    losses = train(device, precision, "small_cnn", **options)
     assert np.isfinite(losses).all()
     assert np.mean(losses[-4:]) < 0.7 * losses[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def test_a_job_may_name_a_built_in() -> None:
         check_remote_paths(config, list_built_ins())
         train = TrainConfig(shards="s3://b/i", run="s3://b/r", weights=name)
         check_remote_paths(train, list_built_ins())
+    taught = TrainConfig(shards="s3://b/i", run="s3://b/r", teacher="cifake,s3://b/t,mine")
+    with pytest.raises(UsageError, match="--teacher is 'mine'"):
+        check_remote_paths(taught, list_built_ins())
+    check_remote_paths(replace(taught, teacher="cifake,s3://b/t"), list_built_ins())
     with pytest.raises(UsageError, match="--bundle is 'other'"):
         check_remote_paths(
             ScoreConfig(src="s3://b/i", out="s3://b/o", bundle="other"), list_built_ins()
@@ -181,5 +186,5 @@ def test_one_built_in_looks_at_nothing(
 
 
 def test_a_name_that_is_none_is_a_path(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no config.json"):
+    with pytest.raises(BundleError, match=r"no config.json; .* a built-in detector: cifake"):
         score(write_images(tmp_path / "images", 32), tmp_path / "out", bundle="wilds")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cifake_ray.errors import UsageError
 
@@ -47,12 +49,33 @@ def build_timm_classifier(
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no {architecture}")
     options = {**options, "num_classes": num_outputs, "pretrained": False}
-    with torch.device("meta"):  # without memory: a config can ask for any number of weights
+    with torch.device("meta"), _limit_parameters(len(state)):
         network: nn.Module = timm.create_model(architecture, **options)
     network.load_state_dict(state, assign=True)
     network = timm.create_model(architecture, **options)
     network.load_state_dict(state)
     return network
+
+
+@contextmanager
+def _limit_parameters(num_tensors: int) -> Iterator[None]:
+    """Raise ValueError when networks get far more parameters than a file has tensors.
+
+    A config can ask for any number of layers, which take time and memory even on torch's `meta`.
+    """
+    count = 0
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > 2 * num_tensors + 100:  # some are registered twice, or tied and stored once
+            raise ValueError(f"more than {count - 1:,} parameters, the file has {num_tensors:,}")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _drop_unsafe(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,14 +107,18 @@ def build_transformers_classifier(
         found = transformers.AutoConfig.for_model(**_drop_unsafe(config))
     except StrictDataclassError as error:  # a value of a wrong type
         raise ValueError(str(error)) from error
-    with torch.device("meta"):  # without memory: a config can ask for any number of weights
+    with torch.device("meta"), _limit_parameters(len(state)):
         blank = transformers.AutoModelForImageClassification.from_config(found)
     asked, given = (sum(t.numel() for t in each) for each in (blank.parameters(), state.values()))
     if asked > given:
         raise ValueError(f"{asked:,} weights, the file has {given:,}")
     network: nn.Module
     network, report = type(blank).from_pretrained(
-        None, config=found, state_dict=dict(state), output_loading_info=True
+        None,
+        config=found,
+        state_dict=dict(state),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the report, whose error names none of them
     )
     wrong = [f"{what}: {', '.join(map(str, names))}" for what, names in report.items() if names]
     if wrong:

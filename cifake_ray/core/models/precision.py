@@ -279,7 +279,10 @@ def _quantising(detector: Detector) -> Iterator[None]:
     """Choose the engine, and turn what tracing a network raises into a UsageError."""
     from torch.fx import config
 
-    engine, is_quiet = torch.backends.quantized.engine, config.do_not_emit_stack_traces
+    engine, is_quiet = (
+        torch.backends.quantized.engine,
+        getattr(config, "do_not_emit_stack_traces", False),  # torch 2.11 has no such choice
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated: see above; others are for its authors

@@ -5,7 +5,9 @@ They follow from the seed, the epoch and the step alone, so that a killed run ca
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol, cast
@@ -21,9 +23,11 @@ from cifake_ray.core.training.native_crops import NativeImage, cut_random_crop
 from cifake_ray.core.training.pairs import count_coupled, draw_couples, draw_shared_couples
 from cifake_ray.core.training.sampling import draw_both_classes, draw_by_source
 
+AHEAD_BYTES = 1 << 30  # of batches that wait for a GPU, in its memory
+
 
 class Images(Protocol):
-    """Decoded, labelled images by number."""
+    """Decoded, labelled images by number, for several threads."""
 
     labels: np.ndarray  # int64[N], REAL or FAKE
 
@@ -62,9 +66,8 @@ def count_steps(num_images: int, batch_size: int) -> int:
     return max(1, num_images // batch_size)
 
 
-def to_device(array: np.ndarray, device: str) -> torch.Tensor:
-    """Return an array as a tensor; the copy to a GPU overlaps with its work."""
-    tensor = torch.from_numpy(array)
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """Return a tensor on a device; the copy to a GPU overlaps with its work."""
     return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -100,7 +103,8 @@ class Batches:
         if self.twin_of is not None:  # whole couples
             couples = np.arange(self.rank, self.batch_size // 2, self.num_ranks)
             places = (2 * couples[:, None] + [0, 1]).ravel()
-        for step in range(start, self.steps_per_epoch):
+
+        def prepare(step: int) -> tuple[Batch, int]:
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
             step_rng = np.random.default_rng((self.config.seed, epoch, step + 1))
@@ -113,8 +117,34 @@ class Batches:
                 labels = mix_labels(labels, others[1], mix)
                 if clean is not None and others[2] is not None:
                     clean = mix_images(clean, others[2], mix)
-            torch.manual_seed(int(step_rng.integers(2**62)) + self.rank)
-            yield Batch(images, labels, self.batch_size, clean)
+            seed = int(step_rng.integers(2**62)) + self.rank
+            return Batch(images, labels, self.batch_size, clean), seed
+
+        for batch, seed in self._map_ahead(prepare, range(start, self.steps_per_epoch)):
+            torch.manual_seed(seed)
+            yield batch
+
+    def _map_ahead(
+        self, prepare: Callable[[int], tuple[Batch, int]], steps: range
+    ) -> Iterator[tuple[Batch, int]]:
+        """Yield what `prepare` makes of each step; threads prepare the next ones for a GPU."""
+        if self.device == "cpu" or not steps:  # a CPU trains with all threads itself
+            yield from map(prepare, steps)
+            return
+        first = prepare(steps[0])
+        num_ahead = min(torch.get_num_threads(), 1 + AHEAD_BYTES // first[0].images.nbytes)
+        ahead: deque[Future[tuple[Batch, int]]] = deque()
+        threads = ThreadPoolExecutor(num_ahead, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            ahead.extend(threads.submit(prepare, step) for step in steps[1 : 1 + num_ahead])
+            yield first
+            for step in steps[1 + num_ahead :]:
+                ahead.append(threads.submit(prepare, step))
+                yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """Return the images of an epoch, int64[images_per_epoch], with twins couple by couple."""
@@ -154,10 +184,14 @@ class Batches:
             pixels = self._cut(cast(CropImages, self.images), indices, taken)
         else:
             pixels = self.images.read(indices)
-        clean = mirror(to_device(pixels, self.device), self.augmentation, taken)
-        labels = to_device(self.images.labels[indices], self.device)
+        clean = mirror(torch.from_numpy(pixels), self.augmentation, taken)
         images = degrade(clean, self.augmentation, taken)
-        return images, labels, clean if self.config.consistency else None
+        labels = torch.from_numpy(self.images.labels[indices])
+        return (
+            to_device(images, self.device),
+            to_device(labels, self.device),
+            to_device(clean, self.device) if self.config.consistency else None,
+        )
 
     def _cut(self, images: CropImages, indices: np.ndarray, draws: Draws) -> np.ndarray:
         size = self.config.train_size or images.preprocessing.image_size

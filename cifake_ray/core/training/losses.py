@@ -1,8 +1,8 @@
-"""The losses of a batch: cross-entropy, and what holds two views of an image together."""
+"""The losses of a batch: of labels, of teachers, and what holds two views of an image together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.models.detector import find_head
+from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.training.device_limits import DevicePrecision
+from cifake_ray.core.training.distillation import find_targets, sum_divergences
 from cifake_ray.errors import UsageError
 
 
@@ -23,26 +24,37 @@ def sum_losses(
     labels: torch.Tensor,
     config: TrainConfig,
     precision: DevicePrecision,
+    teachers: Sequence[Detector] = (),
 ) -> torch.Tensor:
     """Return the sum of the losses of B images; `network` is that inside `model`.
 
-    With `clean`, the images before they were degraded, the cross-entropy is the mean of both views,
-    and their difference is added with the weight `--consistency`.
+    The cross-entropy and, with the weight `--distill`, the divergence from `teachers`. With
+    `clean`, the images before they were degraded, these are means of both views, and their
+    difference is added with the weight `--consistency`.
     """
+    weight = config.distill_weight
 
-    def sum_entropy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
+    def sum_errors(
+        outputs: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        entropy = F.cross_entropy(
             outputs, labels, reduction="sum", label_smoothing=config.label_smoothing
         )
+        if weight == 0:
+            return entropy
+        targets = find_targets(teachers, images, precision)
+        divergence = sum_divergences(outputs, targets, config.distill_temperature)
+        return (1 - weight) * entropy + weight * divergence
 
     if clean is None:
         with precision.autocast:
             outputs = model(images)
-        return sum_entropy(outputs, labels)
+        return sum_errors(outputs, images, labels)
+    views = torch.cat([images, clean])
     with precision.autocast, _watch_features(network) as features:
-        outputs = model(torch.cat([images, clean]))  # one pass: DDP counts them
-    entropy = sum_entropy(outputs, torch.cat([labels, labels])) / 2
-    return entropy + config.consistency * sum_differences(features[-1], outputs)
+        outputs = model(views)  # one pass: DDP counts them
+    errors = sum_errors(outputs, views, torch.cat([labels, labels])) / 2
+    return errors + config.consistency * sum_differences(features[-1], outputs)
 
 
 def sum_differences(features: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

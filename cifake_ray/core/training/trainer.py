@@ -8,7 +8,7 @@ those of the whole batch whatever the number of ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,13 +65,18 @@ class Trainer:
         val: Images,
         precision: DevicePrecision,
         augmentation: Augmentation = POLICIES["flip"],
+        teachers: Sequence[Detector] = (),
     ) -> None:
-        """`wrapped` is the detector itself, or the detector in DistributedDataParallel."""
+        """`wrapped` is the detector itself, or the detector in DistributedDataParallel.
+
+        `teachers` are those of `--teacher`; they are moved to the device and not trained.
+        """
         is_distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if is_distributed else 0
         self.num_ranks = dist.get_world_size() if is_distributed else 1
         self.detector, self.wrapped, self.config = detector, wrapped, config
         self.val_images, self.precision = val, precision
+        self.teachers = [teacher.to(precision.device).eval() for teacher in teachers]
         self.batches = Batches(
             train, config, augmentation, precision.device, self.rank, self.num_ranks
         )
@@ -197,7 +202,12 @@ class Trainer:
         for number, piece in enumerate(pieces, start=1):
             with self._synchronised(number == num_pieces):
                 losses = sum_losses(
-                    self.wrapped, self.detector.network, *piece, self.config, self.precision
+                    self.wrapped,
+                    self.detector.network,
+                    *piece,
+                    self.config,
+                    self.precision,
+                    self.teachers,
                 )
                 # DDP divides the sum of the ranks' gradients by their number; this makes it the
                 # gradient of the mean over the whole batch, however it was dealt.

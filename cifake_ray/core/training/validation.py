@@ -22,7 +22,7 @@ class ScoredPixels(NamedTuple):
 
     def find_logit(self, detector: Detector, device: str = "cpu") -> torch.Tensor:
         """Return float32[N], of images with several crops their mean."""
-        logit = detector.find_logit(to_device(self.pixels, device))
+        logit = detector.find_logit(to_device(torch.from_numpy(self.pixels), device))
         if self.num_crops is None:
             return logit
         return torch.from_numpy(pool_logits(logit.cpu().numpy(), self.num_crops)[0])

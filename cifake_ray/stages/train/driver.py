@@ -38,6 +38,7 @@ from cifake_ray.stages.train.worker import train_rank
 from cifake_ray.storage.bundles.built_ins import pin_bundle
 from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.bundles.pretrained import load_starting_weights
+from cifake_ray.storage.bundles.teachers import identify_teachers, load_teachers, pin_teachers
 from cifake_ray.storage.datasets.pixel_cache import locate_cache
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
@@ -101,6 +102,7 @@ def train_detector(
     config = replace(
         config,
         weights=config.weights and pin_bundle(config.weights, config.store),
+        teacher=config.teacher and pin_teachers(config.teacher, config.store),
         shards=str(open_path(config.shards, config.store)),
         twins=config.twins and str(open_path(config.twins, config.store)),
         run=str(open_path(config.run, config.store)),
@@ -201,9 +203,14 @@ def _find_finished(
     if (summary := run.read_success()) is None:
         return None
     settings, unread = describe_options(config), ["rows"]
-    if config.weights == read_record(run.path).get("config", {}).get("weights"):
+    begun = read_record(run.path).get("config", {})
+    if config.teacher == begun.get("teacher"):
+        unread.append("teacher")
+    else:  # another path may lead to the same bundle
+        settings["teacher"] = identify_teachers(load_teachers(config))
+    if config.weights == begun.get("weights"):
         unread.append("weights")
-    elif config.weights is not None:  # another path may lead to the same weights
+    elif config.weights is not None:  # and to the same weights
         loaded = load_starting_weights(config, build_checked(config))
         settings["weights"] = loaded and loaded.digest
     settings = run.check_options(settings, unread)

@@ -92,6 +92,14 @@ def describe_start(prepared: Prepared, run: TrainRun, epochs_done: int) -> list[
     ]
     if prepared.weights:
         lines.append(f"starting from {prepared.weights}")
+    if prepared.teachers:
+        weight, temperature = config.distill_weight, config.distill_temperature
+        names = ", ".join(
+            f"{teacher.name} ({teacher.detector.architecture},"
+            f" {teacher.detector.preprocessing.image_size} px)"
+            for teacher in prepared.teachers
+        )
+        lines.append(f"taught by {names}; weight {weight:g}, temperature {temperature:g}")
     if epochs_done:
         lines.append(f"resuming after epoch {epochs_done} of {config.epochs}")
     elif run.has_begun():

@@ -1,4 +1,4 @@
-"""Prepare a training: read its rows, build its detector with the starting weights, check options.
+"""Prepare a training: read its rows, build its detector, load weights and teachers, check options.
 
 The driver prepares once, which is enough for a training in its own process; each worker of Ray
 Train prepares again in its process.
@@ -15,6 +15,7 @@ from cifake_ray.config import TrainConfig, fingerprint_settings
 from cifake_ray.core.models.detector import Detector
 from cifake_ray.core.training.optimizer import build_for_training, make_optimizer
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
+from cifake_ray.storage.bundles.teachers import Teacher, identify_teachers, load_teachers
 from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
 from cifake_ray.storage.presets.augmentation import read_augmentation
 
@@ -28,6 +29,7 @@ class Prepared:
     rows_hash: str
     detector: Detector  # with its starting weights; training changes it in place
     weights: StartingWeights | None  # None if initialised at random
+    teachers: list[Teacher]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -35,6 +37,7 @@ class Prepared:
         settings = {**describe_options(self.config), "rows": self.rows_hash}
         if self.weights is not None:  # another path to the same weights is the same run
             settings["weights"] = self.weights.digest
+        settings["teacher"] = identify_teachers(self.teachers)
         return settings
 
 
@@ -52,9 +55,9 @@ def build_checked(config: TrainConfig) -> Detector:
 
 
 def prepare_training(config: TrainConfig) -> Prepared:
-    """Read the rows, build the detector and load its starting weights.
+    """Read the rows, build the detector, load its starting weights and its teachers.
 
-    UsageError or BundleError when shards, options and weights do not fit together.
+    UsageError or BundleError when shards, options, weights and teachers do not fit together.
     """
     config = replace(config, augment=read_augmentation(config))
     rows = read_training_rows(config)
@@ -65,4 +68,5 @@ def prepare_training(config: TrainConfig) -> Prepared:
         rows_hash=rows.hash_rows(),
         detector=detector,
         weights=load_starting_weights(config, detector),
+        teachers=load_teachers(config),
     )

@@ -33,10 +33,14 @@ class RankTask:
     rows_hash: str  # of the rows that the driver found
     use_gpu: bool
     num_threads: int
+    teacher: str | None = None  # what identifies the teachers that the driver loaded
 
 
 def start_rank(loop_config: dict[str, RankTask]) -> None:
-    """Prepare and train in a process of Ray Train. CifakeError when the shards have changed."""
+    """Prepare and train in a process of Ray Train.
+
+    CifakeError when the shards or the teachers are not those of the driver.
+    """
     import torch
 
     from cifake_ray.stages.train.prepare import prepare_training
@@ -50,6 +54,11 @@ def start_rank(loop_config: dict[str, RankTask]) -> None:
         raise CifakeError(
             f"{task.config.shards}: the shards changed while the training started; run the same"
             " command again once they are complete"
+        )
+    if prepared.settings["teacher"] != task.teacher:
+        raise CifakeError(
+            f"--teacher {task.config.teacher}: a worker found another bundle there than the driver;"
+            " give a path that leads every node to the same one"
         )
     send = partial(send_to_driver, task.config.run)
     train_rank(prepared, use_gpu=task.use_gpu, num_threads=task.num_threads, send=send)

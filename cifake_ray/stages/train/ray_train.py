@@ -48,6 +48,7 @@ def train_on_ray(prepared: Prepared, run: TrainRun, log: Callable[[str], None]) 
         task = RankTask(
             config=config,
             rows_hash=prepared.rows_hash,
+            teacher=prepared.settings["teacher"],
             use_gpu=use_gpu,
             num_threads=placement.cpus_per_worker,
         )

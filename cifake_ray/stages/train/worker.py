@@ -58,8 +58,10 @@ def train_rank(
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     device = "cuda" if use_gpu else "cpu"
+    teachers = [teacher.detector for teacher in prepared.teachers]
     if config.compile:
-        detector.network.compile()
+        for each in (detector, *teachers):
+            each.network.compile()
     send({"message": f"train: opening {len(prepared.rows.label):,} images ..."})
     data = open_training_data(
         prepared.rows,
@@ -75,7 +77,9 @@ def train_rank(
         wanted = checkpoint.get("precision", wanted)
         wanted = "float32" if (wanted, device) == ("fp16", "cpu") else wanted
     precision = agree_on_precision(device, wanted)
-    trainer = Trainer(detector, wrapped, config, data.train, data.val, precision, config.policy)
+    trainer = Trainer(
+        detector, wrapped, config, data.train, data.val, precision, config.policy, teachers
+    )
     check_batch_share(
         detector,
         config,
@@ -108,7 +112,7 @@ def train_rank(
     best, averaged = trainer.choose_best()
     if trainer.rank == 0:
         send({"message": "train: writing the bundle ..."})
-        _write_best(config, run, trainer, data, domain, best, averaged, send)
+        _write_best(prepared, run, trainer, data, domain, best, averaged, send)
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def _join_group(
 
 
 def _write_best(
-    config: TrainConfig,
+    prepared: Prepared,
     run: TrainRun,
     trainer: Trainer,
     data: TrainingData,
@@ -158,7 +162,7 @@ def _write_best(
     send: Send,
 ) -> None:
     """Write the bundle: the best weights, calibrated on the validation images."""
-    state = trainer.state
+    config, state = prepared.config, trainer.state
     trainer.detector.network.load_state_dict(best.weights)
     logit, label = best.logit.numpy(), data.val.labels
     calibration = calibrate(logit, label)
@@ -180,6 +184,8 @@ def _write_best(
         "twins": twins,
         "precision": trainer.precision.name,
         "weights": config.weights and config.weights.rpartition("/")[2],
+        "teacher": ", ".join(map(str, prepared.teachers)) or None,
+        "distill": config.distill_weight if prepared.teachers else None,
         "train_images": len(data.train.labels),
         "val_images": len(data.val.labels),
         "val_accuracy": metrics["accuracy"]["value"],

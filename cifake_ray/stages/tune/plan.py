@@ -14,6 +14,7 @@ from cifake_ray.core.search.space import AUGMENT, Space, parse_space, to_train_o
 from cifake_ray.core.training.model_cost import count_cost, measure_speed
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.bundles.built_ins import pin_bundle
+from cifake_ray.storage.bundles.teachers import pin_teachers
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
 from cifake_ray.storage.presets.yaml_presets import RECIPES, find_preset, read_recipe, read_searches
@@ -102,7 +103,7 @@ def make_plan(config: TuneConfig) -> TrialPlan:
             f"--recipe {config.recipe}: {error}; a recipe has options of `train`"
         ) from error
     options["epochs"] = train.epochs
-    for name in ("weights", "twins"):
+    for name in ("weights", "teacher", "twins"):
         options[name] = _pin_file(name, getattr(train, name), train)
     options["augment"] = read_augmentation(train)
     return TrialPlan(config, options)
@@ -122,6 +123,8 @@ def _pin_file(name: str, value: Any, train: TrainConfig) -> Any:
         return str(resolve_path(value, train.store))
     if name == "weights" and value is not None:
         return pin_bundle(value, train.store)
+    if name == "teacher" and value is not None:
+        return pin_teachers(value, train.store)
     if name == "augment" and value not in POLICIES:
         return json.dumps(read_augmentation(replace(train, augment=value)).to_dict())
     return value

@@ -180,7 +180,8 @@ def _read_bundle(
     """
     if not exists(path / "config.json"):
         raise BundleError(
-            f"{path}: no config.json; give the bundle folder of a finished training run"
+            f"{path}: no config.json; give the bundle folder of a finished training run, or the"
+            f" name of a built-in detector: {', '.join(list_built_ins())}"
         )
     config = read_bytes(path / "config.json", MAX_JSON_BYTES)
     if find_layout(parsed := _parse_object(path / "config.json", config)) is not None:

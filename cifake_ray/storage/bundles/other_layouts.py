@@ -214,8 +214,12 @@ def _read_transformers_outputs(config: Mapping[str, Any]) -> tuple[str, tuple[st
         if type(count) is not int:
             raise ValueError(f"num_labels {count!r}")
         found = {str(number): f"LABEL_{number}" for number in range(min(count, MAX_NAMED))}
+    if not isinstance(found, dict):
+        raise ValueError(f"id2label {found!r} is no object")
     names = list(found.values())
     if len(names) <= 2:
+        if found.keys() != {str(number) for number in range(len(names))}:
+            raise ValueError(f"id2label {found}; its keys must be 0 and 1")
         names = [found[str(number)] for number in range(len(names))]
     return str(architectures[0]), _check_outputs(names, len(names))
 

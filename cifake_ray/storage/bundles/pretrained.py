@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,25 @@ def _fetch_pretrained(config: TrainConfig, detector: Detector) -> Mapping[str, t
     return state
 
 
+def _fit_positions(
+    network: torch.nn.Module, state: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Resample a vision transformer's position embeddings to its input size, as timm does."""
+    from timm.layers import resample_abs_pos_embed  # type: ignore[attr-defined]
+    from timm.models import VisionTransformer
+
+    positions = state.get("pos_embed")
+    if not isinstance(network, VisionTransformer) or positions is None or positions.ndim != 3:
+        return state
+    num_prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+    if math.isqrt(positions.shape[1] - num_prefix) ** 2 + num_prefix != positions.shape[1]:
+        return state
+    resampled: torch.Tensor = resample_abs_pos_embed(
+        positions, list(network.patch_embed.grid_size), num_prefix_tokens=num_prefix
+    )
+    return {**state, "pos_embed": resampled}
+
+
 def _load_fitting(
     detector: Detector, state: Mapping[str, torch.Tensor], *, source: str, fresh_head: bool
 ) -> StartingWeights:
@@ -165,7 +185,7 @@ def _load_fitting(
 
     own = detector.network.state_dict(keep_vars=True)
     state, dropped = _drop_wrappers(state, {*own, *(n.removeprefix("network.") for n in own)})
-    fitted = fit_state(detector.network, state)
+    fitted = fit_state(detector.network, _fit_positions(detector.network, state))
     num_left_out, state = len(state) - len(fitted), fitted
     in_head = {id(t) for t in find_head(detector.network).state_dict(keep_vars=True).values()}
     head = {name for name, tensor in own.items() if id(tensor) in in_head}

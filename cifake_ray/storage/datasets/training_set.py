@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +77,7 @@ class StreamedPixels:
         self.rows, self.load = rows, load
         self.threads = ThreadPoolExecutor(num_threads)
         self.loaded: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self.lock = Lock()
 
     def read(self, positions: np.ndarray) -> np.ndarray:
         return np.stack(self.map(positions, lambda image, _: image))
@@ -96,12 +98,13 @@ class StreamedPixels:
         return found
 
     def _load_group(self, group: int) -> pa.ChunkedArray:
-        if group not in self.loaded:
-            self.loaded[group], _ = self.rows.read_group(group)
-            while len(self.loaded) > GROUP_SIZE + 1:
-                self.loaded.popitem(last=False)
-        self.loaded.move_to_end(group)
-        return self.loaded[group]
+        with self.lock:
+            if group not in self.loaded:
+                self.loaded[group], _ = self.rows.read_group(group)
+                while len(self.loaded) > GROUP_SIZE + 1:
+                    self.loaded.popitem(last=False)
+            self.loaded.move_to_end(group)
+            return self.loaded[group]
 
 
 @dataclass

@@ -79,7 +79,11 @@ def run_rank(rank: int, name: str, num_ranks: int, folder: str, source: str, opt
     detector = build_detector("cnn")
     wrapped = nn.parallel.DistributedDataParallel(detector)
     val = ArrayImages(10, seed=1, size=32)
-    trainer = Recorder(detector, wrapped, config, train, val, choose_precision("cpu", "float32"))
+    teachers = [build_detector("cnn") for _ in config.teachers]
+    trainer = Recorder(
+        *(detector, wrapped, config, train, val, choose_precision("cpu", "float32")),
+        teachers=teachers,
+    )
     trainer.losses = []  # type: ignore[attr-defined]
     trainer.is_reversed = name == "reversed"
     with pytest.raises(Enough):
@@ -104,9 +108,12 @@ def record_losses(source: str, **options: Any) -> Iterator[tuple[str, np.ndarray
             yield name, np.load(f"{folder}/{name}.npy")
 
 
-def test_the_loss_curve_does_not_depend_on_the_number_of_ranks() -> None:
+@pytest.mark.parametrize("teacher", [None, "random"])
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(teacher: str | None) -> None:
     """A batch of 50 is dealt as 17, 17 and 16. SGD, because Adam blows rounding up: see above."""
-    curves = dict(record_losses("", optimizer="sgd", lr=0.05, batch_size=50, epochs=7))
+    options = {"optimizer": "sgd", "lr": 0.05, "batch_size": 50, "epochs": 7}
+    distill = None if teacher is None else 0.3
+    curves = dict(record_losses("", **options, teacher=teacher, distill=distill))
     assert len(curves["one"]) == NUM_STEPS
     assert curves["one"][-1] < 0.9 * curves["one"][0]
     for name in ("two", "three", "reversed"):

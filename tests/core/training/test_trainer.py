@@ -6,7 +6,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ def make_trainer(
     val: ArrayImages | None = None,
     numerics: DevicePrecision = CPU,
     augmentation: Augmentation = POLICIES["flip"],
+    teachers: Sequence[Detector] = (),
     **settings: Any,
 ) -> Trainer:
     values = {"epochs": 3, "batch_size": 16, "lr": 0.01, **settings}
@@ -95,6 +96,7 @@ def make_trainer(
         ArrayImages(40, seed=1) if val is None else val,
         numerics,
         augmentation,
+        teachers,
     )
 
 

@@ -15,6 +15,7 @@ from cifake_ray.storage.runs.tune_run import Trial
 RECIPE = {
     **{"model": "small_cnn_w8_d1", "fit": "crops", "image_size": 64, "num_crops": 4},
     **{"crops_per_image": 2, "twins": "twins", "val_sources": ["pets", "art"], "augment": "wild"},
+    "teacher": "cifake,wide",
 }
 
 
@@ -32,6 +33,7 @@ def test_crops_twins_and_sources_of_a_recipe_are_those_of_every_trial(
     assert (first.fit, first.num_crops, first.crops_per_image) == ("crops", 4, 2)
     assert first.val_source_names == ["pets", "art"]
     assert first.twins == str(tmp_path / "twins"), "trials have another working folder"
+    assert first.teacher == f"cifake,{tmp_path / 'wide'}"
     space = read_space(config, first)
     assert plan.find_baseline(space) == {"augment.downscale": 0.6, "consistency": 0.0}
     other = plan.to_train_config(Trial(1, {"augment.downscale": 0.0, "consistency": 1.0}))

@@ -315,7 +315,8 @@ def test_processors_are_obeyed(
         ({"resample": 9}, {}, "9 is not a valid"),
         ({"image_mean": None}, {}, "mean="),
         ({}, {"id2label": {"0": "a", "1": "b", "2": "c"}}, "3 classes"),
-        ({}, {"id2label": {"1": "real", "2": "fake"}}, "does not say '0'"),
+        ({}, {"id2label": {"1": "real", "2": "fake"}}, "keys must be 0 and 1"),
+        ({}, {"id2label": ["real", "fake"]}, "is no object"),
         ({}, {"architectures": ["ViTModel"]}, "ForImageClassification"),
         ({}, {"architectures": None}, "ForImageClassification"),
         ({}, {"problem_type": "multi_label_classification"}, "multi_label"),
@@ -381,5 +382,14 @@ def test_a_classifier_of_transformers_gives_what_its_pipeline_gives(
         config = json.loads((tmp_path / "net" / "config.json").read_text())
         (tmp_path / "net" / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20}))
         with pytest.raises(BundleError, match="not the weights of ViTForImageClassification"):
+            load_bundle(tmp_path / "net")
+        (tmp_path / "net" / "config.json").write_text(
+            json.dumps({**config, "num_hidden_layers": 10**9})
+        )
+        with pytest.raises(BundleError, match=r"more than .* parameters, the file has"):
+            load_bundle(tmp_path / "net")
+        resized = {**config, "intermediate_size": config["intermediate_size"] - 1}
+        (tmp_path / "net" / "config.json").write_text(json.dumps(resized))
+        with pytest.raises(BundleError, match=r"mismatched_keys: .*mlp"):
             load_bundle(tmp_path / "net")
         shutil.rmtree(tmp_path / "net")

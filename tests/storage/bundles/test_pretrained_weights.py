@@ -186,12 +186,6 @@ def test_weights_that_do_not_fit_are_refused_with_their_names(tmp_path: Path, ho
         start(tmp_path / "odd.safetensors")
 
 
-def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
-    save_file(make_weights(model="test_vit"), tmp_path / "vit.safetensors")
-    with pytest.raises(BundleError, match=r"1 of another shape \(pos_embed\).*--image-size"):
-        start(tmp_path / "vit.safetensors", model="test_vit", image_size=32)
-
-
 def test_the_folder_of_another_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
     with pytest.raises(BundleError, match="the weights of test_vit; give --model test_vit"):
@@ -322,3 +316,29 @@ def test_both_sources_at_once_are_refused() -> None:
         TrainConfig(shards="s", run="r", weights="w", pretrained=True, model="resnet18")
     with pytest.raises(ValueError, match="--pretrained: timm has no weights of cnn"):
         TrainConfig(shards="s", run="r", pretrained=True)
+
+
+def test_position_embeddings_are_resampled_to_the_input(tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    given = make_weights(model="test_vit")
+    save_file(given, path)
+    whole = timm.create_model("test_vit")
+    size = whole.patch_embed.img_size[0] // 2
+    detector, _ = start(path, model="test_vit", image_size=size)
+    taken = detector.network.state_dict()
+    expected = timm.layers.resample_abs_pos_embed(
+        given["pos_embed"],
+        list(detector.network.patch_embed.grid_size),
+        num_prefix_tokens=whole.num_prefix_tokens,
+    )
+    assert taken["pos_embed"].shape != given["pos_embed"].shape
+    assert torch.equal(taken["pos_embed"], expected)
+    assert torch.equal(taken["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
+
+
+def test_positions_of_no_square_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "vit.safetensors"
+    given = make_weights(model="test_vit")
+    save_file({**given, "pos_embed": given["pos_embed"][:, :-2].contiguous()}, path)
+    with pytest.raises(BundleError, match="pos_embed"):
+        start(path, model="test_vit", image_size=160)

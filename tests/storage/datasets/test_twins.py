@@ -185,7 +185,8 @@ def test_named_sources_validate_and_nothing_else_does(tmp_path: Path) -> None:
     keys = np.array(list_keys(rows))
     assert {key.split("/")[-2] for key in keys[rows.is_val]} == {"faces", "art"}
     assert {key.split("/")[-2] for key in keys[~rows.is_val]} == {"pets", "web"}
-    assert rows.hash_rows() == read(images, val_sources=("faces,art",)).hash_rows()
+    for joined in ("faces,art", "faces, art,"):
+        assert rows.hash_rows() == read(images, val_sources=(joined,)).hash_rows()
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,8 @@ def test_named_sources_validate_and_nothing_else_does(tmp_path: Path) -> None:
         ("faces", "--val-sources faces: no labelled FAKE image of these sources"),
         ("art", "--val-sources art: no labelled FAKE image beside these sources"),
         ("art,faces", "--val-sources art,faces: no labelled FAKE image beside these sources"),
+        ("", "--val-sources '' names no source"),
+        (" ,", "--val-sources ' ,' names no source"),
     ],
 )
 def test_sources_that_cannot_validate_are_refused(images: Path, sources: str, message: str) -> None:
