@@ -257,10 +257,7 @@ class TrainConfig(ClusterConfig):
             self.twins is None or self.batch_size % 2 == 0,
             f"--twins needs an even --batch-size, not {self.batch_size}: no pair is torn apart",
         )
-        check(
-            self.twin_share is None or self.twins is not None,
-            "--twin-share needs --twins",
-        )
+        check(self.twin_share is None or self.twins is not None, "--twin-share needs --twins")
         check(
             self.twins is None or self.balance_sources is None or self.twin_share is not None,
             "--balance-sources with --twins needs --twin-share: as many pairs as there are twins"
