@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from torch.nn import functional as F
 
 from cifake_ray.config import POLICIES, Augmentation
@@ -25,7 +25,10 @@ DRAWN_FIRST = (
 )
 # By a generator of their own, so that the numbers of earlier versions stay the same. `window`,
 # `top` and `left` are where a native crop is cut.
-DRAWN_LATER = ("webp_share", "webp", "downscale_share", "downscale", "window", "top", "left")
+DRAWN_LATER = (
+    *("webp_share", "webp", "downscale_share", "downscale", "window", "top", "left"),
+    *("redraw_share", "redraw", "redraw_strength"),
+)
 DRAWN = DRAWN_FIRST + DRAWN_LATER
 
 
@@ -80,6 +83,7 @@ def degrade(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.T
         chosen = _choose(draws, "move", policy.move_share)
         values[chosen] = _move(values[chosen], policy, draws.take(chosen))
     values = _change_colours(values, policy, draws)
+    values = _redraw(values, policy, draws)
     values = _rescale(values, policy, draws)
     values = _blur(values, policy, draws)
     values = _add_noise(values, policy, draws)
@@ -148,6 +152,42 @@ def _find_base(name: str, values: torch.Tensor) -> torch.Tensor:
 def _choose(draws: Draws, step: str, share: float) -> np.ndarray:
     """Return int64[N], the images that a step changes."""
     return np.flatnonzero(draws.uniform[f"{step}_share"] < share)
+
+
+def _redraw(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Redraw images: a third as pencil drawings, a third in flat colours, a third with both."""
+    for i in _choose(draws, "redraw", policy.redraw_share):
+        kind, strength = (
+            int(3 * draws.uniform["redraw"][i]),
+            float(draws.uniform["redraw_strength"][i]),
+        )
+        pixels = values[i].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        redrawn = redraw(pixels, strength, lines=kind != 1, colours=kind != 0)
+        values[i] = torch.tensor(redrawn, device=values.device).permute(2, 0, 1)
+    return values
+
+
+def redraw(pixels: np.ndarray, strength: float, *, lines: bool, colours: bool) -> np.ndarray:
+    """Return uint8[S, S, 3] redrawn with pencil lines, in flat colours, or in both.
+
+    Details go first, by a median filter. Lines are where a pixel is darker than those around it
+    ("colour dodge"), and nearly black or white with strength 1; flat colours are a palette of 24
+    to 4 by median cut.
+    """
+    image = Image.fromarray(pixels).filter(ImageFilter.MedianFilter(5))
+    flat = Image.new("RGB", image.size, "white")
+    if colours:
+        vivid = ImageEnhance.Color(image).enhance(1.5)
+        flat = vivid.quantize(24 - round(20 * strength), dither=Image.Dither.NONE).convert("RGB")
+    if not lines:
+        return np.asarray(flat)
+    grey, around = (
+        np.asarray(shades, np.float32) + 1
+        for shades in (image.convert("L"), image.convert("L").filter(ImageFilter.GaussianBlur(3)))
+    )
+    black, white = 0.4 + 0.3 * strength, 0.9 - 0.1 * strength  # shares of what is around
+    ink = np.clip((grey / around - black) / (white - black), 0, 1)
+    return (np.asarray(flat) * ink[:, :, None]).round().astype(np.uint8)
 
 
 def _rescale(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:

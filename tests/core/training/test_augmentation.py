@@ -45,6 +45,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "brightness": {"brightness": 0.5},
     "contrast": {"contrast": 0.5},
     "saturation": {"saturation": 0.9},
+    "redraw": {"redraw_share": 0.5},
     "rescale": {"rescale": 0.7, "rescale_share": 0.5},
     "blur": {"blur": 2.0, "blur_share": 0.5},
     "noise": {"noise": 20.0, "noise_share": 0.5},
@@ -296,3 +297,27 @@ def test_a_policy_survives_its_mapping(name: str) -> None:
 def test_a_policy_that_cannot_be_is_refused(values: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_augmentation(values)
+
+
+def test_lines_are_black_on_white_where_the_image_is_darker_than_around() -> None:
+    pixels = np.full((32, 32, 3), (200, 120, 90), np.uint8)
+    pixels[14:18] = 20
+    drawn = augmentation.redraw(pixels, 0.5, lines=True, colours=False)
+    assert (drawn[15] == 0).all()
+    assert (drawn[:8] == 255).all()
+
+
+@pytest.mark.parametrize(("strength", "most"), [(0.0, 24), (0.5, 14), (1.0, 4)])
+def test_flat_colours_are_few(strength: float, most: int) -> None:
+    pixels = make_images(1, 64)[0].numpy()
+    flat = augmentation.redraw(pixels, strength, lines=False, colours=True)
+    assert 2 <= len(np.unique(flat.reshape(-1, 3), axis=0)) <= most
+
+
+def test_lines_and_flat_colours_are_drawn_over_each_other() -> None:
+    pixels = make_images(1, 64)[0].numpy()
+    lines, flat, both = (
+        augmentation.redraw(pixels, 0.5, lines=lines, colours=colours).astype(float)
+        for lines, colours in ((True, False), (False, True), (True, True))
+    )
+    assert np.abs(both - lines * flat / 255).max() <= 1

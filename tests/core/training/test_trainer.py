@@ -29,6 +29,7 @@ from cifake_ray.core.models.detector import (
 )
 from cifake_ray.core.processing.score import predict_logit
 from cifake_ray.core.schema import FAKE
+from cifake_ray.core.training import batches
 from cifake_ray.core.training.batches import count_steps
 from cifake_ray.core.training.device_limits import DevicePrecision, choose_precision
 from cifake_ray.core.training.early_stopping import average_weights, explain_end
@@ -769,3 +770,37 @@ def test_two_ranks_train_as_one_does(tmp_path: Path, options: dict[str, Any]) ->
     for row, expected_row in zip(a["history"], one["history"], strict=True):
         assert math.isclose(row["train_loss"], expected_row["train_loss"], abs_tol=1e-4)
         assert row["val_accuracy"] == expected_row["val_accuracy"]
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 1 << 30])
+def test_batches_prepared_ahead_of_a_gpu_are_those_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, ahead_bytes: int
+) -> None:
+    """`elsewhere` stands for a GPU: what is prepared in threads is the same, in the same order."""
+    monkeypatch.setattr(batches, "to_device", lambda tensor, device: tensor)
+    monkeypatch.setattr(batches, "AHEAD_BYTES", ahead_bytes)
+    torch.set_num_threads(3)
+    config = TrainConfig(shards="shards", run="run", batch_size=16, mixup=0.4)
+    drawn = []
+    for device in ("cpu", "elsewhere"):
+        images = ArrayImages(150)
+        made = batches.Batches(images, config, POLICIES["strong"], device, 0, 1)
+        drawn.append([(*batch[:2], torch.rand(3)) for batch in made.draw(epoch=1, start=2)])
+    assert len(drawn[0]) == len(drawn[1]) == 7
+    for one, other in zip(*drawn, strict=True):
+        assert all(torch.equal(mine, its) for mine, its in zip(one, other, strict=True))
+    assert torch.get_num_threads() == 3
+
+
+def test_a_batch_that_cannot_be_prepared_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ArrayImages):
+        def read(self, indices: np.ndarray) -> np.ndarray:
+            if len(self.reads) > 3:
+                raise CifakeError("the cache is gone")
+            return super().read(indices)
+
+    monkeypatch.setattr(batches, "to_device", lambda tensor, device: tensor)
+    config = TrainConfig(shards="shards", run="run", batch_size=16)
+    made = batches.Batches(Broken(200), config, POLICIES["flip"], "elsewhere", 0, 1)
+    with pytest.raises(CifakeError, match="the cache is gone"):
+        list(made.draw(epoch=0, start=0))
