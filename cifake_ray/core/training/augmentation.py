@@ -187,7 +187,8 @@ def redraw(pixels: np.ndarray, strength: float, *, lines: bool, colours: bool) -
     )
     black, white = 0.4 + 0.3 * strength, 0.9 - 0.1 * strength  # shares of what is around
     ink = np.clip((grey / around - black) / (white - black), 0, 1)
-    return (np.asarray(flat) * ink[:, :, None]).round().astype(np.uint8)
+    drawn: np.ndarray = (np.asarray(flat) * ink[:, :, None]).round().astype(np.uint8)
+    return drawn
 
 
 def _rescale(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:

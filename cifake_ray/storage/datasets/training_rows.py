@@ -135,8 +135,11 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
 
 
 def _add_twins(rows: TrainingRows, config: TrainConfig) -> TrainingRows:
-    """Return the rows and behind them those of their twins, which train or validate with them."""
-    images = np.flatnonzero(rows.label == REAL)
+    """Return the rows and behind them those of the twins of training images.
+
+    None validates: epoch, threshold and temperature are chosen on genuine images.
+    """
+    images = np.flatnonzero((rows.label == REAL) & ~rows.is_val)
     twins = find_twins(rows.groups, rows.group[images], rows.row[images], config)
     twin_of = images[twins.twin_of]
     return replace(
@@ -146,7 +149,7 @@ def _add_twins(rows: TrainingRows, config: TrainConfig) -> TrainingRows:
         group=np.append(rows.group, len(rows.groups) + np.array(twins.group, np.int32)),
         row=np.append(rows.row, np.array(twins.row, np.int32)),
         label=np.append(rows.label, np.full(len(twin_of), FAKE)),
-        is_val=np.append(rows.is_val, rows.is_val[twin_of]),
+        is_val=np.append(rows.is_val, np.zeros(len(twin_of), bool)),
         twin_of=np.append(np.full(len(rows.label), -1), twin_of),
         source=None if rows.source is None else np.append(rows.source, rows.source[twin_of]),
         notes=(*rows.notes, f"{twins}"),

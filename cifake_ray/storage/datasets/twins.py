@@ -86,7 +86,7 @@ def find_twins(
                     if error is not None:
                         twins.lost["with an error"] += 1
                     elif not places:
-                        twins.lost["of no image that is trained or validated on"] += 1
+                        twins.lost["of no image that is trained on"] += 1
                     elif len(places) > 1:
                         twins.lost["whose name several images of a source have"] += 1
                     elif found.sides != sides[places[0]]:
