@@ -140,8 +140,8 @@ class BundleConfig(BatchConfig):
     bundle: Annotated[
         str | None,
         Doc(
-            "Bundle of the detector, its RUN, a built-in one by its name (cifake), or a classifier"
-            " of timm or transformers (default: the built-in one that fits the images)"
+            "Bundle of the detector, its RUN, a built-in one by its name (cifake, wild), or a"
+            " classifier of timm or transformers (default: the built-in one that fits the images)"
         ),
     ] = None
     fake_class: Annotated[  # in the bundle's fingerprint
