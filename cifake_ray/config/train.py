@@ -242,6 +242,10 @@ class TrainConfig(ClusterConfig):
             f"--teacher {self.teacher!r} names no bundle",
         )
         check(
+            0.01 <= self.distill_temperature <= 1000,  # beyond, logits or the square overflow
+            f"--distill-temperature is {self.distill_temperature}; give 0.01 to 1000",
+        )
+        check(
             self.teacher is None or not self.leave_one_source_out,
             "--leave-one-source-out: a --teacher may know the source; give one of the two",
         )
@@ -281,7 +285,7 @@ class TrainConfig(ClusterConfig):
             self.min_delta == 0 or self.patience is not None,
             "--min-delta needs --patience: without it no epoch is counted",
         )
-        for name in ("lr", "grad_clip", "layer_decay", "ema_decay", "distill_temperature"):
+        for name in ("lr", "grad_clip", "layer_decay", "ema_decay"):
             value, is_decay = getattr(self, name), name.endswith("decay")
             check(
                 value is None or 0 < value < (1 if is_decay else math.inf),
@@ -326,7 +330,7 @@ class TrainConfig(ClusterConfig):
     @property
     def teachers(self) -> list[str]:
         """Return the bundles that `teacher` names."""
-        return [name for name in (self.teacher or "").split(",") if name]
+        return [name.strip() for name in (self.teacher or "").split(",") if name.strip()]
 
     @property
     def distill_weight(self) -> float:

@@ -212,10 +212,19 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(
         ({"distill_temperature": 2.0}, "need a --teacher"),
         ({"teacher": "cifake", "distill": 1.5}, "--distill is 1.5; give 0 to 1"),
         ({"teacher": "cifake", "distill": float("nan")}, "--distill is nan"),
-        ({"teacher": "cifake", "distill_temperature": 0.0}, "--distill-temperature is 0.0; give a"),
+        ({"teacher": "cifake", "distill_temperature": 0.0}, "--distill-temperature is 0.0; give"),
+        ({"teacher": "cifake", "distill_temperature": 1e-30}, "is 1e-30; give 0.01 to 1000"),
+        ({"teacher": "cifake", "distill_temperature": 1e300}, r"is 1e\+300; give 0.01 to 1000"),
+        ({"teacher": "cifake", "distill_temperature": float("nan")}, "is nan; give 0.01"),
+        ({"teacher": " , "}, "names no bundle"),
         ({"teacher": "cifake", "leave_one_source_out": True}, "may know the source"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainConfig(shards="s", run="r", **options)
+
+
+def test_teachers_are_named_with_spaces_after_commas() -> None:
+    config = TrainConfig(shards="s", run="r", teacher=" cifake, runs/a b ,")
+    assert config.teachers == ["cifake", "runs/a b"]
