@@ -205,7 +205,7 @@ def _describe_pipeline(record: Record) -> list[str]:
     if record["command"] == "demo":
         sentences += [
             "The sample is made up, and its detector knows nothing else. Next:",
-            "cifake-ray score PHOTOS OUT (your images, the built-in detector)",
+            "cifake-ray score PHOTOS OUT (your images, a built-in detector)",
             "cifake-ray pipeline LABELLED ROOT (your own detector, from folders REAL and FAKE)",
         ]
     return sentences

@@ -22,7 +22,7 @@ from cifake_ray.core.imaging.resize import Resize, parse_resize
 
 # A JPEG decoded at a smaller scale has at least so many times the input's side. At 4 a network
 # told such images from their whole twins, at 6 hardly (225 mixed generators of mostly 512 to 32
-# pixels: 87% and 55% of pairs), and of the built-in detector's verdicts 1.6% and 0.3% were others.
+# pixels: 87% and 55% of pairs), and of the verdicts of `cifake` 1.6% and 0.3% were others.
 MIN_SCALED_RATIO = 6
 
 
