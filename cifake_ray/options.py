@@ -76,7 +76,10 @@ def _set_defaults(context: typer.Context) -> None:
             values = {**_read_values(context, path), **values}
             context.meta["recipe_in_use"] = name
     for key, value in values.items():
-        if getattr(parameters[key], "multiple", False) and not isinstance(value, list | None):
+        if not getattr(parameters[key], "multiple", False):
+            if isinstance(value, list):  # a text option would take it as "['a', 'b']"
+                raise typer.BadParameter(f"{key}: give one value, not a list")
+        elif not isinstance(value, list | None):
             if isinstance(value, dict):
                 raise typer.BadParameter(f"{key}: give a list, such as [a, b]")
             values[key] = [value]

@@ -215,6 +215,11 @@ def test_a_mapping_where_a_list_belongs_is_refused_in_words(write_file: Any) -> 
     assert "include: give a list" in said
 
 
+def test_a_list_where_one_text_belongs_is_refused_in_words(write_file: Any) -> None:
+    said = refuse(TrainConfig, "s", "r", "--config", write_file("teacher: [cifake, wild]\n"))
+    assert "teacher: give one value, not a list" in said
+
+
 @pytest.mark.parametrize(
     ("words", "text", "env", "guess"),
     [

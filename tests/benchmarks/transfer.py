@@ -4,7 +4,7 @@
 
 DIR holds images and `manifest.csv` (path, label, generator). Four detectors are trained on part of
 its matched core, in which both classes have the same size, format and quantisation table; the
-built-in detector was trained on CIFAKE only. All are evaluated on the rest of the core and on every
+built-in `cifake` was trained on CIFAKE only. All are evaluated on the rest of the core and on every
 other folder. A cell of the table is the accuracy at 0.5.
 
 `--write` saves the section beside the comparisons and regenerates `cifake_ray/EXPERIMENTS.md`.
@@ -48,7 +48,7 @@ CROPS: dict[str, Any] = {
     "lr": 0.002,
     "augment": "flip",
 }
-# Options of `train`; None for the built-in detector.
+# Options of `train`; None for the built-in `cifake`.
 DETECTORS: dict[str, dict[str, Any] | None] = {
     "built-in, CIFAKE only": None,
     "tf_efficientnet_lite0, ImageNet's weights, 224 px": {
@@ -88,7 +88,7 @@ def write_list(source: Path, out: Path) -> None:
 def evaluate(name: str, shards: Path, folder: Path, weights: dict[str, Path]) -> Row:
     """Train (unless built-in) and evaluate a detector; return a column of the table."""
     folder.mkdir(exist_ok=True)
-    options, bundle, minutes = DETECTORS[name], [], 0.0
+    options, bundle, minutes = DETECTORS[name], ["--bundle", "cifake"], 0.0
     if options is not None:
         log(f"{name}: train")
         if "weights" in options:
