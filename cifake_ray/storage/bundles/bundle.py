@@ -91,8 +91,8 @@ class BundleInfo:
         if threshold is None:
             raise UsageError(
                 f"--target-fpr {target_fpr}: {self.path} has no threshold for it: its REAL"
-                " validation images are too few, or more of them have p_fake = 1.0; leave it out, or"
-                " train again with checked labels or more validation images"
+                " validation images are too few, or more of them have p_fake = 1.0; leave it out,"
+                " or train again with checked labels or more validation images"
             )
         return threshold
 
