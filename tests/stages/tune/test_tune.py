@@ -446,7 +446,11 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
 @pytest.mark.parametrize(
     ("space", "options", "message"),
     [
-        ("lr: [0.1]", {"recipe": "fastest"}, "not among the built-in recipes: accurate, best, fast"),
+        (
+            "lr: [0.1]",
+            {"recipe": "fastest"},
+            "not among the built-in recipes: accurate, best, fast",
+        ),
         ("lr: [0.1]", {"search": ("wild",)}, "not among the built-in searches: architecture"),
         ("model: [cnn]", {"scheduler": "pbt"}, "model cannot change"),
         ("lr: 0.1", {}, "lr: give a list of values"),
