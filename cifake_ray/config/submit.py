@@ -10,14 +10,8 @@ from typing import Annotated, Any, ClassVar
 from cifake_ray.config.fields import Doc, check, check_endpoint, doc_of
 from cifake_ray.errors import UsageError
 
-PATH_OPTIONS = (
-    "out",
-    "bundle",
-    "weights",
-    "teacher",
-    "audit",
-)  # paths, as all positional arguments are
-BUNDLE_OPTIONS = ("bundle", "weights", "teacher")  # or the names of built-in detectors
+BUNDLE_OPTIONS = ("bundle", "weights", "teacher")  # paths, or the names of built-in detectors
+PATH_OPTIONS = ("out", "audit", *BUNDLE_OPTIONS)  # as all positional arguments are
 SECRETS = re.compile(
     r"SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|(^|_)(API)?KEY(_ID|S)?$|(^|_)TOKEN$",
     re.IGNORECASE,

@@ -49,13 +49,18 @@ def write_shards(path: Path, images: Sequence[tuple[bytes, int | None, str | Non
     return path
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 images to train on and 24 to validate, all told apart by their brightness but one."""
-    images = [
+def make_images() -> list[tuple[bytes, int | None, str | None]]:
+    """48 images to train on and 24 to validate, told apart by their brightness."""
+    return [
         (encode_image(180 if n % 2 else 20, n), n % 2, "val" if n >= 48 else "train")
         for n in range(72)
     ]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images to train on and 24 to validate, all told apart by their brightness but one."""
+    images = make_images()
     return write_shards(tmp_path_factory.mktemp("shards"), images)
 
 

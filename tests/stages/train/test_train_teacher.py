@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from test_train_here import encode_image, write_shards
+from test_train_here import make_images, write_shards
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.errors import CifakeError, RunMismatch, UsageError
@@ -26,12 +26,7 @@ from cifake_ray.storage.runs.train_run import TrainRun
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 images, told apart by their brightness."""
-    images = [
-        (encode_image(180 if n % 2 else 20, n), n % 2, "val" if n >= 48 else "train")
-        for n in range(72)
-    ]
-    return write_shards(tmp_path_factory.mktemp("shards"), images)
+    return write_shards(tmp_path_factory.mktemp("shards"), make_images())
 
 
 def train(run: Path, shards: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
