@@ -21,6 +21,7 @@ from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
     check_locations,
     escape_key,
@@ -45,7 +46,9 @@ class S3PrefixSource:
     def uri(self) -> str:
         return f"{SCHEME}{self.bucket}/{self.prefix}"
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         """Raise StorageError at once when the bucket cannot be listed."""
         check_bucket(self.store, self.bucket, self.prefix, self.limits)
         listing = Listing(iter(()))
