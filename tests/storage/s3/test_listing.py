@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifake_ray.storage.s3.errors import S3Error
-from cifake_ray.storage.s3.listing import KeyLister, Page, Query, parse_page
+from cifake_ray.storage.s3.listing import KeyLister, KeyRange, Query
+from cifake_ray.storage.s3.page import Page, parse_page
 
 
 def sort_by_bytes(key: str) -> Any:
@@ -56,7 +57,7 @@ def make_store(
 
 def list_all(ask: Callable[[Query], Page], prefix: str = "", page_keys: int = 2) -> list[str]:
     lister = KeyLister(ask, num_threads=4, page_keys=page_keys)
-    return [entry.key for page in lister.list_entries(prefix) for entry in page]
+    return [key for page in lister.list_pages([KeyRange(prefix)]) for key in page.keys]
 
 
 # Few characters, so that stems are shared, folders meet files, and `/` meets what sorts around it.
@@ -133,7 +134,7 @@ def test_a_mistake_in_a_thread_is_not_waited_for(monkeypatch: pytest.MonkeyPatch
 
 def test_whoever_stops_reading_ends_the_listing() -> None:
     ask = make_store({f"{number:04d}" for number in range(2_000)}, sort_by_bytes)
-    pages = KeyLister(ask, num_threads=4, page_keys=2).list_entries("")
+    pages = KeyLister(ask, num_threads=4, page_keys=2).list_pages([KeyRange("")])
     next(pages)
     pages.close()  # type: ignore[attr-defined]
     wait_for_threads()
@@ -153,4 +154,4 @@ def test_a_page_says_keys_sizes_and_etags() -> None:
         b"<Contents><Key>a+b%2B%0A%01</Key><Size>3</Size><ETag>&quot;x&quot;</ETag></Contents>"
         b"<Contents><Key>%FF</Key><Size>0</Size></Contents></ListBucketResult>"
     )
-    assert page == ([("a b+\n\x01", 3, '"x"'), ("\udcff", 0, None)], None)
+    assert page == (["a b+\n\x01", "\udcff"], [3, 0], ['"x"', None], None)

@@ -17,7 +17,7 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.s3.client import connect
 from cifake_ray.storage.s3.limits import S3Limits
-from cifake_ray.storage.s3.listing import KeyLister, Query
+from cifake_ray.storage.s3.listing import KeyLister, KeyRange, Query
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 from cifake_ray.storage.sources.source import KeyFilter
@@ -129,7 +129,7 @@ def test_a_divided_listing_is_the_plain_one(
         return client.list_page(bucket, query)
 
     lister = KeyLister(ask, num_threads=8, page_keys=page_keys)
-    listed = [entry.key for page in lister.list_entries(prefix) for entry in page]
+    listed = [key for page in lister.list_pages([KeyRange(prefix)]) for key in page.keys]
     assert sorted(listed) == sorted(key for key in keys if key.startswith(prefix))
     divided = {query["prefix"] for query in queries if query["max-keys"] != "1"}
     assert len(divided) > 3
