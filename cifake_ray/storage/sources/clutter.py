@@ -91,10 +91,15 @@ def may_be_clutter(names: pa.Array) -> np.ndarray:
     False is certain, at a tenth of its time: what has to be looked at are suffixes.
     """
     starts = pc.or_(pc.starts_with(names, "."), pc.starts_with(names, "~"))
-    # With a dot before it each name has a suffix: all of it, where it has no dot of its own.
-    parts = pc.split_pattern(pc.binary_join_element_wise("", names, "."), ".", 1, reverse=True)
-    suffixes = pc.list_element(parts, 1).dictionary_encode()
+    suffixes = partition_last(names, ".")[1].dictionary_encode()
     known = [suffix.lower() in CLUTTER_SUFFIXES for suffix in suffixes.dictionary.to_pylist()]
     is_known = pa.array(known, pa.bool_()).take(suffixes.indices)
     mask: np.ndarray = pc.or_(starts, is_known).to_numpy(zero_copy_only=False)
     return mask
+
+
+def partition_last(texts: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
+    """Return what `str.rpartition` has first and last, but the first begins with the separator."""
+    parts = pc.binary_join_element_wise("", texts, separator)  # so that there are two of each
+    parts = pc.split_pattern(parts, separator, max_splits=1, reverse=True)
+    return pc.list_element(parts, 0), pc.list_element(parts, 1)

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cifake_ray.core.schema import LABEL_FIELDS, MANIFEST_FIELDS
 from cifake_ray.storage.s3.page import Page
-from cifake_ray.storage.sources.clutter import is_system_folder, may_be_clutter
+from cifake_ray.storage.sources.clutter import is_system_folder, may_be_clutter, partition_last
 from cifake_ray.storage.sources.source import (
     LISTING_BATCH_ROWS,
     KeyFilter,
@@ -54,10 +54,8 @@ class KeyBatches:
     ) -> pa.RecordBatch:
         written, is_bad = _write_keys(whole_keys)
         keys = pc.utf8_slice_codeunits(written, len(self.prefix))
-        # With a slash before it each key has a folder.
-        parts = pc.binary_join_element_wise("", keys, "/")
-        parts = pc.split_pattern(parts, "/", max_splits=1, reverse=True)
-        folders, names = pc.list_element(parts, 0).dictionary_encode(), pc.list_element(parts, 1)
+        folders, names = partition_last(keys, "/")
+        folders = folders.dictionary_encode()
         is_marker = pc.and_(pc.ends_with(keys, "/"), pc.equal(size_bytes, 0))
         is_row = ~_make_mask(pc.or_(is_marker, pc.equal(keys, "")))
         if num_markers := int(np.count_nonzero(~is_row)):
@@ -87,8 +85,8 @@ class KeyBatches:
         if self.key_filter.include or self.key_filter.exclude:
             return np.ones(len(names), bool)
         is_system = [is_system_folder(folder) for folder in folders.dictionary.to_pylist()]
-        in_system: np.ndarray = np.array(is_system)[folders.indices.to_numpy()]
-        return may_be_clutter(names) | in_system
+        mask: np.ndarray = np.array(is_system)[folders.indices.to_numpy()] | may_be_clutter(names)
+        return mask
 
     def _make_labels(self, folders: pa.DictionaryArray) -> dict[str, pa.Array]:
         """Return label, split and source of each key."""
