@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,6 +104,29 @@ PIECES = [
 ]
 
 
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_at_any_place_of_a_page_is_read_or_refused_as_before(piece: str) -> None:
+    entries = "".join(
+        ENTRIES[0].format(key=f"a%2Fb+{n}", etag=f"&quot;{n}&quot;", size=n) for n in range(2)
+    )
+    page = (
+        f"{DECLARATION}<ListBucketResult{NAMESPACE}><Name>b</Name><Delimiter/>{entries}"
+        "<IsTruncated>false</IsTruncated></ListBucketResult>"
+    ).encode()
+    assert _parse_usual_page(page) is not None
+    for place in find_borders(page):
+        data = page[:place] + piece.encode() + page[place:]
+        assert read(parse_page, data) == read(_parse_any_page, data), data
+
+
+def find_borders(data: bytes) -> list[int]:
+    """Where tags and entities begin and end, and what is one further."""
+    borders = {
+        place + step for place, byte in enumerate(data) if byte in b"<>&;" for step in (0, 1)
+    }
+    return [0, *sorted(borders - {0, len(data)}), len(data)]
+
+
 @settings(max_examples=500, deadline=None)
 @given(make_pages(), st.data())
 def test_a_page_with_anything_in_it_is_read_or_refused_as_before(
@@ -115,9 +139,8 @@ def test_a_page_with_anything_in_it_is_read_or_refused_as_before(
 
 def change_page(data: bytes, draws: st.DataObject) -> bytes:
     """Cut a page, take a part out, write one twice or swap two, or put something in."""
-    borders = [0, *(n for n, byte in enumerate(data) if byte in b"<>")]
-    borders += [n + 1 for n in borders[1:]] + [len(data)]
-    first, second, third = sorted(draws.draw(st.sampled_from(borders)) for _ in range(3))
+    borders = st.sampled_from(find_borders(data))
+    first, second, third = sorted(draws.draw(borders) for _ in range(3))
     a, b, c, d = data[:first], data[first:second], data[second:third], data[third:]
     return draws.draw(
         st.sampled_from([a, a + c + d, a + b + b + c + d, a + c + b + d])
