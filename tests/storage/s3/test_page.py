@@ -104,15 +104,29 @@ PIECES = [
 ]
 
 
-@pytest.mark.parametrize("piece", PIECES)
-def test_a_piece_at_any_place_of_a_page_is_read_or_refused_as_before(piece: str) -> None:
+def make_page(start: str = "", end: str = "") -> bytes:
+    """A page of two entries, and what stands before and behind them."""
     entries = "".join(
         ENTRIES[0].format(key=f"a%2Fb+{n}", etag=f"&quot;{n}&quot;", size=n) for n in range(2)
     )
-    page = (
-        f"{DECLARATION}<ListBucketResult{NAMESPACE}><Name>b</Name><Delimiter/>{entries}"
+    return (
+        f"{DECLARATION}<ListBucketResult{NAMESPACE}><Name>b</Name><Delimiter/>{start}{entries}{end}"
         "<IsTruncated>false</IsTruncated></ListBucketResult>"
     ).encode()
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("<!-- ", " -->"), ("<![CDATA[", "]]>"), ("<Others>", "</Others>"), ("<?x ", "?>")],
+)
+def test_entries_inside_of_something_else_are_none(start: str, end: str) -> None:
+    data = make_page(start, end)
+    assert parse_page(data) == _parse_any_page(data) == Page([], [], [], None)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_at_any_place_of_a_page_is_read_or_refused_as_before(piece: str) -> None:
+    page = make_page()
     assert _parse_usual_page(page) is not None
     for place in find_borders(page):
         data = page[:place] + piece.encode() + page[place:]
