@@ -1,10 +1,12 @@
-"""List a large bucket into a manifest: keys per second and peak memory.
+"""List a large bucket, and freeze it as a manifest: keys per second and peak memory.
 
-    python tests/benchmarks/listing.py [--keys 100000 1000000] [--latency-ms 20]
+    python tests/benchmarks/listing.py [--keys 100000 1000000] [--latency-ms 20] [--shapes wide]
 
 A server on loopback, in its own process, generates the pages of ListObjectsV2 on request and stores
-no keys. `nested` has 200 folders below six, `flat` is one folder. Each number of keys is listed by
-a fresh process; memory should not grow from the first number to the second.
+no keys; `server` is its own rate, with a client that only receives. `nested` has 200 folders below
+six, `flat` is one folder, `wide` is 2,000 prefixes with keys of 60 bytes. Each number of keys is
+listed by a fresh process, and by another one frozen; memory should not grow from the first number
+to the second. CPU time is the client's alone.
 """
 
 from __future__ import annotations
@@ -20,16 +22,21 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
-from urllib.parse import parse_qs, quote, urlsplit
+from typing import Literal, get_args
+from urllib.parse import parse_qs, urlsplit
 
-Shape = Literal["nested", "flat"]
+Shape = Literal["nested", "flat", "wide"]
 FOLDERS = [f"{split}/{label}/" for split in ("test", "train", "val") for label in ("FAKE", "REAL")]
 SUBFOLDERS = 200
+PREFIXES = 2_000  # of `wide`
+PAGE_KEYS = 1_000
 BUCKET = "benchmark"
 TIMEOUT_S = 3600.0
 
@@ -47,6 +54,10 @@ class Keys(Sequence[str]):
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
         if self.shape == "flat":
             return f"images/img_{index:09d}.jpg"
+        if self.shape == "wide":
+            part = index * PREFIXES // self.num_keys
+            label = "FAKE" if part < PREFIXES // 2 else "REAL"
+            return f"wide/{label}/part-{part:04d}/{index:036d}.jpg"
         folder, rest = divmod(index, -(-self.num_keys // len(FOLDERS)))
         sub, number = divmod(rest, -(-self.num_keys // (len(FOLDERS) * SUBFOLDERS)))
         return f"{FOLDERS[folder]}source-{sub:03d}/{number:07d}.jpg"
@@ -80,9 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(token)
         elif after := query.get("start-after"):
             start = max(start, bisect_right(keys, after))
-        stop = min(start + int(query.get("max-keys", 1000)), end)
+        stop = min(start + int(query.get("max-keys", PAGE_KEYS)), end)
         contents = "".join(
-            f"<Contents><Key>{quote(keys[index])}</Key>"
+            f"<Contents><Key>{keys[index]}</Key>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
             f"<ETag>&quot;{index:032x}&quot;</ETag><Size>1000</Size>"
             "<StorageClass>STANDARD</StorageClass></Contents>"
@@ -109,20 +120,25 @@ def serve(shape: Shape, num_keys: int, latency_s: float, ready: Connection) -> N
         ready.recv()  # until the benchmark is over
 
 
-def list_bucket() -> None:
-    """List, sort and write the manifest, in the measured process."""
+def list_bucket(*, freezes: bool) -> None:
+    """List, or sort and write the manifest as well, in the measured process."""
     from cifake_ray.config import StoreConfig
     from cifake_ray.core.labels import make_class_names
     from cifake_ray.storage.runs.manifest import write_manifest
     from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
+    # Connected, which takes half a second of botocore's however few keys there are.
+    list(S3PrefixSource(BUCKET, "none/", StoreConfig(), make_class_names()).list_images().batches)
     idle_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source = S3PrefixSource(BUCKET, "", StoreConfig(), make_class_names())
     started_s, cpu_s = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        manifest = write_manifest(Path(folder), "run", source.list_images(), None)
+        if freezes:
+            keys = write_manifest(Path(folder), "run", source.list_images(), None).num_rows
+        else:
+            keys = sum(batch.num_rows for batch in source.list_images().batches)
     facts = {
-        "keys": manifest.num_rows,
+        "keys": keys,
         "elapsed_s": time.perf_counter() - started_s,
         "cpu_s": time.process_time() - cpu_s,
         "idle_mb": idle_kb / 1024,
@@ -131,20 +147,47 @@ def list_bucket() -> None:
     print(json.dumps(facts))
 
 
-def measure(shape: Shape, num_keys: int, latency_s: float) -> dict[str, float]:
+@contextmanager
+def run_server(shape: Shape, num_keys: int, latency_s: float) -> Iterator[int]:
+    """The port of a server in a process of its own."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     server = context.Process(target=serve, args=(shape, num_keys, latency_s, theirs))
     server.start()
     try:
+        yield ours.recv()
+    finally:
+        ours.send("over")
+        server.join()
+
+
+def measure_server(shape: Shape, num_keys: int) -> float:
+    """Keys a second that a client receives, over eight connections, and does not look at."""
+
+    def receive(port: int, first: int) -> None:
+        connection = HTTPConnection("127.0.0.1", port)
+        for token in range(first * PAGE_KEYS, num_keys, 8 * PAGE_KEYS):
+            connection.request("GET", f"/{BUCKET}?continuation-token={token}")
+            assert b"</ListBucketResult>" in connection.getresponse().read()[-99:]
+        connection.close()
+
+    with run_server(shape, num_keys, 0.0) as port, ThreadPoolExecutor(8) as threads:
+        started_s = time.perf_counter()
+        list(threads.map(receive, [port] * 8, range(8)))
+        return num_keys / (time.perf_counter() - started_s)
+
+
+def measure(shape: Shape, num_keys: int, latency_s: float, verb: str) -> dict[str, float]:
+    """What a fresh process says of itself."""
+    with run_server(shape, num_keys, latency_s) as port:
         env = {
             **os.environ,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "any",
             "AWS_SECRET_ACCESS_KEY": "any",
         }
         output = subprocess.run(
-            [sys.executable, __file__, "--child"],
+            [sys.executable, __file__, "--child", verb],
             env=env,
             check=True,
             capture_output=True,
@@ -153,30 +196,31 @@ def measure(shape: Shape, num_keys: int, latency_s: float) -> dict[str, float]:
         ).stdout
         facts: dict[str, float] = json.loads(output.splitlines()[-1])
         return facts
-    finally:
-        ours.send("over")
-        server.join()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keys", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--latency-ms", type=float, default=20.0)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", nargs="+", default=get_args(Shape), choices=get_args(Shape))
+    parser.add_argument("--child", choices=["list", "freeze"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return list_bucket()
-    print("           keys   seconds      keys/s   CPU us each   idle MB   peak MB")
-    for shape in ("nested", "flat"):
+        return list_bucket(freezes=options.child == "freeze")
+    print("                  keys   seconds      keys/s   CPU us each   idle MB   peak MB")
+    for shape in options.shapes:
         for num_keys in options.keys:
-            facts = measure(shape, num_keys, options.latency_ms / 1000)
-            assert facts["keys"] == num_keys
-            print(
-                f"{shape:7s} {num_keys:8d} {facts['elapsed_s']:9.1f} "
-                f"{num_keys / facts['elapsed_s']:11.0f} {1e6 * facts['cpu_s'] / num_keys:13.1f} "
-                f"{facts['idle_mb']:9.0f} {facts['peak_mb']:9.0f}",
-                flush=True,
-            )
+            print(f"{shape:7s} server {num_keys:8d} {measure_server(shape, num_keys):11.0f}")
+            for verb in ("list", "freeze"):
+                facts = measure(shape, num_keys, options.latency_ms / 1000, verb)
+                assert facts["keys"] == num_keys
+                print(
+                    f"{shape:7s} {verb:6s} {num_keys:8d} {facts['elapsed_s']:9.1f} "
+                    f"{num_keys / facts['elapsed_s']:11.0f} "
+                    f"{1e6 * facts['cpu_s'] / num_keys:13.1f} "
+                    f"{facts['idle_mb']:9.0f} {facts['peak_mb']:9.0f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
     check_locations,
     climbs,
@@ -65,7 +66,9 @@ class FolderSource:
     label_column: str = "label"  # of metadata beside the images
     source_column: str = "source"
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()))
         listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
         return listing

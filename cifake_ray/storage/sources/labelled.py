@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.errors import ImageError
-from cifake_ray.storage.sources.source import Listing, Source
+from cifake_ray.storage.sources.source import Listing, Part, Source
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class LabelledSource:
     split: str | None = None
     seen: Mapping[str, np.ndarray] = field(default_factory=dict)  # rows to leave out, by location
 
-    def list_images(self) -> Listing:
-        listing = self.source.list_images()
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
+        listing = self.source.list_images(parts, max_rows)
 
         def choose(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:

@@ -50,6 +50,7 @@ from cifake_ray.storage.sources.source import (
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
     check_locations,
     make_label_reader,
@@ -112,7 +113,9 @@ class ListFileSource:
     def path_column(self) -> str:
         return self.choice.image or self.choice.path
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()), key_column=self.path_column)
         listing.batches = self._list_batches(listing)
         return listing

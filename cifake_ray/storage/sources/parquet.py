@@ -7,7 +7,7 @@ one output shard covers neighbouring row groups of one file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -42,6 +42,7 @@ from cifake_ray.storage.sources.source import (
     MIN_SHARD_ROWS,
     KeyFilter,
     Listing,
+    Part,
     check_locations,
     climbs,
 )
@@ -156,7 +157,9 @@ class ParquetSource:
         """Leave out the row group in memory: the process that unpickles this reads its own."""
         return {**self.__dict__, "_held": None}
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()), keeps_order=True)
         listing.batches = self._list_batches(listing)
         return listing

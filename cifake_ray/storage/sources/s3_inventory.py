@@ -36,6 +36,7 @@ from cifake_ray.storage.sources.source import (
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
     check_locations,
     make_label_reader,
@@ -105,7 +106,9 @@ class S3InventorySource:
     store: StoreConfig
     key_filter: KeyFilter = KEEP_ALL
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()))
         listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
         return listing

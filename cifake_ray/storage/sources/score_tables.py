@@ -36,6 +36,7 @@ from cifake_ray.storage.sources.source import (
     LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
 )
 from cifake_ray.storage.sources.text_table import open_text_table
@@ -123,7 +124,9 @@ class ScoreTables:
     key_filter: KeyFilter = KEEP_ALL
     is_ours: bool = False  # rows may have an error instead of a score, and no label
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()), keeps_order=True)
         listing.batches = self._list_batches(listing)
         return listing

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase, translate
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -25,6 +25,8 @@ MAX_SHARD_BYTES = 256 * 2**20
 MAX_NOTES = 5
 NOT_AUDITED = "not in the audit"  # why `convert --audit` leaves a file out
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+# A part of what a source lists, which may be written as JSON: what it means is the source's own.
+Part: TypeAlias = str | tuple[str, ...]
 _WILDCARD = re.compile(r"[*?[]")
 
 
@@ -44,6 +46,7 @@ class Listing:
     key_column: str | None = None  # where the keys are from, if from a column
     counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
     tables: list[str] = field(default_factory=list)  # left out, the first few: may hold labels
+    left: list[Part] = field(default_factory=list)  # not listed, see `Source`; complete likewise
 
     def leave_out(self, key: str, reason: str) -> None:
         """Count a file of a store that is no row, and say if it describes the others."""
@@ -109,7 +112,9 @@ class Source(Protocol):
     fsspec lists one folder at once, and Parquet reads one row group at once.
     """
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         """List every image once: columns of `MANIFEST_FIELDS`, then the source's own.
 
         No image is read. `size_bytes` and `mtime_ns` or `etag` are what the store says, null where
@@ -117,6 +122,12 @@ class Source(Protocol):
         location. StorageError, here or while iterating, when the root, a folder of a store or a
         page cannot be listed. Nothing is left out in silence: what is no row is in `left_out`.
         UsageError for a list that is wrong.
+
+        A source that can be divided lists only `parts`, if any are given, each of them from the
+        `left` of a listing (or as JSON gives that back), and goes no further once about `max_rows`
+        rows were listed: the parts that are then not listed are in `left`. Listing what is left,
+        and what that leaves, lists every image exactly once, in whatever processes and whatever
+        order. Each listing counts what itself left out. Other sources list all and leave nothing.
         """
         ...
 

@@ -34,6 +34,7 @@ from cifake_ray.storage.sources.source import (
     MIN_SHARD_ROWS,
     KeyFilter,
     Listing,
+    Part,
     batch_rows,
     escape_key,
     make_label_reader,
@@ -149,7 +150,9 @@ class TarSource:
     min_shard_rows: int | None = None
     only: Tar | None = None  # instead of all below `files`
 
-    def list_images(self) -> Listing:
+    def list_images(
+        self, parts: Sequence[Part] | None = None, max_rows: int | None = None
+    ) -> Listing:
         listing = Listing(iter(()), Counter(), keeps_order=True)
         listing.batches = self._list_batches(listing)
         return listing

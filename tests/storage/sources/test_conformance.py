@@ -41,7 +41,14 @@ from cifake_ray.errors import ImageError, NothingToDo
 from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3 import prefetch
 from cifake_ray.storage.s3.listing import KeyLister
-from cifake_ray.storage.sources import folder, fsspec_prefix, held_images, s3_prefix, tar
+from cifake_ray.storage.sources import (
+    folder,
+    fsspec_prefix,
+    held_images,
+    key_batches,
+    s3_prefix,
+    tar,
+)
 from cifake_ray.storage.sources import source as source_module
 from cifake_ray.storage.sources.source import Source
 
@@ -134,6 +141,7 @@ def read_all(source: Source, rows: pa.Table | None = None) -> dict[str, bytes | 
 
 def list_in_small_batches(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
     monkeypatch.setattr(source_module, "LISTING_BATCH_ROWS", num_rows)
+    monkeypatch.setattr(key_batches, "LISTING_BATCH_ROWS", num_rows)
     monkeypatch.setattr(tar, "LARGE_READ_BYTES", tar.SMALL_READ_BYTES)
     monkeypatch.setattr(s3_prefix, "KeyLister", partial(KeyLister, page_keys=num_rows))
 
