@@ -1,0 +1,268 @@
+"""Hold listed rows in buckets of the hash of their key: in memory while they are few, then in files.
+
+A file of rows is 256 small Parquet files, one behind the other, each the rows of one bucket. So the
+rows of a bucket are one range of bytes in each file, whatever number of files there is, and any
+process can sort a bucket without the others. The files lie in the output, since it has the room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cifake_ray.core.schema import SPLITS
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.storage.io.files import (
+    discard,
+    list_folder,
+    make_folder,
+    open_ranges,
+    write_bytes,
+)
+from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
+from cifake_ray.storage.io.records import PARQUET_ERRORS
+
+FOLDER_PREFIX = ".listing-"  # of the folder of such files, beside those of the manifest
+NUM_BUCKETS = 256  # the upper 8 bits of the hash
+MAX_HELD_ROWS = 500_000  # in memory; then they are written
+MAX_HELD_BYTES = 256 * 2**20  # the same; far below the 2 GiB that an array of strings can have
+ROW_FILE_NAME = re.compile(r"[0-9a-f]{16}\.rows")
+HASH = ""  # the name of the column of hashes: a list may use any other for its own
+
+
+def hash_key(key: str) -> int:
+    """Return the uint64 by which keys are dealt; it must never change."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def hash_keys(keys: pa.Array) -> np.ndarray:
+    """Return `hash_key` of each: uint64[keys]."""
+    values = keys.cast(pa.binary()).to_pylist()
+    hashes = b"".join([hashlib.blake2b(value, digest_size=8).digest() for value in values])
+    return np.frombuffer(hashes, ">u8").astype(np.uint64)
+
+
+def number_splits(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the place of each split in SPLITS; that of all others, and of none, is behind them."""
+    places = pc.index_in(column, pa.array(SPLITS))
+    numbers: np.ndarray = pc.fill_null(places, len(SPLITS)).to_numpy()
+    return numbers
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """A file of rows: where the rows of each bucket end."""
+
+    name: str
+    ends: list[int]
+
+    def __post_init__(self) -> None:
+        if not ROW_FILE_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is no name of a file of rows")
+        if len(self.ends) != NUM_BUCKETS or sorted(self.ends) != self.ends:
+            raise ValueError(f"{self.name} does not have {NUM_BUCKETS} buckets")
+
+
+@dataclass
+class ListedRows:
+    """Rows in buckets, and how many they are. The files lie in `folder`."""
+
+    folder: AnyPath
+    files: list[RowFile] = field(default_factory=list)
+    # By bucket and split, see `number_splits`.
+    counts: np.ndarray = field(
+        default_factory=lambda: np.zeros((NUM_BUCKETS, len(SPLITS) + 1), np.int64)
+    )
+    size_bytes: int = 0  # of the images
+    table_bytes: int = 0  # of the rows themselves in memory
+    held: pa.Table | None = None  # the rows that are in no file, in the order of their buckets
+    _added: list[pa.RecordBatch] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.counts.sum())
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add rows with at least the columns key, size_bytes and split."""
+        hashes = hash_keys(batch.column("key"))
+        np.add.at(self.counts, (_find_buckets(hashes), number_splits(batch.column("split"))), 1)
+        self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
+        self.table_bytes += batch.nbytes
+        schema = batch.schema.insert(0, pa.field(HASH, pa.uint64()))
+        arrays = [pa.array(hashes), *batch.columns]
+        self._added.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
+        num_rows = sum(added.num_rows for added in self._added)
+        if num_rows >= self._max_rows:
+            self.write()
+
+    @property
+    def _max_rows(self) -> int:
+        """Return how many rows are in memory at most."""
+        mean_bytes = self.table_bytes // max(self.num_rows, 1)
+        return min(MAX_HELD_ROWS, MAX_HELD_BYTES // max(mean_bytes, 1))
+
+    def hold(self) -> None:
+        """Put the rows that were added into the order of their buckets."""
+        if self._added:
+            table = pa.Table.from_batches(self._added)
+            order = np.argsort(_find_buckets(table.column(HASH).to_numpy()), kind="stable")
+            self.held, self._added = table.take(pa.array(order)).combine_chunks(), []
+
+    def write(self) -> None:
+        """Write the rows that are in memory to a file."""
+        self.hold()
+        if self.held is None:
+            return
+        bounds, data, ends = _find_bounds(self.held), io.BytesIO(), []
+        for start, stop in pairwise(bounds):
+            if stop > start:
+                data.write(_encode(self.held.slice(start, stop - start)))
+            ends.append(data.tell())
+        name = f"{secrets.token_hex(8)}.rows"
+        make_folder(self.folder, parents=False)
+        write_bytes(self.folder / name, data.getvalue())
+        self.files.append(RowFile(name, ends))
+        self.held = None
+
+    def read_sorted(
+        self, start: int, stop: int, key_column: str | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield the rows of the buckets from `start` to before `stop` in order of hash and key.
+
+        All rows of a hash are in one table. UsageError when a key is listed twice.
+        """
+        for table in self.read_grouped(start, stop):
+            if np.any(np.diff(table.column(HASH).to_numpy()) == 0):
+                check_unique(table, key_column)
+            yield table.remove_column(0)
+
+    def read_grouped(self, start: int, stop: int) -> Iterator[pa.Table]:
+        """Yield tables as `read_sorted`, with the hashes; a key may be there several times."""
+        for first, last, num_parts in self._group_buckets(start, stop):
+            for part in range(num_parts):
+                tables = list(self._read_parts(first, last, part, num_parts))
+                if not tables:
+                    continue
+                table = pa.concat_tables(tables)
+                hashes = table.column(HASH).to_numpy()
+                order = np.argsort(hashes, kind="stable")
+                if np.any(np.diff(hashes[order]) == 0):
+                    keys = pa.table({"hash": hashes, "key": table.column("key")})
+                    by = [("hash", "ascending"), ("key", "ascending")]
+                    order = pc.sort_indices(keys, sort_keys=by)
+                yield table.take(pa.array(order))
+
+    def _group_buckets(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield ranges of buckets that fit in memory together; or one, and in how many parts."""
+        num_rows, first = 0, start
+        for bucket, count in enumerate(self.counts[start:stop].sum(axis=1).tolist(), start):
+            if num_rows and num_rows + count > self._max_rows:
+                yield first, bucket, _count_parts(num_rows, self._max_rows)
+                num_rows, first = 0, bucket
+            num_rows += count
+        if num_rows:
+            yield first, stop, _count_parts(num_rows, self._max_rows)
+
+    def _read_parts(self, start: int, stop: int, part: int, num_parts: int) -> Iterator[pa.Table]:
+        """Yield the rows of some buckets whose hash goes on with the bits of `part`."""
+        for table in self._read(start, stop):
+            if num_parts > 1:
+                following = table.column(HASH).to_numpy() << np.uint64(8)
+                parts = following >> np.uint64(65 - num_parts.bit_length())
+                table = table.filter(pa.array(parts == part))
+            if table.num_rows:
+                yield table
+
+    def _read(self, start: int, stop: int) -> Iterator[pa.Table]:
+        for file in self.files:
+            path, ends = self.folder / file.name, [0, *file.ends]
+            with explain_errors(path):
+                try:
+                    with open_ranges(path) as opened:
+                        opened.seek(ends[start])
+                        data = opened.read(ends[stop] - ends[start])
+                    for begin, end in pairwise(end - ends[start] for end in ends[start : stop + 1]):
+                        if end > begin:
+                            part = pa.BufferReader(data[begin:end])
+                            yield pq.read_table(part, use_threads=False)
+                except PARQUET_ERRORS as error:
+                    if is_from_s3fs(error):  # the store has failed, not the file
+                        raise
+                    raise StorageError(
+                        f"{path}: what was listed is damaged or missing ({error}); remove the"
+                        " folder and run the same command again"
+                    ) from error
+        self.hold()
+        if self.held is not None:
+            bounds = _find_bounds(self.held)
+            yield self.held.slice(bounds[start], bounds[stop] - bounds[start])
+
+
+def check_unique(table: pa.Table, key_column: str | None) -> None:
+    """Raise UsageError when neighbours in a sorted table have the same key."""
+    keys = table.column("key").combine_chunks()
+    twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
+    if len(twice):
+        examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
+        raise UsageError(
+            f"{len(twice)} or more keys"
+            + (f" of the column {key_column!r}" if key_column else "")
+            + f" are listed twice, such as {examples}; every key must be unique"
+            + ("; --drop-columns key numbers the rows instead" if key_column == "key" else "")
+        )
+
+
+def remove_rows(folder: AnyPath) -> None:
+    """Remove a folder of listed rows, as far as that is allowed: what stays does no harm."""
+    for path in list_folder(folder):
+        discard(path)
+    if isinstance(folder, Path):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _count_parts(num_rows: int, max_rows: int) -> int:
+    """Return the power of two that divides rows into parts that fit in memory."""
+    return 1 << max(0, -(-num_rows // max_rows) - 1).bit_length()
+
+
+def _find_buckets(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(56)).astype(np.uint8)
+
+
+def _find_bounds(table: pa.Table) -> list[int]:
+    """Return where each bucket begins in rows in the order of buckets, and the end."""
+    buckets = _find_buckets(table.column(HASH).to_numpy())
+    bounds: list[int] = np.searchsorted(buckets, np.arange(NUM_BUCKETS + 1)).tolist()
+    return bounds
+
+
+def _encode(table: pa.Table) -> bytes:
+    """Return the rows of a bucket as Parquet: neighbours in a listing share the begin of a key."""
+    delta = {name: "DELTA_BYTE_ARRAY" for name in ("key", "location") if name in table.column_names}
+    plain = {name: "PLAIN" for name in (HASH, "etag") if name in table.column_names}
+    others = [name for name in table.column_names if name not in delta.keys() | plain.keys()]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=others,
+        column_encoding=delta | plain,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
