@@ -1,4 +1,4 @@
-"""Hold listed rows in buckets of the hash of their key: in memory while they are few, then in files.
+"""Hold listed rows in buckets of the hash of their key: in memory while few, then in files.
 
 A file of rows is 256 small Parquet files, one behind the other, each the rows of one bucket. So the
 rows of a bucket are one range of bytes in each file, whatever number of files there is, and any
@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
 from cifake_ray.storage.io.records import PARQUET_ERRORS
 
 FOLDER_PREFIX = ".listing-"  # of the folder of such files, beside those of the manifest
+FOLDER_NAME = re.compile(re.escape(FOLDER_PREFIX) + "[0-9a-f]{8}")
 NUM_BUCKETS = 256  # the upper 8 bits of the hash
 MAX_HELD_ROWS = 500_000  # in memory; then they are written
 MAX_HELD_BYTES = 256 * 2**20  # the same; far below the 2 GiB that an array of strings can have
@@ -59,6 +61,15 @@ def number_splits(column: pa.ChunkedArray) -> np.ndarray:
     places = pc.index_in(column, pa.array(SPLITS))
     numbers: np.ndarray = pc.fill_null(places, len(SPLITS)).to_numpy()
     return numbers
+
+
+class HashRange(NamedTuple):
+    """The buckets from `start` to before `stop`; of one that is too large, a part."""
+
+    start: int
+    stop: int
+    part: int = 0
+    num_parts: int = 1  # a power of two: each has the same next bits of the hash
 
 
 @dataclass(frozen=True)
@@ -104,12 +115,12 @@ class ListedRows:
         arrays = [pa.array(hashes), *batch.columns]
         self._added.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
         num_rows = sum(added.num_rows for added in self._added)
-        if num_rows >= self._max_rows:
+        if num_rows >= self.max_rows:
             self.write()
 
     @property
-    def _max_rows(self) -> int:
-        """Return how many rows are in memory at most."""
+    def max_rows(self) -> int:
+        """Return how many rows are to be in memory at most."""
         mean_bytes = self.table_bytes // max(self.num_rows, 1)
         return min(MAX_HELD_ROWS, MAX_HELD_BYTES // max(mean_bytes, 1))
 
@@ -136,52 +147,36 @@ class ListedRows:
         self.files.append(RowFile(name, ends))
         self.held = None
 
-    def read_sorted(
-        self, start: int, stop: int, key_column: str | None = None
-    ) -> Iterator[pa.Table]:
-        """Yield the rows of the buckets from `start` to before `stop` in order of hash and key.
+    def read_sorted(self, start: int, stop: int, key_column: str | None) -> Iterator[pa.Table]:
+        """Yield the rows of the buckets from `start` to before `stop` by hash and key.
 
         All rows of a hash are in one table. UsageError when a key is listed twice.
         """
-        for table in self.read_grouped(start, stop):
-            if np.any(np.diff(table.column(HASH).to_numpy()) == 0):
+        for some in divide_buckets(self.counts, self.max_rows, start, stop):
+            if (table := self.read(some)) is not None:
                 check_unique(table, key_column)
-            yield table.remove_column(0)
+                yield table.remove_column(0)
 
-    def read_grouped(self, start: int, stop: int) -> Iterator[pa.Table]:
-        """Yield tables as `read_sorted`, with the hashes; a key may be there several times."""
-        for first, last, num_parts in self._group_buckets(start, stop):
-            for part in range(num_parts):
-                tables = list(self._read_parts(first, last, part, num_parts))
-                if not tables:
-                    continue
-                table = pa.concat_tables(tables)
-                hashes = table.column(HASH).to_numpy()
-                order = np.argsort(hashes, kind="stable")
-                if np.any(np.diff(hashes[order]) == 0):
-                    keys = pa.table({"hash": hashes, "key": table.column("key")})
-                    by = [("hash", "ascending"), ("key", "ascending")]
-                    order = pc.sort_indices(keys, sort_keys=by)
-                yield table.take(pa.array(order))
+    def read(self, some: HashRange) -> pa.Table | None:
+        """Return the rows of a range by hash and key, with the hash; None if there are none."""
+        tables = list(self._read_range(some))
+        if not tables:
+            return None
+        table = pa.concat_tables(tables)
+        hashes = table.column(HASH).to_numpy()
+        order = np.argsort(hashes, kind="stable")
+        if np.any(np.diff(hashes[order]) == 0):
+            keys = pa.table({"hash": hashes, "key": table.column("key")})
+            by = [("hash", "ascending"), ("key", "ascending")]
+            order = pc.sort_indices(keys, sort_keys=by)
+        return table.take(pa.array(order))
 
-    def _group_buckets(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield ranges of buckets that fit in memory together; or one, and in how many parts."""
-        num_rows, first = 0, start
-        for bucket, count in enumerate(self.counts[start:stop].sum(axis=1).tolist(), start):
-            if num_rows and num_rows + count > self._max_rows:
-                yield first, bucket, _count_parts(num_rows, self._max_rows)
-                num_rows, first = 0, bucket
-            num_rows += count
-        if num_rows:
-            yield first, stop, _count_parts(num_rows, self._max_rows)
-
-    def _read_parts(self, start: int, stop: int, part: int, num_parts: int) -> Iterator[pa.Table]:
-        """Yield the rows of some buckets whose hash goes on with the bits of `part`."""
-        for table in self._read(start, stop):
-            if num_parts > 1:
+    def _read_range(self, some: HashRange) -> Iterator[pa.Table]:
+        for table in self._read(some.start, some.stop):
+            if some.num_parts > 1:
                 following = table.column(HASH).to_numpy() << np.uint64(8)
-                parts = following >> np.uint64(65 - num_parts.bit_length())
-                table = table.filter(pa.array(parts == part))
+                parts = following >> np.uint64(65 - some.num_parts.bit_length())
+                table = table.filter(pa.array(parts == some.part))
             if table.num_rows:
                 yield table
 
@@ -210,8 +205,28 @@ class ListedRows:
             yield self.held.slice(bounds[start], bounds[stop] - bounds[start])
 
 
+def divide_buckets(
+    counts: np.ndarray, max_rows: int, start: int = 0, stop: int = NUM_BUCKETS
+) -> Iterator[HashRange]:
+    """Yield ranges with at most `max_rows` rows, about: some buckets, or a part of one."""
+    num_rows, first = 0, start
+    for bucket, count in enumerate(counts[start:stop].sum(axis=1).tolist(), start):
+        if num_rows and num_rows + count > max_rows:
+            yield from _divide_range(first, bucket, num_rows, max_rows)
+            num_rows, first = 0, bucket
+        num_rows += count
+    yield from _divide_range(first, stop, num_rows, max_rows)
+
+
+def _divide_range(start: int, stop: int, num_rows: int, max_rows: int) -> Iterator[HashRange]:
+    num_parts = 1 << max(0, -(-num_rows // max_rows) - 1).bit_length()
+    yield from (HashRange(start, stop, part, num_parts) for part in range(num_parts))
+
+
 def check_unique(table: pa.Table, key_column: str | None) -> None:
-    """Raise UsageError when neighbours in a sorted table have the same key."""
+    """Raise UsageError when a key is twice in a table in order of hash and key."""
+    if not np.any(np.diff(table.column(HASH).to_numpy()) == 0):
+        return
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
     if len(twice):
@@ -231,11 +246,6 @@ def remove_rows(folder: AnyPath) -> None:
     if isinstance(folder, Path):
         with suppress(OSError):
             folder.rmdir()
-
-
-def _count_parts(num_rows: int, max_rows: int) -> int:
-    """Return the power of two that divides rows into parts that fit in memory."""
-    return 1 << max(0, -(-num_rows // max_rows) - 1).bit_length()
 
 
 def _find_buckets(hashes: np.ndarray) -> np.ndarray:
