@@ -7,6 +7,7 @@ parts, and the first one counts, so processes that list the same source at once 
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,6 @@ import numpy as np
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
-    encode_json,
     hash_json,
     make_folder,
     parse_json,
@@ -175,7 +175,7 @@ def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartReco
         key_column=listing.key_column,
         left=_divide(listing.left, task.num_tasks),
     )
-    if create_bytes(_name_record(rows.folder, task.parts), encode_json(asdict(record))):
+    if create_bytes(_name_record(rows.folder, task.parts), json.dumps(asdict(record)).encode()):
         return record
     there = read_record(rows.folder, task.parts)
     if there is None:
