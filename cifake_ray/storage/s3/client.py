@@ -59,7 +59,7 @@ from cifake_ray.storage.s3.errors import (
     parse_error_body,
 )
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
-from cifake_ray.storage.s3.listing import Page, parse_page
+from cifake_ray.storage.s3.page import Page, parse_page
 from cifake_ray.storage.s3.throttle import Throttle
 
 T = TypeVar("T")

@@ -9,38 +9,32 @@ ends, `train/R`. So it needs to know nothing of the names, and memory does not g
 Two orders of keys are in use: that of the bytes (AWS), and folder by folder (SeaweedFS). In both,
 keys with the same beginning stand together, which is all that is relied on; a listing in neither
 order is not divided.
+
+A listing may end early. The ranges that are left can then be listed elsewhere; one that was begun
+goes on behind its last key.
 """
 
 from __future__ import annotations
 
+import operator
 import queue
-import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
-from urllib.parse import unquote_to_bytes
 
 from botocore.exceptions import BotoCoreError
 
-from cifake_ray.storage.s3.errors import S3Error, parse_xml
+from cifake_ray.storage.s3.errors import S3Error
+from cifake_ray.storage.s3.page import Page
 
 PAGE_KEYS = 1000
 MAX_KEY_BYTES = 1024
 LAST_CHAR = "\U0010ffff"
-SIZE = re.compile("[0-9]{1,15}")
 MAX_EMPTY_PAGES = 100  # one after another; a store may scan what was deleted
 WAKE_S = 0.2  # how soon a thread that waits for room sees that all is over
 
 Query: TypeAlias = dict[str, str]
-
-
-class Entry(NamedTuple):
-    """One key of a page. `key` holds the bytes that are not UTF-8 as lone surrogates."""
-
-    key: str
-    size_bytes: int
-    etag: str | None
 
 
 class KeyRange(NamedTuple):
@@ -50,35 +44,6 @@ class KeyRange(NamedTuple):
     after: str = ""
 
 
-class Page(NamedTuple):
-    entries: list[Entry]
-    token: str | None  # of the next page
-
-
-def parse_page(data: bytes) -> Page:
-    """Parse a page of ListObjectsV2. ValueError for anything else, such as a page of a website."""
-    root = parse_xml(data)
-    if root.tag.rpartition("}")[2] != "ListBucketResult":
-        raise ValueError(f"it is <{root.tag}>")
-    space = root.tag.rpartition("}")[0]
-    space += "}" if space else ""
-    key_tag, size_tag, etag_tag = (f"{space}{name}" for name in ("Key", "Size", "ETag"))
-    is_quoted = root.findtext(f"{space}EncodingType") == "url"
-    entries = []
-    for content in root.iterfind(f"{space}Contents"):
-        key, size_text = content.findtext(key_tag), content.findtext(size_tag) or ""
-        if not key or not SIZE.fullmatch(size_text):
-            raise ValueError(f"{key!r} has the size {size_text!r}")
-        if is_quoted and ("%" in key or "+" in key):
-            key = unquote_to_bytes(key.replace("+", " ")).decode("utf-8", "surrogateescape")
-        entries.append(Entry(key, int(size_text), content.findtext(etag_tag)))
-    is_truncated = root.findtext(f"{space}IsTruncated")
-    token = root.findtext(f"{space}NextContinuationToken") if is_truncated == "true" else None
-    if is_truncated not in ("true", "false") or (is_truncated == "true" and not token):
-        raise ValueError("it does not say how it goes on")
-    return Page(entries, token)
-
-
 class _Watch:
     """Notices pages that come again, and disorder where a listing was divided by its order.
 
@@ -86,15 +51,15 @@ class _Watch:
     is remembered of a listing however long.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: str) -> None:
         self.num_pages = 0
         self.num_empty = 0
         self.kept: tuple[str | None, str | None] = (None, None)  # last key and token of a page
-        self.last_key: str | None = None
+        self.last_key = after or None
 
     def check(self, page: Page, *, is_divided: bool) -> None:
         """Raise S3Error when this page cannot be the one that follows."""
-        keys = [entry.key for entry in page.entries]
+        keys = page.keys
         self.num_empty = 0 if keys else self.num_empty + 1
         last_key = keys[-1] if keys else None
         if (last_key and last_key == self.kept[0]) or (page.token and page.token == self.kept[1]):
@@ -102,10 +67,11 @@ class _Watch:
         if self.num_empty > MAX_EMPTY_PAGES:
             raise _make_error("pages without a key do not end")
         keys = [self.last_key, *keys] if self.last_key else keys
-        if len(set(keys)) < len(keys):
-            raise _make_error("it has a key twice")
-        if is_divided and not _is_in_order(keys):
-            raise _make_error("its keys are in no order")
+        if not _is_ascending(keys):
+            if len(set(keys)) < len(keys):
+                raise _make_error("it has a key twice")
+            if is_divided and not _is_in_order(keys):
+                raise _make_error("its keys are in no order")
         self.num_pages += 1
         if self.num_pages & (self.num_pages - 1) == 0:
             self.kept = last_key, page.token
@@ -121,29 +87,36 @@ class _UnknownOrderError(Exception):
 
 
 class KeyLister:
-    """Lists all keys below a prefix with several threads.
+    """Lists all keys of some ranges with several threads, or about `max_keys` of them.
 
     `ask` answers a query of ListObjectsV2 and may raise S3Error or BotoCoreError; the first such
-    error ends the listing.
+    error ends the listing. `left` are the ranges that were not listed, once all pages are read.
     """
 
     def __init__(
-        self, ask: Callable[[Query], Page], num_threads: int, page_keys: int = PAGE_KEYS
+        self,
+        ask: Callable[[Query], Page],
+        num_threads: int,
+        page_keys: int = PAGE_KEYS,
+        max_keys: int | None = None,
     ) -> None:
         self.ask = ask
         self.num_threads = num_threads
         self.page_keys = page_keys
+        self.max_keys = max_keys
+        self.num_listed = 0
+        self.left: list[KeyRange] = []
         self.todo: deque[KeyRange] = deque()
         self.num_busy = 0
         self.changed = threading.Condition()
         self.stop = threading.Event()
         self.failure: Exception | None = None
         # None: a thread is through.
-        self.pages: queue.Queue[list[Entry] | None] = queue.Queue(2 * num_threads)
+        self.pages: queue.Queue[Page | None] = queue.Queue(2 * num_threads)
 
-    def list_entries(self, prefix: str) -> Iterator[list[Entry]]:
-        """Yield all entries, in no particular order, a page at a time."""
-        self.todo.append(KeyRange(prefix))
+    def list_pages(self, ranges: Iterable[KeyRange]) -> Iterator[Page]:
+        """Yield pages in no particular order, none without a key."""
+        self.todo.extend(ranges)
         # Daemons: a server that hangs must not keep the process from ending.
         for _ in range(self.num_threads):
             threading.Thread(target=self._work, name="list", daemon=True).start()
@@ -157,6 +130,7 @@ class KeyLister:
                     yield page
                 if self.stop.is_set():
                     raise self.failure or RuntimeError("a thread that lists ended unexpectedly")
+            self.left += self.todo
         finally:
             self.stop.set()
             with self.changed:
@@ -181,22 +155,26 @@ class KeyLister:
             self._put(None)
 
     def _take(self) -> KeyRange | None:
-        """Return the next range; None when all are listed."""
+        """Return the next range; None when all are listed, or enough keys."""
         with self.changed:
             while not self.todo and self.num_busy and not self.stop.is_set():
                 self.changed.wait()
-            if self.stop.is_set() or not self.todo:
+            if self.stop.is_set() or not self.todo or self._is_enough:
                 return None
             self.num_busy += 1
             return self.todo.popleft()
 
-    def _put(self, page: list[Entry] | None) -> None:
+    def _put(self, page: Page | None) -> None:
         while True:
             try:
                 return self.pages.put(page, timeout=WAKE_S)
             except queue.Full:
                 if self.stop.is_set():  # the consumer may be gone
                     return None
+
+    @property
+    def _is_enough(self) -> bool:
+        return self.max_keys is not None and self.num_listed >= self.max_keys
 
     @property
     def _num_idle(self) -> int:
@@ -206,29 +184,35 @@ class KeyLister:
         block = todo.prefix  # shrinks when what lies behind it is given away
         query = self._make_query(todo, self.page_keys)
         pages_until_split, wait_pages = 1, 1
-        watch = _Watch()
+        watch = _Watch(todo.after)
         while not self.stop.is_set():
             page = self._ask(todo, query)
             watch.check(page, is_divided=block != todo.prefix or bool(todo.after))
-            entries = page.entries
             if block != todo.prefix:
-                entries = [entry for entry in entries if entry.key.startswith(block)]
-            if entries:
-                self._put(entries)
-            if page.token is None or len(entries) < len(page.entries):
+                page = _cut_page(page, block)
+            keys = page.keys
+            if keys:
+                with self.changed:
+                    self.num_listed += len(keys)
+                self._put(page)
+            if page.token is None:
+                return
+            if keys and self._is_enough and _is_text(keys[-1]) and _is_in_order(keys):
+                self.left.append(KeyRange(block, keys[-1]))
                 return
             query.pop("start-after", None)
             query["continuation-token"] = page.token
             pages_until_split -= 1
-            if entries and pages_until_split <= 0 and self._num_idle > 0:
-                narrower = self._split(block, entries)
+            if keys and pages_until_split <= 0 and self._num_idle > 0:
+                narrower = self._split(block, keys)
                 wait_pages = 1 if narrower else 2 * wait_pages
                 pages_until_split = wait_pages
                 block = narrower or block
 
     def _ask(self, todo: KeyRange, query: Query) -> Page:
         page = self.ask(query)
-        for key, _, _ in page.entries:
+        # What is between two keys of a prefix has it, too.
+        for key in (min(page.keys), max(page.keys)) if page.keys else ():
             if not key.startswith(todo.prefix):
                 raise _make_error(f"{key!r} is not below {todo.prefix!r}")
         return page
@@ -241,15 +225,14 @@ class KeyLister:
 
     def _probe(self, todo: KeyRange) -> str | None:
         """Return the first key of a range."""
-        entries = self._ask(todo, self._make_query(todo, 1)).entries
-        return entries[0].key if entries else None
+        keys = self._ask(todo, self._make_query(todo, 1)).keys
+        return keys[0] if keys else None
 
-    def _split(self, block: str, entries: list[Entry]) -> str | None:
+    def _split(self, block: str, keys: list[str]) -> str | None:
         """Give away what lies behind the last key that was listed.
 
         Returns the narrower block that is left to do, or None if there was nothing to give.
         """
-        keys = [entry.key for entry in entries]
         last = keys[-1]
         if not _is_text(last) or not _is_in_order(keys):
             return None
@@ -304,8 +287,20 @@ class KeyLister:
         return key
 
 
+def _cut_page(page: Page, block: str) -> Page:
+    """Return what a page has of a block whose keys come first; without a token if more follows."""
+    num_keys = next((n for n, key in enumerate(page.keys) if not key.startswith(block)), None)
+    if num_keys is None:
+        return page
+    return Page(page.keys[:num_keys], page.sizes[:num_keys], page.etags[:num_keys], None)
+
+
 def _is_text(key: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in key)
+
+
+def _is_ascending(keys: list[str]) -> bool:
+    return all(map(operator.lt, keys, keys[1:]))
 
 
 def _is_in_order(keys: list[str]) -> bool:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 # Of macOS; Synology, QNAP and other NAS; Windows; Linux; what synchronises; viewers; tools.
 _FOLDERS = """
 __macosx .appledouble .appledb .fseventsd .spotlight-v100 .temporaryitems .trashes .trash
@@ -48,6 +52,11 @@ SIDECAR_SUFFIXES = frozenset(_SIDECARS.split())
 MEDIA_SUFFIXES = frozenset(_MEDIA.split())
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")  # sidecars with labels, by `imagefolder`
 SIDECAR_FILES = frozenset(_SIDECAR_FILES.split())
+# Of every name that may be clutter, but for those that start with a dot or a tilde.
+CLUTTER_SUFFIXES = frozenset(
+    {*SIDECAR_SUFFIXES, *MEDIA_SUFFIXES, "gz"}
+    | {name.rpartition(".")[2] for name in (*SYSTEM_FILES, *SIDECAR_FILES)}
+)
 
 
 def find_clutter(key: str) -> str | None:
@@ -74,3 +83,23 @@ def is_system_folder(folder: str) -> bool:
     return any(
         name in SYSTEM_FOLDERS or name.startswith(".trash-") for name in folder.lower().split("/")
     )
+
+
+def may_be_clutter(names: pa.Array) -> np.ndarray:
+    """Return for each name of a file whether `find_clutter` might say that it is none of an image.
+
+    False is certain, at a tenth of its time: what has to be looked at are suffixes.
+    """
+    starts = pc.or_(pc.starts_with(names, "."), pc.starts_with(names, "~"))
+    suffixes = partition_last(names, ".")[1].dictionary_encode()
+    known = [suffix.lower() in CLUTTER_SUFFIXES for suffix in suffixes.dictionary.to_pylist()]
+    is_known = pa.array(known, pa.bool_()).take(suffixes.indices)
+    mask: np.ndarray = pc.or_(starts, is_known).to_numpy(zero_copy_only=False)
+    return mask
+
+
+def partition_last(texts: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
+    """Return what `str.rpartition` has first and last, but the first begins with the separator."""
+    parts = pc.binary_join_element_wise("", texts, separator)  # so that there are two of each
+    parts = pc.split_pattern(parts, separator, max_splits=1, reverse=True)
+    return pc.list_element(parts, 0), pc.list_element(parts, 1)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.s3.errors import S3Error, explain_s3_error
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
-from cifake_ray.storage.s3.listing import KeyLister, Page, Query
+from cifake_ray.storage.s3.listing import KeyLister, KeyRange, Query
 from cifake_ray.storage.s3.location import SCHEME, check_bucket
+from cifake_ray.storage.s3.page import Page
 from cifake_ray.storage.s3.prefetch import read_objects
+from cifake_ray.storage.sources.key_batches import KeyBatches
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
     Listing,
     Part,
-    batch_rows,
     check_locations,
-    escape_key,
-    make_label_reader,
 )
 
 LISTING_THREADS = 16  # a page costs CPU time, so more of them only stand in each other's way
@@ -49,13 +46,23 @@ class S3PrefixSource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
-        """Raise StorageError at once when the bucket cannot be listed."""
+        """List the keys below the prefix, or those of KeyRanges (in JSON, `[prefix, after]`).
+
+        StorageError at once when the bucket cannot be listed. `max_rows` counts what is left out,
+        too; of each range that is being listed a page of keys may be more.
+        """
         check_bucket(self.store, self.bucket, self.prefix, self.limits)
+        ranges = [KeyRange(*part) for part in ([(self.prefix,)] if parts is None else parts)]
+        for each in ranges:
+            if not each.prefix.startswith(self.prefix):
+                raise StorageError(f"{self.uri}: {each.prefix!r} is not below it")
         listing = Listing(iter(()))
-        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        listing.batches = self._list_batches(listing, ranges, max_rows)
         return listing
 
-    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+    def _list_batches(
+        self, listing: Listing, ranges: list[KeyRange], max_rows: int | None
+    ) -> Iterator[pa.RecordBatch]:
         from cifake_ray.storage.s3.client import open_client  # with botocore, see `check_bucket`
 
         client = open_client(self.store, self.limits, self.bucket)
@@ -63,29 +70,15 @@ class S3PrefixSource:
         def ask(query: Query) -> Page:
             return client.list_page(self.bucket, query, lister.stop)
 
-        lister = KeyLister(ask, min(LISTING_THREADS, self.limits.max_in_flight))
-        location = f"{SCHEME}{self.bucket}/"
-        read_labels = make_label_reader(self.class_names)
+        num_threads = min(LISTING_THREADS, self.limits.max_in_flight)
+        lister = KeyLister(ask, num_threads, max_keys=max_rows)
+        place = f"{SCHEME}{self.bucket}/"
+        rows = KeyBatches(place, self.prefix, self.class_names, self.key_filter, listing)
         try:
-            for page in lister.list_entries(self.prefix):
-                for full_key, size_bytes, etag in page:
-                    key = full_key.removeprefix(self.prefix)
-                    if not key or (key[-1] == "/" and not size_bytes):
-                        listing.left_out["folder marker"] += 1
-                        continue
-                    if reason := self.key_filter.find_reason(key):
-                        listing.leave_out(key, reason)
-                        continue
-                    labels = read_labels(key.rpartition("/")[0])
-                    escaped = escape_key(key)
-                    if escaped is None:
-                        path = location + full_key
-                        yield key, path, None, size_bytes, None, etag, *labels, None
-                    else:
-                        known = (None, None, size_bytes, None, etag, labels.label, None, None)
-                        yield escaped, *known, "bad_key"
+            yield from rows.make_batches(lister.list_pages(ranges))
         except (S3Error, BotoCoreError) as error:
             raise explain_s3_error(error, self.uri) from error
+        listing.left += lister.left
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         check_locations(rows, lambda uri: f"{uri}/" == self.uri or uri.startswith(self.uri))

@@ -22,8 +22,9 @@ from cifake_ray.core.labels import make_class_names
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.s3.errors import S3Error
 from cifake_ray.storage.s3.limits import S3Limits
-from cifake_ray.storage.s3.listing import KeyLister, Query, parse_page
+from cifake_ray.storage.s3.listing import KeyLister, KeyRange, Query
 from cifake_ray.storage.s3.location import check_bucket
+from cifake_ray.storage.s3.page import parse_page
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
 
@@ -351,6 +352,6 @@ def test_a_listing_in_no_order_is_whole_or_told(keys: list[str], data: st.DataOb
 
     listed: list[str] = []
     with suppress(S3Error):  # it says that they are in no order
-        for page in KeyLister(ask, num_threads=3, page_keys=page_keys).list_entries(""):
-            listed.extend(key for key, _, _ in page)
+        for page in KeyLister(ask, num_threads=3, page_keys=page_keys).list_pages([KeyRange("")]):
+            listed += page.keys
         assert set(listed) == set(keys)

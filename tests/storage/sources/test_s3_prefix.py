@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +19,11 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.s3.client import connect
 from cifake_ray.storage.s3.limits import S3Limits
-from cifake_ray.storage.s3.listing import KeyLister, Query
+from cifake_ray.storage.s3.listing import KeyLister, KeyRange, Query
 from cifake_ray.storage.s3.prefetch import read_objects
+from cifake_ray.storage.sources import s3_prefix
 from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
-from cifake_ray.storage.sources.source import KeyFilter
+from cifake_ray.storage.sources.source import KeyFilter, Part
 
 QUICK = S3Limits(max_attempts=3, read_timeout_s=2, deadline_s=5, first_pause_s=0.01)
 
@@ -129,10 +132,36 @@ def test_a_divided_listing_is_the_plain_one(
         return client.list_page(bucket, query)
 
     lister = KeyLister(ask, num_threads=8, page_keys=page_keys)
-    listed = [entry.key for page in lister.list_entries(prefix) for entry in page]
+    listed = [key for page in lister.list_pages([KeyRange(prefix)]) for key in page.keys]
     assert sorted(listed) == sorted(key for key in keys if key.startswith(prefix))
     divided = {query["prefix"] for query in queries if query["max-keys"] != "1"}
     assert len(divided) > 3
+
+
+def test_a_bucket_is_listed_part_by_part(
+    s3_env: S3Server, big_bucket: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, keys = big_bucket
+    monkeypatch.setattr(s3_prefix, "KeyLister", partial(KeyLister, page_keys=100))
+    source = make_source(bucket)
+    listed: list[str] = []
+    left: list[Part] | None = None
+    num_listings = 0
+    while left is None or left:
+        listing = source.list_images(left, max_rows=700)
+        for batch in listing.batches:
+            listed += batch.column("key").to_pylist()
+        listed += ["flat.txt"] * listing.left_out["sidecar"]
+        left = json.loads(json.dumps(listing.left))
+        num_listings += 1
+    assert sorted(listed) == sorted(keys)
+    assert 2 < num_listings < 10
+
+
+def test_a_part_of_another_place_is_refused(s3_env: S3Server) -> None:
+    bucket = s3_env.make_bucket()
+    with pytest.raises(StorageError, match=f"s3://{bucket}/in/: 'elsewhere/' is not below it"):
+        make_source(bucket, "in/").list_images([("elsewhere/", "")])
 
 
 def test_an_error_in_the_middle_of_a_listing_names_the_bucket(
