@@ -3,8 +3,8 @@
     python tests/benchmarks/freeze.py [--keys 1000000 10000000] [--workers 2] [--out FOLDER]
 
 Keys of 60 bytes below 2,000 prefixes, with random etags, are generated in the process that lists
-them, so this measures what a listing costs beside the store: `listing.py` measures that. Each number
-of keys is frozen by a fresh process and its workers, below a temporary folder in FOLDER.
+them, so this measures what a listing costs beside the store: `listing.py` measures that. Each
+number of keys is frozen by a fresh process and its workers, below a temporary folder in FOLDER.
 """
 
 from __future__ import annotations
