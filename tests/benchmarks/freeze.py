@@ -151,7 +151,7 @@ def freeze(num_keys: int, num_workers: int, place: str) -> None:
             config={},
             list_source=list_source,
             shard_rows=None,
-            divided=source,
+            source=source,
             workers=pool,
             log=log,
         )

@@ -110,24 +110,18 @@ class BatchPlan:
             config={**settings, **kept},
             list_source=self.list_images,
             shard_rows=self.config.shard_size,
-            divided=self.source if self._is_divided else None,
+            source=self.source,
             needs_labels=self.needs_labels,
             log=self.log,
         )
 
-    @property
-    def _is_divided(self) -> bool:
-        """Return whether what is listed of one part does not depend on the others."""
-        whole = self.config.limit is None and self.config.sample is None
-        return whole and self.choose_listed is None
-
     def list_images(self, *, whole: bool = False) -> Listing:
         """List the source, or what the options choose of it; count and log.
 
-        Not `whole`, it may leave parts of the source to workers.
+        Not `whole`, it may leave parts of the source to workers, unless the choice is of all.
         """
-        is_divided = self._is_divided and not whole
-        listing = self.source.list_images(max_rows=PART_ROWS if is_divided else None)
+        whole = whole or (self.config.limit, self.config.sample, self.choose_listed) != (None,) * 3
+        listing = self.source.list_images(max_rows=None if whole else PART_ROWS)
         if self.choose_listed is not None:
             self.choose_listed(listing)
         choose_rows(listing, self.config)

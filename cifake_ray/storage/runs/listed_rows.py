@@ -33,7 +33,7 @@ from cifake_ray.storage.io.files import (
     write_bytes,
 )
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
-from cifake_ray.storage.io.records import PARQUET_ERRORS
+from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 
 FOLDER_PREFIX = ".listing-"  # of the folder of such files, beside those of the manifest
 FOLDER_NAME = re.compile(re.escape(FOLDER_PREFIX) + "[0-9a-f]{8}")
@@ -43,14 +43,11 @@ MAX_HELD_BYTES = 256 * 2**20  # the same; far below the 2 GiB that an array of s
 ROW_FILE_NAME = re.compile(r"[0-9a-f]{16}\.rows")
 HASH = ""  # the name of the column of hashes: a list may use any other for its own
 
-
-def hash_key(key: str) -> int:
-    """Return the uint64 by which keys are dealt; it must never change."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+_REQUIRED = [pa.field(HASH, pa.uint64()), pa.field("key", pa.string())]
 
 
 def hash_keys(keys: pa.Array) -> np.ndarray:
-    """Return `hash_key` of each: uint64[keys]."""
+    """Return the hash by which each key is dealt, uint64[keys]; it must never change."""
     values = keys.cast(pa.binary()).to_pylist()
     hashes = b"".join([hashlib.blake2b(value, digest_size=8).digest() for value in values])
     return np.frombuffer(hashes, ">u8").astype(np.uint64)
@@ -191,7 +188,9 @@ class ListedRows:
                     for begin, end in pairwise(end - ends[start] for end in ends[start : stop + 1]):
                         if end > begin:
                             part = pa.BufferReader(data[begin:end])
-                            yield pq.read_table(part, use_threads=False)
+                            table = pq.read_table(part, use_threads=False)
+                            check_columns(table.schema, _REQUIRED)
+                            yield table
                 except PARQUET_ERRORS as error:
                     if is_from_s3fs(error):  # the store has failed, not the file
                         raise

@@ -68,7 +68,7 @@ class RunPlan:
     config: dict[str, Any]
     list_source: Callable[[], Listing]
     shard_rows: int | None
-    divided: Source | None = None  # whose parts that `list_source` leaves the workers list
+    source: Source | None = None  # of which the workers list what `list_source` leaves
     workers: Workers = THIS_PROCESS
     needs_labels: bool = False  # say which images have none
     log: Callable[[str], None] = lambda message: None
@@ -185,7 +185,7 @@ class RunPlan:
         try:
             yield list_rows(
                 self.list_source,
-                self.divided,
+                self.source,
                 folder,
                 self.workers,
                 log,

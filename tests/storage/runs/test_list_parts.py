@@ -86,7 +86,7 @@ def make_plan(
         config={},
         list_source=list_source,
         shard_rows=16,
-        divided=source,
+        source=source,
         workers=workers,
         needs_labels=True,
         log=log,
