@@ -25,6 +25,7 @@ from cifake_ray.errors import BundleError, CifakeError, StorageError
 from cifake_ray.stages.batch import driver
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
 from cifake_ray.storage.io import files
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS
 from cifake_ray.storage.runs.run import RESULTS
 
 FOLDERS = {
@@ -316,6 +317,9 @@ class HalfFile:
 
 class SimulatedPool:
     """What the driver uses of LocalPool: a worker that is started anew when it was killed."""
+
+    num_workers = 1
+    map_items = staticmethod(THIS_PROCESS.map_items)
 
     def __init__(self, computer: Computer) -> None:
         self.computer = computer

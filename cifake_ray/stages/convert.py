@@ -15,7 +15,6 @@ from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.source import Listing
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,6 @@ class MakeConvertProcessor:
 
     def __call__(self, placement: Placement) -> ConvertProcessor:
         return ConvertProcessor(self.reencoder)
-
-
-def _keep_all(listing: Listing) -> None:
-    pass
 
 
 def convert_images(
@@ -44,7 +39,7 @@ def convert_images(
     reencoder = None
     if config.reencode is not None:
         reencoder = Reencoder(config.reencode, config.reencode_size, config.reencode_fit)
-    audit, choose_listed = None, _keep_all
+    audit, choose_listed = None, None
     if config.audit is not None:
         from cifake_ray.storage.runs.audit_rows import AuditedRows, require_audit  # brings scipy
 

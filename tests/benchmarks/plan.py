@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
 import pickle
-import resource
 import sys
 import tempfile
 import time
@@ -75,29 +73,8 @@ def make_batches(num_rows: int) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays(arrays, schema=pa.schema(MANIFEST_FIELDS))
 
 
-def deal_four_ranges(num_rows: int) -> None:
-    """Sort rows that all fall into four of the 64 ranges, in the measured process."""
-    real = manifest.hash_key
-    manifest.hash_key = lambda key: real(key) >> 4
-    idle_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    listing = Listing(make_batches(num_rows))
-    size = sum(batch.nbytes for batch in make_batches(BATCH_ROWS)) / BATCH_ROWS
-    for _ in manifest._deal_listing(listing, MAX_SHARD_ROWS):
-        pass
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"idle {idle_mb:.0f} MB, peak {peak_mb:.0f} MB; about {size + 8:.0f} bytes per row on disk"
-    )
-
-
 def measure_rows() -> None:
-    """Measure the listing's way into the manifest."""
-    context = multiprocessing.get_context("spawn")
-    for num_rows in (800_000, 2_400_000):
-        print(f"four ranges of {num_rows // 4:,} rows:", end=" ", flush=True)
-        child = context.Process(target=deal_four_ranges, args=(num_rows,))
-        child.start()
-        child.join()
+    """Measure the listing's way into the manifest; by workers: `freeze.py`."""
     num_rows = 500_000
     batches = list(make_batches(num_rows))
     with tempfile.TemporaryDirectory() as folder:

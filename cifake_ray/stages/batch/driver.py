@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -43,12 +43,14 @@ from cifake_ray.stages.batch.summary import (
     Totals,
     read_summary,
 )
+from cifake_ray.stages.batch.task_pool import AwaitedPool, RayPool
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.resources import Placement, read_local_resources, runs_here
 from cifake_ray.storage.io.files import read_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.extension import extend_run
+from cifake_ray.storage.runs.list_parts import PART_ROWS
 from cifake_ray.storage.runs.manifest import choose_shard_rows
 from cifake_ray.storage.runs.run import (
     Run,
@@ -89,7 +91,7 @@ class BatchPlan:
     log: Callable[[str], None]
     facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
     # Leaves rows out of the listing, before --limit and --sample.
-    choose_listed: Callable[[Listing], None] = lambda listing: None
+    choose_listed: Callable[[Listing], None] | None = None
     before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
     threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
     policy: Policy | None = None  # decides instead
@@ -108,31 +110,40 @@ class BatchPlan:
             config={**settings, **kept},
             list_source=self.list_images,
             shard_rows=self.config.shard_size,
+            source=self.source,
+            needs_labels=self.needs_labels,
             log=self.log,
         )
 
-    def list_images(self) -> Listing:
-        """List the source, or what the options choose of it; count and log."""
-        listing = self.source.list_images()
-        self.choose_listed(listing)
+    def list_images(self, *, whole: bool = False) -> Listing:
+        """List the source, or what the options choose of it; count and log.
+
+        Not `whole`, it may leave parts of the source to workers, unless the choice is of all.
+        """
+        whole = whole or (self.config.limit, self.config.sample, self.choose_listed) != (None,) * 3
+        listing = self.source.list_images(max_rows=None if whole else PART_ROWS)
+        if self.choose_listed is not None:
+            self.choose_listed(listing)
         choose_rows(listing, self.config)
         listing.count_rows(describe=self.needs_labels)
-        listing.change_batches(self._log_listing)
-        return listing
 
-    def _log_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        listed = 0
-        for batch in batches:
-            listed += batch.num_rows
-            self.log(f"{self.command}: listing, {listed:,} keys ...")
-            yield batch
-        self.log(f"{self.command}: listed {listed:,} keys; starting workers ...")
+        def log(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            listed = 0
+            for batch in batches:
+                listed += batch.num_rows
+                self.log(f"{self.command}: listing, {listed:,} keys ...")
+                yield batch
+            if not listing.left:
+                self.log(f"{self.command}: listed {listed:,} keys; starting workers ...")
+
+        listing.change_batches(log)
+        return listing
 
 
 def plan_batch(plan: BatchPlan) -> DryRun:
     """List the source and count; write nothing and do not start Ray."""
     plan.run.find()  # raises if the output belongs to another run
-    listing = plan.list_images()
+    listing = plan.list_images(whole=True)
     size = count_listing(listing)
     if not size.listed:
         raise NothingToDo(listing.explain_empty())
@@ -251,7 +262,8 @@ def _start_here(
         listing.change_batches(pool.follow_listing)
         return listing
 
-    return found or replace(plan.run, list_source=list_images).freeze(), placement, pool
+    new = replace(plan.run, list_source=list_images, workers=pool)
+    return found or new.freeze(), placement, pool
 
 
 def _start_on_ray(
@@ -260,17 +272,21 @@ def _start_on_ray(
     """Connect to a cluster, or start Ray, while the source is listed."""
     from cifake_ray.stages.cluster import connect_cluster
 
-    lister = ThreadPoolExecutor(1)
+    lister, workers = ThreadPoolExecutor(1), AwaitedPool(plan.config.num_workers or 1)
     stack.callback(lister.shutdown, wait=False)  # Ctrl-C does not wait for a long listing
-    opening = lister.submit(lambda: found or plan.run.freeze())
+    stack.callback(workers.give_up)
+    new = replace(plan.run, workers=workers)
+    opening = lister.submit(lambda: found or new.freeze())
+    opening.add_done_callback(lambda _: workers.wanted.set())
     # Ray takes seconds to start, so start it while a long source is listed; but not if an
     # autoscaler would start nodes that are idle until then.
-    wait([opening], timeout=None if plan.config.scale_timeout_s else SHORT_LISTING_S)
+    workers.wanted.wait(None if plan.config.scale_timeout_s else SHORT_LISTING_S)
     if opening.done():
         opening.result()  # report an error of the source before starting Ray
     least = Placement(plan.config.num_workers or 1, 1, int(plan.device == "cuda"))
     resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
     placement = choose_placement(resources, plan.config.num_workers, plan.device)
+    workers.use(RayPool(choose_placement(resources, plan.config.num_workers, "cpu")))
     return opening.result(), placement, None
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from threading import Event
 from typing import Any, Protocol, TypeVar
 
 from cifake_ray.config import ClusterConfig
@@ -75,6 +77,29 @@ class RayPool:
             if isinstance(result, CifakeError):
                 raise result
             yield result
+
+
+class AwaitedPool:
+    """A pool that another thread opens once it is wanted: that may start nodes of a cluster."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers  # as far as is known
+        self.wanted = Event()
+        self._pool = Future[TaskPool]()
+
+    def use(self, pool: TaskPool) -> None:
+        self.num_workers = pool.num_workers
+        self._pool.set_result(pool)
+
+    def give_up(self) -> None:
+        """End the wait for a pool that does not come."""
+        self._pool.cancel()
+
+    def map_items(
+        self, work: Callable[[Item], Result], items: deque[Item]
+    ) -> Generator[Result, None, None]:
+        self.wanted.set()
+        yield from self._pool.result().map_items(work, items)
 
 
 def _work_on(work: Callable[[Item], Result], item: Item) -> Result | CifakeError:

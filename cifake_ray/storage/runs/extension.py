@@ -12,7 +12,7 @@ import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,10 +26,15 @@ from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import discard, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.runs.manifest import (
-    HashSorter,
-    Manifest,
+from cifake_ray.storage.runs.listed_rows import (
+    HASH,
+    ListedRows,
     check_unique,
+    divide_buckets,
+)
+from cifake_ray.storage.runs.manifest import (
+    Manifest,
+    deal_manifest,
     read_manifest_shard,
     write_manifest,
 )
@@ -40,6 +45,7 @@ from cifake_ray.version import __version__
 
 CHANGES_NAME = "_changes.parquet"
 STAMP_COLUMNS = ["size_bytes", "mtime_ns", "etag"]
+PLACE = " "  # the column of places in a listing: a list may use any other name for its own
 MAX_EXAMPLES = 3
 
 
@@ -70,27 +76,36 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     A process that loses a race uses the winner's listing. UsageError when the source has other
     columns than before, or lists a key twice.
     """
-    listing, changes = plan.list_source(), Changes(run.out)
-    with tempfile.TemporaryFile() as spool:
-        is_new = _compare(listing, run, spool, changes)
-        for note in listing.notes:
-            plan.log(f"{run.command}: {note}")
-        if not changes.counts["new"]:
-            return run, changes
+    changes, run_id, first = Changes(run.out), secrets.token_hex(4), run.manifest.num_shards
+    folder = run.manifest_folder
+    with plan.list_rows(folder) as (listing, listed), tempfile.TemporaryFile() as spool:
         added = Listing(
-            _read_new(spool, is_new),
+            iter(()),
             left_out=listing.left_out,
             keeps_order=listing.keeps_order,
             key_column=listing.key_column,
         )
-        added.count_rows(describe=False)
-        manifest = write_manifest(
-            run.manifest_folder,
-            secrets.token_hex(4),
-            added,
-            plan.shard_rows,
-            first=run.manifest.num_shards,
-        )
+        new = ListedRows(listed.folder)
+        if listing.keeps_order:
+            _spool(listing, listed, spool)
+            is_new = np.zeros(listed.num_rows, bool)
+        for table in _find_new(listed, listing.key_column, run, changes):
+            if listing.keeps_order:
+                is_new[table.column(PLACE).to_numpy()] = True
+                continue
+            for batch in table.to_batches():
+                added.counts.add(batch)
+                new.add(batch)
+        plan.log_notes(listing)
+        if not changes.counts["new"]:
+            return run, changes
+        size = plan.shard_rows
+        if listing.keeps_order:
+            added.batches = _read_new(spool, is_new)
+            added.count_rows(describe=False)
+            manifest = write_manifest(folder, run_id, added, size, first)
+        else:
+            manifest = deal_manifest(folder, run_id, added, new, size, first, plan.workers)
     whole = Manifest(
         (*run.manifest.files, *manifest.files),
         run.manifest.num_rows + manifest.num_rows,
@@ -106,7 +121,7 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     with _hold(run.out):
         if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
             for file in manifest.files:
-                discard(run.manifest_folder / file.name)
+                discard(folder / file.name)
             return there, changes
         write_json(run.out / "_run.json", record | {"tool_version": __version__})
     extended = read_again(run.out)
@@ -130,57 +145,61 @@ def _hold(out: AnyPath) -> Iterator[None]:
         os.close(folder)
 
 
-def _compare(listing: Listing, run: Run, spool: IO[bytes], changes: Changes) -> np.ndarray:
-    """Copy a listing to a file, and return which of its rows are new: bool[rows].
+def _spool(listing: Listing, keys: ListedRows, spool: IO[bytes]) -> None:
+    """Copy a listing to a file, in its order; add its keys, and where each of them stands."""
+    writer, place = None, 0
+    for batch in listing.batches:
+        writer = writer or pa.ipc.new_stream(spool, batch.schema)
+        writer.write_batch(batch)
+        places = pa.array(np.arange(place, place + batch.num_rows))
+        place += batch.num_rows
+        schema = batch.schema.append(pa.field(PLACE, places.type))
+        keys.add(pa.RecordBatch.from_arrays([*batch.columns, places], schema=schema))
+    if writer is not None:
+        writer.close()
 
-    Keys are compared a 64th at a time. What has changed or gone is written to CHANGES_NAME.
+
+def _find_new(
+    listed: ListedRows, key_column: str | None, run: Run, changes: Changes
+) -> Iterator[pa.Table]:
+    """Yield the rows whose keys the run does not have; write what has changed or gone.
+
+    Keys are compared a few buckets of their hash at a time.
     """
-    num_listed = 0
-    with closing(HashSorter()) as sorter:
-        for shard in range(run.manifest.num_shards):
-            table = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
-            sorter.add(_select_stamps(table, np.full(table.num_rows, -1)))
-        writer = None
-        for batch in listing.batches:
-            if writer is None:
-                _check_columns(run, table.schema, batch.schema)
-                writer = pa.ipc.new_stream(spool, batch.schema)
-            writer.write_batch(batch)
-            places = np.arange(num_listed, num_listed + batch.num_rows)
-            sorter.add(_select_stamps(pa.Table.from_batches([batch]), places))
-            num_listed += batch.num_rows
-        if writer is not None:
-            writer.close()
-        is_new = np.zeros(num_listed, bool)
-        sink = pa.BufferOutputStream()
-        schema = pa.schema([pa.field("key", pa.string()), pa.field("change", pa.string())])
-        with pq.ParquetWriter(sink, schema, compression="zstd") as differences:
-            for table in sorter.drain_all():
-                is_listed = pc.greater_equal(table.column("place"), 0)
-                old, new = table.filter(pc.invert(is_listed)), table.filter(is_listed)
-                check_unique(new, listing.key_column)
-                before = pc.index_in(new.column("key"), old.column("key"))
-                is_new[new.column("place").filter(pc.is_null(before)).to_numpy()] = True
-                found = {
-                    "changed": _find_changed(old, new, before),
-                    "gone": old.column("key").filter(
-                        pc.invert(pc.is_in(old.column("key"), new.column("key")))
-                    ),
-                }
-                for change, keys in found.items():
-                    changes.counts[change] += len(keys)
-                    room = MAX_EXAMPLES - len(changes.examples)
-                    changes.examples += keys.slice(0, room).to_pylist()
-                    rows = [keys, pa.repeat(change, len(keys))]
-                    differences.write_table(pa.table(rows, schema=schema))
-    changes.counts["new"] = int(is_new.sum())
+    known = ListedRows(listed.folder)
+    for shard in range(run.manifest.num_shards):
+        table = read_manifest_shard(run.manifest_folder, run.find_file(shard), shard)
+        stamps = table.select(["key", "split", *STAMP_COLUMNS]).combine_chunks()
+        known.add(stamps.to_batches()[0])
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([pa.field("key", pa.string()), pa.field("change", pa.string())])
+    counts, max_rows = listed.counts + known.counts, min(listed.max_rows, known.max_rows)
+    with pq.ParquetWriter(sink, schema, compression="zstd") as differences:
+        for some in divide_buckets(counts, max_rows):
+            now, old = listed.read(some), known.read(some)
+            now = table.schema.empty_table() if now is None else now
+            old = stamps.schema.empty_table() if old is None else old
+            if now.num_rows:
+                check_unique(now, key_column)
+                _check_columns(run, table.schema, now.schema)
+            before = pc.index_in(now.column("key"), old.column("key"))
+            found = {
+                "changed": _find_changed(old, now, before),
+                "gone": old.column("key").filter(
+                    pc.invert(pc.is_in(old.column("key"), now.column("key")))
+                ),
+            }
+            for change, keys in found.items():
+                changes.counts[change] += len(keys)
+                room = MAX_EXAMPLES - len(changes.examples)
+                changes.examples += keys.slice(0, room).to_pylist()
+                rows = [keys, pa.repeat(change, len(keys))]
+                differences.write_table(pa.table(rows, schema=schema))
+            new = now.filter(pc.is_null(before))
+            changes.counts["new"] += new.num_rows
+            if new.num_rows:
+                yield new.remove_column(0)
     write_bytes(run.out / CHANGES_NAME, sink.getvalue().to_pybytes())
-    return is_new
-
-
-def _select_stamps(table: pa.Table, places: np.ndarray) -> pa.RecordBatch:
-    stamps = table.select(["key", *STAMP_COLUMNS]).append_column("place", pa.array(places))
-    return stamps.combine_chunks().to_batches()[0]
 
 
 def _find_changed(old: pa.Table, new: pa.Table, before: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -197,7 +216,7 @@ def _find_changed(old: pa.Table, new: pa.Table, before: pa.ChunkedArray) -> pa.C
 
 def _check_columns(run: Run, before: pa.Schema, now: pa.Schema) -> None:
     """Raise UsageError when the source has other columns of its own than when it was listed."""
-    known = {column.name for column in MANIFEST_FIELDS}
+    known = {column.name for column in MANIFEST_FIELDS} | {HASH, PLACE}
     old, new = ({(f.name, str(f.type)) for f in s if f.name not in known} for s in (before, now))
     if old != new:
         names = ", ".join(f"{name} ({kind})" for name, kind in sorted(old ^ new))

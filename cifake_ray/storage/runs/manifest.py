@@ -1,21 +1,19 @@
 """Write and read the manifest: the frozen listing, every key once, dealt to shards.
 
-Keys are dealt in the order of a hash of the key, so that every shard is a random sample of
-one split. The listing is sorted through unnamed temporary files, one for each range of the hash, so
-memory is that of a 64th of the keys and a kill leaves nothing behind.
+A file of it is written whole by one process, from the rows of its shards alone, so any number of
+workers write the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from itertools import chain, islice
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,10 +26,19 @@ from cifake_ray.core.schema import (
     SCHEMA_VERSION,
     SPLITS,
 )
-from cifake_ray.errors import NothingToDo, StorageError, UsageError
+from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
+from cifake_ray.storage.runs.deal import Shard, deal_shards, plan_shards
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers
+from cifake_ray.storage.runs.listed_rows import (
+    FOLDER_NAME,
+    FOLDER_PREFIX,
+    NUM_BUCKETS,
+    ListedRows,
+    remove_rows,
+)
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -40,7 +47,7 @@ from cifake_ray.storage.sources.source import (
 )
 
 FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
-NUM_RANGES = 64  # temporary files while sorting; memory is one of them
+OWN_NAME = re.compile(rf"{FILE_NAME.pattern}|{FOLDER_NAME.pattern}")  # all in the folder
 SHARDS_PER_FILE = 256
 
 
@@ -91,114 +98,6 @@ def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 
-def hash_key(key: str) -> int:
-    """Return the uint64 by which keys are dealt; it must never change."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-
-
-class HashSorter:
-    """Sort batches of rows by the hash of their key, on disk."""
-
-    def __init__(self) -> None:
-        self.streams: dict[int, tuple[IO[bytes], pa.ipc.RecordBatchStreamWriter]] = {}  # by range
-        self.num_rows = 0
-        self.size_bytes = 0
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        keys = batch.column("key").to_pylist()
-        hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
-        # The hash is first and has no name: a list may use any name for its columns.
-        schema = batch.schema.insert(0, pa.field("", pa.uint64()))
-        batch = pa.RecordBatch.from_arrays([pa.array(hashes), *batch.columns], schema=schema)
-        ranges = (hashes >> np.uint64(58)).astype(np.intp)  # the upper 6 bits: NUM_RANGES
-        order = np.argsort(ranges, kind="stable")
-        bounds = np.searchsorted(ranges[order], np.arange(NUM_RANGES + 1))
-        for index in range(NUM_RANGES):
-            rows = order[bounds[index] : bounds[index + 1]]
-            if len(rows):
-                if index not in self.streams:
-                    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the sorter
-                    self.streams[index] = file, pa.ipc.new_stream(file, batch.schema)
-                self.streams[index][1].write_batch(batch.take(pa.array(rows)))
-        self.num_rows += batch.num_rows
-        self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
-
-    def drain(self, key_column: str | None) -> Iterator[pa.Table]:
-        """Yield tables in the order of the hash. UsageError when a key is listed twice."""
-        for table in self.drain_all():
-            check_unique(table, key_column)
-            yield table
-
-    def drain_all(self) -> Iterator[pa.Table]:
-        """Yield tables in the order of the hash; all rows of a key are in one of them."""
-        for index in sorted(self.streams):
-            file, writer = self.streams[index]
-            writer.close()
-            file.seek(0)
-            table = pa.ipc.open_stream(file).read_all()
-            file.close()
-            keys = pa.table({"hash": table.column(0), "key": table.column("key")})
-            order = [("hash", "ascending"), ("key", "ascending")]
-            yield table.remove_column(0).take(pc.sort_indices(keys, sort_keys=order))
-
-    def close(self) -> None:
-        """Close the files, also those of a listing that broke off."""
-        for file, _ in self.streams.values():
-            file.close()
-
-
-def check_unique(table: pa.Table, key_column: str | None) -> None:
-    """Raise UsageError when neighbours in a sorted table have the same key."""
-    keys = table.column("key").combine_chunks()
-    twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
-    if len(twice):
-        examples = ", ".join(repr(key) for key in twice[:3].to_pylist())
-        raise UsageError(
-            f"{len(twice)} or more keys"
-            + (f" of the column {key_column!r}" if key_column else "")
-            + f" are listed twice, such as {examples}; every key must be unique"
-            + ("; --drop-columns key numbers the rows instead" if key_column == "key" else "")
-        )
-
-
-def _deal_rows(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
-    """Regroup tables of any size into tables of `shard_rows` of one split; the last are smaller.
-
-    So a reader that knows files but not rows, such as `load_dataset`, can tell the splits apart.
-    Splits of other names are dealt together: a column of that name may hold anything.
-    """
-    waiting: dict[str | None, pa.Table] = {}
-    for table in tables:
-        split_of = table.column("split")
-        known = pc.if_else(
-            pc.is_in(split_of, pa.array(SPLITS)), split_of, pa.scalar(None, "string")
-        )
-        for split in known.unique().to_pylist():
-            rows = table.filter(pc.is_null(known) if split is None else pc.equal(known, split))
-            rows = pa.concat_tables([waiting[split], rows]) if split in waiting else rows
-            whole = rows.num_rows - rows.num_rows % shard_rows
-            for start in range(0, whole, shard_rows):
-                yield rows.slice(start, shard_rows)
-            waiting[split] = rows.slice(whole)
-    yield from (rows for rows in waiting.values() if rows.num_rows)
-
-
-def _deal_listing(listing: Listing, shard_rows: int | None) -> Iterator[pa.Table]:
-    with closing(HashSorter()) as sorter:
-        if listing.keeps_order:
-            for batch in listing.batches:
-                sorter.add(batch.select(["key", "size_bytes"]))
-                yield pa.Table.from_batches([batch])
-            for _ in sorter.drain(listing.key_column):  # raises for a key that is listed twice
-                pass
-            return
-        for batch in listing.batches:
-            sorter.add(batch)
-        rows = shard_rows or choose_shard_rows(sorter.num_rows, sorter.size_bytes)
-        for shard in _deal_rows(sorter.drain(listing.key_column), rows):
-            yield shard.sort_by("key")
-
-
 def write_manifest(
     folder: AnyPath, run_id: str, listing: Listing, shard_rows: int | None, first: int = 0
 ) -> Manifest:
@@ -208,29 +107,91 @@ def write_manifest(
     NothingToDo when the source holds no file; UsageError when a key is listed twice.
     """
     make_folder(folder, parents=False)
-    files: list[ManifestFile] = []
-    num_rows = size_bytes = 0
-    shards = _deal_listing(listing, shard_rows)
-    pending = next(shards, None)
-    if pending is None:
+    rows = ListedRows(folder / f"{FOLDER_PREFIX}{run_id}")
+    try:
+        if listing.keeps_order:
+            return _write_in_order(folder, run_id, listing, rows, first)
+        for batch in listing.batches:
+            rows.add(batch)
+        return deal_manifest(folder, run_id, listing, rows, shard_rows, first)
+    finally:
+        remove_rows(rows.folder)
+
+
+def deal_manifest(
+    folder: AnyPath,
+    run_id: str,
+    listing: Listing,
+    rows: ListedRows,
+    shard_rows: int | None,
+    first: int = 0,
+    workers: Workers = THIS_PROCESS,
+) -> Manifest:
+    """Write the manifest of rows that were listed, as `write_manifest`; by workers if in files."""
+    if not rows.num_rows:
         raise NothingToDo(listing.explain_empty())
-    while pending is not None:
-        name = f"{run_id}-{len(files):05d}.parquet"
-        first_shard = first + sum(file.num_shards for file in files)
-        num_shards = 0
-        schema = pending.schema.with_metadata({b"schema_version": str(SCHEMA_VERSION).encode()})
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
-            while pending is not None and num_shards < SHARDS_PER_FILE:
-                writer.write_table(pending, row_group_size=max(pending.num_rows, 1))
-                num_rows += pending.num_rows
-                size_bytes += int(np.nansum(pending.column("size_bytes").to_numpy()))
-                num_shards += 1
-                pending = next(shards, None)
-        data = sink.getvalue().to_pybytes()
-        write_bytes(folder / name, data)
-        files.append(ManifestFile(name, first_shard, num_shards, hashlib.sha256(data).hexdigest()))
-    return Manifest(tuple(files), num_rows, size_bytes)
+    rows_per_shard = shard_rows or choose_shard_rows(rows.num_rows, rows.size_bytes)
+    shards = plan_shards(rows.counts, rows_per_shard)
+    dealer = _Dealer(folder, run_id, rows, shards, first, listing.key_column)
+    numbers = deque(range(-(-len(shards) // SHARDS_PER_FILE)))
+    where = workers if rows.files else THIS_PROCESS
+    files = sorted(where.map_items(dealer.write_file, numbers), key=lambda file: file.first_shard)
+    return Manifest(tuple(files), rows.num_rows, rows.size_bytes)
+
+
+@dataclass(frozen=True)
+class _Dealer:
+    """Writes any file of a manifest: what a worker does."""
+
+    folder: AnyPath
+    run_id: str
+    rows: ListedRows
+    shards: list[Shard]
+    first: int
+    key_column: str | None
+
+    def write_file(self, number: int) -> ManifestFile:
+        start = number * SHARDS_PER_FILE
+        shards = self.shards[start : start + SHARDS_PER_FILE]
+        tables = deal_shards(self.rows, shards, self.key_column)
+        name = f"{self.run_id}-{number:05d}.parquet"
+        return _write_file(self.folder / name, self.first + start, tables)
+
+
+def _write_in_order(
+    folder: AnyPath, run_id: str, listing: Listing, keys: ListedRows, first: int
+) -> Manifest:
+    """Write each batch of a listing as a shard, and look for keys that are listed twice."""
+
+    def read() -> Iterator[pa.Table]:
+        for batch in listing.batches:
+            keys.add(batch.select(["key", "size_bytes", "split"]))
+            yield pa.Table.from_batches([batch])
+
+    shards, files = read(), list[ManifestFile]()
+    while (some := next(shards, None)) is not None:
+        number, tables = len(files), chain([some], islice(shards, SHARDS_PER_FILE - 1))
+        name = f"{run_id}-{number:05d}.parquet"
+        files.append(_write_file(folder / name, first + number * SHARDS_PER_FILE, tables))
+    if not files:
+        raise NothingToDo(listing.explain_empty())
+    for _ in keys.read_sorted(0, NUM_BUCKETS, listing.key_column):
+        pass  # raises for a key that is listed twice
+    return Manifest(tuple(files), keys.num_rows, keys.size_bytes)
+
+
+def _write_file(path: AnyPath, first_shard: int, shards: Iterator[pa.Table]) -> ManifestFile:
+    """Write shards as the row groups of a file."""
+    sink, num_shards = pa.BufferOutputStream(), 0
+    start = next(shards)
+    schema = start.schema.with_metadata({b"schema_version": str(SCHEMA_VERSION).encode()})
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in chain([start], shards):
+            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            num_shards += 1
+    data = sink.getvalue().to_pybytes()
+    write_bytes(path, data)
+    return ManifestFile(path.name, first_shard, num_shards, hashlib.sha256(data).hexdigest())
 
 
 def find_shards_by_split(

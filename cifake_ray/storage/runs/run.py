@@ -39,6 +39,7 @@ from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
 from cifake_ray.storage.runs.links import check_links
+from cifake_ray.storage.runs.listed_rows import FOLDER_NAME, remove_rows
 from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
 from cifake_ray.storage.runs.settings import check_settings
 from cifake_ray.version import __version__
@@ -338,7 +339,9 @@ def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> No
                 discard(path)
     named = {file.name for file in run.manifest.files}
     for path in list_folder(run.manifest_folder):  # of killed listings and lost races
-        if path.name not in named and FILE_NAME.fullmatch(path.name):
+        if FOLDER_NAME.fullmatch(path.name):
+            remove_rows(path)
+        elif path.name not in named and FILE_NAME.fullmatch(path.name):
             discard(path)
     _write_card(run)
     force_names(run)  # of another command that was killed meanwhile

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cifake_ray.errors import RunMismatch, StorageError, UsageError
+from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
 from cifake_ray.storage.io.files import (
     TEMPORARY_PREFIX,
     check_writable,
     discard,
     hash_json,
     list_folder,
+    make_folder,
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.links import check_links
-from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, write_manifest
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers, list_rows
+from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, remove_rows
+from cifake_ray.storage.runs.manifest import (
+    OWN_NAME,
+    Manifest,
+    deal_manifest,
+    write_manifest,
+)
 from cifake_ray.storage.runs.run import (
     PRIVATE_PREFIX,
     RESULTS,
@@ -32,7 +40,7 @@ from cifake_ray.storage.runs.run import (
     reopen_run,
 )
 from cifake_ray.storage.runs.settings import check_settings, describe_difference, identify_run
-from cifake_ray.storage.sources.source import Listing
+from cifake_ray.storage.sources.source import Listing, Source
 from cifake_ray.version import __version__
 
 # They decide `is_fake` of a stored p_fake, and nothing else.
@@ -60,6 +68,9 @@ class RunPlan:
     config: dict[str, Any]
     list_source: Callable[[], Listing]
     shard_rows: int | None
+    source: Source | None = None  # of which the workers list what `list_source` leaves
+    workers: Workers = THIS_PROCESS
+    needs_labels: bool = False  # say which images have none
     log: Callable[[str], None] = lambda message: None
 
     def find(self) -> Run | None:
@@ -116,14 +127,14 @@ class RunPlan:
         if str(self.out).startswith("memory://"):
             raise UsageError(f"{self.out}: memory is that of one process, the workers are others")
         check_links(self.out)
-        names = (f"{PRIVATE_PREFIX}manifest", f"{PRIVATE_PREFIX}attempts", RESULTS[self.command])
-        folders = [self.out / name for name in names]
+        names = (f"{PRIVATE_PREFIX}attempts", RESULTS[self.command])
+        folders = [self._manifest_folder, *(self.out / name for name in names)]
         foreign = [
             path
             for folder in folders
             for path in list_folder(folder)
             if not path.name.startswith(TEMPORARY_PREFIX)
-            and not (folder == folders[0] and FILE_NAME.fullmatch(path.name))
+            and not (folder == folders[0] and OWN_NAME.fullmatch(path.name))
         ]
         if foreign and self.find() is None:  # else another process has just frozen it
             raise RunMismatch(
@@ -134,21 +145,60 @@ class RunPlan:
 
     def freeze(self) -> Run:
         """List the source and freeze the run, or return one that was frozen meanwhile."""
-        listing = self.list_source()
-        folder = self.out / f"{PRIVATE_PREFIX}manifest"
-        manifest = write_manifest(folder, secrets.token_hex(4), listing, self.shard_rows)
-        for note in listing.notes:
-            self.log(f"{self.command}: {note}")
-        plan = {
-            **describe_listing(manifest, listing, listing.counts.to_dict()),
-            "has_private_folders": True,
-        }
-        claim_folder(self.out, self._settings, self.config, plan)
+        folder, run_id = self._manifest_folder, secrets.token_hex(4)
+        make_folder(folder, parents=False)
+        try:
+            with self.list_rows(folder) as (listing, rows):
+                if listing.keeps_order:
+                    manifest = write_manifest(folder, run_id, listing, self.shard_rows)
+                else:
+                    workers, size = self.workers, self.shard_rows
+                    manifest = deal_manifest(folder, run_id, listing, rows, size, workers=workers)
+                self.log_notes(listing)
+                plan = {
+                    **describe_listing(manifest, listing, listing.counts.to_dict()),
+                    "has_private_folders": True,
+                }
+                claim_folder(self.out, self._settings, self.config, plan)
+        except StorageError:
+            if (run := self.find()) is None:
+                raise  # else another process was first, and has removed what was listed
+            return run
         run = read_again(self.out)
         if run.manifest != manifest:  # another process was first
             for file in manifest.files:
                 discard(folder / file.name)
         return run
+
+    @contextmanager
+    def list_rows(self, manifest_folder: AnyPath) -> Iterator[tuple[Listing, ListedRows]]:
+        """List the source, see `list_rows`; remove the files of its rows at the end.
+
+        They stay when the store or the workers fail, and after a kill: the next attempt goes on.
+        """
+        identity = hash_json([self._settings, __version__])
+        folder = manifest_folder / f"{FOLDER_PREFIX}{identity[:8]}"
+
+        def log(message: str) -> None:
+            self.log(f"{self.command}: {message}")
+
+        try:
+            yield list_rows(
+                self.list_source,
+                self.source,
+                folder,
+                self.workers,
+                log,
+                describe=self.needs_labels,
+            )
+        except (UsageError, NothingToDo, RunMismatch):
+            remove_rows(folder)
+            raise
+        remove_rows(folder)
+
+    def log_notes(self, listing: Listing) -> None:
+        for note in listing.notes:
+            self.log(f"{self.command}: {note}")
 
     def open(self) -> Run:
         """Resume the run of `out`, or list the source and freeze a new one."""
@@ -157,6 +207,10 @@ class RunPlan:
             self.check_new()
             run = self.freeze()
         return run
+
+    @property
+    def _manifest_folder(self) -> AnyPath:
+        return self.out / f"{PRIVATE_PREFIX}manifest"
 
     @property
     def _verdicts(self) -> dict[str, Any]:

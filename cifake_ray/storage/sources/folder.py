@@ -23,7 +23,7 @@ from cifake_ray.core.imaging.containers import explain_large
 from cifake_ray.core.imaging.decode import MAX_IMAGE_BYTES
 from cifake_ray.core.labels import LabelReader
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.errors import ImageError
+from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.io.paths import explain_errors, explain_os_error
 from cifake_ray.storage.io.read_ahead import read_ahead
 from cifake_ray.storage.sources.folder_metadata import (
@@ -69,11 +69,15 @@ class FolderSource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
+        """List the files below the folder, or below those of it whose names are `parts`."""
         listing = Listing(iter(()))
-        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        rows = self._list_rows(listing, [""] if parts is None else list(map(str, parts)), max_rows)
+        listing.batches = batch_rows(rows, pa.schema(MANIFEST_FIELDS))
         return listing
 
-    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+    def _list_rows(
+        self, listing: Listing, prefixes: list[str], max_rows: int | None
+    ) -> Iterator[Sequence[Any]]:
         left_out = listing.left_out
         read_labels = make_label_reader(self.class_names)
         root = os.path.realpath(self.root)
@@ -83,8 +87,9 @@ class FolderSource:
         # Folders, the metadata above them, and where links are followed the identities of the
         # folders above them.
         pending: list[tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]]]
-        pending = [("", None, frozenset())]
-        while pending:
+        pending = list(self._look_above(prefixes))
+        num_rows = 0
+        while pending and (max_rows is None or num_rows < max_rows):
             prefix, metadata, above = pending.pop()
             folder_labels = read_labels(prefix)
             found = read_metadata(self.root, prefix, columns, listing.notes, self.follow_symlinks)
@@ -138,12 +143,14 @@ class FolderSource:
                         left_out["link out of the folder"] += 1
                         continue
                 facts = metadata.describe(key, folder_labels) if metadata else folder_labels
+                num_rows += 1
                 escaped = None if key.isascii() else escape_key(key)
                 if escaped is None:
                     yield key, key, None, size_bytes, mtime_ns, None, *facts, None
                 else:
                     known = (None, None, size_bytes, mtime_ns, None, facts.label, None, None)
                     yield escaped, *known, "bad_key"
+        listing.left += [prefix for prefix, *_ in pending]
         if described:
             more = f" and {len(described) - 1:,} more" if len(described) > 1 else ""
             listing.notes.append(
@@ -151,6 +158,30 @@ class FolderSource:
                 " its other columns travel only if it is given as the source itself"
             )
             listing.notes += [labels.describe()] if labels.counts else []
+
+    def _look_above(
+        self, prefixes: list[str]
+    ) -> Iterator[tuple[str, FolderMetadata | None, frozenset[tuple[int, int]]]]:
+        """Yield folders with what listing the folders above them has found: see `_list_rows`."""
+        labels = LabelReader(self.label_column, self.class_names)  # it counts what it reads
+        columns = MetadataColumns(labels, self.source_column)
+        found: dict[str, FolderMetadata | None] = {}
+        for prefix in prefixes:
+            if climbs(prefix):
+                raise StorageError(f"{self.root}: {prefix!r} is not below it")
+            above = [prefix[: place + 1] for place, c in enumerate(prefix[:-1]) if c == "/"]
+            metadata, identities = None, set[tuple[int, int]]()
+            for folder in ["", *above] if prefix else []:
+                if folder not in found:
+                    found[folder] = read_metadata(
+                        self.root, folder, columns, [], self.follow_symlinks
+                    )
+                metadata = found[folder] or metadata
+                if self.follow_symlinks:
+                    with suppress(OSError):  # it is gone, and so is what is below it
+                        status = os.stat(self.root / folder)
+                        identities.add((status.st_dev, status.st_ino))
+            yield prefix, metadata, frozenset(identities)
 
     def _scan(self, folder: Path, entries: Any) -> Iterator[os.DirEntry[str]]:
         with explain_errors(folder), entries:

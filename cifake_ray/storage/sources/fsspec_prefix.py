@@ -62,17 +62,21 @@ class FsspecPrefixSource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
+        """List the files below the prefix, or below those of its folders that are `parts`."""
         listing = Listing(iter(()))
-        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        rows = self._list_rows(listing, [""] if parts is None else list(map(str, parts)), max_rows)
+        listing.batches = batch_rows(rows, pa.schema(MANIFEST_FIELDS))
         return listing
 
-    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+    def _list_rows(
+        self, listing: Listing, pending: list[str], max_rows: int | None
+    ) -> Iterator[Sequence[Any]]:
         read_labels = make_label_reader(self.class_names)
         root = self.root.path.rstrip("/")
         scheme = str(self.root).partition("://")[0]
-        pending = [root]
-        while pending:
-            folder = pending.pop()
+        num_rows = 0
+        while pending and (max_rows is None or num_rows < max_rows):
+            folder = root + pending.pop()
             labels = read_labels(folder[len(root) :])
             for info in self._list_folder(folder):
                 name = info["name"].rstrip("/")
@@ -83,14 +87,16 @@ class FsspecPrefixSource:
                     if reason := self.key_filter.find_folder_reason(f"{key}/"):
                         listing.left_out[reason] += 1
                     else:
-                        pending.append(name)
+                        pending.append(name[len(root) :])
                     continue
                 if reason := self.key_filter.find_reason(key):
                     listing.leave_out(key, reason)
                     continue
                 location = f"{scheme}://{name.removeprefix('/')}"
                 stamp = (info.get("size"), None, stamp_entry(info))
+                num_rows += 1
                 yield key, location, None, *stamp, *labels, None
+        listing.left += pending
 
     def _list_folder(self, folder: str) -> list[dict[str, Any]]:
         # fsspec's own walk leaves out what it cannot list below the top, and says nothing.

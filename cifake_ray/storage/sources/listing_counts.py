@@ -13,6 +13,7 @@ from cifake_ray.core.schema import LABEL_NAMES
 MAX_NAMES = 1000  # that are counted one by one; a list may have a source for each image
 SHOWN_NAMES = 5
 MORE, NONE, UNLABELLED = "(more)", "none", "unlabelled"
+_COUNTERS = ("labels", "splits", "sources", "unlabelled")
 
 
 class ListingCounts:
@@ -35,6 +36,22 @@ class ListingCounts:
         for folder in _find_folders(batch, "split", r"(?s)^(?P<name>.*)/").unique().to_pylist():
             if len(self.split_like) < SHOWN_NAMES and (name := find_split_like(folder or "")):
                 self.split_like[name] = None
+
+    def to_record(self) -> dict[str, dict[str, int]]:
+        """Return all counts as JSON has them, for `merge`."""
+        counters = {name: dict(getattr(self, name)) for name in _COUNTERS}
+        return {**counters, "split_like": dict.fromkeys(self.split_like, 0)}
+
+    def merge(self, record: dict[str, dict[str, int]]) -> None:
+        """Add the counts of other images. ValueError when they are no such record."""
+        if record.keys() != {*_COUNTERS, "split_like"}:
+            raise ValueError(f"counts of {sorted(record)}")
+        for name in _COUNTERS:
+            counter = getattr(self, name)
+            for value, count in record[name].items():
+                counter[_choose_name(counter, value)] += count
+        self.split_like |= dict.fromkeys(record["split_like"])
+        self.split_like = dict.fromkeys([*self.split_like][:SHOWN_NAMES])
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Return the counts of each column, largest first; {} for one that is empty throughout."""
@@ -73,7 +90,11 @@ class ListingCounts:
 def _count(counter: Counter[str], values: pa.Array) -> None:
     for row in pc.value_counts(values).to_pylist():
         name = NONE if row["values"] is None else row["values"]
-        counter[name if name in counter or len(counter) < MAX_NAMES else MORE] += row["counts"]
+        counter[_choose_name(counter, name)] += row["counts"]
+
+
+def _choose_name(counter: Counter[str], name: str) -> str:
+    return name if name in counter or len(counter) < MAX_NAMES else MORE
 
 
 def _find_folders(batch: pa.RecordBatch, column: str, pattern: str) -> pa.Array:

@@ -109,14 +109,28 @@ class S3InventorySource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
+        """List the objects that the inventory names, or those of its files in `parts`."""
         listing = Listing(iter(()))
-        listing.batches = batch_rows(self._list_rows(listing), pa.schema(MANIFEST_FIELDS))
+        rows = self._list_rows(listing, parts, max_rows)
+        listing.batches = batch_rows(rows, pa.schema(MANIFEST_FIELDS))
         return listing
 
-    def _list_rows(self, listing: Listing) -> Iterator[Sequence[Any]]:
+    def _list_rows(
+        self, listing: Listing, parts: Sequence[Part] | None, max_rows: int | None
+    ) -> Iterator[Sequence[Any]]:
         inventory = read_inventory(self.place)
         read_labels = make_label_reader(self.class_names)
-        for part in inventory.parts:
+        num_rows, chosen = 0, inventory.parts
+        if parts is not None:
+            chosen = [part for part in inventory.parts if part.uri in parts]
+            if len(chosen) != len(parts):
+                raise StorageError(
+                    f"{self.place}: it has changed while it was listed; start again in a new folder"
+                )
+        for part in chosen:
+            if max_rows is not None and num_rows >= max_rows:
+                listing.left.append(part.uri)
+                continue
             for bucket, key, size, etag, is_latest, is_deleted in self._read_part(inventory, part):
                 if bucket != inventory.bucket:
                     raise StorageError(
@@ -137,6 +151,7 @@ class S3InventorySource:
                     continue
                 location = f"s3://{bucket}/{key}"
                 labels = read_labels(key.rpartition("/")[0])
+                num_rows += 1
                 yield key, location, None, size, None, quote_etag(etag), *labels, None
 
     def _read_part(self, inventory: Inventory, part: InventoryFile) -> Iterator[Sequence[Any]]:

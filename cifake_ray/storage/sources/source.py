@@ -93,15 +93,19 @@ class Listing:
             for batch in batches:
                 self.counts.add(batch)
                 yield batch
-            if describe:
-                self.notes.extend(self.counts.describe_unused())
-                if self.tables and self.counts.labels[UNLABELLED]:
-                    self.notes.append(
-                        f"{', '.join(self.tables)}: beside the images, and not read; give it as the"
-                        " source if it has their paths and labels"
-                    )
+            if describe and not self.left:
+                self.describe_counts()
 
         self.change_batches(count)
+
+    def describe_counts(self) -> None:
+        """Add notes on what the images lack, once all are counted."""
+        self.notes.extend(self.counts.describe_unused())
+        if self.tables and self.counts.labels[UNLABELLED]:
+            self.notes.append(
+                f"{', '.join(self.tables)}: beside the images, and not read; give it as the source"
+                " if it has their paths and labels"
+            )
 
 
 class Source(Protocol):

@@ -56,8 +56,8 @@ class FlakySource:
     errors: dict[str, str]  # key -> error
     log: Path
 
-    def list_images(self) -> Listing:
-        listing: Listing = self.folder.list_images()
+    def list_images(self, *parts: Any, **options: Any) -> Listing:
+        listing: Listing = self.folder.list_images(*parts, **options)
         return listing
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:

@@ -139,8 +139,8 @@ class FlakySource:
     source: Any
     world: World
 
-    def list_images(self) -> Any:
-        return self.source.list_images()
+    def list_images(self, *parts: Any, **options: Any) -> Any:
+        return self.source.list_images(*parts, **options)
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         keys = rows.column("key").to_pylist()

@@ -14,6 +14,7 @@ import pytest
 
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo, StorageError
+from cifake_ray.storage.runs import listed_rows
 from cifake_ray.storage.runs.manifest import (
     SHARDS_PER_FILE,
     Manifest,
@@ -224,7 +225,10 @@ def measure_peaks(folder: Path, num_keys: int) -> tuple[int, int]:
     return python_bytes, pool.max_memory()
 
 
-def test_memory_does_not_grow_with_the_number_of_keys(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listed_rows, "MAX_HELD_ROWS", 20_000)
     measure_peaks(tmp_path / "warm", 10_000)  # what is imported and cached on first use
     few_python, few_arrow = measure_peaks(tmp_path / "few", 30_000)
     many_python, many_arrow = measure_peaks(tmp_path / "many", 300_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import pickle
 import threading
 import time
 import tracemalloc
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -178,6 +179,25 @@ def test_a_listing_has_the_columns_of_the_manifest(kind: SourceKind) -> None:
     assert list(row) == [field.name for field in MANIFEST_FIELDS]
     assert (row["key"], row["error"]) == (kind.key_of("a.jpg"), None)
     assert not +listing.left_out
+
+
+def test_what_is_listed_in_parts_is_what_is_listed_at_once(
+    kind: SourceKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_in_small_batches(monkeypatch, 3)
+    kind.put(*numbered(40), Image("0/left-out.txt", b"text"))
+    source = kind.open(include=("*.jpg",))
+    whole = source.list_images()
+    rows = pa.Table.from_batches(whole.batches)
+    todo, batches, left_out = deque[Any]([None]), list[pa.RecordBatch](), Counter[str]()
+    while todo:
+        parts = todo.popleft()
+        listing = source.list_images(parts, max_rows=1)
+        batches += listing.batches
+        left_out += listing.left_out
+        todo += [[part] for part in json.loads(json.dumps(listing.left))]
+    assert pa.Table.from_batches(batches).sort_by("key").equals(rows.sort_by("key"))
+    assert left_out == whole.left_out
 
 
 def test_sizes_are_known_when_listed(kind: SourceKind) -> None:

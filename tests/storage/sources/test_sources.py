@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,43 @@ def test_links_are_followed_when_asked_and_loops_end(tmp_path: Path) -> None:
     assert error_of(images.pop("gone.jpg")) == "not_found"
     assert images == {"fake/deep/b.jpg": b"b", "file.jpg": b"b", "real/a.jpg": b"a"}
     assert list_rows(folder, follow_symlinks=True)["fake/deep/b.jpg"]["label"] == FAKE
+
+
+def list_apart(source: Source) -> tuple[pa.Table, Counter[str]]:
+    """List a folder by a listing for each of the folders below it."""
+    todo, batches, left_out = list[Any]([None]), list[pa.RecordBatch](), Counter[str]()
+    while todo:
+        listing = source.list_images(todo.pop(), max_rows=1)
+        batches += listing.batches
+        left_out += listing.left_out
+        todo += [[part] for part in json.loads(json.dumps(listing.left))]
+    return pa.Table.from_batches(batches), left_out
+
+
+def test_loops_of_links_end_when_folders_are_listed_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    put(folder / "a" / "1.jpg")
+    put(folder / "a" / "deep" / "2.jpg")
+    (folder / "a" / "deep" / "up").symlink_to("../..")
+    (folder / "a" / "deep" / "self").symlink_to(".")
+    rows, left_out = list_apart(open_images(folder, follow_symlinks=True))
+    assert sorted(rows.column("key").to_pylist()) == ["a/1.jpg", "a/deep/2.jpg"]
+    assert left_out == {"link to a folder above it": 2}
+
+
+def test_metadata_above_a_folder_that_is_listed_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    keys = ["0.jpg", "x/1.jpg", "x/y/2.jpg", "x/y/z/3.jpg", "w/4.jpg"]
+    for key in keys:
+        put(folder / key)
+    top = [f"{key},{'real' if number % 2 else 'fake'}" for number, key in enumerate(keys)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *top]))
+    (folder / "x" / "y" / "metadata.csv").write_text("file_name,label\nz/3.jpg,fake\n")
+    source = open_images(folder)
+    whole = gather(source.list_images())
+    assert whole.column("label").null_count == 1  # x/y/2.jpg, which the nearest does not name
+    rows, _ = list_apart(source)
+    assert rows.sort_by("key").equals(whole.sort_by("key"))
 
 
 def test_two_links_to_one_folder_are_two_sets_of_keys(tmp_path: Path) -> None:

@@ -1,0 +1,209 @@
+"""List a source by many workers: each lists some parts of it and writes their rows to files.
+
+What was listed of some parts counts once its record is there, so a listing that is stopped goes on
+where it was: the records say what is listed and what is left. The name of a record follows from its
+parts, and the first one counts, so processes that list the same source at once do no harm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.files import (
+    create_bytes,
+    hash_json,
+    make_folder,
+    parse_json,
+    read_if_exists,
+)
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.runs.listed_rows import ListedRows, RowFile
+from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
+
+PART_ROWS = 400_000  # after which a worker leaves the rest to others; below MAX_HELD_ROWS
+
+
+class Workers(Protocol):
+    """Where work is done: see `TaskPool`."""
+
+    @property
+    def num_workers(self) -> int: ...
+
+    def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]: ...
+
+
+class _ThisProcess:
+    """Does all work here, one item after the other."""
+
+    num_workers = 1
+
+    def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]:
+        while items:
+            yield work(items.popleft())
+
+
+THIS_PROCESS = _ThisProcess()
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """Parts that one worker lists, and into how many tasks what it leaves is divided."""
+
+    parts: list[Part]
+    num_tasks: int
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What was listed of some parts, in numbers, and what is left."""
+
+    files: list[RowFile]
+    rows: list[list[int]]  # by bucket and split
+    size_bytes: int
+    table_bytes: int
+    left_out: dict[str, int]
+    counts: dict[str, dict[str, int]]
+    notes: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    key_column: str | None = None
+    left: list[list[Any]] = field(default_factory=list)  # parts, by the task that lists them
+
+
+@dataclass(frozen=True)
+class PartLister:
+    """Lists parts of a source into files in `folder`."""
+
+    source: Source
+    folder: AnyPath
+
+    def list_parts(self, task: PartTask) -> PartRecord:
+        record = read_record(self.folder, task.parts)  # of another process, or before a kill
+        if record is None:
+            listing = self.source.list_images(task.parts, PART_ROWS)
+            listing.count_rows(describe=False)
+            rows = ListedRows(self.folder)
+            for batch in listing.batches:
+                rows.add(batch)
+            record = write_record(task, listing, rows)
+        return record
+
+
+def list_rows(
+    list_source: Callable[[], Listing],
+    source: Source | None,
+    folder: AnyPath,
+    workers: Workers,
+    log: Callable[[str], None],
+    *,
+    describe: bool,
+) -> tuple[Listing, ListedRows]:
+    """Return all rows of a source, and its listing, of which nothing is left.
+
+    The workers list what `list_source` leaves, into files in `folder`. A listing that keeps its
+    order is returned unread. `describe` adds notes on what the images lack.
+    """
+    start, rows = PartTask([], 2 * workers.num_workers), ListedRows(folder)
+    record = read_record(folder, start.parts)
+    if record is None:
+        listing = list_source()
+        if listing.keeps_order:
+            return listing, rows
+        for batch in listing.batches:
+            rows.add(batch)
+        if not listing.left:
+            return listing, rows
+        record = write_record(start, listing, rows)
+    else:
+        log(f"going on with a listing that was stopped; to start again, remove {folder}")
+    assert source is not None  # else nothing would have been left
+    listing, rows = Listing(iter(())), ListedRows(folder)
+    items = deque[PartTask]()
+    _add_record(record, listing, rows, items, workers)
+    for record in workers.map_items(PartLister(source, folder).list_parts, items):
+        _add_record(record, listing, rows, items, workers)
+        log(f"listing, {rows.num_rows:,} keys ...")
+    if describe:
+        listing.describe_counts()
+    log(f"listed {rows.num_rows:,} keys; dealing them to shards ...")
+    return listing, rows
+
+
+def _add_record(
+    record: PartRecord,
+    listing: Listing,
+    rows: ListedRows,
+    items: deque[PartTask],
+    workers: Workers,
+) -> None:
+    rows.files += record.files
+    rows.counts += np.array(record.rows)
+    rows.size_bytes += record.size_bytes
+    rows.table_bytes += record.table_bytes
+    listing.left_out.update(record.left_out)
+    listing.counts.merge(record.counts)
+    new = [note for note in record.notes if note not in listing.notes]
+    listing.notes += new[: 2 * MAX_NOTES - len(listing.notes)]
+    listing.tables = [*listing.tables, *record.tables][:MAX_NOTES]
+    listing.key_column = listing.key_column or record.key_column
+    for parts in record.left:
+        # While workers wait, what is left is divided; else files would be many and small.
+        num_tasks = max(1, 2 * workers.num_workers - len(items))
+        items.append(PartTask([p if isinstance(p, str) else tuple(p) for p in parts], num_tasks))
+
+
+def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartRecord:
+    """Commit what was listed of some parts, unless another process has; return what counts."""
+    make_folder(rows.folder, parents=False)
+    rows.write()
+    record = PartRecord(
+        files=rows.files,
+        rows=rows.counts.tolist(),
+        size_bytes=rows.size_bytes,
+        table_bytes=rows.table_bytes,
+        left_out=dict(listing.left_out),
+        counts=listing.counts.to_record(),
+        notes=listing.notes,
+        tables=listing.tables,
+        key_column=listing.key_column,
+        left=_divide(listing.left, task.num_tasks),
+    )
+    if create_bytes(_name_record(rows.folder, task.parts), json.dumps(asdict(record)).encode()):
+        return record
+    there = read_record(rows.folder, task.parts)
+    if there is None:
+        raise StorageError(f"{rows.folder}: its files are gone; run the same command again")
+    return there
+
+
+def read_record(folder: AnyPath, parts: Sequence[Part]) -> PartRecord | None:
+    """Return what was listed of some parts; None if it was not. StorageError when damaged."""
+    path = _name_record(folder, parts)
+    if (data := read_if_exists(path)) is None:
+        return None
+    try:
+        record = parse_record(PartRecord, parse_json(path, data))
+        ListedRows(folder).counts += np.array(record.rows)  # has it that shape?
+    except ValueError as error:
+        raise StorageError(
+            f"{path}: not a record of a listing ({error}); remove the folder and run the same"
+            " command again"
+        ) from error
+    return record
+
+
+def _name_record(folder: AnyPath, parts: Sequence[Part]) -> AnyPath:
+    return folder / f"{hash_json(list(parts))[:32]}.json"
+
+
+def _divide(parts: Sequence[Part], num_groups: int) -> list[list[Part]]:
+    """Divide parts into so many groups, or fewer, of neighbours."""
+    size = -(-len(parts) // num_groups) or 1
+    return [list(parts[start : start + size]) for start in range(0, len(parts), size)]
