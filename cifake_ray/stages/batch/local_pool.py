@@ -1,8 +1,8 @@
-"""Run the workers of a batch as processes of this machine, without a cluster.
+"""Run work in processes of this machine, without a cluster.
 
-Starting Ray takes longer than many runs. A worker is this module run by `python -m`: it gets its
-task and then shard numbers over a pipe, and answers with reports. One that dies is replaced, and
-its shard is given out again, as Ray does with its actors.
+Starting Ray takes longer than many runs. A worker is this module run by `python -m`: it gets a
+function and then items over a pipe, and answers with results. One that dies is replaced, and its
+item is given out again, as Ray does with its actors and tasks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -27,28 +28,67 @@ from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, Worke
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 MAX_STARTS = 3  # of a process that never becomes ready
+MAX_LOSSES = 8  # processes, one after the other, that an item may end
 
 
 class _Worker:
-    """A process, the shard that it has now, and what to start another one like it."""
+    """A process, what it does, the item that it has now, and what to start another one like it."""
 
-    def __init__(self, module: str, env: dict[str, str]) -> None:
+    def __init__(self, module: str | None, env: dict[str, str]) -> None:
         self.module, self.env = module, env
         self.starts = 0
         self.start()
 
     def start(self) -> None:
         self.starts += 1
-        self.child = ChildProcess(__spec__.name, self.module, env=self.env)
+        self.is_ready = False
+        self.work: Callable[[Any], Any] | None = None
+        self.given: tuple[Any, int] | None = None  # the item, and how many processes it has ended
+        words = [self.module] if self.module else []
+        self.child = ChildProcess(__spec__.name, *words, env=self.env)
+
+    def give(self, work: Callable[[Any], Any], given: tuple[Any, int]) -> None:
+        """Send an item, as (item, None), and before the first one (None, what to do with it)."""
+        self.given = given
+        with suppress(OSError):  # a process that has died is noticed when its answer is read
+            if self.work is not work:
+                self.child.connection.send((None, work))
+                self.work = work
+            self.child.connection.send((given[0], None))
+
+    def receive(self) -> tuple[Any] | None:
+        """Return a result or an error of ours as a tuple of one; None when the process is ready.
+
+        EOFError or OSError when the process has died.
+        """
+        answer = self.child.connection.recv()
+        if answer == READY:
+            self.starts, self.is_ready = 0, True
+            return None
+        if not isinstance(answer, tuple):
+            raise RuntimeError(f"in a worker process: {answer}")
+        self.given = None
+        return answer
+
+    def replace(self) -> None:
+        """Start a process in the place of this one, which has died."""
+        code = self.child.end()
+        if self.starts >= MAX_STARTS:
+            raise ResourceError(self.child.explain_start(code))
+        self.start()
 
 
 class LocalPool:
-    """Processes that commit shards. `with` ends them."""
+    """Processes that do work on items. `with` ends them."""
 
-    def __init__(self, placement: Placement, module: str) -> None:
-        """Start the first process, which imports the verb's module while the source is listed."""
+    def __init__(self, placement: Placement, module: str | None = None) -> None:
+        """Start the first process, which imports `module` while the caller has other work."""
         self.placement, self.module, self.is_open = placement, module, True
+        self.num_workers = placement.num_workers
         self.workers: list[_Worker] = []
         self._start_workers(1)
 
@@ -76,48 +116,53 @@ class LocalPool:
             worker.child.end()
 
     def report_shards(self, task: WorkerTask) -> Generator[ShardReport | CifakeError, None, None]:
-        """Commit all shards; yield a report of each, in the order in which they are committed.
+        """Commit all shards; yield a report of each, in the order in which they are committed."""
+        shards = deque(range(task.run.manifest.num_shards))
+        return self.map_items(ShardWorker(task).report_shard, shards)
 
-        ResourceError when no process can be started.
+    def map_items(
+        self, work: Callable[[Item], Result], items: deque[Item]
+    ) -> Generator[Result, None, None]:
+        """Yield what `work` returns for each item, in the order in which they are done.
+
+        `work` is pickled; what it keeps stays in its process from one item to the next. Items may
+        be appended while results are read. A CifakeError that `work` raises is raised here.
+        ResourceError when no process can be started, or an item ends MAX_LOSSES of them.
         """
-        waiting = deque(range(task.run.manifest.num_shards))
-        self._start_workers(min(self.placement.num_workers, len(waiting)))
-        at_work: dict[int, int] = {}  # worker -> shard
-        left = len(waiting)
-        while left and self.is_open:
+        lost = deque[tuple[Item, int]]()
+        while self.is_open:
+            for worker in self.workers:
+                if worker.is_ready and worker.given is None and (lost or items):
+                    worker.give(work, lost.popleft() if lost else (items.popleft(), 0))
+            num_busy = sum(worker.given is not None for worker in self.workers)
+            if not (num_busy or lost or items):
+                return
+            self._start_workers(min(self.num_workers, num_busy + len(lost) + len(items)))
             ready = wait([worker.child.connection for worker in self.workers])
-            for number, worker in enumerate(self.workers):
+            for worker in self.workers:
                 if worker.child.connection not in ready:
                     continue
                 try:
-                    answer = worker.child.connection.recv()
+                    answer = worker.receive()
                 except (EOFError, OSError):
                     if not self.is_open:
                         return
-                    if number in at_work:
-                        waiting.appendleft(at_work.pop(number))
-                    _replace(worker)
+                    if worker.given is not None:
+                        lost.append(self._count_loss(*worker.given))
+                    worker.replace()
                     continue
-                if isinstance(answer, (ShardReport, CifakeError)):
-                    del at_work[number]
-                    left -= 1
-                    yield answer
-                elif answer == READY:
-                    worker.starts = 0
-                    worker.child.connection.send(task)
-                else:
-                    raise RuntimeError(f"in a worker process: {answer}")
-                if waiting:
-                    at_work[number] = waiting.popleft()
-                    worker.child.connection.send(at_work[number])
+                if answer is not None:
+                    if isinstance(answer[0], CifakeError):
+                        raise answer[0]
+                    yield answer[0]
 
-
-def _replace(worker: _Worker) -> None:
-    """Start a process in the place of one that has died."""
-    code = worker.child.end()
-    if worker.starts >= MAX_STARTS:
-        raise ResourceError(worker.child.explain_start(code))
-    worker.start()
+    def _count_loss(self, item: Item, num_losses: int) -> tuple[Item, int]:
+        if num_losses + 1 >= MAX_LOSSES:
+            raise ResourceError(
+                f"a process of this command ended {MAX_LOSSES} times at {item!r}; free memory and"
+                " run the same command again"
+            )
+        return item, num_losses + 1
 
 
 def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
@@ -130,8 +175,8 @@ def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
     return env
 
 
-def serve_shards(parent: Connection[Any, Any], module: str) -> None:
-    """Commit the shards that come over the pipe, until it is closed."""
+def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
+    """Do the work that comes over the pipe on the items that follow, until it is closed."""
     given: SimpleQueue[Any] = SimpleQueue()
 
     def receive() -> None:
@@ -144,12 +189,20 @@ def serve_shards(parent: Connection[Any, Any], module: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
-    importlib.import_module(module)
+    for module in modules:
+        importlib.import_module(module)
     parent.send(READY)
-    worker = ShardWorker(given.get())
+    work: Callable[[Any], Any]
     while True:
-        parent.send(worker.report_shard(given.get()))
+        item, new_work = given.get()
+        if new_work is not None:
+            work = new_work
+            continue
+        try:
+            parent.send((work(item),))
+        except CifakeError as error:
+            parent.send((error,))
 
 
 if __name__ == "__main__":
-    serve_shards(connect_parent(sys.argv[1:])[0], sys.argv[2])
+    serve_items(*connect_parent(sys.argv[1:]))
