@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cifake_ray.config.fields import RuntimeDoc, StoreConfig, check, check_least
+from cifake_ray.config.fields import RuntimeDoc, WorkersConfig, check, check_least
 
 ExportFormat = Literal[
     "auto",
@@ -26,8 +26,8 @@ DIRECTIONS = {"asc": "ascending", "desc": "descending"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(StoreConfig):
-    """export: write scores as one file (CSV, Parquet, JSON), or a detector as ONNX."""
+class ExportConfig(WorkersConfig):
+    """export: write scores as one file or many (CSV, Parquet, JSON), or a detector as ONNX."""
 
     src: Annotated[
         str,

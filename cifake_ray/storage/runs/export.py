@@ -139,8 +139,8 @@ def encode_shards(
         raise
     except (*PARQUET_ERRORS, ArithmeticError, TypeError) as error:  # values that Python cannot hold
         raise StorageError(
-            f"{scores.folder}: rows cannot be exported as {chosen} ({error}); choose another format or"
-            " other --columns"
+            f"{scores.folder}: rows cannot be exported as {chosen} ({error}); choose another format"
+            " or other --columns"
         ) from error
 
 
