@@ -46,6 +46,7 @@ def list_sizes(folder: AnyPath) -> dict[str, int]:
             elif folder.protocol == "s3":
                 listed = list_objects(folder, "/")
                 sizes = {name.removesuffix("/"): size for name, size in listed.items()}
+                sizes = {name: sizes[name] for name in sizes.keys() - {"", ".", ".."}}
             else:
                 listing = folder.fs.ls(folder.path, detail=True)
                 sizes = {Path(info["name"]).name: int(info["size"] or 0) for info in listing}

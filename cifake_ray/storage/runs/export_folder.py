@@ -49,6 +49,7 @@ from cifake_ray.storage.runs.verify import open_finished, read_files
 
 PART_NAME = re.compile(r"part-\d{5,}\.(csv|parquet|jsonl|txt)")
 RECORDS = "_parts"
+OWN_STARTS = (TEMPORARY_PREFIX, RECORDS)  # of what a loss of power may leave in an empty folder
 FILES_FIELDS = [
     pa.field("name", pa.string()),
     pa.field("size_bytes", pa.int64()),
@@ -110,6 +111,7 @@ class PartWriter:
 
         write_chunks(self.target / part.name, encode())
         written = WrittenPart(part.name, size_bytes, digest.hexdigest(), counts["rows"])
+        make_folder(record.parent, parents=False)
         write_json(record, asdict(written))
         return part, written
 
@@ -143,6 +145,7 @@ class FolderExport:
             return None
         summary = parse_json(path, data)
         if summary.get("export") == hash_json(self.settings) and self._has_files():
+            _discard_records(self.target)  # left by a command that was killed at its end
             return summary
         remove(path)
         return None
@@ -217,7 +220,6 @@ def open_export(scores: AnyPath, target: AnyPath, config: ExportConfig) -> Folde
     records = list_sizes(target / RECORDS)
     parts = list(_deal_shards(files, config, records))
     _check_names(target, parts)
-    make_folder(target / RECORDS, parents=False)
     return FolderExport(writer, parts, settings)
 
 
@@ -237,11 +239,11 @@ def _claim(
     target: AnyPath, settings: dict[str, Any], config: dict[str, Any], *, overwrite: bool
 ) -> None:
     make_folder(target)
-    there = [name for name in list_sizes(target) if not name.startswith(TEMPORARY_PREFIX)]
+    foreign = [name for name in list_sizes(target) if not name.startswith(OWN_STARTS)]
     if not exists(target / "_run.json"):
-        if there:
+        if foreign:
             raise RunMismatch(
-                f"{target} holds {there[0]}, and no export; choose a new folder, or remove it"
+                f"{target} holds {foreign[0]}, and no export; choose a new folder, or remove it"
             )
     elif overwrite:
         found = read_record(target)["settings"]

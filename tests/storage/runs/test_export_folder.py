@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from computer import disturb_every_change
 from s3_server import S3Server
 from score_run import write_score_run
 
@@ -20,6 +21,7 @@ from cifake_ray.config import ExportConfig
 from cifake_ray.errors import CifakeError, RunMismatch, StorageError, UsageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages import export as export_stage
+from cifake_ray.storage.io.digest import list_sizes
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs import export_folder
 from cifake_ray.storage.runs.export_folder import PartWriter
@@ -207,6 +209,42 @@ def test_overwrite_that_was_killed_is_resumed_by_itself(
     assert written == ["part-00002.csv", "part-00003.csv", "part-00004.csv"]
 
 
+@pytest.mark.parametrize("there", ["nothing", "another export"])
+def test_anything_may_happen_at_any_change_of_a_folder(
+    scores: Path, tmp_path: Path, there: str
+) -> None:
+    """The same command again ends the work; with `_SUCCESS` all files are there, and no other."""
+    target, wanted = tmp_path / "many.jsonl", dict[str, bytes]()
+    options = {"rows_per_file": 20, "overwrite": there == "another export"}
+    config = ExportConfig(src=str(scores), file=f"{target}/", **options)
+
+    def prepare() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        if there == "another export":
+            export(scores, f"{target}/", rows_per_file=10)
+
+    def check_half() -> None:
+        if (target / "_SUCCESS").exists() and wanted:
+            files = {row["name"] for row in pq.read_table(target / "_files.parquet").to_pylist()}
+            assert files == set(read_all(target))
+
+    def check_whole(may_leave_files: bool) -> None:
+        found = read_all(target)
+        wanted.update(wanted or found)
+        assert found == wanted
+        names = {path.name for path in target.iterdir()} - set(found)
+        assert names >= {"_SUCCESS", "_files.parquet", "_run.json"}
+        assert may_leave_files or len(names) == 3
+
+    num_changes = disturb_every_change(
+        lambda: run_verb(config, 0.0),
+        prepare=prepare,
+        check_half=check_half,
+        check_whole=check_whole,
+    )
+    assert num_changes > 10
+
+
 def add_file(folder: Path) -> None:
     folder.mkdir()
     (folder / "mine.txt").write_bytes(b"mine")
@@ -343,5 +381,5 @@ def test_a_folder_in_a_bucket_holds_the_same_files(
     assert files == read_all(tmp_path / "many.csv")
     names = {p.name for p in resolve_path(root).iterdir()} - set(files)
     assert names - {"_parts"} == {"_SUCCESS", "_files.parquet", "_run.json"}
-    assert list((resolve_path(root) / "_parts").iterdir()) == []
+    assert list_sizes(resolve_path(root) / "_parts") == {}
     assert json.loads((resolve_path(root) / "_SUCCESS").read_bytes())["rows"] == NUM_ROWS
