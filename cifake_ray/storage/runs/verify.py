@@ -36,7 +36,7 @@ from cifake_ray.storage.runs.run import (
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 THREADS = 8  # of one process: sha256 leaves Python's lock, and a store is mostly waited for
 # Files that a worker is given at once: more are fewer messages, fewer are more even.
-MAX_GROUP_FILES, GROUP_BYTES, MIN_GROUPS = 64, 64 * 2**20, 64
+MAX_GROUP_FILES, GROUP_BYTES, MIN_GROUPS, MAX_GROUPS = 64, 64 * 2**20, 64, 20_000
 # What says of a local file that its content is gone: a broken disk, or no regular file.
 GONE = (errno.EIO, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EOVERFLOW)
 
@@ -157,10 +157,11 @@ def plan_check(out: AnyPath) -> OutputCheck:
 def _group_files(files: list[CommittedFile]) -> Iterator[tuple[CommittedFile, ...]]:
     """Yield neighbours, enough of them to be worth a message to a worker."""
     most = min(max(len(files) // MIN_GROUPS, 1), MAX_GROUP_FILES)
+    most_bytes = max(sum(file.size_bytes for file in files) // MAX_GROUPS, GROUP_BYTES)
     group: list[CommittedFile] = []
     for file in files:
         group.append(file)
-        if len(group) == most or sum(each.size_bytes for each in group) >= GROUP_BYTES:
+        if len(group) == most or sum(each.size_bytes for each in group) >= most_bytes:
             yield tuple(group)
             group = []
     if group:

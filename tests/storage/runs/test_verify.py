@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,16 @@ def test_the_progress_counts_every_file_and_what_is_damaged(out: Path) -> None:
 
 
 def test_workers_are_given_neighbours_by_number_and_by_bytes() -> None:
-    group = partial(verify_module._group_files)
-
     def count(num_files: int, size_bytes: int) -> list[int]:
         files = [CommittedFile(str(n), "", size_bytes) for n in range(num_files)]
-        groups = list(group(files))
+        groups = list(verify_module._group_files(files))
         assert [file for each in groups for file in each] == files
         return [len(each) for each in groups]
 
     assert count(20, 10) == [1] * 20  # few files are not held together
     assert count(100_000, 1)[:2] == [64, 64]
     assert set(count(10_000, 40 * 2**20)) == {2}
+    assert 19_000 < len(count(500_000, 256 * 2**20)) <= 20_000
 
 
 def no_line(progress: FileProgress) -> None:
