@@ -98,10 +98,10 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     print(f"two workers: {rows[1]['gb_per_s'] / rows[0]['gb_per_s']:.2f} times one")
-    hours = LARGE_BYTES / 1e9 / rows[0]["gb_per_s"] / 3600
+    hours = LARGE_BYTES / 1e9 / rows[0]["gb_per_cpu_s"] / 3600
     print(
-        f"143 TB at that rate: {hours:,.1f} h with one worker, {hours * 60 / 1000:,.1f} minutes"
-        " with 1,000 (extrapolated; a store or a network gives less)"
+        f"143 TB (extrapolated): {hours:,.1f} h of CPU, {hours * 60 / 1000:,.1f} minutes of 1,000"
+        " workers where a store or a network does not give less"
     )
 
 

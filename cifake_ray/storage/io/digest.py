@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +42,11 @@ def list_sizes(folder: AnyPath) -> dict[str, int]:
     with explain_errors(folder):
         try:
             if isinstance(folder, Path):
+                sizes = {}
                 with os.scandir(folder) as entries:
-                    sizes = {entry.name: _find_size(entry) for entry in entries}
+                    for entry in entries:
+                        with suppress(FileNotFoundError):  # removed a moment ago
+                            sizes[entry.name] = entry.stat().st_size
             elif folder.protocol == "s3":
                 listed = list_objects(folder, "/")
                 sizes = {name.removesuffix("/"): size for name, size in listed.items()}
@@ -53,13 +57,6 @@ def list_sizes(folder: AnyPath) -> dict[str, int]:
         except FileNotFoundError:
             return {}
     return dict(sorted(sizes.items()))
-
-
-def _find_size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # it was removed a moment ago, or is a link to nothing
-        return -1
 
 
 def hash_file(path: AnyPath, size_bytes: int | None = None) -> str:

@@ -85,12 +85,12 @@ class CommittedFile:
 
 
 @dataclass(frozen=True)
-class CheckedFile:
-    """How a file was found: `damage` is empty if it is what was committed."""
+class CheckedGroup:
+    """How a group of files was found."""
 
-    name: str
-    size_bytes: int
-    damage: str
+    num_files: int
+    num_bytes: int
+    damage: list[DamagedFile]
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,24 @@ class OutputCheck:
     out: AnyPath
     names: list[str]  # of all committed files, in order
     groups: list[tuple[CommittedFile, ...]]  # to read, each by one worker
-    listed: list[CheckedFile]  # damaged, as their names and sizes show
+    listed: list[DamagedFile]  # as names and sizes show
     num_bytes: int  # to read
 
     def judge(
         self,
-        results: Iterable[list[CheckedFile]],
+        results: Iterable[CheckedGroup],
         on_progress: Callable[[FileProgress], None] = lambda progress: None,
     ) -> list[DamagedFile]:
         """Return the damage, in the order of the files, whatever the order of the results."""
-        damage = {file.name: file.damage for file in self.listed if file.damage}
+        damage = list(self.listed)
         counter = FileCounter(len(self.names), self.num_bytes)
         counter.add(len(self.names) - sum(map(len, self.groups)), 0)
         for result in results:
-            damage |= {file.name: file.damage for file in result if file.damage}
-            counter.add(len(result), sum(file.size_bytes for file in result))
+            damage += result.damage
+            counter.add(result.num_files, result.num_bytes)
             on_progress(counter.describe(damaged=len(damage)))
         places = {name: place for place, name in enumerate(self.names)}
-        found = sorted(damage, key=lambda name: (places.get(name, len(places)), name))
-        return [DamagedFile(name, damage[name]) for name in found]
+        return sorted(damage, key=lambda file: (places.get(file.name, len(places)), file.name))
 
 
 def plan_check(out: AnyPath) -> OutputCheck:
@@ -142,14 +141,14 @@ def plan_check(out: AnyPath) -> OutputCheck:
     for row in rows:
         name, size = row["name"], there.get(row["name"])
         if size is None:
-            listed.append(CheckedFile(name, 0, "missing"))
+            listed.append(DamagedFile(name, "missing"))
         elif size != row.get("size_bytes", size):
-            listed.append(CheckedFile(name, size, f"{size} bytes, not {row['size_bytes']}"))
+            listed.append(DamagedFile(name, f"{size} bytes, not {row['size_bytes']}"))
         else:
             to_read.append(CommittedFile(name, row["sha256"], size))
-    for name in sorted(there.keys() - set(names)):
+    for name in there.keys() - set(names):
         if name.startswith(f"{run.results}/") and SHARD_NAME.fullmatch(name.partition("/")[2]):
-            listed.append(CheckedFile(name, there[name], "not committed by this run"))
+            listed.append(DamagedFile(name, "not committed by this run"))
     num_bytes = sum(file.size_bytes for file in to_read)
     return OutputCheck(out, names, list(_group_files(to_read)), listed, num_bytes)
 
@@ -168,15 +167,18 @@ def _group_files(files: list[CommittedFile]) -> Iterator[tuple[CommittedFile, ..
         yield tuple(group)
 
 
-def check_files(out: AnyPath, files: tuple[CommittedFile, ...]) -> list[CheckedFile]:
+def check_files(out: AnyPath, files: tuple[CommittedFile, ...]) -> CheckedGroup:
     """Compare the content of files with what was committed; memory is that of some parts.
 
     StorageError when a store cannot be read.
     """
-    return [CheckedFile(f.name, f.size_bytes, _find_damage(out / f.name, f)) for f in files]
+    reasons = [(file.name, _find_damage(out / file.name, file)) for file in files]
+    damage = [DamagedFile(name, reason) for name, reason in reasons if reason]
+    return CheckedGroup(len(files), sum(file.size_bytes for file in files), damage)
 
 
 def _find_damage(path: AnyPath, file: CommittedFile) -> str:
+    """Return what is wrong with a file, "" if nothing is."""
     try:
         return "" if hash_file(path, file.size_bytes) == file.sha256 else "sha256 differs"
     except StorageError as error:
