@@ -19,6 +19,7 @@ from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.report.text import describe_unlike
 from cifake_ray.stages.batch.driver import BatchPlan, run_batch
 from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.quarantine import Quarantine
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.malloc import keep_freed_memory
 from cifake_ray.stages.resources import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from cifake_ray.core.processing.score import ScoreProcessor
 
 VERIFIER = "encypher-c2pa"
+HEADER_TIMEOUT_S = 1.0  # for the header of one image
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,9 @@ def _choose_built_in(
         return locate_bundle(begun if begun in names else None)
     if len(names) == 1:
         return locate_bundle(names[0])
-    sides = [max(size) for size in sample_sizes(source, *place)]
+    # A header that kills or blocks its reader must not end the command.
+    with Quarantine(decodes=False, timeout_s=HEADER_TIMEOUT_S) as quarantine:
+        sides = [max(size) for size in sample_sizes(source, *place, quarantine.try_images)]
     name, reason = choose_detector(sides, read_built_in_domains())
     log(
         f"{command}: {reason}: using the built-in detector `{name}`; --bundle"

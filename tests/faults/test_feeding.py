@@ -24,8 +24,9 @@ from cifake_ray.storage.runs.run import require_run
 
 pytestmark = pytest.mark.timeout(600)
 
-# Seven batches a shard, of which four are under way at once.
-OPTIONS = ["--shard-size", "100", "--batch-size", "16"]
+# Seven batches a shard, of which four are under way at once. Without a bundle the command itself
+# would look at some images to choose one.
+OPTIONS = ["--shard-size", "100", "--batch-size", "16", "--bundle", "cifake"]
 
 # The decoder dies of marked images, and the GPU is a CPU.
 ON_CPU = (

@@ -32,7 +32,7 @@ class Quarantine:
         self._end_child()
 
     def try_images(
-        self, images: Sequence[bytes | ImageError], on_step: Callable[[], None]
+        self, images: Sequence[bytes | ImageError], on_step: Callable[[], None] = lambda: None
     ) -> list[bytes | ImageError]:
         """Return the images, with a worker_crash instead of each that ends a process twice.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush, nsmallest
 from pathlib import Path
@@ -31,23 +31,30 @@ MAX_NAMES = 10_000  # no further folder is looked into once so many were seen
 MAX_FOLDERS = 256
 
 
-def sample_sizes(source: Source, place: AnyPath, uri: str) -> list[tuple[int, int]]:
+TryImages = Callable[[Sequence[bytes | ImageError]], list[bytes | ImageError]]
+
+
+def sample_sizes(
+    source: Source, place: AnyPath, uri: str, try_images: TryImages
+) -> list[tuple[int, int]]:
     """Return width and height of up to NUM_SAMPLED images, the same ones wherever it is asked.
 
     They are chosen by a hash of their keys: of a folder from all of its files, or those of enough
     folders below it; of a bucket from the first keys; of lists, tars and Parquet files from the
-    first rows. Images whose header cannot be read are left out. StorageError as from listing.
+    first rows. Images whose header cannot be read are left out. So are those for which
+    `try_images`, which is called before this process looks at an image, returns an error.
+    StorageError as from listing.
     """
     if isinstance(source, LabelledSource):
         source = source.source
     if isinstance(source, ParquetSource):
-        return _sample_tables(source)
+        return _sample_tables(source, try_images)
     rows = _sample_rows(source, place, uri)
     sizes = {}
     if isinstance(source, FolderSource | S3PrefixSource | FsspecPrefixSource | TarSource):
-        sizes = _read_sizes(source, _cut(rows))
+        sizes = _read_sizes(source, _cut(rows), try_images)
     others = [number for number in range(rows.num_rows) if number not in sizes]
-    whole = _read_sizes(source, rows.take(pa.array(others, pa.int64())))
+    whole = _read_sizes(source, rows.take(pa.array(others, pa.int64())), try_images)
     return [*sizes.values(), *whole.values()]
 
 
@@ -120,9 +127,12 @@ def _cut(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _read_sizes(source: Source, rows: pa.Table) -> dict[int, tuple[int, int]]:
+def _read_sizes(
+    source: Source, rows: pa.Table, try_images: TryImages
+) -> dict[int, tuple[int, int]]:
     """Return width and height of the images whose header can be read, by their position."""
-    headers = map_images(inspect_image, source.read_images(rows))
+    tried = (image for one in source.read_images(rows) for image in try_images([one]))
+    headers = map_images(inspect_image, tried)
     return {
         number: (header.width, header.height)
         for number, header in enumerate(headers)
@@ -130,7 +140,7 @@ def _read_sizes(source: Source, rows: pa.Table) -> dict[int, tuple[int, int]]:
     }
 
 
-def _sample_tables(source: ParquetSource) -> list[tuple[int, int]]:
+def _sample_tables(source: ParquetSource, try_images: TryImages) -> list[tuple[int, int]]:
     """Return sizes from the first row group that has images: from its columns, if it is ours."""
     for table in open_tables(source.root, source.choice):
         if not table.file.num_row_groups:
@@ -142,5 +152,5 @@ def _sample_tables(source: ParquetSource) -> list[tuple[int, int]]:
             return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
         row = pa.array(numbers, pa.int64())
         rows = pa.table({"location": pa.array([table.name] * len(numbers)), "row": row})
-        return list(_read_sizes(source, rows).values())
+        return list(_read_sizes(source, rows, try_images).values())
     return []

@@ -31,7 +31,7 @@ def sample(src: Path | str, **options: Any) -> list[tuple[int, int]]:
     config = ScoreConfig(src=str(src), out="/nowhere/out", **options)
     place = open_path(config.src, config.store)
     source = open_source(config, place, resolve_path(config.out))
-    return sample_sizes.sample_sizes(source, place, config.src)
+    return sample_sizes.sample_sizes(source, place, config.src, list)
 
 
 def encode(width: int, height: int, kind: str = "JPEG", **options: Any) -> bytes:
