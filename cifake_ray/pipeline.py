@@ -31,6 +31,7 @@ from cifake_ray.config import (
 from cifake_ray.config.export import STDOUT
 from cifake_ray.console import ProgressLine, StepLine, log, show_bytes, show_epoch
 from cifake_ray.errors import ExitCode, StorageError
+from cifake_ray.files_line import FilesLine, format_speed
 from cifake_ray.storage.io.paths import AnyPath, explain_os_error, link_path, resolve_path
 from cifake_ray.storage.s3.location import open_path
 
@@ -204,10 +205,11 @@ def _decide(config: DecideConfig, started_s: float) -> tuple[Any, int]:
 
 
 def _verify(config: VerifyConfig, started_s: float) -> tuple[Any, int]:
-    from cifake_ray.storage.runs.verify import verify_files
+    from cifake_ray.stages.verify import verify_output
 
     path = open_path(config.out, config.store)
-    result = _describe_damage("verify", config.out, path, verify_files(path))
+    damage = verify_output(config, path, FilesLine("verify", format_speed), log)
+    result = _describe_damage("verify", config.out, path, damage)
     return result, ExitCode.STORAGE if result["damaged"] else ExitCode.OK
 
 
@@ -229,6 +231,7 @@ def _describe_damage(
 def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     """Redo the shards that differ from what was committed, and only those."""
     from cifake_ray.stages.batch.summary import read_summary
+    from cifake_ray.stages.verify import verify_output
     from cifake_ray.storage.runs.run import require_run
     from cifake_ray.storage.runs.verify import find_damage, set_damaged_aside
 
@@ -241,7 +244,7 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
         "evaluate": EvaluateConfig,
     }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items()}
-    here = {"out": config.out, **asdict(config.cluster)}
+    here = {"out": config.out, "num_workers": config.num_workers, **asdict(config.cluster)}
     try:
         again = verbs[run.command](**values, **here)
     except (KeyError, TypeError, ValueError) as error:
@@ -249,7 +252,8 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
             f"{path}/_run.json: not the metadata of a run that can be repaired ({error}); it may"
             " have been edited"
         ) from error
-    damage = find_damage(path)
+    line = FilesLine("repair", format_speed)
+    damage = find_damage(path, lambda out: verify_output(config, out, line, log))
     with suppress(StorageError):  # of a damaged summary
         if damage == [] and read_summary(path):
             return _describe_damage("repair", config.out, path, []), ExitCode.OK
@@ -269,6 +273,12 @@ def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:
     if config.chosen_format == "onnx":
         return _export_detector(config), ExitCode.OK
     scores = open_path(config.src, config.store)
+    if config.makes_folder:
+        from cifake_ray.stages.export import export_folder
+
+        target = resolve_path(config.file, config.store)
+        line = FilesLine("export", lambda rate: f"{rate:,.0f} rows/s")
+        return export_folder(config, scores, target, line, log), ExitCode.OK
     counts: Counter[str] = Counter()
     if config.file == STDOUT:
         try:

@@ -33,7 +33,18 @@ JOBS = sorted((PROJECT / "jobs").glob("*.py"))
 
 RANKS = {"core": 0, "config": 0, "errors": 0, "version": 0, "report": 1, "storage": 2, "stages": 3}
 DOORS = {
-    *("api", "timm", "cli", "command", "options", "console", "status_line", "pipeline", "__main__")
+    *(
+        "api",
+        "timm",
+        "cli",
+        "command",
+        "options",
+        "console",
+        "files_line",
+        "status_line",
+        "pipeline",
+        "__main__",
+    )
 }
 DOOR_RANK = 4
 
@@ -53,7 +64,7 @@ ROOMS = {
         {"local_ray"},
         {"cluster"},
         {"batch", "train", "submit", "doctor"},
-        {"audit", "convert", "score", "tune"},
+        {"audit", "convert", "export", "score", "tune", "verify"},
         {"evaluate"},
         {"compare"},
     ],

@@ -26,6 +26,7 @@ from cifake_ray.config.fields import (
     Fit,
     SquareFit,
     StoreConfig,
+    WorkersConfig,
     check_endpoint,
     doc_of,
     find_misfit,

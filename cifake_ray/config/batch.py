@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import (
-    ClusterConfig,
     Device,
     Doc,
     RuntimeDoc,
     ScorePrecision,
+    WorkersConfig,
     check,
     check_least,
 )
@@ -20,18 +20,11 @@ SourceKind = Literal["auto", "folder", "list", "inventory", "shards", "tar"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig(ClusterConfig):
+class BatchConfig(WorkersConfig):
     """Options of the verbs that run as a batch."""
 
     PANEL: ClassVar[str] = "Run"
 
-    num_workers: Annotated[
-        int | None,
-        RuntimeDoc(
-            "Workers of Ray, each with a CPU or a GPU; 0: a process per CPU of this machine,"
-            " without Ray (default: 0 if no cluster is named and no GPU used, else as many as fit)"
-        ),
-    ] = None
     shard_size: Annotated[
         int | None, Doc("Images per shard (default: 1,024 to 16,384, by the number of images)")
     ] = None
@@ -55,7 +48,6 @@ class BatchConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 0, "num_workers")
         check_least(self, 1, "shard_size", "stall_timeout_s", "limit", "sample")
         check(
             0 <= self.max_error_rate <= 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cifake_ray.config.fields import RuntimeDoc, StoreConfig, check, check_least
+from cifake_ray.config.fields import RuntimeDoc, WorkersConfig, check, check_least
 
 ExportFormat = Literal[
     "auto",
@@ -20,13 +20,14 @@ ExportFormat = Literal[
     "onnx",
 ]
 FORMATS = ("csv", "parquet", "jsonl", "txt", "onnx")  # that an extension names
+FOLDER_FORMATS = ("csv", "parquet", "jsonl", "txt")  # that many files may hold
 STDOUT = "-"
 DIRECTIONS = {"asc": "ascending", "desc": "descending"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(StoreConfig):
-    """export: write scores as one file (CSV, Parquet, JSON), or a detector as ONNX."""
+class ExportConfig(WorkersConfig):
+    """export: write scores as one file or many (CSV, Parquet, JSON), or a detector as ONNX."""
 
     src: Annotated[
         str,
@@ -39,7 +40,8 @@ class ExportConfig(StoreConfig):
         str,
         RuntimeDoc(
             "File to write: .csv, .parquet, .jsonl or .txt (keys only), .onnx for a detector; a"
-            " folder for fiftyone; - is standard output",
+            " folder for fiftyone; with / at the end a folder of files, such as scores.parquet/; -"
+            " is standard output",
             positional=True,
         ),
     ]
@@ -70,6 +72,9 @@ class ExportConfig(StoreConfig):
         str | None,
         RuntimeDoc("--top N rows of each value of this column, such as source (default: of all)"),
     ] = None
+    rows_per_file: Annotated[
+        int, RuntimeDoc("In a folder of files: about so many rows a file, but whole shards")
+    ] = 262_144
     image_prefix: Annotated[
         str | None,
         RuntimeDoc(
@@ -88,7 +93,7 @@ class ExportConfig(StoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "top")
+        check_least(self, 1, "top", "rows_per_file")
         check(self.by is None or self.top is not None, "--by needs --top N: so many rows of each")
         check(
             self.image_prefix is None or self.format == "label-studio",
@@ -103,7 +108,8 @@ class ExportConfig(StoreConfig):
         """
         chosen: str = self.format
         if chosen == "auto":
-            chosen = "csv" if self.file == STDOUT else self.file.rpartition(".")[2].lower()
+            name = self.file.rstrip("/")
+            chosen = "csv" if self.file == STDOUT else name.rpartition(".")[2].lower()
             check(
                 chosen in FORMATS,
                 f"{self.file}: its extension is none of .csv, .parquet, .jsonl, .txt and .onnx;"
@@ -120,6 +126,23 @@ class ExportConfig(StoreConfig):
             f"--format {chosen} writes files; give a path instead of -",
         )
         return chosen
+
+    @property
+    def makes_folder(self) -> bool:
+        """Return whether FILE becomes a folder of files. UsageError for options of one file."""
+        chosen = self.chosen_format
+        if not self.file.endswith("/") or chosen == "fiftyone":
+            return False
+        check(
+            chosen in FOLDER_FORMATS,
+            f"{self.file}: {chosen} is one file; give FILE without the / at its end",
+        )
+        check(
+            not self.sort and self.top is None,
+            f"{self.file}: --sort and --top compare all rows, which one process does; give FILE"
+            " without the / at its end",
+        )
+        return True
 
     @property
     def column_names(self) -> list[str]:

@@ -157,6 +157,25 @@ class ClusterConfig(StoreConfig):
         return ClusterConfig(**{f.name: getattr(self, f.name) for f in fields(ClusterConfig)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig(ClusterConfig):
+    """Options of the verbs that divide their work into items."""
+
+    PANEL: ClassVar[str] = "Run"
+
+    num_workers: Annotated[
+        int | None,
+        RuntimeDoc(
+            "Workers of Ray, each with a CPU or a GPU; 0: a process per CPU of this machine,"
+            " without Ray (default: 0 if no cluster is named and no GPU used, else as many as fit)"
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "num_workers")
+
+
 def doc_of(config_class: type, name: str) -> Doc:
     """Return the `Doc` of a field."""
     doc: Doc = _list_hints(config_class)[name].__metadata__[0]

@@ -260,6 +260,7 @@ def _describe_search(record: Record) -> list[str]:
 def _describe_export(record: Record) -> list[str]:
     if "rows" in record:
         rows = _count(record["rows"], "row")
+        rows += f" in {_count(record['files'], 'file')}" if "files" in record else ""
         return [f"{rows} written to {record['out']}{describe_counts(record['left_out'])}."]
     size, crops = record["image_size"], record["num_crops"]
     pooling = [f"An image's logit is the mean of those of its crops, {crops} at most."]

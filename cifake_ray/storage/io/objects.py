@@ -84,30 +84,32 @@ def _explain_lost(path: UPath) -> StorageError:
     )
 
 
-def list_objects(folder: UPath, delimiter: str = "") -> list[str]:
-    """Return the sorted names below a folder on S3; with a delimiter, up to the first one.
+def list_objects(folder: UPath, delimiter: str = "") -> dict[str, int]:
+    """Return the names below a folder on S3, sorted, and their sizes in bytes.
+
+    With a delimiter a name ends behind the first one, and has no size: -1.
 
     OSError when the store answers with what is no listing, or with one that does not end.
     """
     bucket, _, prefix = folder.path.rstrip("/").partition("/")
     prefix = f"{prefix}/" if prefix else ""
     query = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
-    names: set[str] = set()
+    sizes: dict[str, int] = {}
     vain_pages = 0
     while True:
         try:
             page: dict[str, Any] = folder.fs.call_s3("list_objects_v2", **query)
         except FileNotFoundError:
-            return []
-        keys = [entry.get("Key", "") for entry in page.get("Contents", ())]
-        keys += [entry.get("Prefix", "") for entry in page.get("CommonPrefixes", ())]
-        if outside := [key for key in keys if not key.startswith(prefix)]:
+            return {}
+        found = {entry.get("Key", ""): entry.get("Size", -1) for entry in page.get("Contents", ())}
+        found |= {entry.get("Prefix", ""): -1 for entry in page.get("CommonPrefixes", ())}
+        if outside := [key for key in found if not key.startswith(prefix)]:
             raise OSError(f"its listing has {outside[0]!r}, which is not below {prefix!r}")
-        found = {key.removeprefix(prefix) for key in keys}
-        vain_pages = 0 if found - names else vain_pages + 1
-        names |= found
+        found = {key.removeprefix(prefix): size for key, size in found.items()}
+        vain_pages = 0 if found.keys() - sizes.keys() else vain_pages + 1
+        sizes |= found
         if page.get("IsTruncated") is False:
-            return sorted(names)
+            return dict(sorted(sizes.items()))
         if vain_pages > MAX_VAIN_PAGES or not page.get("NextContinuationToken"):
             raise OSError("its listing has no end")
         query["ContinuationToken"] = page["NextContinuationToken"]

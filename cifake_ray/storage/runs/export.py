@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -108,11 +109,26 @@ def encode_scores(
 
     Memory is that of a shard, with `--sort` of `sort_rows.RUN_ROWS` rows too.
     """
+    yield from encode_shards(open_scores(folder), config, counts, file)
+
+
+def encode_shards(
+    scores: Scores,
+    config: ExportConfig,
+    counts: Counter[str],
+    file: AnyPath | None = None,
+    schema: pa.Schema | None = None,
+) -> Iterator[bytes]:
+    """Yield what `encode_scores` does, of scores that are open.
+
+    With a `schema` a table gets its types. StorageError when one has other columns.
+    """
     chosen = config.chosen_format
     if chosen == "txt" and config.columns:
         raise UsageError("--columns: a .txt file holds keys only; choose another format")
-    scores = open_scores(folder)
     tables = _choose_rows(scores, config, counts)
+    if schema is not None:
+        tables = _match_schema(tables, schema)
     try:
         if chosen in TABLE_FORMATS:
             yield from TABLE_FORMATS[chosen](tables)
@@ -123,8 +139,8 @@ def encode_scores(
         raise
     except (*PARQUET_ERRORS, ArithmeticError, TypeError) as error:  # values that Python cannot hold
         raise StorageError(
-            f"{folder}: rows cannot be exported as {chosen} ({error}); choose another format or"
-            " other --columns"
+            f"{scores.folder}: rows cannot be exported as {chosen} ({error}); choose another format"
+            " or other --columns"
         ) from error
 
 
@@ -153,6 +169,24 @@ def _choose_rows(scores: Scores, config: ExportConfig, counts: Counter[str]) -> 
         if config.column_names and not with_listing:
             table = table.select(config.column_names)
         yield path, table
+
+
+def read_schema(scores: Scores, config: ExportConfig) -> pa.Schema:
+    """Return the columns of an export, by the first shard.
+
+    UsageError for options that do not fit it.
+    """
+    first = replace(scores, paths=scores.paths[:1])
+    _, table = next(_choose_rows(first, config, Counter()))
+    schema: pa.Schema = table.schema.remove_metadata()  # it is about a shard
+    return schema
+
+
+def _match_schema(tables: Tables, schema: pa.Schema) -> Tables:
+    for path, table in tables:
+        if table.schema.names != schema.names:
+            raise StorageError(f"{path}: other columns than the first; choose --columns")
+        yield path, table.cast(schema)
 
 
 def _filter_rows(

@@ -16,6 +16,7 @@ OWN_NAMES = {
     "_changes.parquet",
     *("bundle", "checkpoints", "history.jsonl", "mlflow.json", "summary.csv", "tensorboard"),
     *("decisions", "policy.json", "_settled.parquet"),
+    "_parts",
     *("ray", "recipe.yaml", "trials", "trials.csv", "trials.parquet"),
 }
 

@@ -28,11 +28,12 @@ LISTING = ""  # a column: a list may use any other name for its own
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a folder: a finished run, or the files of one alone."""
+    """The scores of a folder: a finished run or some shards of it, or the files of one alone."""
 
     folder: AnyPath
     run: Run | None
     paths: tuple[AnyPath, ...]
+    first_shard: int = 0  # of the run, the number of the first path
 
     def read_shards(
         self, wanted: Iterable[pa.Field] = SCORE_FIELDS[:1], *, with_listing: bool = False
@@ -42,7 +43,7 @@ class Scores:
         StorageError when one is damaged, lacks one of the columns in `wanted`, or is not of this
         run.
         """
-        for number, path in enumerate(self.paths):
+        for number, path in enumerate(self.paths, self.first_shard):
             table = read_shard(path, SCORE_FIELDS if with_listing else wanted)
             if with_listing:
                 listed = self.read_listing(number)

@@ -5,8 +5,12 @@ Names in `_files.parquet` are checked before use: a file that is no result shard
 
 from __future__ import annotations
 
+import errno
 import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -14,15 +18,11 @@ import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import shard_name
 from cifake_ray.errors import StorageError
-from cifake_ray.storage.io.digest import hash_file, stamp_file
-from cifake_ray.storage.io.files import (
-    exists,
-    list_folder,
-    move,
-    read_bytes,
-)
+from cifake_ray.storage.io.digest import hash_file, list_sizes
+from cifake_ray.storage.io.files import exists, move, read_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
+from cifake_ray.storage.runs.file_progress import FileCounter, FileProgress
 from cifake_ray.storage.runs.run import (
     ANY_VERB,
     ASIDE_PREFIX,
@@ -34,6 +34,11 @@ from cifake_ray.storage.runs.run import (
 )
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
+THREADS = 8  # of one process: sha256 leaves Python's lock, and a store is mostly waited for
+# Files that a worker is given at once: more are fewer messages, fewer are more even.
+MAX_GROUP_FILES, GROUP_BYTES, MIN_GROUPS, MAX_GROUPS = 64, 64 * 2**20, 64, 20_000
+# What says of a local file that its content is gone: a broken disk, or no regular file.
+GONE = (errno.EIO, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EOVERFLOW)
 
 
 @dataclass(frozen=True)
@@ -70,27 +75,135 @@ def read_files(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class CommittedFile:
+    """A file as a run has committed it, and the size that it has now."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckedGroup:
+    """How a group of files was found."""
+
+    num_files: int
+    num_bytes: int
+    damage: list[DamagedFile]
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """What `verify` has to read of a finished run, and what its listing says already."""
+
+    out: AnyPath
+    names: list[str]  # of all committed files, in order
+    groups: list[tuple[CommittedFile, ...]]  # to read, each by one worker
+    listed: list[DamagedFile]  # as names and sizes show
+    num_bytes: int  # to read
+
+    def judge(
+        self,
+        results: Iterable[CheckedGroup],
+        on_progress: Callable[[FileProgress], None] = lambda progress: None,
+    ) -> list[DamagedFile]:
+        """Return the damage, in the order of the files, whatever the order of the results."""
+        damage = list(self.listed)
+        counter = FileCounter(len(self.names), self.num_bytes)
+        counter.add(len(self.names) - sum(map(len, self.groups)), 0)
+        for result in results:
+            damage += result.damage
+            counter.add(result.num_files, result.num_bytes)
+            on_progress(counter.describe(damaged=len(damage)))
+        places = {name: place for place, name in enumerate(self.names)}
+        return sorted(damage, key=lambda file: (places.get(file.name, len(places)), file.name))
+
+
+def plan_check(out: AnyPath) -> OutputCheck:
+    """List what is to be compared. StorageError when the run has not finished.
+
+    Each folder is listed once: nothing is asked about a file alone.
+    """
+    run = open_finished(out)
+    folder = run.manifest_folder.name
+    rows: list[dict[str, Any]] = [
+        *({"name": f"{folder}/{f.name}", "sha256": f.sha256} for f in run.manifest.files),
+        *read_files(run),
+    ]
+    there = {
+        f"{place.name}/{name}": size
+        for place in (run.manifest_folder, run.results_folder)
+        for name, size in list_sizes(place).items()
+    }
+    names = [row["name"] for row in rows]
+    to_read, listed = [], []
+    for row in rows:
+        name, size = row["name"], there.get(row["name"])
+        if size is None:
+            listed.append(DamagedFile(name, "missing"))
+        elif size != row.get("size_bytes", size):
+            listed.append(DamagedFile(name, f"{size} bytes, not {row['size_bytes']}"))
+        else:
+            to_read.append(CommittedFile(name, row["sha256"], size))
+    for name in there.keys() - set(names):
+        if name.startswith(f"{run.results}/") and SHARD_NAME.fullmatch(name.partition("/")[2]):
+            listed.append(DamagedFile(name, "not committed by this run"))
+    num_bytes = sum(file.size_bytes for file in to_read)
+    return OutputCheck(out, names, list(_group_files(to_read)), listed, num_bytes)
+
+
+def _group_files(files: list[CommittedFile]) -> Iterator[tuple[CommittedFile, ...]]:
+    """Yield neighbours, enough of them to be worth a message to a worker."""
+    most = min(max(len(files) // MIN_GROUPS, 1), MAX_GROUP_FILES)
+    most_bytes = max(sum(file.size_bytes for file in files) // MAX_GROUPS, GROUP_BYTES)
+    group: list[CommittedFile] = []
+    for file in files:
+        group.append(file)
+        if len(group) == most or sum(each.size_bytes for each in group) >= most_bytes:
+            yield tuple(group)
+            group = []
+    if group:
+        yield tuple(group)
+
+
+def check_files(out: AnyPath, files: tuple[CommittedFile, ...]) -> CheckedGroup:
+    """Compare the content of files with what was committed; memory is that of some parts.
+
+    StorageError when a store cannot be read.
+    """
+    reasons = [(file.name, _find_damage(out / file.name, file)) for file in files]
+    damage = [DamagedFile(name, reason) for name, reason in reasons if reason]
+    return CheckedGroup(len(files), sum(file.size_bytes for file in files), damage)
+
+
+def _find_damage(path: AnyPath, file: CommittedFile) -> str:
+    """Return what is wrong with a file, "" if nothing is."""
+    try:
+        return "" if hash_file(path, file.size_bytes) == file.sha256 else "sha256 differs"
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError):  # it was there when the folder was listed
+            return "missing"
+        if isinstance(cause, OSError) and cause.errno in GONE:
+            return f"cannot be read: {cause.strerror}"
+        raise  # missing rights, or a store that fails, say nothing of the file
+
+
+def check_here(
+    check: OutputCheck, on_progress: Callable[[FileProgress], None] = lambda progress: None
+) -> list[DamagedFile]:
+    """Return the damage, by threads of this process. StorageError when a store cannot be read."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        return check.judge(pool.map(partial(check_files, check.out), check.groups), on_progress)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits only for what has begun
+
+
 def verify_files(out: AnyPath) -> list[DamagedFile]:
     """Return the damage of a finished run. StorageError when the run has not finished."""
-    run = open_finished(out)
-    committed = read_files(run)
-    damage = []
-    folder = run.manifest_folder.name
-    rows = [{"name": f"{folder}/{f.name}", "sha256": f.sha256} for f in run.manifest.files]
-    for row in [*rows, *committed]:
-        path, size_bytes = out / row["name"], row.get("size_bytes")
-        if not exists(path):
-            damage.append(DamagedFile(row["name"], "missing"))
-        elif size_bytes is not None and (found := stamp_file(path)[0]) != size_bytes:
-            damage.append(DamagedFile(row["name"], f"{found} bytes, not {size_bytes}"))
-        elif hash_file(path) != row["sha256"]:
-            damage.append(DamagedFile(row["name"], "sha256 differs"))
-    names = {row["name"] for row in committed}
-    for path in list_folder(run.results_folder):
-        name = f"{run.results}/{path.name}"
-        if SHARD_NAME.fullmatch(path.name) and name not in names:
-            damage.append(DamagedFile(name, "not committed by this run"))
-    return damage
+    return check_here(plan_check(out))
 
 
 @dataclass(frozen=True)
@@ -106,10 +219,12 @@ class SetAside:
                 move(aside, path)
 
 
-def find_damage(out: AnyPath) -> list[DamagedFile] | None:
+def find_damage(
+    out: AnyPath, verify: Callable[[AnyPath], list[DamagedFile]] = verify_files
+) -> list[DamagedFile] | None:
     """Return what `repair` has to make again; None if each shard is to be checked by the run."""
     try:
-        return verify_files(out)
+        return verify(out)
     except StorageError:  # unfinished, or damaged metadata
         return None
 
