@@ -40,7 +40,12 @@ from cifake_ray.storage.runs.attempts import (
 )
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, ShardStats
-from cifake_ray.storage.runs.shards import commit_shard, inspect_shard, read_shard
+from cifake_ray.storage.runs.shards import (
+    breaks_seal,
+    commit_shard,
+    inspect_shard,
+    read_shard,
+)
 from cifake_ray.storage.sources.source import Source
 
 if TYPE_CHECKING:
@@ -140,11 +145,12 @@ class ShardWorker:
         try:
             stats = inspect_shard(self.run, shard)
             started_s, worked, retried = time.monotonic(), 0, False
-            if stats is None:
+            has_work = stats and self.options.retry_errors and count_retryable(stats.errors)
+            if stats is None or (has_work and breaks_seal(self.run.shard_path(shard))):
                 stats, retried = self._make_shard(shard)
                 worked = stats.rows
-            elif self.options.retry_errors and count_retryable(stats.errors):
-                worked = count_retryable(stats.errors)
+            elif has_work:
+                worked = has_work
                 result = self._retry_shard(shard)
                 if result is None:
                     return self.report_shard(shard)

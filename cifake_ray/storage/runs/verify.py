@@ -32,6 +32,7 @@ from cifake_ray.storage.runs.run import (
     is_finished,
     require_run,
 )
+from cifake_ray.storage.runs.shards import breaks_seal, hash_shard
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 
@@ -83,7 +84,7 @@ def verify_files(out: AnyPath) -> list[DamagedFile]:
             damage.append(DamagedFile(row["name"], "missing"))
         elif size_bytes is not None and (found := stamp_file(path)[0]) != size_bytes:
             damage.append(DamagedFile(row["name"], f"{found} bytes, not {size_bytes}"))
-        elif hash_file(path) != row["sha256"]:
+        elif (hash_file if size_bytes is None else hash_shard)(path) != row["sha256"]:
             damage.append(DamagedFile(row["name"], "sha256 differs"))
     names = {row["name"] for row in committed}
     for path in list_folder(run.results_folder):
@@ -107,11 +108,20 @@ class SetAside:
 
 
 def find_damage(out: AnyPath) -> list[DamagedFile] | None:
-    """Return what `repair` has to make again; None if each shard is to be checked by the run."""
+    """Return what `repair` has to make again; None if the run has to be ended first."""
     try:
         return verify_files(out)
     except StorageError:  # unfinished, or damaged metadata
         return None
+
+
+def find_broken_seals(run: Run) -> list[DamagedFile]:
+    """Return the shards of a run that are not what their footers say, whatever else there is."""
+    return [
+        DamagedFile(f"{run.results}/{path.name}", "sha256 differs")
+        for path in list_folder(run.results_folder)
+        if SHARD_NAME.fullmatch(path.name) and breaks_seal(path)
+    ]
 
 
 def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
