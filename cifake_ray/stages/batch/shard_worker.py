@@ -46,6 +46,7 @@ from cifake_ray.storage.runs.shards import (
     inspect_shard,
     read_shard,
 )
+from cifake_ray.storage.s3.throttle import share_requests
 from cifake_ray.storage.sources.source import Source
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class ShardWorker:
         self.task, self.metrics = task, metrics
         self.run, self.source = task.run, task.source
         self.placement, self.options = task.placement, task.options
+        share_requests(self.placement.num_fetchers)
 
     @cached_property
     def processor(self) -> Processor:
@@ -138,7 +140,13 @@ class ShardWorker:
         from cifake_ray.stages.batch.cpu_feeder import CpuFeeder  # only a cluster has feeders
 
         timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
-        return CpuFeeder(self.source, self.processor, self.placement.num_feeders, timeout_s)
+        return CpuFeeder(
+            self.source,
+            self.processor,
+            self.placement.num_feeders,
+            timeout_s,
+            self.placement.num_fetchers,
+        )
 
     def report_shard(self, shard: int) -> ShardReport | CifakeError:
         """Make, retry or find a shard. Return an error, because Ray would wrap a raised one."""
