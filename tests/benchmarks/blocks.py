@@ -1,6 +1,6 @@
 """Measure how evenly a run's shards are spread over its workers, and what a lost node costs.
 
-    python tests/benchmarks/blocks.py [simulate] [run] [driver] [--shards 2000] [--mean-s 1.0]
+    python tests/benchmarks/blocks.py [simulate] [run] [driver] [--shards 2000] [--mean-s 2.0]
 
 `simulate`: 60,000 shards on 1,000 workers, event by event around the real `deal_shards`, with four
 nodes lost. `run`: a real Ray with four nodes of 16 CPUs that are none, whose workers sleep as long
@@ -15,6 +15,7 @@ import heapq
 import logging
 import math
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -207,14 +208,20 @@ def run_on_ray(num_shards: int, mean_s: float, node_cpus: int, num_nodes: int) -
                 run=SimpleNamespace(manifest=SimpleNamespace(num_shards=num_shards)),
             )
             found = SpreadReport([], [])
+
+            def replace_node() -> None:
+                lost = nodes.pop()
+                found.lost_node, found.lost_s = lost.node_id, time.time()
+                cluster.remove_node(lost, allow_graceful=False)
+                cluster.add_node(num_cpus=node_cpus)
+
+            replacing = threading.Thread(target=replace_node)
             for report in ray_pool.report_shards(task):
                 found.reports.append(report)  # type: ignore[arg-type]
                 found.times_s.append(time.time())
                 if len(found.reports) == num_shards // 2:
-                    lost = nodes.pop()
-                    found.lost_node, found.lost_s = lost.node_id, time.time()
-                    cluster.remove_node(lost, allow_graceful=False)
-                    cluster.add_node(num_cpus=node_cpus)
+                    replacing.start()
+            replacing.join()
         return found
     finally:
         ray_pool.ShardActor = real  # type: ignore[misc]
@@ -306,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", nargs="*", help="which of simulate, run, driver (default: all)")
     parser.add_argument("--shards", type=int, default=2_000, help="of run and driver")
-    parser.add_argument("--mean-s", type=float, default=1.0, help="of a shard of run")
+    parser.add_argument("--mean-s", type=float, default=2.0, help="of a shard of run")
     options = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
         "simulate": show_simulation,
