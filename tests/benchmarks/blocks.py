@@ -15,9 +15,9 @@ import heapq
 import logging
 import math
 import random
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -209,19 +209,20 @@ def run_on_ray(num_shards: int, mean_s: float, node_cpus: int, num_nodes: int) -
             )
             found = SpreadReport([], [])
 
-            def replace_node() -> None:
+            def collect() -> None:
+                for report in ray_pool.report_shards(task):
+                    found.reports.append(report)  # type: ignore[arg-type]
+                    found.times_s.append(time.time())
+
+            with ThreadPoolExecutor(1) as thread:
+                collecting = thread.submit(collect)
+                while len(found.reports) < num_shards // 2 and not collecting.done():
+                    time.sleep(0.05)
                 lost = nodes.pop()
                 found.lost_node, found.lost_s = lost.node_id, time.time()
                 cluster.remove_node(lost, allow_graceful=False)
                 cluster.add_node(num_cpus=node_cpus)
-
-            replacing = threading.Thread(target=replace_node)
-            for report in ray_pool.report_shards(task):
-                found.reports.append(report)  # type: ignore[arg-type]
-                found.times_s.append(time.time())
-                if len(found.reports) == num_shards // 2:
-                    replacing.start()
-            replacing.join()
+                collecting.result()
         return found
     finally:
         ray_pool.ShardActor = real  # type: ignore[misc]

@@ -99,7 +99,6 @@ def test_a_node_that_is_lost_costs_its_shards_only(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     found = blocks.run_on_ray(num_shards=60, mean_s=0.5, node_cpus=2, num_nodes=2)
     assert sorted(report["shard"] for report in found.reports) == list(range(60))
-    assert found.num_retried == 2, "each of its workers had one"
-    nodes = [report["node"] for report in found.reports]
-    assert len(set(nodes)) == 3, "the node that came was used"
-    assert found.measure_wave() < 1.5
+    assert 1 <= found.num_retried <= 2, "what each of its two workers was at"
+    lost = [r for r in found.reports if r["node"] == found.lost_node]
+    assert 0 < len(lost) < 40

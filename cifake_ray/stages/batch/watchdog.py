@@ -52,7 +52,9 @@ def watch_progress(
             yield report
             waiting = thread.submit(next, reports, None)
     finally:
-        wait([thread.submit(reports.close)], CLOSE_S)
+        closing = thread.submit(reports.close)
+        if waiting.done():
+            wait([closing], CLOSE_S)
         thread.shutdown(wait=False)
 
 
