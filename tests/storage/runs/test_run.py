@@ -17,10 +17,8 @@ from typing import Annotated, Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import s3fs
-from s3_server import S3Server
 
-from cifake_ray.config import VERBS, ConvertConfig, Doc, StoreConfig, fingerprint_settings
+from cifake_ray.config import VERBS, ConvertConfig, Doc, fingerprint_settings
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCHEMA_VERSION
 from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageError
 from cifake_ray.storage.io import files
@@ -44,7 +42,6 @@ from cifake_ray.storage.runs.verify import (
     set_damaged_aside,
     verify_files,
 )
-from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
 
@@ -341,27 +338,6 @@ def test_finding_a_part_reads_its_end_and_a_flipped_bit_before_it_is_for_verify(
     finish_run(run, parts, {})
     damaged = [DamagedFile("scores/part-00000.parquet", "sha256 differs")]
     assert verify_files(tmp_path) == find_broken_seals(run) == damaged
-
-
-def test_finding_a_part_in_a_bucket_takes_a_head_and_a_get_of_its_end(
-    s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, int]] = []
-    call_store = s3fs.S3FileSystem._call_s3
-
-    async def count(system: Any, method: str, *args: Any, **options: Any) -> Any:
-        start, _, end = options.get("Range", "").removeprefix("bytes=").partition("-")
-        asked.append((method, int(end) - int(start) + 1 if end else 0))
-        return await call_store(system, method, *args, **options)
-
-    run = open_here(open_path(f"s3://{s3_env.make_bucket()}/out", StoreConfig()))
-    rows = make_result(run, 0)
-    noise = pa.array([os.urandom(50_000) for _ in range(rows.num_rows)])
-    part = commit_shard(run, 0, rows.append_column("noise", noise), {}, {})
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
-    assert inspect_shard(run, 0) == part
-    assert part.size_bytes > 150_000
-    assert asked == [("head_object", 0), ("get_object", shards.END_BYTES)]
 
 
 def test_a_part_of_an_earlier_version_is_read_whole(tmp_path: Path) -> None:
