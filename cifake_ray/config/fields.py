@@ -122,9 +122,7 @@ class StoreConfig:
     ] = False
     s3_max_requests_per_s: Annotated[
         float | None,
-        RuntimeDoc(
-            "Most reads of images per second by all workers (default: what S3 takes)"
-        ),
+        RuntimeDoc("Most reads of images per second by all workers (default: what S3 takes)"),
     ] = None
 
     def __post_init__(self) -> None:
