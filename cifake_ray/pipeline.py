@@ -233,7 +233,7 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.batch.summary import read_summary
     from cifake_ray.stages.verify import verify_output
     from cifake_ray.storage.runs.run import require_run
-    from cifake_ray.storage.runs.verify import find_damage, set_damaged_aside
+    from cifake_ray.storage.runs.verify import find_broken_seals, find_damage, set_damaged_aside
 
     path = open_path(config.out, config.store)
     run = require_run(path)
@@ -257,9 +257,11 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     with suppress(StorageError):  # of a damaged summary
         if damage == [] and read_summary(path):
             return _describe_damage("repair", config.out, path, []), ExitCode.OK
-    for item in damage or []:
+    if damage is None:  # the run, which makes again what is missing, reads footers only
+        damage = find_broken_seals(run)
+    for item in damage:
         log(f"repair: {item.name} is made again: {item.reason}")
-    aside = set_damaged_aside(path, damage or [])
+    aside = set_damaged_aside(path, damage)
     try:
         return run_verb(again, started_s)
     finally:

@@ -120,12 +120,17 @@ class StoreConfig:
     s3_requester_pays: Annotated[
         bool, RuntimeDoc("Pay for the requests to a bucket whose readers pay")
     ] = False
+    s3_max_requests_per_s: Annotated[
+        float | None,
+        RuntimeDoc("Most reads of images per second by all workers (default: what S3 takes)"),
+    ] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             misfit = find_misfit(type(self), field.name, getattr(self, field.name))
             check(misfit is None, f"--{field.name.replace('_', '-')} {misfit}")
         check_endpoint(self.s3_endpoint_url, "--s3-endpoint-url")
+        check_least(self, 1, "s3_max_requests_per_s")
 
     @property
     def store(self) -> StoreConfig:

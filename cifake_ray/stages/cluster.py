@@ -71,7 +71,7 @@ def connect_cluster(
         yield _make_room(least, config.scale_timeout_s, log)
         return
     # Errors of Ray reach us as exceptions, and all of its messages are in its logs. Any other error
-    # is of its own actors, such as that of Ray Data's statistics on a slow machine.
+    # is of what nobody waits for any more, such as an answer of a worker that was ended.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"

@@ -56,6 +56,11 @@ class Placement:
     gpus_per_worker: int
     num_feeders: int = 0  # concurrent tasks, of one CPU each, that decode for a worker with a GPU
 
+    @property
+    def num_fetchers(self) -> int:
+        """Return how many processes fetch images at once."""
+        return self.num_workers * max(1, self.num_feeders)
+
 
 ONE_WORKER = Placement(1, 1, 0)
 

@@ -163,7 +163,7 @@ def test_outcomes_states_and_names_are_those_of_the_program_and_of_ray() -> None
     text = "\n".join(EXPRESSIONS)
     assert set(re.findall(r'outcome\W+"(\w+)"', text)) == {DONE}
     [name] = re.findall(r'Name=~"\.\*(\w+)\.\*"', text)
-    assert name == ShardActor.__name__, "Ray Data names its actors after the class"
+    assert name == ShardActor.__name__, "Ray names actors after their class"
     raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
     assert set(re.findall(r'Location="(\w+)"', text)) == {"SPILLED"}
     assert b"SPILLED" in raylet.read_bytes()

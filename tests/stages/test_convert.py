@@ -23,6 +23,7 @@ from cifake_ray.errors import NothingToDo, ResourceError, RunMismatch, StorageEr
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.convert import convert_images
+from cifake_ray.storage.runs.shards import SEAL_KEY
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -239,7 +240,12 @@ def test_success_adds_up_and_names_every_file(shards: Path) -> None:
     assert success["labels"] == {"REAL": 30, "FAKE": 30}
     for file in files:
         data = (shards / file["name"]).read_bytes()
-        assert file["sha256"] == hashlib.sha256(data).hexdigest()
+        footer_bytes = int.from_bytes(data[-8:-4], "little") + 8
+        assert file["size_bytes"] == len(data)
+        assert file["sha256"] == hashlib.sha256(data[-footer_bytes:]).hexdigest()
+        seal = json.loads(pq.ParquetFile(shards / file["name"]).metadata.metadata[SEAL_KEY])
+        assert seal["bytes_before"] == len(data) - footer_bytes
+        assert seal["sha256_before"] == hashlib.sha256(data[:-footer_bytes]).hexdigest()
 
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cifake_ray.core.processing.processor import Prepare, Processor
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.batch.image_batches import PreparedBatch, measure_image, prepare_images
+from cifake_ray.storage.s3.throttle import share_requests
 from cifake_ray.storage.sources.source import Source
 
 # For each worker: batches prepared or being prepared, and the encoded images sent for that.
@@ -39,18 +40,27 @@ def feed_images(prepare: Prepare, images: Iterable[bytes | ImageError]) -> Itera
     yield prepare_images(prepare, images)
 
 
-def feed_rows(source: Source, prepare: Prepare, rows: pa.Table) -> Iterator[Any]:
+def feed_rows(source: Source, prepare: Prepare, rows: pa.Table, num_fetchers: int) -> Iterator[Any]:
     """Fetch images and prepare them, as `feed_images` does."""
     yield None
+    share_requests(num_fetchers)
     yield prepare_images(prepare, source.read_images(rows))
 
 
 class CpuFeeder:
     """Prepares batches in tasks, in order and a few ahead."""
 
-    def __init__(self, source: Source, work: Processor, num_tasks: int, timeout_s: float) -> None:
-        """Wait for each batch for at most `timeout_s`."""
+    def __init__(
+        self,
+        source: Source,
+        work: Processor,
+        num_tasks: int,
+        timeout_s: float,
+        num_fetchers: int = 1,
+    ) -> None:
+        """Wait for each batch for at most `timeout_s`; the run has `num_fetchers` such tasks."""
         self.source, self.image_bytes, self.timeout_s = source, work.image_bytes, timeout_s
+        self.num_fetchers = num_fetchers
         self.source_ref, self.prepare_ref = ray.put(source), ray.put(work.prepare)
         # Two more than can run: one that waits here, one that starts when a CPU is free.
         self.max_pending = num_tasks + 2
@@ -101,7 +111,7 @@ class CpuFeeder:
     def _start(self, rows: pa.Table) -> _Task:
         size_bytes = rows.num_rows * self.image_bytes
         if rows.column("row").null_count:  # each image is a read of its own
-            task = self.feed_rows.remote(self.source_ref, self.prepare_ref, rows)
+            task = self.feed_rows.remote(self.source_ref, self.prepare_ref, rows, self.num_fetchers)
             return _Task(rows, task, size_bytes)
         # Neighbours in a file, which are read at once; of Parquet each would read the same rows.
         images = list(self.source.read_images(rows))

@@ -2,7 +2,7 @@
 
 convert, score, evaluate and audit differ only in their processor. A worker per core fetches,
 processes and commits a shard whole (`shard_worker`); only a `ShardReport` travels back. The workers
-are actors of Ray Data (`ray_pool`) or, on one machine, processes of ours (`local_pool`). For an
+are actors on Ray (`ray_pool`) or, on one machine, processes of ours (`local_pool`). For an
 actor with a GPU, tasks on CPUs prepare the images (`cpu_feeder`); the actor still commits.
 """
 

@@ -1,69 +1,155 @@
-"""Run the workers of a batch as actors of Ray Data.
+"""Run the workers of a batch as actors on a Ray cluster.
 
-One row of Ray Data is one shard number, and only a report travels back, so no image crosses the
-object store.
+A worker is given one shard number at a time, and only its report travels back, so no image crosses
+the object store. One that dies, alone or with its node, is replaced as soon as there is room, and
+its shard is given to whoever is free next.
+
+They are plain actors and not those of Ray Data, which takes eight times as much of the driver's CPU
+for a shard and plans all shards before the first: deploy/SCALE.md has the figures.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
-import numpy as np
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from cifake_ray.errors import CifakeError
 from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
 from cifake_ray.stages.cluster import read_resources
 
-BLOCK_IMAGES = 4_096  # a Ray Data task costs tens of milliseconds; give it that many images
-BLOCKS_PER_WORKER = 4  # at least, if there are enough shards: then all workers end together
-MAX_BLOCKS = 4_096
+LOOK_S = 1.0  # between two looks whether this process is still connected to Ray
 ANSWER_TIMEOUT_S = 10.0  # of the cluster
+
+Reports = Generator[ShardReport | CifakeError, None, None]
 
 
 class ShardActor:
-    """A ShardWorker as Ray Data calls it, with metrics for Prometheus."""
+    """A ShardWorker in an actor, with metrics for Prometheus."""
 
     def __init__(self, task: WorkerTask) -> None:
         self.worker = ShardWorker(task, WorkMetrics(task.run.command))
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[ShardReport | CifakeError]]:
-        return {"report": [self.worker.report_shard(int(shard)) for shard in batch["shard"]]}
+    def get_ready(self) -> None:
+        """Answer once the actor has its place in the cluster and its process."""
+
+    def report_shard(self, shard: int) -> ShardReport | CifakeError:
+        return self.worker.report_shard(shard)
 
 
-def report_shards(task: WorkerTask) -> Generator[ShardReport | CifakeError, None, None]:
-    """Commit all shards on the connected cluster; yield a report of each."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Ray would give up after half an hour without a finished block, even if it is processed.
-    context.execution_no_progress_timeout_s = -1
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    manifest, placement = task.run.manifest, task.placement
-    shards = [{"shard": shard} for shard in range(manifest.num_shards)]
-    num_actors = min(placement.num_workers, len(shards))
-    num_blocks = choose_blocks(len(shards), manifest.num_rows, num_actors)
-    # The list is in the driver, so no read task needs a CPU: the actors may use all of them.
-    results = ray.data.from_items(shards, override_num_blocks=num_blocks).map_batches(
-        ShardActor,
-        fn_constructor_args=(task,),
-        batch_size=1,  # a shard; with GPUs Ray insists on a number
+class WorkerSlot(Protocol):
+    """A worker that is replaced when it dies."""
+
+    def start(self) -> None:
+        """Start a worker, in the place of one that has died; it answers None when it is ready."""
+
+    def give(self, shard: int) -> None:
+        """Give it a shard; it answers with a report. RayError, at the latest then, if it died."""
+
+
+Answer = Callable[[], ShardReport | CifakeError | None]
+
+
+def report_shards(task: WorkerTask) -> Reports:
+    """Commit all shards on the connected cluster; yield a report of each as it is committed."""
+    placement, num_shards = task.placement, task.run.manifest.num_shards
+    answers: SimpleQueue[tuple[_ActorSlot, Answer]] = SimpleQueue()
+    make_actor = ray.remote(
         num_cpus=placement.cpus_per_worker,
         num_gpus=placement.gpus_per_worker,
-        compute=ActorPoolStrategy(size=num_actors),
-    )
-    for row in results.iter_rows():
-        yield row["report"]
+        scheduling_strategy="SPREAD",
+    )(ShardActor).remote
+    task_ref = ray.put(task)
+    num_slots = min(placement.num_workers, num_shards)
+    slots = [_ActorSlot(lambda: make_actor(task_ref), answers) for _ in range(num_slots)]
+    try:
+        yield from deal_shards(num_shards, slots, lambda: _take_answer(answers))
+    finally:
+        for slot in slots:
+            slot.end()
 
 
-def choose_blocks(num_shards: int, num_images: int, num_workers: int) -> int:
-    """Return the number of Ray Data tasks; each takes some shards and commits them one by one."""
-    wanted = max(num_images // BLOCK_IMAGES, num_workers * BLOCKS_PER_WORKER)
-    return min(num_shards, wanted, MAX_BLOCKS)
+class _ActorSlot:
+    """An actor, whose answers go into a queue: no thread waits for one of them."""
+
+    def __init__(self, make_actor: Callable[[], Any], answers: SimpleQueue[Any]) -> None:
+        self.make_actor, self.answers = make_actor, answers
+        self.actor: Any = None
+
+    def start(self) -> None:
+        self.end()  # it may only be out of reach
+        self.actor = self.make_actor()
+        self._expect(self.actor.get_ready.remote())
+
+    def give(self, shard: int) -> None:
+        self._expect(self.actor.report_shard.remote(shard))
+
+    def end(self) -> None:
+        if self.actor is not None:
+            with suppress(RayError, ValueError):  # of a Ray that was stopped meanwhile
+                ray.kill(self.actor)
+
+    def _expect(self, answer: Any) -> None:
+        def put(future: Future[Any]) -> None:
+            self.answers.put((self, future.result))
+
+        answer.future().add_done_callback(put)
+
+
+def _take_answer(answers: SimpleQueue[Any]) -> tuple[Any, Answer] | None:
+    """Return a slot and its answer, None when this process has left the cluster."""
+    while ray.is_initialized():
+        with suppress(Empty):
+            slot, answer = answers.get(timeout=LOOK_S)
+            return slot, answer
+    return None
+
+
+def deal_shards(
+    num_shards: int,
+    slots: Sequence[WorkerSlot],
+    take_answer: Callable[[], tuple[WorkerSlot, Answer] | None],
+) -> Reports:
+    """Give each worker a shard whenever it is free; yield the reports.
+
+    The shard of a worker that died is given out before all others. Raise what is a bug: an error
+    of a worker that is no CifakeError, or in its making.
+    """
+    waiting = deque(range(num_shards))
+    at_work: dict[WorkerSlot, int] = {}
+    idle: list[WorkerSlot] = []
+    for slot in slots:
+        slot.start()
+    left = num_shards
+    while left and (found := take_answer()) is not None:
+        slot, answer = found
+        try:
+            report = answer()
+        except RayTaskError:
+            raise
+        except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise
+            if slot in at_work:
+                waiting.appendleft(at_work.pop(slot))
+            slot.start()
+        else:
+            idle.append(slot)
+            if report is not None:
+                del at_work[slot]
+                left -= 1
+                yield report
+        while waiting and idle:
+            slot = idle.pop()
+            at_work[slot] = waiting.popleft()
+            slot.give(at_work[slot])
 
 
 def describe_cluster() -> str:

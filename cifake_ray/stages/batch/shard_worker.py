@@ -40,7 +40,13 @@ from cifake_ray.storage.runs.attempts import (
 )
 from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run import Run, ShardStats
-from cifake_ray.storage.runs.shards import commit_shard, inspect_shard, read_shard
+from cifake_ray.storage.runs.shards import (
+    breaks_seal,
+    commit_shard,
+    inspect_shard,
+    read_shard,
+)
+from cifake_ray.storage.s3.throttle import share_requests
 from cifake_ray.storage.sources.source import Source
 
 if TYPE_CHECKING:
@@ -122,6 +128,7 @@ class ShardWorker:
         self.task, self.metrics = task, metrics
         self.run, self.source = task.run, task.source
         self.placement, self.options = task.placement, task.options
+        share_requests(self.placement.num_fetchers)
 
     @cached_property
     def processor(self) -> Processor:
@@ -133,18 +140,25 @@ class ShardWorker:
         from cifake_ray.stages.batch.cpu_feeder import CpuFeeder  # only a cluster has feeders
 
         timeout_s = self.options.stall_timeout_s / 4  # half of the silence that ends a process
-        return CpuFeeder(self.source, self.processor, self.placement.num_feeders, timeout_s)
+        return CpuFeeder(
+            self.source,
+            self.processor,
+            self.placement.num_feeders,
+            timeout_s,
+            self.placement.num_fetchers,
+        )
 
     def report_shard(self, shard: int) -> ShardReport | CifakeError:
         """Make, retry or find a shard. Return an error, because Ray would wrap a raised one."""
         try:
             stats = inspect_shard(self.run, shard)
             started_s, worked, retried = time.monotonic(), 0, False
-            if stats is None:
+            has_work = stats and self.options.retry_errors and count_retryable(stats.errors)
+            if stats is None or (has_work and breaks_seal(self.run.shard_path(shard))):
                 stats, retried = self._make_shard(shard)
                 worked = stats.rows
-            elif self.options.retry_errors and count_retryable(stats.errors):
-                worked = count_retryable(stats.errors)
+            elif has_work:
+                worked = has_work
                 result = self._retry_shard(shard)
                 if result is None:
                     return self.report_shard(shard)

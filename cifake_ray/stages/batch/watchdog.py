@@ -6,7 +6,6 @@ timeout, so Ctrl-C works at once, and reads the heartbeat files when there is no
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -54,9 +53,8 @@ def watch_progress(
             waiting = thread.submit(next, reports, None)
     finally:
         closing = thread.submit(reports.close)
-        if not waiting.done() or not wait([closing], CLOSE_S).done:
-            # The thread waits inside Ray, and Ray Data would log that Ray is stopped meanwhile.
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        if waiting.done():
+            wait([closing], CLOSE_S)
         thread.shutdown(wait=False)
 
 

@@ -1,11 +1,17 @@
-"""Write and read result shards; the footer of each names its run."""
+"""Write and read result shards; the footer of each names its run and seals what is before it.
+
+A footer holds the size and the sha256 of all bytes before it, so the digest of a shard is that of
+its footer alone: a few kilobytes tell whether a shard is there and which one it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -25,6 +31,7 @@ from cifake_ray.core.schema import (
     datasets_metadata,
 )
 from cifake_ray.errors import StorageError
+from cifake_ray.storage.io.digest import hash_file, read_end
 from cifake_ray.storage.io.files import make_folder, read_bytes, read_if_exists, write_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
@@ -32,6 +39,9 @@ from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
 MAX_GROUP_BYTES = 512 * 2**20  # of images in a row group
+SEAL_KEY = b"cifake_ray_seal"  # written last: only then it is known what is before the footer
+END_BYTES = 2**16  # read of a shard at first; a footer of many row groups may be longer
+LENGTH_BYTES = 8  # behind a footer: its length, and "PAR1"
 DICTIONARY_COLUMNS = (
     *("label", "split", "source", "format", "mode", "error"),
     *("verdict", "threshold", "unsure_from", "bundle", "decided_by"),
@@ -59,11 +69,12 @@ def commit_shard(
     make_folder(run.results_folder, parents=False)
     # The names of all shards are forced to disk at once: see `force_names`.
     write_bytes(run.shard_path(shard), data, force_name=False)
-    return _describe_shard(shard, parse_record(_Footer, footer), data)
+    end = data[-_measure_footer(data) :]
+    return _describe_shard(shard, _read_footer(end), len(data), _hash_bytes(end))
 
 
 def encode_shard(table: pa.Table, footer: dict[str, Any]) -> bytes:
-    """Return the bytes of a result file with a footer of ours."""
+    """Return the bytes of a result file with a footer of ours, which seals what is before it."""
     schema = table.schema.with_metadata(
         {FOOTER_KEY: json.dumps(footer).encode(), **datasets_metadata(table.schema)}
     )
@@ -73,7 +84,7 @@ def encode_shard(table: pa.Table, footer: dict[str, Any]) -> bytes:
         path: "none" if path.startswith(packed) else "zstd" for path in _leaf_paths(schema)
     }
     dictionary = [name for name in DICTIONARY_COLUMNS if name in schema.names]
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
         schema,
@@ -83,8 +94,9 @@ def encode_shard(table: pa.Table, footer: dict[str, Any]) -> bytes:
     ) as writer:
         for group in _split_groups(table.cast(schema)):
             writer.write_table(group, row_group_size=max(group.num_rows, 1))
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+        seal = {"bytes_before": sink.tell(), "sha256_before": _hash_bytes(sink.getbuffer())}
+        writer.add_key_value_metadata({SEAL_KEY: json.dumps(seal).encode()})
+    return sink.getvalue()
 
 
 def _count_fake(table: pa.Table, extra: dict[str, str]) -> dict[str, int]:
@@ -147,19 +159,74 @@ def read_shard(path: AnyPath, wanted: Iterable[pa.Field] = ()) -> pa.Table:
 def inspect_shard(run: Run, shard: int) -> ShardStats | None:
     """Return what `commit_shard` returned for a shard of this run, None when it must be made.
 
-    The whole shard is read, page checksums included, so a damaged one is made again.
+    The size and the footer are read: what has changed before it is for `verify` to find. Only a
+    shard of an earlier version, which has no seal, is read whole, page checksums included.
     """
-    if (data := read_if_exists(run.shard_path(shard))) is None:
-        return None
     try:
-        part = open_shard(data)
-        footer = _read_footer(part)
+        if (found := _read_end(run.shard_path(shard))) is None:
+            return None
+        size_bytes, end = found
+        footer = _read_footer(end)
         if footer.run != run.identify_shard(shard):
             return None
-        num_rows = sum(group.num_rows for group in _read_groups(part))
-        return _describe_shard(shard, footer, data) if num_rows == footer.rows else None
+        if footer.sha256_before is None:
+            return _inspect_whole(run, shard)
+        if size_bytes != footer.bytes_before + len(end):
+            return None
     except PARQUET_ERRORS:
         return None
+    return _describe_shard(shard, footer, size_bytes, _hash_bytes(end))
+
+
+def _read_end(path: AnyPath) -> tuple[int, bytes] | None:
+    """Return the size of a shard and the bytes from its footer on; None when there is none."""
+    found = read_end(path, END_BYTES)
+    if found is not None and _measure_footer(found[1]) > len(found[1]):
+        found = read_end(path, _measure_footer(found[1]))
+    return found and (found[0], found[1][-_measure_footer(found[1]) :])
+
+
+def _inspect_whole(run: Run, shard: int) -> ShardStats | None:
+    """Do what `inspect_shard` does for a shard whose footer has no seal."""
+    if (data := read_if_exists(run.shard_path(shard))) is None:
+        return None
+    part = open_shard(data)
+    footer = _read_footer(data)
+    num_rows = sum(group.num_rows for group in _read_groups(part))
+    if num_rows != footer.rows:
+        return None
+    return _describe_shard(shard, footer, len(data), _hash_bytes(data))
+
+
+def hash_shard(path: AnyPath, size_bytes: int | None = None) -> str:
+    """Read a shard whole, in parts, and return its digest. StorageError when it cannot be read.
+
+    It is the sha256 of the footer if that has the sha256 of what is before it, else of all bytes.
+    """
+    with suppress(*PARQUET_ERRORS):
+        if (found := _read_end(path)) is not None:
+            footer, before = _read_footer(found[1]), found[0] - len(found[1])
+            if before == footer.bytes_before and hash_file(path, before) == footer.sha256_before:
+                return _hash_bytes(found[1])
+    return hash_file(path, size_bytes)
+
+
+def breaks_seal(path: AnyPath) -> bool:
+    """Return whether the bytes before a shard's footer are not those that the footer seals."""
+    with suppress(*PARQUET_ERRORS):
+        found = _read_end(path)
+        if found is not None and _read_footer(found[1]).sha256_before is not None:
+            return hash_shard(path) != _hash_bytes(found[1])
+    return False  # `inspect_shard` sees all that there is to see
+
+
+def _hash_bytes(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _measure_footer(end: bytes | memoryview) -> int:
+    """Return the bytes of a Parquet footer with its length, which the last bytes of a file have."""
+    return int.from_bytes(end[-LENGTH_BYTES:-4], "little") + LENGTH_BYTES
 
 
 def decide_shard(
@@ -174,8 +241,8 @@ def decide_shard(
         return stats
     try:
         part = open_shard(data)
-        footer = _read_footer(part)
-        if footer.run not in run.earlier_identities or footer.rows != part.metadata.num_rows:
+        footer = _read_footer(data)
+        if footer.run not in run.earlier_identities:
             return None
         check_columns(part.schema_arrow, SCORE_FIELDS)
         table = part.read()
@@ -207,6 +274,8 @@ class _Footer:
     bundle: str | None = None
     preprocessing: str | None = None
     thresholds: str | None = None
+    bytes_before: int = 0  # the footer
+    sha256_before: str | None = None  # of these bytes; None in shards of earlier versions
 
 
 @dataclass(frozen=True)
@@ -214,13 +283,18 @@ class _Thresholds:
     values: dict[str, float]
 
 
-def _read_footer(part: pq.ParquetFile) -> _Footer:
-    """Return what the footer says. ValueError for that of another file."""
-    data = (part.schema_arrow.metadata or {}).get(FOOTER_KEY, b"{}")
-    return parse_record(_Footer, json.loads(data))
+def _read_footer(end: bytes | memoryview) -> _Footer:
+    """Return what the footer of a file says, of its last bytes. ValueError for another file's."""
+    metadata = pq.read_metadata(pa.BufferReader(end))
+    words = metadata.metadata or {}
+    facts, seal = (json.loads(words.get(key, b"{}")) for key in (FOOTER_KEY, SEAL_KEY))
+    footer = parse_record(_Footer, {**facts, **seal})
+    if metadata.num_rows != footer.rows:
+        raise ValueError(f"{metadata.num_rows} rows, not {footer.rows}")
+    return footer
 
 
-def _describe_shard(shard: int, footer: _Footer, data: bytes) -> ShardStats:
+def _describe_shard(shard: int, footer: _Footer, size_bytes: int, sha256: str) -> ShardStats:
     return ShardStats(
         shard=shard,
         rows=footer.rows,
@@ -228,6 +302,6 @@ def _describe_shard(shard: int, footer: _Footer, data: bytes) -> ShardStats:
         unlike_training=footer.unlike_training,
         called_fake=footer.called_fake,
         provenance=footer.provenance,
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=size_bytes,
+        sha256=sha256,
     )

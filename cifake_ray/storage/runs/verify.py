@@ -32,6 +32,7 @@ from cifake_ray.storage.runs.run import (
     is_finished,
     require_run,
 )
+from cifake_ray.storage.runs.shards import breaks_seal, hash_shard
 
 SHARD_NAME = re.compile(r"part-\d{5,}\.parquet")
 THREADS = 8  # of one process: sha256 leaves Python's lock, and a store is mostly waited for
@@ -180,7 +181,8 @@ def check_files(out: AnyPath, files: tuple[CommittedFile, ...]) -> CheckedGroup:
 def _find_damage(path: AnyPath, file: CommittedFile) -> str:
     """Return what is wrong with a file, "" if nothing is."""
     try:
-        return "" if hash_file(path, file.size_bytes) == file.sha256 else "sha256 differs"
+        hash_content = hash_shard if SHARD_NAME.fullmatch(path.name) else hash_file
+        return "" if hash_content(path, file.size_bytes) == file.sha256 else "sha256 differs"
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):  # it was there when the folder was listed
@@ -227,6 +229,15 @@ def find_damage(
         return verify(out)
     except StorageError:  # unfinished, or damaged metadata
         return None
+
+
+def find_broken_seals(run: Run) -> list[DamagedFile]:
+    """Return the shards of a run that are not what their footers say, whatever else there is."""
+    return [
+        DamagedFile(f"{run.results}/{path.name}", "sha256 differs")
+        for path in list_folder(run.results_folder)
+        if SHARD_NAME.fullmatch(path.name) and breaks_seal(path)
+    ]
 
 
 def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:

@@ -113,7 +113,7 @@ class S3Client:
     def __init__(self, store: StoreConfig, limits: S3Limits) -> None:
         self.store = store
         self.limits = limits
-        self.throttle = Throttle(limits.max_in_flight)
+        self.throttle = Throttle(limits.max_in_flight, store.s3_max_requests_per_s)
         self._session = botocore.session.Session(profile=store.s3_profile)
         self._credentials: Any = None
         self._addresses: dict[str, _Address] = {}
@@ -182,7 +182,8 @@ class S3Client:
             attempt += 1
             pause_s = 0.0
             try:
-                with self.throttle:
+                with self.throttle as waited_s:
+                    deadline_s += waited_s  # of which the store knows nothing
                     if stop.is_set():  # it may have waited long for its turn
                         raise S3Error(0, "", "not asked for any more")
                     answer = self._try(request, parse, deadline_s)

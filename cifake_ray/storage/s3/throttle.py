@@ -1,44 +1,99 @@
-"""Limits the requests in flight to what the store accepts."""
+"""Limits the requests in flight and their rate to what the store accepts.
+
+No worker knows of the others, but all meet the same store: each halves its own rate when the store
+asks to slow down, and raises it slowly while it does not, so together they get close to what the
+store gives. A run starts with what S3 promises for one prefix, and doubles that each second until
+it is asked for the first time.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 
+START_PER_S = 5_500.0  # requests of a whole run at first
+START_GROWTH = 0.7  # requests per second more for each success, until the store has asked
+GROWTH = 0.02  # and then: a rate that is used up doubles in 35 s, before in 1 s
 HALVE_EVERY_S = 1.0  # answers to requests sent before the halving carry no news
+MIN_PER_S = 0.1  # of one process
+MEASURED = 64  # starts of which the real rate is measured
+CATCH_UP_S = 0.05  # a thread that woke up late makes up for it
+
+_num_processes = 1
+
+
+def share_requests(num_processes: int) -> None:
+    """Say with how many processes of its run this one shares the rates of its throttles."""
+    global _num_processes
+    _num_processes = num_processes
 
 
 class Throttle:
-    """Halve the requests in flight when the store asks to slow down, then add one for each
-    round of successes."""
+    """`with` waits for the turn of a request, and yields for how many seconds it has waited."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.limit = float(most)
+    def __init__(
+        self,
+        max_in_flight: int,
+        max_per_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Share `max_per_s` with the other processes; None: without a limit of the user's."""
+        self.max_in_flight = max_in_flight
+        self.max_per_s = (max_per_s or math.inf) / _num_processes
+        self.per_s = min(START_PER_S / _num_processes, self.max_per_s)
+        self.clock = clock
         self.in_flight = 0
-        self.halved_at_s = 0.0
+        self.next_s = self.slowed_at_s = -math.inf
+        self.starts: deque[float] = deque(maxlen=MEASURED)
+        self.turn = threading.Lock()
         self.changed = threading.Condition()
 
-    def __enter__(self) -> None:
-        with self.changed:
-            while self.in_flight >= int(self.limit):
-                self.changed.wait()
-            self.in_flight += 1
+    def __enter__(self) -> float:
+        since_s = self.clock()
+        with self.turn, self.changed:  # one thread waits for the clock, the others for that thread
+            while (pause_s := self.try_start()) > 0:
+                self.changed.wait(None if pause_s == math.inf else pause_s)
+        return self.clock() - since_s
 
     def __exit__(self, *_: object) -> None:
         with self.changed:
-            self.in_flight -= 1
-            self.changed.notify_all()
+            self.end()
+            self.changed.notify()
+
+    def try_start(self) -> float:
+        """Start a request and return 0, or return after how many seconds to try again.
+
+        Infinity: when another one has ended.
+        """
+        if self.in_flight >= self.max_in_flight:
+            return math.inf
+        now_s = self.clock()
+        if now_s < self.next_s:
+            return self.next_s - now_s
+        self.next_s = max(self.next_s, now_s - CATCH_UP_S) + 1 / self.per_s
+        self.in_flight += 1
+        self.starts.append(now_s)
+        return 0.0
+
+    def end(self) -> None:
+        self.in_flight -= 1
 
     def slow_down(self) -> None:
+        """Halve the rate, or the one that there really was if that is lower."""
         with self.changed:
-            now_s = time.monotonic()
-            if now_s - self.halved_at_s >= HALVE_EVERY_S:
-                self.limit = max(1.0, self.limit / 2)
-                self.halved_at_s = now_s
+            now_s = self.clock()
+            if now_s - self.slowed_at_s >= HALVE_EVERY_S:
+                span_s = now_s - self.starts[0] if self.starts else 0.0
+                real_per_s = len(self.starts) / span_s if span_s else math.inf
+                self.per_s = max(MIN_PER_S, min(self.per_s, real_per_s) / 2)
+                self.slowed_at_s = now_s
 
     def speed_up(self) -> None:
-        if self.limit < self.most:
+        """Raise the rate a little: for each success, so that it never runs ahead of its use."""
+        if self.per_s < self.max_per_s:
             with self.changed:
-                self.limit = min(float(self.most), self.limit + 1 / self.limit)
-                self.changed.notify_all()
+                growth = START_GROWTH if self.slowed_at_s == -math.inf else GROWTH
+                self.per_s = min(self.max_per_s, self.per_s + growth)

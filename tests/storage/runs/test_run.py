@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -34,7 +35,13 @@ from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.settings import check_settings, identify_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
-from cifake_ray.storage.runs.verify import DamagedFile, find_damage, set_damaged_aside, verify_files
+from cifake_ray.storage.runs.verify import (
+    DamagedFile,
+    find_broken_seals,
+    find_damage,
+    set_damaged_aside,
+    verify_files,
+)
 from cifake_ray.storage.sources.source import Listing, batch_rows
 
 
@@ -311,6 +318,47 @@ def test_a_part_whose_account_lacks_something_is_made_again(tmp_path: Path) -> N
     metadata = {FOOTER_KEY: json.dumps(facts).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), run.shard_path(0))
     assert inspect_shard(run, 0) is None
+
+
+def test_finding_a_part_reads_its_end_and_a_flipped_bit_before_it_is_for_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    path, data = run.shard_path(0), run.shard_path(0).read_bytes()
+    path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    monkeypatch.setattr(shards, "read_if_exists", None)  # no file is read whole
+    monkeypatch.setattr(shards, "read_bytes", None)
+    monkeypatch.setattr(shards, "END_BYTES", 10)  # and a longer footer is read once more
+    assert [inspect_shard(run, part.shard) for part in parts] == parts
+    path.write_bytes(data[:20] + data[21:])
+    assert inspect_shard(run, 0) is None
+    monkeypatch.undo()
+    path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    finish_run(run, parts, {})
+    damaged = [DamagedFile("scores/part-00000.parquet", "sha256 differs")]
+    assert verify_files(tmp_path) == find_broken_seals(run) == damaged
+
+
+def test_a_part_of_an_earlier_version_is_read_whole(tmp_path: Path) -> None:
+    """Its footer seals nothing, so its digest is that of all bytes."""
+    run = open_here(tmp_path)
+    parts = commit_all(run)
+    path = run.shard_path(0)
+    table = pq.read_table(path)
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False)
+    data = path.read_bytes()
+    found = inspect_shard(run, 0)
+    assert found is not None
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert (found.rows, found.errors) == (parts[0].rows, parts[0].errors)
+    finish_run(run, [found, *parts[1:]], {})
+    assert verify_files(tmp_path) == find_broken_seals(run) == []
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    end = column.data_page_offset + column.total_compressed_size - 1
+    path.write_bytes(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :])
+    assert inspect_shard(run, 0) is None
+    assert [item.reason for item in verify_files(tmp_path)] == ["sha256 differs"]
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

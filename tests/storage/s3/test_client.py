@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import botocore.session
@@ -154,14 +156,87 @@ def test_pauses_grow_and_the_store_may_ask_for_more(proxy: FaultProxy, bucket: s
     assert second.at_s - first.at_s >= 0.95
 
 
-def test_fewer_requests_are_in_flight_while_the_store_asks_to_slow_down() -> None:
-    throttle = Throttle(16)
+@dataclass
+class Clock:
+    """A time that goes on when it is told to."""
+
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def send(throttle: Throttle, clock: Clock, for_s: float) -> int:
+    """Send as many requests as are let through, all answered at once; return how many."""
+    end_s, sent = clock.now_s + for_s, 0
+    while clock.now_s < end_s:
+        clock.now_s += (pause_s := throttle.try_start())
+        if not pause_s:
+            sent += 1
+            throttle.end()
+            throttle.speed_up()
+    return sent
+
+
+def test_a_run_starts_with_what_a_prefix_gives_and_doubles_until_it_is_asked_to_slow_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cifake_ray.storage.s3.throttle._num_processes", 1000)
+    throttle = Throttle(64, clock=(clock := Clock()))
+    rates = [send(throttle, clock, 1.0) for _ in range(6)]
+    assert rates[0] == pytest.approx(8, abs=2)
+    assert all(1.8 <= fast / slow <= 2.2 for slow, fast in pairwise(rates))
     throttle.slow_down()
     throttle.slow_down()  # what was sent before the halving says nothing new
-    assert throttle.limit == 8
-    for _ in range(200):
-        throttle.speed_up()
-    assert throttle.limit == 16
+    assert send(throttle, clock, 1.0) == pytest.approx(rates[-1] * 0.6, rel=0.3)
+    before = throttle.per_s
+    send(throttle, clock, 35.0)
+    assert throttle.per_s == pytest.approx(2 * before, rel=0.1)
+
+
+def test_a_rate_that_was_never_used_is_not_what_is_halved() -> None:
+    throttle = Throttle(64, clock=(clock := Clock()))
+    for _ in range(100):
+        throttle.try_start()
+        throttle.end()
+        clock.now_s += 0.1
+    throttle.slow_down()
+    assert throttle.per_s == pytest.approx(5, rel=0.1)
+
+
+def test_the_limit_of_the_user_is_shared_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifake_ray.storage.s3.throttle._num_processes", 4)
+    throttle = Throttle(64, 40.0, clock=(clock := Clock()))
+    assert send(throttle, clock, 10.0) == pytest.approx(100, abs=2)
+
+
+def test_no_more_requests_are_in_flight_than_allowed() -> None:
+    throttle = Throttle(3, clock=(clock := Clock()))
+    for _ in range(3):
+        clock.now_s += 1
+        assert throttle.try_start() == 0
+    clock.now_s += 1
+    assert throttle.try_start() == math.inf
+    throttle.end()
+    assert throttle.try_start() == 0
+
+
+def test_threads_keep_the_rate_together() -> None:
+    throttle = Throttle(64, 200.0)
+
+    def send_some() -> None:
+        for _ in range(10):
+            with throttle as waited_s:
+                assert waited_s >= 0
+
+    started_s = time.monotonic()
+    threads = [threading.Thread(target=send_some) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert throttle.in_flight == 0
+    assert 0.25 < time.monotonic() - started_s < 10  # 80 at 200 a second, less 50 ms to catch up
 
 
 def test_a_burst_of_slow_down_loses_nothing(
@@ -174,7 +249,7 @@ def test_a_burst_of_slow_down_loses_nothing(
     limits = replace(QUICK, max_attempts=12, deadline_s=30)
     assert fetch(proxy.endpoint, objects, limits) == [b"%d" % n for n in range(100)]
     client = connect(StoreConfig(s3_endpoint_url=proxy.endpoint), limits)
-    assert client.throttle.halved_at_s > 0
+    assert client.throttle.slowed_at_s > 0
 
 
 def test_an_object_that_changed_or_went_away_is_told(s3_env: S3Server, bucket: str) -> None:
