@@ -235,7 +235,7 @@ def find_broken_seals(run: Run) -> list[DamagedFile]:
     """Return the shards of a run that are not what their footers say, whatever else there is."""
     return [
         DamagedFile(f"{run.results}/{path.name}", "sha256 differs")
-        for path in list_folder(run.results_folder)
+        for path in (run.results_folder / name for name in list_sizes(run.results_folder))
         if SHARD_NAME.fullmatch(path.name) and breaks_seal(path)
     ]
 
