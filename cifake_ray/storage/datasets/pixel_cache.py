@@ -136,15 +136,13 @@ class DecodedCache(ABC):
 class PixelCache(DecodedCache):
     """Images of one size."""
 
-    shape: tuple[int, ...] | None  # of the pixels, uint8[M, S, S, 3]; None keeps the errors only
+    shape: tuple[int, ...]  # of the pixels, uint8[M, S, S, 3]
     suffix = ".npy"
 
     def _is_filled(self) -> bool:
-        return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
+        return self._errors_path.exists() and self._pixels_path.exists()
 
     def _store(self, decoded: Decoded) -> Stored:
-        if self.shape is None:
-            return Stored(list_errors(decoded), {})
         errors: dict[int, str] = {}
         with create_unnamed(self._pixels_path) as (file, name):
             array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
@@ -157,19 +155,12 @@ class PixelCache(DecodedCache):
             array.flush()
             return Stored(errors, {"pixels": zlib.crc32(array.data)})  # a second for each 4 GB
 
-    def _map(self, sums: dict[str, int]) -> np.ndarray | None:
-        if self.shape is None:
-            return None
+    def _map(self, sums: dict[str, int]) -> np.ndarray:
         array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
         if array.shape != self.shape or array.dtype != np.uint8:
             raise ValueError(f"{array.dtype}{list(array.shape)}")
         compare_sum(sums, "pixels", array.data)
         return array
-
-
-def list_errors(decoded: Decoded) -> dict[int, str]:
-    """Return the errors of the images that do not decode."""
-    return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
 
 
 def compare_sum(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:
