@@ -58,7 +58,6 @@ class NativeCache(DecodedCache):
 
     num_images: int
     size: int  # pixels: the side of scored crops
-    max_bytes: int
     suffix = ".native"
 
     def _is_filled(self) -> bool:

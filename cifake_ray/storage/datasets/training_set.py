@@ -151,13 +151,14 @@ def open_training_data(
     ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path, max_bytes = locate_cache(config.cache_dir) / key, int(config.cache_gb * 1e9)
+    about = f"{num_rows:,} images of {config.shards}, {preprocessing.fit} at {size} pixels"
     array, unusable = None, dict[int, str]()  # by number among all rows of the files
     if is_native:
         load: Load = partial(load_native, preprocessing=preprocessing)
-        cache: DecodedCache | None = NativeCache(path, num_rows, size, max_bytes)
+        cache: DecodedCache | None = NativeCache(path, about, max_bytes, num_rows, size)
     else:
         load, shape = preprocessing.load_image, (num_rows, size, size, 3)
-        cache = PixelCache(path, shape) if math.prod(shape) <= max_bytes else None
+        cache = PixelCache(path, about, max_bytes, shape) if math.prod(shape) <= max_bytes else None
     if cache is not None:
         chunk = NATIVE_CHUNK if is_native else DECODE_CHUNK
         cache.fill(lambda: _decode_rows(rows, load, chunk, num_threads, log), log)
