@@ -47,9 +47,11 @@ def upload_shards(server: S3Server, bucket: str, num_images: int) -> None:
     rows = []
     for image in generate_images(num_images=num_images):
         buffer = io.BytesIO()
-        Image.fromarray(image.pixels).resize((SIDE, SIDE)).save(buffer, "JPEG", quality=90)
-        split = "val" if image.split == "val" else "train"
-        rows.append({"image": {"bytes": buffer.getvalue()}, "label": image.label, "split": split})
+        split_name, label_name, _ = image.path.split("/")
+        with Image.open(io.BytesIO(image.data)) as pixels:
+            pixels.convert("RGB").resize((SIDE, SIDE)).save(buffer, "JPEG", quality=90)
+        split = "val" if split_name == "val" else "train"
+        rows.append({"image": {"bytes": buffer.getvalue()}, "label": label_name, "split": split})
     for start in range(0, len(rows), 8 * GROUP_ROWS):
         table, sink = pa.Table.from_pylist(rows[start : start + 8 * GROUP_ROWS]), io.BytesIO()
         pq.write_table(table, sink, row_group_size=GROUP_ROWS)
