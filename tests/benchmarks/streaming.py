@@ -6,6 +6,10 @@ A SeaweedFS on loopback, on the same cores, holds shards of JPEGs of 160 x 160 p
 have the same weights and as many steps; epochs alternate, and the first of each is not counted if
 there are several. Beside the time on the clock it prints that of all CPU seconds of the process,
 and of the training thread's: the rest is decoding, fetching and threads of torch.
+
+With --images 800 --epochs 1 --threads 1 (five steps of 128, a machine that others used too): 26.0 s
+of CPU cached and 27.2 streamed, 1.05; of them 26.0 and 26.6 of the training thread. On the clock 109
+and 104 s. Larger sets have not been measured.
 """
 
 from __future__ import annotations
