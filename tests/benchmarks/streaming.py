@@ -7,9 +7,9 @@ have the same weights and as many steps; epochs alternate, and the first of each
 there are several. Beside the time on the clock it prints that of all CPU seconds of the process,
 and of the training thread's: the rest is decoding, fetching and threads of torch.
 
-With --images 800 --epochs 1 --threads 1 (five steps of 128, a machine that others used too): 26.0 s
-of CPU cached and 27.2 streamed, 1.05; of them 26.0 and 26.6 of the training thread. On the clock 109
-and 104 s. Larger sets have not been measured.
+With --images 800 --epochs 1 --threads 1, so five steps of 128, on a machine that others used too:
+26.0 s of CPU cached and 27.2 s streamed, 1.05; of them 26.0 and 26.6 s of the training thread. On
+the clock 109 and 104 s. Larger sets have not been measured.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from cifake_ray.storage.io.regular_file import read_regular
 
 PIXELS = (".npy", ".native")
 SUFFIXES = (*PIXELS, ".json", ".lock", ".writing")
+KEY = re.compile(r"[0-9a-f]{32}(-[0-9]+)?")  # and of whom, where another user took the name
 # An entry that was used so lately may be about to be mapped; once it is, it may lose its name.
 MIN_IDLE_S = 300.0
 
@@ -34,33 +36,35 @@ class CacheEntry:
 def list_entries(folder: Path) -> list[CacheEntry]:
     """Return the entries of a cache folder, those used last first. CacheError if it is unreadable.
 
-    Only what is complete: what is being decoded now is none.
+    Also pixels whose record a kill has prevented, but not what is being decoded now.
     """
     try:
-        names = sorted(os.listdir(folder))
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CacheError(f"{folder}: {error.strerror}; choose another --cache-dir") from error
+    keys = {name.partition(".")[0] for name in names if name.endswith((*PIXELS, ".json"))}
     entries = []
-    for name in names:
-        path = folder / name
-        if path.suffix == ".json":
-            with suppress(OSError):  # removed meanwhile
-                entries.append(_read_entry(path))
+    for key in sorted(filter(KEY.fullmatch, keys)):  # other files are not ours to remove
+        with suppress(OSError, ValueError):  # removed meanwhile: it has no file
+            entries.append(_read_entry(folder / key))
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
 def _read_entry(path: Path) -> CacheEntry:
+    """Read an entry by its path without a suffix. OSError or ValueError when it is gone."""
     files = [file for suffix in SUFFIXES if os.path.lexists(file := path.with_suffix(suffix))]
-    facts, about = [file.lstat() for file in files], ""
-    with suppress(AttributeError, ValueError):  # damaged: training says so
-        about = str(json.loads(read_regular(path, MAX_JSON_BYTES)).get("about", ""))
-    owners = {fact.st_uid for fact in facts}
+    facts, about = {file.suffix: file.lstat() for file in files}, ""
+    with suppress(AttributeError, OSError, ValueError):  # damaged: training says so
+        record = json.loads(read_regular(path.with_suffix(".json"), MAX_JSON_BYTES))
+        about = str(record.get("about", ""))
+    owners = {fact.st_uid for fact in facts.values()}
+    used = facts.get(".json") or max(facts.values(), key=lambda fact: fact.st_mtime)
     return CacheEntry(
-        path.with_suffix(""),
-        sum(fact.st_size for fact in facts),
-        path.lstat().st_mtime,
+        path,
+        sum(fact.st_size for fact in facts.values()),
+        used.st_mtime,
         about,
         os.getuid() == 0 or owners == {os.getuid()},
     )

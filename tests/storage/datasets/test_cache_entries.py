@@ -20,7 +20,7 @@ NUM_BYTES = 1000
 
 
 def make_entry(folder: Path, name: str, age_s: float) -> Path:
-    path = folder / name
+    path = folder / (name * 32)
     path.with_suffix(".npy").write_bytes(b"\0" * NUM_BYTES)
     path.with_suffix(".lock").touch()
     record = path.with_suffix(".json")
@@ -30,7 +30,7 @@ def make_entry(folder: Path, name: str, age_s: float) -> Path:
 
 
 def list_names(folder: Path) -> list[str]:
-    return [entry.path.name for entry in list_entries(folder)]
+    return [entry.path.name[0] for entry in list_entries(folder)]
 
 
 def test_what_was_unused_for_longest_makes_room(tmp_path: Path) -> None:
@@ -39,12 +39,12 @@ def test_what_was_unused_for_longest_makes_room(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["d", "c", "b", "a"]
     entry_bytes = list_entries(tmp_path)[0].size_bytes
     assert entry_bytes >= NUM_BYTES
-    removed = make_room(tmp_path / "b", 2 * entry_bytes)
-    assert [entry.path.name for entry in removed] == ["a", "c"], (
+    removed = make_room(tmp_path / ("b" * 32), 2 * entry_bytes)
+    assert [entry.path.name[0] for entry in removed] == ["a", "c"], (
         "never the one that is made room for"
     )
-    assert {path.stem for path in tmp_path.iterdir()} == {"b", "d"}
-    assert make_room(tmp_path / "b", 2 * entry_bytes) == []
+    assert {path.stem[0] for path in tmp_path.iterdir()} == {"b", "d"}
+    assert make_room(tmp_path / ("b" * 32), 2 * entry_bytes) == []
 
 
 def test_what_was_used_just_now_stays(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_what_was_used_just_now_stays(tmp_path: Path) -> None:
 def test_a_training_makes_room_and_says_so(shards: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    old = make_entry(cache, "old", 3000)
+    old = make_entry(cache, "e", 3000)
     first = read_reds(open_data(shards, cache, val_split="val", cache_gb=6.5e-6).train)
     assert not old.with_suffix(".npy").exists()
     (entry,) = list_entries(cache)
@@ -86,12 +86,13 @@ def test_the_command_shows_and_clears(tmp_path: Path) -> None:
     words = ("--cache-dir", str(tmp_path))
     assert run_cache(*words) == f"0 entries, 0.00 GB, in {tmp_path}\n"
     make_entry(tmp_path, "a", 3000)
-    (tmp_path / "b.json").write_text("no record \x1b[31m")
-    (tmp_path / "mine.txt").touch()
+    (tmp_path / f"{'b' * 32}.json").write_text("no record")
+    (tmp_path / f"{'c' * 32}-12.npy").write_text("a kill came before its record")
+    (tmp_path / "mine.json").write_text("{}")
     shown = run_cache(*words)
     assert "images of a" in shown
-    assert "2 entries" in shown
+    assert "3 entries" in shown
     found = json.loads(run_cache(*words, "--json"))
-    assert [entry["about"] for entry in found["entries"]] == ["", "images of a"]
+    assert [entry["about"] for entry in found["entries"]] == ["", "", "images of a"]
     assert "removed from" in run_cache(*words, "--clear")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
