@@ -253,7 +253,8 @@ def test_no_damage_gives_other_pixels_or_other_images(
     good = path.read_bytes()
     lengths = (0, 1, 60, len(good) // 2, len(good) - 1)
     damaged = [good[:length] for length in lengths if length < len(good)]
-    for place in range(0, len(good), 1 + len(good) // 100):
+    end = len(good) if suffix == ".npy" else good.index(b'"about"')  # what is only for people
+    for place in range(0, end, 1 + end // 100):
         damaged.append(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
     for data in damaged:
         path.write_bytes(data)
