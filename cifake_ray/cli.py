@@ -74,6 +74,7 @@ EXAMPLES = {  # of each command, without `cifake-ray`
     "submit": ("submit score s3://photos s3://scores --address http://HEAD:8265",),
     "demo": ("demo", "demo --out elsewhere --images 1000"),
     "models": ("models", "models 'resnet*' --image-size 64 --measure"),
+    "cache": ("cache", "cache --clear"),
     "doctor": ("doctor", "doctor --ray --store s3://photos/2026"),
     "config": ("config score > score.yaml", "config convert train score > project.yaml"),
     "version": ("version --json",),
@@ -216,6 +217,39 @@ def models(
         from cifake_ray.report.models_table import format_models_table
 
         return format_models_table(catalogue)
+
+    run_command(body, json_output=json_output, debug=debug, show=show)
+
+
+@_add_command("cache")
+def cache(
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Folder for decoded images (default: that of train)")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all that this user may remove")
+    ] = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show the decoded images that train keeps: their size, last use and shards."""
+
+    def body() -> tuple[Any, int]:
+        from cifake_ray.storage.datasets.cache_entries import list_entries, remove_entries
+        from cifake_ray.storage.datasets.pixel_cache import locate_cache
+
+        folder = locate_cache(cache_dir)
+        entries = list_entries(folder)
+        if clear:
+            entries = [entry for entry in entries if entry.is_ours]
+            remove_entries(entries)
+        rows = [{**vars(entry), "path": str(entry.path)} for entry in entries]
+        return {"folder": str(folder), "removed": clear, "entries": rows}, ExitCode.OK
+
+    def show(found: dict[str, Any]) -> str:
+        from cifake_ray.report.cache_table import format_cache
+
+        return format_cache(found)
 
     run_command(body, json_output=json_output, debug=debug, show=show)
 

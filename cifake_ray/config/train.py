@@ -200,7 +200,7 @@ class TrainConfig(ClusterConfig):
         str | None, RuntimeDoc("Folder for decoded images (default: ~/.cache/cifake_ray)")
     ] = None
     cache_gb: Annotated[
-        float, RuntimeDoc("Decode into memory-mapped files up to this size; stream above")
+        float, RuntimeDoc("Keep decoded images on the disk, up to this size in all; stream above")
     ] = 8.0
     track: Annotated[
         tuple[TrackerName, ...],

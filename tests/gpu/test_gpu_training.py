@@ -135,6 +135,7 @@ def run_rank(rank: int, num_ranks: int, device: str, folder: str) -> None:
         losses = train(device, "float32", pick_model(device), is_distributed=True)
     if rank == 0:
         np.save(f"{folder}/{num_ranks}.npy", losses)
+    dist.barrier()  # none leaves while another may still exchange with it
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ import torch
 from cifake_ray.config import Augmentation, TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training.augmentation import Draws, degrade, draw_augmentation, mirror
+from cifake_ray.core.training.lanes import pair_lanes
 from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
 from cifake_ray.core.training.native_crops import NativeImage, cut_random_crop
 from cifake_ray.core.training.pairs import count_coupled, draw_couples, draw_shared_couples
@@ -52,6 +53,23 @@ class CropImages(Images, Protocol):
         ...
 
 
+class StreamedImages(Images, Protocol):
+    """Images that are read in row groups, in lanes: see `lanes.py`."""
+
+    group: np.ndarray  # int32[N], sorted
+    num_lanes: int
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Read ahead images that will be read, each once, in about this order."""
+        ...
+
+
+def find_streamed(images: Images) -> StreamedImages | None:
+    """Return images that are streamed, None for others."""
+    is_streamed = getattr(images, "num_lanes", None) is not None
+    return cast(StreamedImages, images) if is_streamed else None
+
+
 class Batch(NamedTuple):
     """A rank's share of a global batch of `size` images."""
 
@@ -83,6 +101,7 @@ class Batches:
     num_ranks: int
 
     def __post_init__(self) -> None:
+        self.streamed = find_streamed(self.images)
         self.twin_of: np.ndarray | None = getattr(self.images, "twin_of", None)
         per_epoch = len(self.images.labels)
         if self.twin_of is not None:
@@ -99,20 +118,22 @@ class Batches:
         rng = np.random.default_rng((self.config.seed, epoch))
         order = self._order(rng)
         mirrored = rng.random(len(order)) < self.augmentation.flip
-        places: np.ndarray = np.arange(self.rank, self.batch_size, self.num_ranks)
-        if self.twin_of is not None:  # whole couples
-            couples = np.arange(self.rank, self.batch_size // 2, self.num_ranks)
-            places = (2 * couples[:, None] + [0, 1]).ravel()
 
         def prepare(step: int) -> tuple[Batch, int]:
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             # Not (seed, epoch, step): numpy seeds (s, e, 0) as it does (s, e).
             step_rng = np.random.default_rng((self.config.seed, epoch, step + 1))
             draws = self._share(draw_augmentation(step_rng, mirrored[batch]), order[batch])
+            places = self._choose_places(step)
             images, labels, clean = self._read(order[batch], draws, places)
             mix = draw_mix(step_rng, self.config, images.shape[1])
-            if mix is not None:  # partners are read too: they may be another rank's
-                others = self._read(order[batch], draws, self.batch_size - 1 - places)
+            if mix is not None:
+                partners = self._pair_places(step)[places]
+                if np.isin(partners, places).all():
+                    own = np.searchsorted(places, partners)
+                    others = images[own], labels[own], None if clean is None else clean[own]
+                else:  # some are another rank's
+                    others = self._read(order[batch], draws, partners)
                 images = mix_images(images, others[0], mix)
                 labels = mix_labels(labels, others[1], mix)
                 if clean is not None and others[2] is not None:
@@ -120,15 +141,37 @@ class Batches:
             seed = int(step_rng.integers(2**62)) + self.rank
             return Batch(images, labels, self.batch_size, clean), seed
 
+        if self.streamed is not None:
+            steps = range(start, self.steps_per_epoch)
+            parts = [step * self.batch_size + self._choose_places(step) for step in steps]
+            self.streamed.expect(order[np.concatenate(parts)] if parts else order[:0])
         for batch, seed in self._map_ahead(prepare, range(start, self.steps_per_epoch)):
             torch.manual_seed(seed)
             yield batch
 
+    def _choose_places(self, step: int) -> np.ndarray:
+        """Return this rank's places in the global batch of a step, sorted."""
+        if self.twin_of is not None:  # whole couples
+            couples = np.arange(self.rank, self.batch_size // 2, self.num_ranks)
+            return (2 * couples[:, None] + [0, 1]).ravel()
+        first = (self.rank - step * self.batch_size) % self.num_ranks  # as lanes are dealt
+        return np.arange(first, self.batch_size, self.num_ranks)
+
+    def _pair_places(self, step: int) -> np.ndarray:
+        """Return the place that each is mixed with, in the global batch of a step."""
+        if self.streamed is None:
+            return np.arange(self.batch_size)[::-1]
+        return pair_lanes(step * self.batch_size, self.batch_size, self.streamed.num_lanes)
+
     def _map_ahead(
         self, prepare: Callable[[int], tuple[Batch, int]], steps: range
     ) -> Iterator[tuple[Batch, int]]:
-        """Yield what `prepare` makes of each step; threads prepare the next ones for a GPU."""
-        if self.device == "cpu" or not steps:  # a CPU trains with all threads itself
+        """Yield what `prepare` makes of each step.
+
+        Threads prepare the next ones for a GPU, and of streamed images, which wait for a store.
+        """
+        is_ready = self.device == "cpu" and self.streamed is None
+        if is_ready or not steps:  # a CPU trains with all threads itself
             yield from map(prepare, steps)
             return
         first = prepare(steps[0])

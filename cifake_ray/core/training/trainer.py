@@ -23,7 +23,7 @@ from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
 from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.training.batches import Batch, Batches, Images
+from cifake_ray.core.training.batches import Batch, Batches, Images, find_streamed
 from cifake_ray.core.training.device_limits import DevicePrecision, choose_eval_batch_size
 from cifake_ray.core.training.early_stopping import (
     KeptEpoch,
@@ -32,6 +32,7 @@ from cifake_ray.core.training.early_stopping import (
     keep_best,
     to_score,
 )
+from cifake_ray.core.training.lanes import deal_groups
 from cifake_ray.core.training.losses import sum_losses
 from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
 from cifake_ray.core.training.validation import read_scored
@@ -249,17 +250,24 @@ class Trainer:
             for buffer in self.eval_model.network.buffers():
                 dist.broadcast(buffer, 0)
         logit = torch.zeros(len(images.labels), device=self.precision.device)
-        stride = self.eval_batch_size * self.num_ranks
-        for start in range(0, len(logit), stride):
-            stop = min(start + stride, len(logit))
-            indices = np.arange(start + self.rank, stop, self.num_ranks)
-            if len(indices):
-                scored = read_scored(images, self.detector.preprocessing, indices)
-                found = scored.find_logit(self.eval_model, self.precision.device)
-                logit[start + self.rank : stop : self.num_ranks] = found
+        share = self._choose_share(images)
+        for start in range(0, len(share), self.eval_batch_size):
+            indices = share[start : start + self.eval_batch_size]
+            scored = read_scored(images, self.detector.preprocessing, indices)
+            found = scored.find_logit(self.eval_model, self.precision.device)
+            logit[torch.from_numpy(indices)] = found.to(logit.device)
         if self.num_ranks > 1:
             dist.all_reduce(logit)  # every image is non-zero on one rank only
         return logit.cpu()
+
+    def _choose_share(self, images: Images) -> np.ndarray:
+        """Return the images that this rank validates; streamed ones by whole row groups."""
+        if (streamed := find_streamed(images)) is None:
+            return np.arange(self.rank, len(images.labels), self.num_ranks)
+        starts = deal_groups(streamed.group, self.num_ranks)
+        share = np.arange(starts[self.rank], starts[self.rank + 1])
+        streamed.expect(share)
+        return share
 
     def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
         """Return a row of the history. CifakeError when an output is not finite."""

@@ -23,6 +23,7 @@ from cifake_ray.core.training.check_precision import check_precisions
 from cifake_ray.core.training.device_limits import agree_on_precision, check_batch_share
 from cifake_ray.core.training.early_stopping import KeptEpoch
 from cifake_ray.core.training.optimizer import sync_batch_norms
+from cifake_ray.core.training.share_errors import share_errors
 from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.core.training.validation import read_scored
 from cifake_ray.errors import CifakeError
@@ -95,13 +96,15 @@ def train_rank(
             trainer.resume(checkpoint)
         except UNPICKLING_ERRORS as error:
             raise run.refuse_checkpoint(error) from error
+        data.errors.update(checkpoint.get("unusable", {}))
         if trainer.rank == 0:  # an earlier attempt may have died before it wrote the history
             _show_history(run, trainer, on_save)
 
     def save() -> None:
+        share_errors(data.errors, len(prepared.rows.label), device)
         if trainer.rank == 0:
             buffer = io.BytesIO()
-            torch.save(trainer.to_checkpoint(), buffer)
+            torch.save({**trainer.to_checkpoint(), "unusable": data.errors}, buffer)
             run.write_checkpoint(buffer.getvalue())
             _show_history(run, trainer, on_save)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})
@@ -186,8 +189,8 @@ def _write_best(
         "weights": config.weights and config.weights.rpartition("/")[2],
         "teacher": ", ".join(map(str, prepared.teachers)) or None,
         "distill": config.distill_weight if prepared.teachers else None,
-        "train_images": len(data.train.labels),
-        "val_images": len(data.val.labels),
+        "train_images": data.train.count_usable(data.errors),
+        "val_images": data.val.count_usable(data.errors),
         "val_accuracy": metrics["accuracy"]["value"],
         "best_epoch": best.epoch,
         "averaged_epochs": averaged,
@@ -197,7 +200,7 @@ def _write_best(
         name=f"{config.model} trained by cifake-ray",
         architecture=config.model,
         num_parameters=trainer.detector.num_parameters,
-        trained_on=f"{len(data.train.labels):,} labelled images, REAL and FAKE ({shards}).",
+        trained_on=f"{training['train_images']:,} labelled images, REAL and FAKE ({shards}).",
         domain=domain,
         preprocessing=trainer.detector.preprocessing.to_dict(),
         training=training,

@@ -22,7 +22,6 @@ from cifake_ray.storage.datasets.pixel_cache import (
     Stored,
     compare_sum,
     create_unnamed,
-    list_errors,
 )
 
 # In the table, int64 for each image: where its windows start in the file, their number, height and
@@ -59,7 +58,6 @@ class NativeCache(DecodedCache):
 
     num_images: int
     size: int  # pixels: the side of scored crops
-    max_bytes: int
     suffix = ".native"
 
     def _is_filled(self) -> bool:
@@ -77,7 +75,7 @@ class NativeCache(DecodedCache):
             with create_unnamed(self._pixels_path) as (file, _):
                 return Stored(errors, {"pixels": self._write(file, decoded, errors)})
         except _TooLargeError:
-            return Stored(errors | list_errors(decoded), {}, over_bytes=self.max_bytes)
+            return Stored({}, {}, over_bytes=self.max_bytes)
 
     def _write(self, file: int, decoded: Decoded, errors: dict[int, str]) -> int:
         """Write the file and return its CRC-32. _TooLargeError once it is beyond its limit."""

@@ -2,7 +2,8 @@
 
 `KEY.npy` has the pixels, or `KEY.native` (`native_cache.py`), `KEY.json` the errors of images that
 do not decode and the sums of both, `KEY.lock` whoever decodes them now. The key is that of all that
-the pixels follow from, so files of one key are equal.
+the pixels follow from, so files of one key are equal. The time of `KEY.json` is that of the last
+use: what has not been used for longest makes room for more (`cache_entries.py`).
 Modes follow the umask, as those of outputs do. Whoever may write pixels decides what is learned, so
 files of others are used if they are root's or those of the folder's owner, who was chosen with it.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import zlib
@@ -25,10 +27,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from cifake_ray.errors import CacheError, ImageError
+from cifake_ray.storage.datasets.cache_entries import SUFFIXES, make_room
 from cifake_ray.storage.io.files import write_json
 from cifake_ray.storage.io.paths import resolve_local
 
-SUFFIXES = (".npy", ".native", ".json", ".lock", ".writing")
 # What json and numpy raise for bytes that are not those that were written.
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError)
 Decoded = Iterator[tuple[int, Any]]  # the number of an image, and its pixels or its ImageError
@@ -54,21 +56,33 @@ class DecodedCache(ABC):
     """The files of one key."""
 
     path: Path  # without a suffix
+    about: str  # what the images are of, for people
+    max_bytes: int  # of all that this user keeps in the folder
     suffix: ClassVar[str]  # of the pixels
 
     def fill(self, decode: Callable[[], Decoded], log: Callable[[str], None]) -> None:
         """Store what `decode` yields unless it is there. CacheError when the folder is unusable."""
         with self._explain_errors():
             if self._is_filled():  # another user's files serve too, whose lock may not be ours
+                with suppress(OSError):  # whose last use is not ours to write
+                    os.utime(self._errors_path)
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _hold_lock(self._base.with_suffix(".lock"), log):
                 if self._is_filled():
                     return
+                self._make_room(self._size_bytes, log)
                 errors, sums, over_bytes = self._store(decode())
                 sums["unusable"] = zlib.crc32(json.dumps(errors).encode())
                 limit = {} if over_bytes is None else {"over_bytes": over_bytes}
-                write_json(self._errors_path, {"unusable": errors, "crc32": sums, **limit})
+                record = {"unusable": errors, "crc32": sums, "about": self.about, **limit}
+                write_json(self._errors_path, record)
+                self._make_room(0, log)
+
+    def _make_room(self, size_bytes: int, log: Callable[[str], None]) -> None:
+        for entry in make_room(self._base, self.max_bytes - size_bytes):
+            what = entry.about or entry.path.name
+            log(f"train: removed decoded images of {what}, unused for longest (--cache-gb)")
 
     def read(self) -> tuple[dict[int, str], Any]:
         """Return the error of each image that does not decode, and the pixels, mapped into memory.
@@ -90,6 +104,11 @@ class DecodedCache(ABC):
                     f"{path}: damaged ({error}); delete it, and the images are decoded again"
                 ) from error
         return unusable, pixels
+
+    @property
+    def _size_bytes(self) -> int:
+        """The bytes that the pixels will take, 0 if that shows only when they are written."""
+        return 0
 
     @property
     def _base(self) -> Path:
@@ -136,15 +155,17 @@ class DecodedCache(ABC):
 class PixelCache(DecodedCache):
     """Images of one size."""
 
-    shape: tuple[int, ...] | None  # of the pixels, uint8[M, S, S, 3]; None keeps the errors only
+    shape: tuple[int, ...]  # of the pixels, uint8[M, S, S, 3]
     suffix = ".npy"
 
+    @property
+    def _size_bytes(self) -> int:
+        return math.prod(self.shape)
+
     def _is_filled(self) -> bool:
-        return self._errors_path.exists() and (self.shape is None or self._pixels_path.exists())
+        return self._errors_path.exists() and self._pixels_path.exists()
 
     def _store(self, decoded: Decoded) -> Stored:
-        if self.shape is None:
-            return Stored(list_errors(decoded), {})
         errors: dict[int, str] = {}
         with create_unnamed(self._pixels_path) as (file, name):
             array = np.lib.format.open_memmap(name, "w+", np.uint8, self.shape)
@@ -157,19 +178,12 @@ class PixelCache(DecodedCache):
             array.flush()
             return Stored(errors, {"pixels": zlib.crc32(array.data)})  # a second for each 4 GB
 
-    def _map(self, sums: dict[str, int]) -> np.ndarray | None:
-        if self.shape is None:
-            return None
+    def _map(self, sums: dict[str, int]) -> np.ndarray:
         array: np.ndarray = np.load(self._pixels_path, mmap_mode="r")
         if array.shape != self.shape or array.dtype != np.uint8:
             raise ValueError(f"{array.dtype}{list(array.shape)}")
         compare_sum(sums, "pixels", array.data)
         return array
-
-
-def list_errors(decoded: Decoded) -> dict[int, str]:
-    """Return the errors of the images that do not decode."""
-    return {n: image.error for n, image in decoded if isinstance(image, ImageError)}
 
 
 def compare_sum(sums: dict[str, int], name: str, data: bytes | memoryview) -> None:

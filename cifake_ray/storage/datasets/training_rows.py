@@ -31,6 +31,7 @@ class TrainingRows:
 
     groups: list[tuple[AnyPath, int]]  # (file, row group)
     group_rows: np.ndarray  # int64[G]: all rows of each row group
+    group_bytes: np.ndarray  # int64[G], of all columns
     group: np.ndarray  # int32[N]: number of the row group
     row: np.ndarray  # int32[N]: row inside it
     label: np.ndarray  # int64[N]
@@ -58,12 +59,17 @@ class TrainingRows:
         slots: np.ndarray = starts[self.group] + self.row
         return slots
 
-    def read_group(self, number: int) -> tuple[pa.ChunkedArray, list[str | None]]:
-        """Read the images of a row group, and their errors."""
+    def read_group(self, number: int) -> pa.ChunkedArray:
+        """Read the images of a row group."""
         path, group = self.groups[number]
         with ImageTable(path, path.name, self.choice) as table:
-            images = table.read([group], [table.image]).column(table.image)
-            return images, table.read_facts([group]).errors
+            return table.read([group], [table.image]).column(table.image)
+
+    def read_errors(self, number: int) -> list[str | None]:
+        """Read the errors of the rows of a row group."""
+        path, group = self.groups[number]
+        with ImageTable(path, path.name, self.choice) as table:
+            return table.read_facts([group]).errors
 
     def hash_rows(self) -> str:
         """Return the sha256 of which rows train and validate, their labels and used sources."""
@@ -91,6 +97,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     labels, is_foreign = LabelReader(choice.label, choice.class_names), False
     groups: list[tuple[AnyPath, int]] = []
     group_rows: list[int] = []
+    group_bytes: list[int] = []
     parts: list[tuple[np.ndarray, ...]] = []
     counts: Counter[tuple[str, str]] = Counter()
     sources: dict[str | None, int] = {None: 0}  # the number of each, as they are met
@@ -100,7 +107,9 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             columns = _read_group_rows(table, number, labels, config, counts, sources)
             parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
             groups.append((table.path, number))
-            group_rows.append(table.file.metadata.row_group(number).num_rows)
+            facts = table.file.metadata.row_group(number)
+            group_rows.append(facts.num_rows)
+            group_bytes.append(facts.total_byte_size)
     for source in config.exclude_source:
         if not counts[USES[2], f"of the source {source}"]:
             raise UsageError(f"--exclude-source {source}: {root} has no labelled image of it")
@@ -118,6 +127,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     rows = TrainingRows(
         groups,
         np.array(group_rows),
+        np.array(group_bytes),
         group,
         row,
         label,
@@ -146,6 +156,7 @@ def _add_twins(rows: TrainingRows, config: TrainConfig) -> TrainingRows:
         rows,
         groups=rows.groups + twins.groups,
         group_rows=np.append(rows.group_rows, twins.group_rows),
+        group_bytes=np.append(rows.group_bytes, twins.group_bytes),
         group=np.append(rows.group, len(rows.groups) + np.array(twins.group, np.int32)),
         row=np.append(rows.row, np.array(twins.row, np.int32)),
         label=np.append(rows.label, np.full(len(twin_of), FAKE)),

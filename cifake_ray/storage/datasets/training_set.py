@@ -1,8 +1,9 @@
 """Choose the training images of shards and read their pixels.
 
 Pixels are decoded once per node into a memory-mapped file that all workers and trials share; when
-that would be too large, encoded bytes are read and decoded as they are needed. The file holds every
-row of the shards, so it serves all trainings on them, whatever they take and however they validate.
+that would be too large, encoded bytes are read and decoded as they are needed
+(`streamed_pixels.py`). The file holds every row of the shards, so it serves all trainings on them,
+whatever they take and however they validate.
 """
 
 from __future__ import annotations
@@ -11,36 +12,34 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
-from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.decode import DECODE_POLICY, map_images
 from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.training.lanes import choose_num_lanes, order_lanes
 from cifake_ray.core.training.native_crops import MAX_WHOLE_PIXELS, NativeImage, load_native
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.datasets.native_cache import NativeCache
 from cifake_ray.storage.datasets.pixel_cache import DecodedCache, PixelCache, locate_cache
+from cifake_ray.storage.datasets.streamed_pixels import Load, StreamedPixels
 from cifake_ray.storage.datasets.training_rows import (
     TrainingRows,
     check_usable,
     read_bytes_of,
 )
 
-GROUP_SIZE = 8  # row groups that a streamed epoch shuffles together
 DECODE_CHUNK = 64  # images a decoding thread takes at once
 NATIVE_CHUNK = 4  # of any size, so that few are in memory
 LOG_INTERVAL_S = 5.0
-Load = Callable[[bytes], Any]  # from encoded bytes to what is kept of an image
 
 
 class Pixels(Protocol):
@@ -70,43 +69,6 @@ class MappedPixels:
         return [cut(self.array[slot], n) for n, slot in enumerate(self.slots[positions].tolist())]
 
 
-class StreamedPixels:
-    """Images decoded on demand; the encoded bytes of a few row groups stay in memory."""
-
-    def __init__(self, rows: TrainingRows, load: Load, num_threads: int) -> None:
-        self.rows, self.load = rows, load
-        self.threads = ThreadPoolExecutor(num_threads)
-        self.loaded: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
-        self.lock = Lock()
-
-    def read(self, positions: np.ndarray) -> np.ndarray:
-        return np.stack(self.map(positions, lambda image, _: image))
-
-    def map(self, positions: np.ndarray, cut: Callable[[Any, int], np.ndarray]) -> list[np.ndarray]:
-        groups, rows = self.rows.group[positions], self.rows.row[positions]
-        found: list[np.ndarray] = [np.empty(0)] * len(positions)
-
-        def load(data: bytes, place: int) -> np.ndarray:
-            return cut(self.load(data), place)
-
-        for group in dict.fromkeys(groups.tolist()):  # in the order of the batch: see order_epoch
-            places = np.flatnonzero(groups == group).tolist()
-            images = self._load_group(group)
-            data = [read_bytes_of(images[int(rows[place])].as_py()) for place in places]
-            for place, image in zip(places, self.threads.map(load, data, places), strict=True):
-                found[place] = image
-        return found
-
-    def _load_group(self, group: int) -> pa.ChunkedArray:
-        with self.lock:
-            if group not in self.loaded:
-                self.loaded[group], _ = self.rows.read_group(group)
-                while len(self.loaded) > GROUP_SIZE + 1:
-                    self.loaded.popitem(last=False)
-            self.loaded.move_to_end(group)
-            return self.loaded[group]
-
-
 @dataclass
 class ImageSet:
     """The training or validation images: `core.training.batches.Images`, and `CropImages`."""
@@ -127,25 +89,46 @@ class ImageSet:
     ) -> list[np.ndarray]:
         return self.pixels.map(self.positions[indices], cut)
 
-    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
-        """Return a permutation; when streaming, it stays within a few row groups at a time."""
+    @cached_property
+    def group(self) -> np.ndarray:
+        """The row group of each image, int32[N], sorted."""
+        group: np.ndarray = self.rows.group[self.positions]
+        return group
+
+    @cached_property
+    def num_lanes(self) -> int | None:
+        """The lanes in which streamed images are read; None when all are decoded."""
         if isinstance(self.pixels, MappedPixels):
+            return None
+        return choose_num_lanes(self.rows.group_bytes[np.unique(self.group)])
+
+    def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
+        """Return a permutation, of streamed images by lanes."""
+        if self.num_lanes is None:
             return rng.permutation(len(self.positions))
-        group = self.rows.group[self.positions]
-        shuffled = rng.permutation(np.unique(group))
-        return np.concatenate(
-            [
-                rng.permutation(np.flatnonzero(np.isin(group, shuffled[i : i + GROUP_SIZE])))
-                for i in range(0, len(shuffled), GROUP_SIZE)
-            ]
-        )
+        return order_lanes(self.group, self.labels, self.num_lanes, rng)
+
+    def expect(self, indices: np.ndarray) -> None:
+        """Read streamed images ahead, each once, in about this order."""
+        if isinstance(self.pixels, StreamedPixels):
+            self.pixels.expect(self.positions[indices])
+
+    def count_usable(self, errors: dict[int, str]) -> int:
+        """Return the number of images that are not known to fail to decode."""
+        return len(self.positions) - int(np.isin(self.positions, list(errors)).sum())
 
 
 @dataclass(frozen=True)
 class TrainingData:
     train: ImageSet
     val: ImageSet
-    unusable: dict[str, int]  # images that do not decode, by error class
+    # Of images that do not decode, by position in `TrainingRows`; when streaming, those met so far.
+    errors: dict[int, str]
+
+    @property
+    def unusable(self) -> dict[str, int]:
+        """The number of images that do not decode, by error class."""
+        return dict(Counter(self.errors.values()))
 
 
 def open_training_data(
@@ -168,15 +151,18 @@ def open_training_data(
     ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path, max_bytes = locate_cache(config.cache_dir) / key, int(config.cache_gb * 1e9)
+    about = f"{num_rows:,} images of {config.shards}, {preprocessing.fit} at {size} pixels"
+    array, unusable = None, dict[int, str]()  # by number among all rows of the files
     if is_native:
         load: Load = partial(load_native, preprocessing=preprocessing)
-        cache: DecodedCache = NativeCache(path, num_rows, size, max_bytes)
+        cache: DecodedCache | None = NativeCache(path, about, max_bytes, num_rows, size)
     else:
         load, shape = preprocessing.load_image, (num_rows, size, size, 3)
-        cache = PixelCache(path, shape if math.prod(shape) <= max_bytes else None)
-    chunk = NATIVE_CHUNK if is_native else DECODE_CHUNK
-    cache.fill(lambda: _decode_rows(rows, load, chunk, num_threads, log), log)
-    (unusable, array), slots = cache.read(), rows.slots
+        cache = PixelCache(path, about, max_bytes, shape) if math.prod(shape) <= max_bytes else None
+    if cache is not None:
+        chunk = NATIVE_CHUNK if is_native else DECODE_CHUNK
+        cache.fill(lambda: _decode_rows(rows, load, chunk, num_threads, log), log)
+        unusable, array = cache.read()
     if array is None and rows.twin_of is not None:
         raise UsageError(
             f"--twins: images and twins, decoded, are more than --cache-gb {config.cache_gb:g}, and"
@@ -187,18 +173,19 @@ def open_training_data(
             f"--balance-sources: the images, decoded, are more than --cache-gb {config.cache_gb:g},"
             " and streamed ones are read in the order of their files; raise it"
         )
-    pixels: Pixels = (
-        StreamedPixels(rows, load, num_threads) if array is None else MappedPixels(array, slots)
-    )
-    usable = ~np.isin(slots, list(unusable))
-    if rows.twin_of is not None:  # a twin alone tells styles, not traces
-        usable &= (rows.twin_of < 0) | usable[rows.twin_of]
-    check_usable(rows, usable, config)
+    slots = rows.slots
+    if array is None:
+        errors, usable = dict[int, str](), np.ones(len(slots), bool)
+        pixels: Pixels = StreamedPixels(rows, load, num_threads, errors)
+    else:
+        pixels, usable = MappedPixels(array, slots), ~np.isin(slots, list(unusable))
+        errors = {n: unusable[int(slots[n])] for n in np.flatnonzero(~usable).tolist()}
+        if rows.twin_of is not None:  # a twin alone tells styles, not traces
+            usable &= (rows.twin_of < 0) | usable[rows.twin_of]
+        check_usable(rows, usable, config)
     make_set = partial(_make_set, rows, pixels, preprocessing)
     return TrainingData(
-        train=make_set(usable & ~rows.is_val),
-        val=make_set(usable & rows.is_val),
-        unusable=dict(Counter(unusable[slot] for slot in slots if slot in unusable)),
+        train=make_set(usable & ~rows.is_val), val=make_set(usable & rows.is_val), errors=errors
     )
 
 
@@ -230,8 +217,8 @@ def _decode_rows(
     starts = np.cumsum(rows.group_rows) - rows.group_rows
     with ThreadPoolExecutor(num_threads) as threads:
         for number, start in enumerate(starts.tolist()):
-            column, errors = rows.read_group(number)
-            cells = [read_bytes_of(cell) for cell in column.to_pylist()]
+            cells = [read_bytes_of(cell) for cell in rows.read_group(number).to_pylist()]
+            errors = rows.read_errors(number)
             places = [  # an image with an error may kill its decoder
                 n for n, error in enumerate(errors) if error is None and cells[n] is not None
             ]

@@ -39,6 +39,7 @@ class Twins:
 
     groups: list[tuple[AnyPath, int]] = field(default_factory=list)  # (file, row group)
     group_rows: list[int] = field(default_factory=list)
+    group_bytes: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)  # index of `groups`
     row: list[int] = field(default_factory=list)  # inside it
     twin_of: list[int] = field(default_factory=list)  # place of its image among those given
@@ -97,6 +98,7 @@ def find_twins(
                         twins.twin_of.append(places[0])
                 twins.groups.append((path, number))
                 twins.group_rows.append(len(facts))
+                twins.group_bytes.append(table.file.metadata.row_group(number).total_byte_size)
     if not twins.row:
         raise UsageError(
             f"--twins {root}: {twins}; a twin has the source and the file name of its image in"

@@ -90,6 +90,7 @@ def run_rank(rank: int, name: str, num_ranks: int, folder: str, source: str, opt
         trainer.fit(lambda: None)
     if rank == 0:
         np.save(f"{folder}/{name}.npy", trainer.losses)  # type: ignore[attr-defined]
+    dist.barrier()  # none leaves while another may still exchange with it
     dist.destroy_process_group()
 
 

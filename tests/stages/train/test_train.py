@@ -147,6 +147,10 @@ def test_images_that_do_not_decode_are_counted_and_left_out(
         summary = run_train(tmp_path / "shards", tmp_path / name, cache_gb=cache_gb)
         assert summary["unusable"] == {"truncated": 1}
         assert summary["train_images"] + summary["val_images"] == 47
+    (tmp_path / "streamed" / "_SUCCESS").unlink()  # a kill before it: no image is read again
+    assert run_train(tmp_path / "shards", tmp_path / "streamed", cache_gb=0.0)["unusable"] == {
+        "truncated": 1
+    }
 
 
 def test_the_bundle_is_the_best_epoch(shards: Path, tmp_path: Path) -> None:
