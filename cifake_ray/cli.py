@@ -17,9 +17,10 @@ import typer
 
 from cifake_ray.command import Command, Group
 from cifake_ray.config import VERBS, DoctorConfig, StoreConfig, SubmitConfig
-from cifake_ray.console import format_checks, get_log_format, log, run_command, show_line
+from cifake_ray.console import get_log_format, log, run_command, show_line
 from cifake_ray.errors import ExitCode, UsageError, suggest_word
 from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
+from cifake_ray.report.record_text import format_checks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 STARTED_S = time.monotonic()
