@@ -115,13 +115,12 @@ def _add_command(name: str) -> Callable[[Function], Function]:
 
 
 def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
-    def body() -> tuple[Any, int]:
-        config = make_config()
+    def run(config: Any) -> tuple[Any, int]:
         from cifake_ray.pipeline import run_verb
 
         return run_verb(config, STARTED_S)
 
-    run_command(body, json_output=json_output, debug=debug)
+    run_command(lambda: make_config(run), json_output=json_output, debug=debug)
 
 
 def _describe(config_class: type) -> str:
