@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,17 @@ def test_a_process_with_a_gpu_is_fed_by_no_tasks_of_ray(monkeypatch: pytest.Monk
         run, placement, _ = driver._start_here(plan, found, stack)
     assert (run, placement) == (found, Placement(1, 1, 1, num_feeders=0))
     assert driver.choose_placement(here, 0, "auto").num_feeders == 7  # as on a cluster
+
+
+def test_the_plan_of_a_pipeline_is_that_of_convert_and_of_options_that_fit(images: Path) -> None:
+    words = ["pipeline", str(images / "images"), str(images / "out"), "--dry-run"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^labels +REAL 30, FAKE 30$", result.stdout, re.MULTILINE)
+    assert re.search(r"^command +pipeline$", result.stdout, re.MULTILINE)
+    refused = CliRunner().invoke(cli.app, [*words, "--model", "resnet"])
+    assert refused.exit_code == 2
+    assert not (images / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["convert", "score"])
