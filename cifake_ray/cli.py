@@ -17,9 +17,10 @@ import typer
 
 from cifake_ray.command import Command, Group
 from cifake_ray.config import VERBS, DoctorConfig, StoreConfig, SubmitConfig
-from cifake_ray.console import format_checks, get_log_format, log, run_command, show_line
+from cifake_ray.console import get_log_format, log, run_command, show_line
 from cifake_ray.errors import ExitCode, UsageError, suggest_word
 from cifake_ray.options import SECTIONS, DebugOption, JsonOption, format_config, make_command
+from cifake_ray.report.record_text import format_checks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 STARTED_S = time.monotonic()
@@ -115,13 +116,12 @@ def _add_command(name: str) -> Callable[[Function], Function]:
 
 
 def _run_verb(make_config: Any, *, json_output: bool, debug: bool) -> None:
-    def body() -> tuple[Any, int]:
-        config = make_config()
+    def run(config: Any) -> tuple[Any, int]:
         from cifake_ray.pipeline import run_verb
 
         return run_verb(config, STARTED_S)
 
-    run_command(body, json_output=json_output, debug=debug)
+    run_command(lambda: make_config(run), json_output=json_output, debug=debug)
 
 
 def _describe(config_class: type) -> str:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cifake_ray.errors import CifakeError, ExitCode
+from cifake_ray.report.record_text import clean_text, format_record, format_time
 from cifake_ray.status_line import PLAIN_INTERVAL_S, TERMINAL_INTERVAL_S, StatusLine
 
 if TYPE_CHECKING:
@@ -39,11 +40,6 @@ _status = StatusLine()
 
 class Terminated(KeyboardInterrupt):
     """Raised on SIGTERM, which is handled like Ctrl-C."""
-
-
-def clean_text(text: str) -> str:
-    """Escape control characters, so that a file name cannot control the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_command(
@@ -180,49 +176,6 @@ def _fit_line(line: str, stream: TextIO) -> str:
     )
 
 
-def format_record(record: dict[str, Any]) -> str:
-    """Format a record as `name  value` lines."""
-    width = max(len(name) for name in record)
-    return "\n".join(
-        f"{name.ljust(width)}  "
-        + clean_text(_format_size(value) if name.endswith("_bytes") else _format_value(value))
-        for name, value in record.items()
-    )
-
-
-def format_checks(found: dict[str, Any]) -> str:
-    """Format what doctor found: a tick before each finding, a cross before each problem."""
-    try:
-        tick, cross = "\u2713", "\u2717"
-        (tick + cross).encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        tick, cross = "ok", "!!"
-    facts = {name.replace("_", " "): v for name, v in found.items() if name != "problems"}
-    lines = [f"{tick} {line}" for line in format_record(facts).splitlines()]
-    lines += [f"{cross} {clean_text(problem)}" for problem in found["problems"]]
-    return "\n".join(lines)
-
-
-def _format_size(num_bytes: float) -> str:
-    """Format bytes as `122.9 MB`."""
-    if num_bytes < 1000:
-        return f"{num_bytes:,} bytes"
-    power = min(int(math.log10(num_bytes) // 3), 4)
-    return f"{num_bytes / 1000**power:,.1f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def _format_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_format_value(v)}" for name, v in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(map(_format_value, value)) or "none"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "-"}[value]
-    if isinstance(value, float):
-        return f"{value:,.4f}".rstrip("0").rstrip(".")
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def choose_log_format(log_format: LogFormat) -> LogFormat:
     """Set the format of `log`."""
     global _log_format
@@ -276,7 +229,7 @@ def show_bytes(chunks: Iterable[bytes]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Repeated:
+class Repeated:
     """Show progress now and then: in place on a terminal, else as a line every 5 s."""
 
     shown_s = 0.0
@@ -294,7 +247,7 @@ class _Repeated:
             log(texts[0], **fields)
 
 
-def _drop_parts(head: str, short_head: str, parts: Sequence[str]) -> list[str]:
+def drop_parts(head: str, short_head: str, parts: Sequence[str]) -> list[str]:
     """Return `head` with all parts, with ever fewer of them (the first go first), and alone."""
     parts = [part for part in parts if part]
     texts = [", ".join([head, *parts[n:]]) for n in range(len(parts) + 1)]
@@ -302,7 +255,7 @@ def _drop_parts(head: str, short_head: str, parts: Sequence[str]) -> list[str]:
 
 
 @dataclass
-class ProgressLine(_Repeated):
+class ProgressLine(Repeated):
     """Show the progress of a batch with its rate and the time left."""
 
     verb: str = ""
@@ -315,7 +268,7 @@ class ProgressLine(_Repeated):
             f"{progress.images_per_s:,.0f} images/s",
             "" if progress.eta_s is None else f"{format_time(progress.eta_s)} left",
         )
-        texts = _drop_parts(
+        texts = drop_parts(
             f"{self.verb}: {done:,} of {progress.listed:,} images ({share})",
             f"{self.verb}: {done:,}/{progress.listed:,}",
             parts,
@@ -326,14 +279,7 @@ class ProgressLine(_Repeated):
             _status.set(f"{self.verb}: finishing ...")
 
 
-def format_time(seconds: float) -> str:
-    """Format seconds as `3:07` or `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-class StepLine(_Repeated):
+class StepLine(Repeated):
     """Show the progress within an epoch of training."""
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -344,7 +290,7 @@ class StepLine(_Repeated):
             f"{format_time(row['eta_s'])} left",
         )
         batch = f"batch {row['batch']:,} of {row['batches']:,}"
-        self.show(_drop_parts(f"{head}, {batch}", head, parts), **row)
+        self.show(drop_parts(f"{head}, {batch}", head, parts), **row)
 
 
 def show_epoch(row: dict[str, Any], epochs: int) -> None:

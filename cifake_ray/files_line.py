@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from cifake_ray.console import _drop_parts, _format_size, _Repeated, format_time
+from cifake_ray.console import Repeated, drop_parts
+from cifake_ray.report.record_text import format_size, format_time
 
 if TYPE_CHECKING:
     from cifake_ray.storage.runs.file_progress import FileProgress
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 def format_speed(bytes_per_s: float) -> str:
     """Format bytes per second as `1.3 GB/s`."""
-    return f"{_format_size(round(bytes_per_s))}/s"
+    return f"{format_size(round(bytes_per_s))}/s"
 
 
 @dataclass
-class FilesLine(_Repeated):
+class FilesLine(Repeated):
     """Show the progress of a command with its rate and the time left, unless it is soon over."""
 
     verb: str
@@ -32,7 +33,7 @@ class FilesLine(_Repeated):
             self.format_rate(progress.rate),
             "" if progress.eta_s is None else f"{format_time(progress.eta_s)} left",
         )
-        texts = _drop_parts(
+        texts = drop_parts(
             f"{self.verb}: {progress.done:,} of {progress.total:,} files"
             f" ({progress.done / progress.total:.0%})",
             f"{self.verb}: {progress.done:,}/{progress.total:,}",

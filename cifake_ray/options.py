@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
@@ -73,8 +74,10 @@ def _set_defaults(context: typer.Context) -> None:
                 path = find_preset(str(name), RECIPES)
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from error
-            values = {**_read_values(context, path), **values}
+            recipe = _read_values(context, path)
             context.meta["recipe_in_use"] = name
+            context.meta["set_by_recipe"] = recipe.keys() - values.keys()
+            values = {**recipe, **values}
     for key, value in values.items():
         if not getattr(parameters[key], "multiple", False):
             if isinstance(value, list):  # a text option would take it as "['a', 'b']"
@@ -84,6 +87,15 @@ def _set_defaults(context: typer.Context) -> None:
                 raise typer.BadParameter(f"{key}: give a list, such as [a, b]")
             values[key] = [value]
     context.default_map = values
+
+
+def _is_of_recipe(context: typer.Context, error: UsageError) -> bool:
+    """Whether an error begins with an option that the recipe has set, so that nobody typed it."""
+    option = re.match(r"--([a-z-]+)", str(error))
+    name = option[1].replace("-", "_") if option else ""
+    source = context.get_parameter_source(name)
+    is_default = source is not None and source.name == "DEFAULT_MAP"
+    return is_default and name in context.meta.get("set_by_recipe", ())
 
 
 def _read_values(context: typer.Context, path: Path) -> dict[str, Any]:
@@ -217,8 +229,9 @@ def make_command(
 ) -> Callable[..., None]:
     """Return a function whose signature is the fields of `config_class`; it calls `run(make, ...)`.
 
-    `make()` builds the config, so its UsageError is reported as other errors are. A `job_class`
-    adds its fields, replaces those of the same name, and makes `make()` return both configs.
+    `make()` builds the config, so its UsageError is reported as other errors are; `make(use)`
+    returns what `use` makes of it. A `job_class` adds its fields, replaces those of the same name,
+    and makes both configs.
     """
     classes = [config_class] if job_class is None else [config_class, job_class]
     owners = {field.name: owner for owner in classes for field in fields(owner)}
@@ -241,15 +254,20 @@ def make_command(
     def command(*, json_output: bool, debug: bool, context: typer.Context, **values: Any) -> None:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
-        def make() -> Any:
+        def make(use: Callable[[Any], Any] = lambda made: made) -> Any:
             check_variables()
             if name := context.meta.get("recipe_in_use"):
                 log(f"{context.command.name}: recipe {name}")
-            made = [
-                owner(**{name: values[name] for name in owners if owners[name] is owner})
-                for owner in classes
-            ]
-            return made[0] if job_class is None else made
+            try:
+                made = [
+                    owner(**{name: values[name] for name in owners if owners[name] is owner})
+                    for owner in classes
+                ]
+                return use(made[0] if job_class is None else made)
+            except UsageError as error:
+                if _is_of_recipe(context, error):
+                    raise UsageError(f"recipe {name}: {error}") from error
+                raise
 
         run(make, json_output=json_output, debug=debug)
 

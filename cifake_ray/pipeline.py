@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from cifake_ray.config import (
@@ -79,6 +79,10 @@ def run_pipeline(config: PipelineConfig, training: dict[str, Any]) -> tuple[dict
         ScoreConfig(src=config.src, out=scores, bundle=run, device=config.device, **batch),
     )
     build_checked(train)  # fail before hours of converting if the options do not fit together
+    if config.dry_run:
+        convert = replace(steps[0], dry_run=True)
+        plan, code = run_verb(convert, time.monotonic())
+        return {**asdict(plan), "command": "pipeline", "out": str(root)}, code
     with ExitStack() as stack:
         if not (trains_here(train) and runs_here(config, config.batch_workers, config.device)):
             resources = stack.enter_context(connect_cluster(config, log=log))

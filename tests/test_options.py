@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cifake_ray import cli, pipeline
@@ -137,6 +141,26 @@ def test_a_policy_in_a_recipe_and_a_recipe_of_a_search(tmp_path: Path) -> None:
     recipe.write_text("recipe: seed-v1.0\ntrials: 3\n")
     search = parse(TuneConfig, "s", "r", "--config", str(recipe))
     assert (search.recipe, search.trials) == ("seed-v1.0", 3)
+
+
+def test_an_error_on_an_option_that_a_recipe_set_names_the_recipe(
+    tmp_path: Path,
+) -> None:
+    images = []
+    for shade in range(200):
+        buffer = io.BytesIO()
+        Image.new("RGB", (9, 9), (shade, 0, 0)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    rows = {"image": images, "label": ["REAL", "FAKE"] * 100}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    words = ["train", str(tmp_path), str(tmp_path / "run"), "--recipe", "wild"]
+    for own, recipe in (([], "recipe wild: "), (["--balance-sources", "0.5"], "")):
+        result = CliRunner().invoke(cli.app, [*words, *own])
+        assert result.exit_code == 2
+        assert f"cifake-ray: {recipe}--balance-sources 0.5: no image" in result.output
+        assert "--balance-sources 0 balances REAL and FAKE only" in result.output
+    result = CliRunner().invoke(cli.app, [*words, "--fit", "resize"])
+    assert "recipe wild: --num-crops and --crops-per-image need --fit crops" in result.output
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_those_that_are() -> None:

@@ -18,10 +18,10 @@ from cifake_ray.console import (
     ProgressLine,
     StepLine,
     choose_log_format,
-    format_record,
     log,
     run_command,
 )
+from cifake_ray.report.record_text import format_record
 from cifake_ray.stages.batch.driver import Progress
 from cifake_ray.status_line import StatusLine
 

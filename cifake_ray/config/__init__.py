@@ -41,8 +41,9 @@ from cifake_ray.config.review import ReviewConfig
 from cifake_ray.config.sample import SampleConfig
 from cifake_ray.config.score import ScoreConfig
 from cifake_ray.config.submit import JOBS_API, SubmitConfig, check_remote_paths
-from cifake_ray.config.train import Monitor, TrackerName, TrainConfig
+from cifake_ray.config.train import TrackerName, TrainConfig
 from cifake_ray.config.tune import TuneConfig
+from cifake_ray.config.validation import Monitor
 from cifake_ray.config.verify import VerifyConfig
 
 Config = StoreConfig | SampleConfig  # of any verb

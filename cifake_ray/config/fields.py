@@ -171,7 +171,7 @@ class WorkersConfig(ClusterConfig):
     num_workers: Annotated[
         int | None,
         RuntimeDoc(
-            "Workers of Ray, each with a CPU or a GPU; 0: a process per CPU of this machine,"
+            "Workers of Ray, each with a CPU or a GPU; 0: a process per CPU or GPU of this machine,"
             " without Ray (default: 0 if no cluster is named and no GPU used, else as many as fit)"
         ),
     ] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from cifake_ray.config.fields import ClusterConfig, Device, Doc, check_least
+from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class PipelineConfig(ClusterConfig):
         int | None, Doc("Workers of convert, evaluate and score (default: as for these)")
     ] = None
     device: Annotated[Device, Doc("auto: the GPUs if there are any")] = "auto"
+    dry_run: Annotated[
+        bool,
+        RuntimeDoc("Check the options, show the plan of convert, on whose output the rest depends"),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,6 @@ from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
     MAX_IMAGE_SIZE,
     MAX_NUM_CROPS,
-    ClusterConfig,
     Device,
     Doc,
     Fit,
@@ -19,17 +18,17 @@ from cifake_ray.config.fields import (
     check,
     check_least,
 )
+from cifake_ray.config.validation import ValidationConfig
 
 Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["onecycle", "cosine", "constant"]
-Monitor = Literal["val_accuracy", "val_loss", "val_auroc", "val_tpr_at_fpr_1pct"]
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 TrackerName = Literal["tensorboard", "mlflow"]
 DISTILL = 0.9  # as in the comparison of methods by Tian et al. 2020, arXiv 1910.10699
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ClusterConfig):
+class TrainConfig(ValidationConfig):
     """train: train a detector on shards; its best epoch by validation becomes RUN/bundle."""
 
     PANEL: ClassVar[str] = "Training"
@@ -41,9 +40,6 @@ class TrainConfig(ClusterConfig):
         "Distillation": "teacher distill distill_temperature",
         "Optimizer": "optimizer lr momentum weight_decay schedule warmup layer_decay grad_clip"
         " grad_accum",
-        "Validation and the epoch that is kept": "val_fraction val_split val_sources"
-        " test_fraction exclude_source leave_one_source_out monitor patience min_delta keep_epochs"
-        " ema_decay",
     }
 
     shards: Annotated[str, Doc("Output of convert", positional=True)]
@@ -96,10 +92,6 @@ class TrainConfig(ClusterConfig):
     freeze_epochs: Annotated[int, Doc("Epochs at the start that train only the head")] = 0
     grad_clip: Annotated[float | None, Doc("Max gradient norm (L2)")] = None
     grad_accum: Annotated[int, Doc("Gradient accumulation: pieces of a batch, to save memory")] = 1
-    ema_decay: Annotated[
-        float | None,
-        Doc("Validate and keep a moving average of the weights; its decay per step, below 1"),
-    ] = None
     label_smoothing: Annotated[float, Doc("Label smoothing, 0 to 1")] = 0.0
     consistency: Annotated[
         float,
@@ -126,16 +118,6 @@ class TrainConfig(ClusterConfig):
             " file of steps, or {step: value}"
         ),
     ] = "flip"
-    monitor: Annotated[Monitor, Doc("Validation metric that selects the best epoch")] = (
-        "val_accuracy"
-    )
-    patience: Annotated[
-        int | None, Doc("Stop after this many epochs without a better one (default: never)")
-    ] = None
-    min_delta: Annotated[float, Doc("Smallest gain that --patience counts as better")] = 0.0
-    keep_epochs: Annotated[
-        int, Doc("Keep the mean weights of this many best epochs, if better than the best one's")
-    ] = 1
     seed: Annotated[int, Doc("Same seed, same workers, same result")] = 0
     image_size: Annotated[
         int | None, Doc("Side of the input in pixels (default: the architecture's own)")
@@ -153,23 +135,6 @@ class TrainConfig(ClusterConfig):
     ] = 1
     test_time_flip: Annotated[
         bool, Doc("Average the outputs of an image and its mirror image, here and in the bundle")
-    ] = False
-    val_fraction: Annotated[float, Doc("Share of the training images kept for validation")] = 0.1
-    val_split: Annotated[str | None, Doc("Validate on this split instead")] = None
-    val_sources: Annotated[
-        tuple[str, ...],
-        Doc("Validate on these sources instead, `a,b`, and train on none of their images"),
-    ] = ()
-    test_fraction: Annotated[
-        float,
-        Doc("Share of the training images that is neither: for `evaluate --unseen`"),
-    ] = 0.0
-    exclude_source: Annotated[
-        tuple[str, ...], Doc("Leave out all images of this source; repeatable")
-    ] = ()
-    leave_one_source_out: Annotated[
-        bool,
-        RuntimeDoc("Train without each FAKE source in turn, below RUN, and measure on all of them"),
     ] = False
     num_workers: Annotated[
         str | None,
@@ -213,9 +178,9 @@ class TrainConfig(ClusterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "patience", "grad_accum")
-        check_least(self, 1, "keep_epochs", "checkpoint_steps", "crops_per_image")
-        check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures", "min_delta")
+        check_least(self, 1, "epochs", "batch_size", "cpus_per_worker", "grad_accum")
+        check_least(self, 1, "checkpoint_steps", "crops_per_image")
+        check_least(self, 0, "seed", "weight_decay", "cache_gb", "max_failures")
         check_least(self, 0, "mixup", "cutmix", "freeze_epochs", "consistency")
         check(
             self.fit == "crops" or (self.num_crops is None and self.crops_per_image == 1),
@@ -250,14 +215,6 @@ class TrainConfig(ClusterConfig):
             "--leave-one-source-out: a --teacher may know the source; give one of the two",
         )
         check(
-            not self.val_sources or self.val_split is None,
-            "--val-sources and --val-split: give one of them",
-        )
-        check(
-            not self.val_sources or len(self.val_source_names) > 0,
-            f"--val-sources {','.join(self.val_sources)!r} names no source; leave it out",
-        )
-        check(
             self.twins is None or self.batch_size % 2 == 0,
             f"--twins needs an even --batch-size, not {self.batch_size}: no pair is torn apart",
         )
@@ -281,11 +238,7 @@ class TrainConfig(ClusterConfig):
             self.pretrained is False or self.model != "cnn",
             "--pretrained: timm has no weights of cnn; give --weights, or leave it out",
         )
-        check(
-            self.min_delta == 0 or self.patience is not None,
-            "--min-delta needs --patience: without it no epoch is counted",
-        )
-        for name in ("lr", "grad_clip", "layer_decay", "ema_decay"):
+        for name in ("lr", "grad_clip", "layer_decay"):
             value, is_decay = getattr(self, name), name.endswith("decay")
             check(
                 value is None or 0 < value < (1 if is_decay else math.inf),
@@ -299,15 +252,6 @@ class TrainConfig(ClusterConfig):
         for name in ("warmup", "label_smoothing", "momentum", "drop_path"):
             value = getattr(self, name)
             check(0 <= value < 1, f"--{name.replace('_', '-')} is {value}; give 0 or more, below 1")
-        check(
-            0 < self.val_fraction < 1,
-            f"--val-fraction is {self.val_fraction}; give a share between 0 and 1",
-        )
-        check(
-            0 <= self.test_fraction < 1 - self.val_fraction,
-            f"--test-fraction is {self.test_fraction}; with --val-fraction it must leave images to"
-            " train on",
-        )
         least, most = self.worker_range or (0, 0)
         check(
             least <= most <= self.batch_size // (1 if self.twins is None else 2),
@@ -336,12 +280,6 @@ class TrainConfig(ClusterConfig):
     def distill_weight(self) -> float:
         """Return the teachers' share of the loss, 0 without one."""
         return (DISTILL if self.distill is None else self.distill) if self.teachers else 0.0
-
-    @property
-    def val_source_names(self) -> list[str]:
-        """Return the sources that `val_sources` names, one or several a value."""
-        parts = [part.strip() for value in self.val_sources for part in value.split(",")]
-        return [part for part in parts if part]
 
     @property
     def worker_range(self) -> tuple[int, int] | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.fields import ClusterConfig, Device, Doc, RuntimeDoc, check, check_least
-from cifake_ray.config.train import Monitor, TrackerName
+from cifake_ray.config.train import TrackerName
+from cifake_ray.config.validation import Monitor
 
 Scheduler = Literal["asha", "median", "pbt", "none"]
 Searcher = Literal["random", "grid", "tpe"]

@@ -26,7 +26,8 @@ RESULTS = {
 }
 DONE = {"audit": "audited", "convert": "converted"}  # and else: scored
 MATRIX = "train --leave-one-source-out"
-MADE = {"train": "bundle", "tune": "bundle", MATRIX: "report"}  # unless it is a dry run
+# Unless it is a dry run.
+MADE = {"train": "bundle", "tune": "bundle", MATRIX: "report", "pipeline": "report"}
 UNTOLD = {"unusable", "untracked"}  # not said by any sentence
 # What the sentences on a batch say; `unlike_training` is a warning of its own.
 BATCH_FIELDS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cifake_ray.core.imaging.training_domain import ANY_SIDE
 from cifake_ray.core.schema import LABEL_NAMES
 from cifake_ray.report.numbers import format_interval, format_share
 
@@ -79,19 +80,18 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 def describe_unlike(counts: Mapping[str, int], num_scored: int, domain: TrainingDomain) -> str:
     """Format the counts of `TrainingDomain.count_unlike` over `num_scored` images."""
-    trained_on = {
-        "size": ("size", f"{_format_range(domain.sides)} pixels"),
-        "format": ("format", ", ".join(domain.formats)),
-        "jpeg_quality": ("JPEG quality", _format_range(domain.jpeg_qualities)),
+    low, high = domain.sides
+    reasons = {
+        "size": f"size (smaller than {low:,} pixels)"
+        if high == ANY_SIDE
+        else f"size (training: {_format_range(domain.sides)} pixels)",
+        "format": f"format (training: {', '.join(domain.formats)})",
+        "jpeg_quality": f"JPEG quality (training: {_format_range(domain.jpeg_qualities)})",
     }
-    reasons = ", ".join(
-        f"{counts[key]:,} by {name} (training: {value})"
-        for key, (name, value) in trained_on.items()
-        if counts[key]
-    )
+    found = ", ".join(f"{counts[key]:,} by {text}" for key, text in reasons.items() if counts[key])
     return (
         f"{counts['any']:,} of {num_scored:,} images are unlike the detector's training images:"
-        f" {reasons}; their scores may be unreliable"
+        f" {found}; their scores may be unreliable"
     )
 
 
@@ -99,9 +99,10 @@ def describe_domain(domain: TrainingDomain | None) -> str:
     """Describe the training images, for a model card."""
     if domain is None:
         return "Sizes, formats and JPEG qualities of these images were not recorded."
-    sides = f"{_format_range(domain.sides)} pixels" if domain.sides else "any, seen in crops"
+    low, high = domain.sides
+    sides = f"{low:,} or more" if high == ANY_SIDE else _format_range(domain.sides)
     return (
-        f"Sides: {sides}; formats: {', '.join(domain.formats)};"
+        f"Sides: {sides} pixels; formats: {', '.join(domain.formats)};"
         f" JPEG quality: {_format_range(domain.jpeg_qualities)}."
     )
 

@@ -109,7 +109,8 @@ def runs_here(
     """Return whether a verb uses processes of this machine, without Ray.
 
     It does with 0 workers, and by default where no cluster is named or connected and there are no
-    more than `max_gpus` GPUs to use: there Ray would cost its start and gain nothing.
+    more than `max_gpus` GPUs to use: there Ray would cost its start and gain nothing. In a batch
+    its tasks decode for a GPU, in training not.
     """
     if num_workers is not None:
         return num_workers == 0

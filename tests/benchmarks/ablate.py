@@ -14,7 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -36,7 +36,6 @@ from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.models.detector import HALF, Detector
 from cifake_ray.core.models.small_networks import build_small_cnn, choose_channels
 from cifake_ray.core.schema import FAKE, LABEL_NAMES
-from cifake_ray.core.training.batches import Batch
 from cifake_ray.core.training.device_limits import choose_precision
 from cifake_ray.core.training.trainer import Trainer
 from cifake_ray.stages.malloc import keep_freed_memory
@@ -105,7 +104,6 @@ class Variant:
     build: Callable[[], nn.Module] | None = None  # if `channels` does not suffice
     changed: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None  # per batch
     whitened: bool = False
-    taught: bool = False
 
 
 def cut_out(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -161,7 +159,10 @@ VARIANTS: dict[str, Variant] = {
     "dropout": Variant("0.2 before the last layer", build=build_dropout),
     "high pass": Variant("what a blur removes as three more inputs", build=build_high_pass),
     "whitening": Variant("a frozen layer that whitens 2 x 2 patches first", whitened=True),
-    "taught": Variant(f"half of the labels from {'-'.join(map(str, TEACHER))}", taught=True),
+    "taught": Variant(
+        f"half of the labels from {'-'.join(map(str, TEACHER))}",
+        options={"teacher": "wider", "distill": 0.5},
+    ),
 }
 
 
@@ -192,7 +193,9 @@ def read_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([load(data) for _, data in files]), np.array(labels, np.int64)
 
 
-def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
+def make_trainer(
+    variant: Variant, seed: int, data: Path, teachers: Sequence[Detector] = ()
+) -> Trainer:
     options = {**RECIPE, **variant.options}
     config = TrainConfig(shards="", run="", seed=seed, **options)
     pixels, labels = (np.load(data / f"{name}.npy") for name in ("pixels", "labels"))
@@ -215,26 +218,14 @@ def make_trainer(variant: Variant, seed: int, data: Path) -> Trainer:
         Part(pixels[:NUM_WATCHED], labels[:NUM_WATCHED]),
         choose_precision("cpu", config.precision),
         variant.augmentation or POLICIES[config.augment],
+        teachers,
     )
 
 
-def teach(trainer: Trainer, seed: int, data: Path) -> float:
-    """Mix the outputs of a larger network, trained first, into the labels; return its minutes.
-
-    Source: Hinton et al. 2015, at temperature 1.
-    """
-    teacher = make_trainer(Variant(channels=TEACHER), seed + 100, data)
-    teacher.fit(lambda: None)
-    draw, judge = trainer.batches.draw, teacher.detector.eval()
-
-    def draw_taught(epoch: int, start: int) -> Iterator[Batch]:
-        for images, labels, size in draw(epoch, start):
-            with torch.inference_mode(), teacher.numerics.autocast:
-                said = judge(images).softmax(dim=1)
-            yield Batch(images, (said.clone() + F.one_hot(labels, 2)) / 2, size)
-
-    trainer.batches.draw = draw_taught  # type: ignore[method-assign]
-    return sum(row["train_s"] for row in teacher.state.history) / 60
+def fit(trainer: Trainer) -> float:
+    """Train; return the minutes."""
+    trainer.fit(lambda: None)
+    return sum(row["train_s"] for row in trainer.state.history) / 60
 
 
 def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
@@ -242,10 +233,13 @@ def measure(name: str, seed: int, data: Path, num_threads: int) -> Row:
     keep_freed_memory()
     torch.set_num_threads(num_threads)
     variant = VARIANTS[name]
-    trainer = make_trainer(variant, seed, data)
-    minutes = teach(trainer, seed, data) if variant.taught else 0.0
-    trainer.fit(lambda: None)
-    minutes += sum(row["train_s"] for row in trainer.state.history) / 60
+    teachers, minutes = [], 0.0
+    if "teacher" in variant.options:
+        teacher = make_trainer(Variant(channels=TEACHER), seed + 100, data)
+        minutes = fit(teacher)
+        teachers = [teacher.detector]
+    trainer = make_trainer(variant, seed, data, teachers)
+    minutes += fit(trainer)
     pixels, labels = (np.load(data / f"{name}.npy")[:NUM_VAL] for name in ("pixels", "labels"))
     eval_model, images, is_fake = trainer.eval_model, Part(pixels, labels), labels == FAKE
     logit = trainer.predict(images).numpy()

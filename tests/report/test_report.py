@@ -13,7 +13,7 @@ from PIL import Image
 
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.metrics import compute_metrics
-from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain
 from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.report import figures
 from cifake_ray.report.evaluation import describe_verdict, split_slices
@@ -416,4 +416,10 @@ def test_a_domain_in_words():
     )
     no_jpeg = TrainingDomain(sides=(32, 32), formats=("PNG",), jpeg_qualities=None)
     assert describe_domain(no_jpeg) == "Sides: 32 pixels; formats: PNG; JPEG quality: -."
+    crops = TrainingDomain(sides=(128, ANY_SIDE), formats=("JPEG",), jpeg_qualities=(57, 100))
+    assert describe_unlike({"size": 3, "format": 0, "jpeg_quality": 0, "any": 3}, 9, crops) == (
+        "3 of 9 images are unlike the detector's training images: 3 by size (smaller than 128"
+        " pixels); their scores may be unreliable"
+    )
+    assert describe_domain(crops).startswith("Sides: 128 or more pixels; formats: JPEG;")
     assert "not recorded" in describe_domain(None)

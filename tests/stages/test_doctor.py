@@ -10,7 +10,7 @@ import ray
 from typer.testing import CliRunner
 
 from cifake_ray import cli
-from cifake_ray.console import format_checks
+from cifake_ray.report.record_text import format_checks
 from cifake_ray.stages import doctor
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.perturbation import perturb_image, seed_noise
-from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain
 from cifake_ray.core.models.detector import build_detector, find_head
 from cifake_ray.core.schema import CROP_FIELDS, PROVENANCE_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import UsageError
@@ -64,7 +65,7 @@ def write_crop_bundle(folder: Path, *, flip: bool = False) -> Path:
         folder,
         detector,
         CALIBRATION,
-        TrainingDomain(sides=None, formats=("PNG",), jpeg_qualities=None),
+        TrainingDomain(sides=(32, ANY_SIDE), formats=("PNG",), jpeg_qualities=None),
         training={},
         metrics={},
         history=[],
@@ -143,6 +144,20 @@ def test_a_row_has_the_mean_and_the_spread_of_its_crops(
         assert row["thumbnail_webp"] is not None
     assert counts == {1, 3, 5}
     assert max(row["crop_logit_std"] or 0 for row in rows.values()) > 0.1
+
+
+def test_images_smaller_than_a_crop_are_unlike_those_of_training(
+    images: Path, bundle: Path, scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score(images, scored, bundle, shard_size=3)
+    said = (
+        "6 of 8 images are unlike the detector's training images: 4 by size (smaller than 32"
+        " pixels), 2 by format (training: PNG); their scores may be unreliable"
+    )
+    assert said in capsys.readouterr().err
+    page = scored.parent / "page.html"
+    run(ReviewConfig(src=str(scored), file=str(page), overwrite=True))
+    assert said in unescape(page.read_text(encoding="utf-8"))
 
 
 def test_workers_and_batches_change_nothing(
@@ -292,14 +307,14 @@ def test_the_python_of_the_card_gives_what_score_gives(
         architecture="small_cnn_w8_d1",
         num_parameters=1,
         trained_on="x",
-        domain=TrainingDomain(sides=None, formats=("PNG",), jpeg_qualities=None),
+        domain=TrainingDomain(sides=(32, ANY_SIDE), formats=("PNG",), jpeg_qualities=None),
         preprocessing=load_bundle(bundle)[1].preprocessing.to_dict(),
         training={},
         calibration=CALIBRATION,
         metrics=metrics,
     )
     assert "crops of their own resolution, 5 at most" in card
-    assert "Sides: any, seen in crops" in card
+    assert "Sides: 32 or more pixels" in card
     snippet = card.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(snippet.replace("BUNDLE", str(bundle)).replace("IMAGE", f"{images}/real/a.png"), names)

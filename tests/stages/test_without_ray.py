@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cifake_ray import cli
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import ScoreConfig, TrainConfig
+from cifake_ray.stages.batch import driver
+from cifake_ray.stages.resources import Node, Placement, Resources
 from cifake_ray.stages.train import progress
 from cifake_ray.stages.train.driver import train_detector
 
@@ -49,6 +54,30 @@ def images(tmp_path: Path) -> Path:
     (tmp_path / "shards").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / "train.parquet")
     return tmp_path
+
+
+def test_a_process_with_a_gpu_is_fed_by_no_tasks_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Resources((Node(num_cpus=8, num_gpus=1),))
+    monkeypatch.setattr(driver, "read_local_resources", lambda device: here)
+    monkeypatch.setattr(driver, "LocalPool", lambda *_: nullcontext())
+    config = ScoreConfig(src="s", out="o", num_workers=0)
+    plan: Any = SimpleNamespace(config=config, device="auto", make_processor=driver.BatchPlan)
+    found: Any = "the run"
+    with ExitStack() as stack:
+        run, placement, _ = driver._start_here(plan, found, stack)
+    assert (run, placement) == (found, Placement(1, 1, 1, num_feeders=0))
+    assert driver.choose_placement(here, 0, "auto").num_feeders == 7  # as on a cluster
+
+
+def test_the_plan_of_a_pipeline_is_that_of_convert_and_of_options_that_fit(images: Path) -> None:
+    words = ["pipeline", str(images / "images"), str(images / "out"), "--dry-run"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^labels +REAL 30, FAKE 30$", result.stdout, re.MULTILINE)
+    assert re.search(r"^command +pipeline$", result.stdout, re.MULTILINE)
+    refused = CliRunner().invoke(cli.app, [*words, "--model", "resnet"])
+    assert refused.exit_code == 2
+    assert not (images / "out").exists()
 
 
 @pytest.mark.parametrize("verb", ["convert", "score"])

@@ -14,8 +14,7 @@ import numpy as np
 BLOCK = 8  # pixels: offsets are multiples, so that a JPEG's blocks stay where they are
 # So many times the crops asked for are looked at, to find others where some are flat.
 CANDIDATES_PER_CROP = 4
-# Neighbouring green values of a flat crop differ by less on average, of 255. Of 7,514 crops of 128
-# pixels, from 119 generators and camera sets, 3.4% do: 1.4% of REAL images', 4.4% of FAKE ones'.
+# Neighbouring green values of a flat crop differ by less on average, of 255.
 FLAT_DIFFERENCE = 1
 
 

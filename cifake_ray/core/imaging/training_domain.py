@@ -13,7 +13,7 @@ Bounds = tuple[int, int]  # lowest and highest, both inside
 
 DOMAIN_COLUMNS = ["width", "height", "format", "jpeg_quality"]  # of HEADER_FIELDS
 QUALITIES = (1, 100)  # IJG
-ANY_SIDES = (1, 2**31 - 1)
+ANY_SIDE = 2**31 - 1  # pixels: more than an image has
 MAX_ENLARGEMENT = 2  # images of up to so many times the largest side are like those of training
 
 
@@ -21,15 +21,12 @@ MAX_ENLARGEMENT = 2  # images of up to so many times the largest side are like t
 class TrainingDomain:
     """The ranges that the training images of a detector are in."""
 
-    sides: Bounds | None  # pixels: the smallest and the largest width or height; None for crops
+    sides: Bounds  # pixels: the smallest and the largest width or height; of crops up to ANY_SIDE
     formats: tuple[str, ...]  # Pillow's names, sorted
     jpeg_qualities: Bounds | None  # see `estimate_quality`; None where no image was a JPEG
 
     def __post_init__(self) -> None:
-        bounds = {
-            "sides": ANY_SIDES if self.sides is None else self.sides,
-            "jpeg_qualities": self.jpeg_qualities or QUALITIES,
-        }
+        bounds = {"sides": self.sides, "jpeg_qualities": self.jpeg_qualities or QUALITIES}
         for name, (low, high) in bounds.items():
             if not 1 <= low <= high:
                 raise ValueError(f"{name} from {low} to {high} must be 1 or more, in this order")
@@ -48,9 +45,8 @@ class TrainingDomain:
     def find_unlike(self, scored: pa.Table) -> dict[str, pa.ChunkedArray]:
         """Return which of the scored images are unlike the training images, by what differs."""
         width, height, name, quality = (scored.column(name) for name in DOMAIN_COLUMNS)
-        sides = self.sides or ANY_SIDES
         unlike = {
-            "size": pc.or_(_is_outside(width, sides), _is_outside(height, sides)),
+            "size": pc.or_(_is_outside(width, self.sides), _is_outside(height, self.sides)),
             "format": pc.invert(pc.is_in(name, pa.array(self.formats, pa.string()))),
             "jpeg_quality": _is_outside(quality, self.jpeg_qualities or QUALITIES).fill_null(False),
         }
@@ -60,9 +56,9 @@ class TrainingDomain:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingDomain:
         """Parse the config of a bundle. KeyError, TypeError or ValueError if malformed."""
-        sides, qualities = values["sides"], values["jpeg_qualities"]
+        qualities = values["jpeg_qualities"]
         return cls(
-            sides=None if sides is None else tuple(sides),
+            sides=tuple(values["sides"]),
             formats=tuple(values["formats"]),
             jpeg_qualities=qualities and tuple(qualities),
         )
@@ -94,10 +90,7 @@ def choose_detector(
     by name. The detector of the smallest images is chosen if more than half of the sample is at
     most MAX_ENLARGEMENT times as large as those, then that of the next larger, else the last.
     """
-    largest = {
-        name: (domain.sides if domain and domain.sides else ANY_SIDES)[1]
-        for name, domain in domains.items()
-    }
+    largest = {name: domain.sides[1] if domain else ANY_SIDE for name, domain in domains.items()}
     *smaller, last = sorted(domains, key=lambda name: (largest[name], name))
     reason = "the sizes of the images are not known"
     for name in smaller if sides else ():

@@ -255,6 +255,7 @@ def _start_here(
     """Place the workers on this machine, and list the source while they start."""
     here = read_local_resources(plan.device)
     placement = choose_placement(here, plan.config.num_workers, plan.device)
+    placement = replace(placement, num_feeders=0)  # they are tasks of Ray
     pool = stack.enter_context(LocalPool(placement, plan.make_processor.__module__))
 
     def list_images() -> Listing:

@@ -184,7 +184,10 @@ def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
             while True:
                 given.put(parent.recv())
         except (EOFError, OSError):  # whatever this process is doing, nobody waits for it
-            os._exit(1)
+            pass
+        except Exception:  # it cannot be unpickled here
+            parent.send(traceback.format_exc())
+        os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))

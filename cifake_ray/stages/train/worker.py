@@ -90,7 +90,7 @@ def train_rank(
     )
     if trainer.rank == 0:
         trainer.on_step = StepMeter(trainer, send)
-    domain = read_domain(data.train, config.fit) if trainer.rank == 0 else None
+    domain = read_domain(data.train, detector.preprocessing) if trainer.rank == 0 else None
     if checkpoint is not None:
         try:
             trainer.resume(checkpoint)

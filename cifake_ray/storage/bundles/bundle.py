@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cifake_ray.core.evaluation.calibration import Calibration
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, UsageError
 from cifake_ray.storage.bundles.built_ins import list_built_ins, locate_bundle
@@ -284,15 +284,18 @@ def _parse_config(
         for name in ("threshold", "threshold_fpr_1", "threshold_fpr_01"):
             if not 0 <= (getattr(calibration, name) or 0) <= 1:
                 raise ValueError(f"{name} is {getattr(calibration, name)}, not from 0 to 1")
+        preprocessing = Preprocessing.from_dict(ours["preprocessing"])
         domain = ours.get("domain")
         if domain is not None:
+            if domain["sides"] is None and preprocessing.fit == "crops":  # as was written before
+                domain = {**domain, "sides": [preprocessing.image_size, ANY_SIDE]}
             parse_record(TrainingDomain, domain)
         return BundleInfo(
             path=path,
             weights_name=weights_name,
             fingerprint=fingerprint,
             architecture=architecture,
-            preprocessing=Preprocessing.from_dict(ours["preprocessing"]),
+            preprocessing=preprocessing,
             calibration=calibration,
             domain=None if domain is None else TrainingDomain.from_dict(domain),
             training=dict(ours["training"]),

@@ -8,17 +8,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cifake_ray.config import Fit
-from cifake_ray.core.imaging.training_domain import DOMAIN_COLUMNS, TrainingDomain, find_domain
+from cifake_ray.core.imaging.preprocessing import Preprocessing
+from cifake_ray.core.imaging.training_domain import (
+    ANY_SIDE,
+    DOMAIN_COLUMNS,
+    TrainingDomain,
+    find_domain,
+)
 from cifake_ray.storage.datasets.training_rows import TrainingRows
 from cifake_ray.storage.datasets.training_set import ImageSet
 from cifake_ray.storage.sources.image_table import ImageTable
 
 
-def read_domain(images: ImageSet, fit: Fit = "resize") -> TrainingDomain | None:
+def read_domain(images: ImageSet, preprocessing: Preprocessing) -> TrainingDomain | None:
     """Return the domain of images from the header columns of their rows; no image is read.
 
-    With `fit` "crops" it has no sides, since a detector of crops sees pixels of any image alike.
+    A detector of crops sees all images alike that hold one; smaller ones are padded, which is
+    unlike training unless images as small were in it.
     None when a file is not of convert: these columns may mean something else there.
     """
     rows = images.rows
@@ -33,7 +39,10 @@ def read_domain(images: ImageSet, fit: Fit = "resize") -> TrainingDomain | None:
         headers = headers.take(pa.array(rows.row[positions]))
         distinct.append(headers.group_by(DOMAIN_COLUMNS).aggregate([]))  # memory stays flat
     domain = find_domain(pa.concat_tables(distinct))
-    return replace(domain, sides=None) if fit == "crops" else domain
+    if preprocessing.fit == "crops":
+        least = min(domain.sides[0], preprocessing.image_size)
+        domain = replace(domain, sides=(least, ANY_SIDE))
+    return domain
 
 
 def read_typical_side(rows: TrainingRows) -> int | None:

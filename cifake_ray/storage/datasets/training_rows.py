@@ -193,7 +193,7 @@ def check_usable(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) ->
     if config.balance_sources and rows.source is not None and not rows.source[trained].any():
         raise UsageError(
             f"--balance-sources {config.balance_sources:g}: no image of {config.shards} has a"
-            " source; 0 balances REAL and FAKE only"
+            " source; --balance-sources 0 balances REAL and FAKE only"
         )
     if config.twin_share is not None and rows.twin_of is not None:
         is_twin = rows.twin_of[trained] >= 0

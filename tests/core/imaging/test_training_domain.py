@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cifake_ray.core.imaging.training_domain import TrainingDomain, find_domain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain, find_domain
 from cifake_ray.core.schema import HEADER_FIELDS
 
 PHOTOS = TrainingDomain(sides=(200, 1024), formats=("JPEG", "PNG"), jpeg_qualities=(75, 95))
@@ -79,6 +79,7 @@ def test_it_comes_back_from_json(domain: TrainingDomain) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"sides": None},
         {"sides": []},
         {"sides": [1]},
         {"sides": [64, 32]},
@@ -95,8 +96,7 @@ def test_an_impossible_one_is_refused(change: dict[str, Any]) -> None:
         TrainingDomain.from_dict({**asdict(PHOTOS), **change})
 
 
-def test_without_sides_images_of_any_size_are_alike() -> None:
-    crops = TrainingDomain(sides=None, formats=("JPEG",), jpeg_qualities=None)
-    assert TrainingDomain.from_dict(json.loads(json.dumps(asdict(crops)))) == crops
-    rows = make_rows((1, 60_000_000, "JPEG", 50), (32, 32, "PNG", None))
-    assert crops.count_unlike(rows) == {"size": 0, "format": 1, "jpeg_quality": 0, "any": 1}
+def test_crops_are_alike_in_images_of_any_size_that_hold_one() -> None:
+    crops = TrainingDomain(sides=(32, ANY_SIDE), formats=("JPEG",), jpeg_qualities=None)
+    rows = make_rows((32, 60_000_000, "JPEG", 50), (31, 99, "JPEG", 50), (32, 32, "PNG", None))
+    assert crops.count_unlike(rows) == {"size": 1, "format": 1, "jpeg_quality": 0, "any": 2}

@@ -24,7 +24,7 @@ from cifake_ray.config import EvaluateConfig, ScoreConfig, StoreConfig
 from cifake_ray.core.evaluation.calibration import Calibration, compute_p_fake
 from cifake_ray.core.evaluation.metrics import compute_metrics
 from cifake_ray.core.evaluation.precision_check import PrecisionCheck
-from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain
 from cifake_ray.core.models.detector import Detector, build_detector
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, CifakeError, UsageError
@@ -196,6 +196,17 @@ def test_a_bundle_need_not_say_what_it_learned_from(tmp_path: Path) -> None:
     assert read_bundle_info(bundle).domain is None
     edit_config(bundle, lambda config: config["cifake_ray"].pop("domain"))  # an older one
     assert read_bundle_info(bundle).domain is None
+
+
+def test_a_detector_of_crops_takes_images_that_hold_one(tmp_path: Path) -> None:
+    """Such a bundle said nothing of sides at first; another may not leave them out."""
+    bundle = write(tmp_path / "b", make_detector())
+    edit_config(bundle, lambda config: config["cifake_ray"]["domain"].update(sides=None))
+    with pytest.raises(BundleError, match="sides"):
+        read_bundle_info(bundle)
+    crops = {"fit": "crops", "num_crops": 4}
+    edit_config(bundle, lambda config: config["cifake_ray"]["preprocessing"].update(crops))
+    assert read_bundle_info(bundle).domain == replace(DOMAIN, sides=(32, ANY_SIDE))
 
 
 @pytest.mark.parametrize(

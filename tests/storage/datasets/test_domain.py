@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
-from cifake_ray.core.imaging.training_domain import TrainingDomain
+from cifake_ray.core.imaging.training_domain import ANY_SIDE, TrainingDomain
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
 from cifake_ray.storage.datasets.domain import read_domain, read_typical_side
@@ -74,8 +75,20 @@ def test_it_is_that_of_the_images_that_train(tmp_path: Path) -> None:
     write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
     images = open_images(tmp_path, tmp_path / "cache")
     assert len(images.positions) == 6
-    assert read_domain(images) == TrainingDomain(
+    assert read_domain(images, PREPROCESSING) == TrainingDomain(
         sides=(20, 200), formats=("JPEG", "PNG"), jpeg_qualities=(60, 90)
+    )
+
+
+@pytest.mark.parametrize(("crop_size", "least"), [(8, 8), (20, 20), (64, 20)])
+def test_of_crops_any_image_that_is_not_padded_more_than_in_training_is_alike(
+    tmp_path: Path, crop_size: int, least: int
+) -> None:
+    write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
+    images = open_images(tmp_path, tmp_path / "cache")
+    crops = replace(PREPROCESSING, image_size=crop_size, fit="crops", num_crops=4)
+    assert read_domain(images, crops) == TrainingDomain(
+        sides=(least, ANY_SIDE), formats=("JPEG", "PNG"), jpeg_qualities=(60, 90)
     )
 
 
@@ -92,4 +105,4 @@ def test_it_is_not_known_where_another_program_wrote_the_columns(
 ) -> None:
     write_shards(tmp_path / "a.parquet", {FOOTER_KEY: b"{}"})
     write_shards(tmp_path / "b.parquet", metadata)
-    assert read_domain(open_images(tmp_path, tmp_path / "cache")) is None
+    assert read_domain(open_images(tmp_path, tmp_path / "cache"), PREPROCESSING) is None

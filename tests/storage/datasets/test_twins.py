@@ -255,7 +255,7 @@ def test_sources_belong_to_a_run_that_balances_them(images: Path, tmp_path: Path
         (
             {"balance_sources": 0.5, "val_fraction": 0.4},
             {"source": None},
-            "--balance-sources 0.5: no image of .* has a source; 0 balances REAL and FAKE only",
+            "--balance-sources 0.5: no image of .* has a source; --balance-sources 0 balances REAL",
         ),
         (
             {"twin_share": 0.5, "val_sources": ("faces,art,web",)},
