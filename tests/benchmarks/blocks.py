@@ -266,7 +266,7 @@ class IdleActor:
 def show_driver(num_shards: int, num_workers: int = 8) -> None:
     """Print the driver's CPU time for a shard."""
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    ray.init(num_cpus=num_workers, logging_level=logging.ERROR, **options)
+    ray.init("local", num_cpus=num_workers, logging_level=logging.ERROR, **options)
     real, ray_pool.ShardActor = ray_pool.ShardActor, IdleActor  # type: ignore[misc,assignment]
     task: Any = SimpleNamespace(
         placement=SimpleNamespace(num_workers=num_workers, cpus_per_worker=1, gpus_per_worker=0),
