@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -177,17 +178,14 @@ def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
 
 def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
     """Do the work that comes over the pipe on the items that follow, until it is closed."""
-    given: SimpleQueue[Any] = SimpleQueue()
+    given: SimpleQueue[bytes] = SimpleQueue()
 
     def receive() -> None:
         try:
             while True:
-                given.put(parent.recv())
+                given.put(parent.recv_bytes())
         except (EOFError, OSError):  # whatever this process is doing, nobody waits for it
-            pass
-        except Exception:  # it cannot be unpickled here
-            parent.send(traceback.format_exc())
-        os._exit(1)
+            os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
@@ -197,7 +195,7 @@ def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
     parent.send(READY)
     work: Callable[[Any], Any]
     while True:
-        item, new_work = given.get()
+        item, new_work = pickle.loads(given.get())
         if new_work is not None:
             work = new_work
             continue

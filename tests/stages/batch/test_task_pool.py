@@ -8,7 +8,9 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -90,6 +92,21 @@ def test_the_items_of_processes_that_die_are_given_out_again(
 def test_an_item_that_ends_every_process_ends_the_work(pool: TaskPool) -> None:
     with pytest.raises(ResourceError, match=f"{MAX_LOSSES} times at 7|lost the work on 7"):
         list(pool.map_items(die, deque([7])))
+
+
+class Unknown:
+    """Pickled as what no module has."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return import_module, ("no_such_module",)
+
+
+def test_work_that_a_process_cannot_read_shows_its_traceback() -> None:
+    with (
+        LocalPool(TWO_WORKERS) as pool,
+        pytest.raises(RuntimeError, match="(?s)Traceback.*no_such_module"),
+    ):
+        list(pool.map_items(str, deque([Unknown()])))
 
 
 def test_no_cluster_named_is_processes_here() -> None:
