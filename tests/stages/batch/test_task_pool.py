@@ -104,7 +104,7 @@ class Unknown:
 def test_work_that_a_process_cannot_read_shows_its_traceback() -> None:
     with (
         LocalPool(TWO_WORKERS) as pool,
-        pytest.raises(RuntimeError, match="(?s)Traceback.*no_such_module"),
+        pytest.raises(RuntimeError, match=r"(?s)Traceback.*no_such_module"),
     ):
         list(pool.map_items(str, deque([Unknown()])))
 
