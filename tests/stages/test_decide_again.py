@@ -54,7 +54,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def start_pool(placement: Placement, module: str) -> Iterator[Any]:
-        yield SimpleNamespace(report_shards=report_shards, follow_listing=iter)
+        yield SimpleNamespace(report_shards=report_shards, follow_listing=iter, num_workers=1)
 
     def report_shards(task: WorkerTask) -> Iterator[ShardReport]:
         run: Run = task.run

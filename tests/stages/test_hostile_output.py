@@ -32,6 +32,8 @@ from cifake_ray.stages.resources import Placement
 class InlinePool(nullcontext[Any]):
     """What the driver uses of LocalPool, in this process."""
 
+    num_workers = 1
+
     def __init__(self, placement: Placement, module: str) -> None:
         super().__init__(self)
 

@@ -288,6 +288,8 @@ def _read_footer(end: bytes | memoryview) -> _Footer:
     metadata = pq.read_metadata(pa.BufferReader(end))
     words = metadata.metadata or {}
     facts, seal = (json.loads(words.get(key, b"{}")) for key in (FOOTER_KEY, SEAL_KEY))
+    if not (isinstance(facts, dict) and isinstance(seal, dict)):
+        raise ValueError("its footer is not one of ours")
     footer = parse_record(_Footer, {**facts, **seal})
     if metadata.num_rows != footer.rows:
         raise ValueError(f"{metadata.num_rows} rows, not {footer.rows}")
