@@ -13,6 +13,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from cifake_ray.stages.batch import driver
 from cifake_ray.stages.resources import Node, Placement, Resources
 from cifake_ray.stages.train import progress
 from cifake_ray.stages.train.driver import train_detector
+from cifake_ray.storage.runs.run_plan import RunPlan
 
 NUM_IMAGES = 60
 
@@ -61,7 +63,11 @@ def test_a_process_with_a_gpu_is_fed_by_no_tasks_of_ray(monkeypatch: pytest.Monk
     monkeypatch.setattr(driver, "read_local_resources", lambda device: here)
     monkeypatch.setattr(driver, "LocalPool", lambda *_: nullcontext())
     config = ScoreConfig(src="s", out="o", num_workers=0)
-    plan: Any = SimpleNamespace(config=config, device="auto", make_processor=driver.BatchPlan)
+    new = RunPlan(
+        out=Path("o"), command="score", settings={}, config={}, list_source=Mock(), shard_rows=None
+    )
+    made = {"make_processor": driver.BatchPlan, "run": new}
+    plan: Any = SimpleNamespace(config=config, device="auto", **made)
     found: Any = "the run"
     with ExitStack() as stack:
         run, placement, _ = driver._start_here(plan, found, stack)

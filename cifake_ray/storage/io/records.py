@@ -68,7 +68,7 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
     raise ValueError(f"{name or 'it'} is {shorten_value(value)}")
 
 
-def check_columns(schema: pa.Schema, wanted: Iterable[pa.Field]) -> None:
+def check_columns(schema: Iterable[pa.Field], wanted: Iterable[pa.Field]) -> None:
     """Raise ValueError when a column is missing, there twice, or of another type."""
     for column in wanted:
         found = [field.type for field in schema if field.name == column.name]

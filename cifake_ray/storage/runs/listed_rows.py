@@ -41,9 +41,9 @@ NUM_BUCKETS = 256  # the upper 8 bits of the hash
 MAX_HELD_ROWS = 500_000  # in memory; then they are written
 MAX_HELD_BYTES = 256 * 2**20  # the same; far below the 2 GiB that an array of strings can have
 ROW_FILE_NAME = re.compile(r"[0-9a-f]{16}\.rows")
-HASH = ""  # the name of the column of hashes: a list may use any other for its own
+HASH = ""  # the name of the first column; a list may have one of the same name
 
-_REQUIRED = [pa.field(HASH, pa.uint64()), pa.field("key", pa.string())]
+_FIRST, _KEY = pa.field(HASH, pa.uint64()), pa.field("key", pa.string())
 
 
 def hash_keys(keys: pa.Array) -> np.ndarray:
@@ -125,7 +125,7 @@ class ListedRows:
         """Put the rows that were added into the order of their buckets."""
         if self._added:
             table = pa.Table.from_batches(self._added)
-            order = np.argsort(_find_buckets(table.column(HASH).to_numpy()), kind="stable")
+            order = np.argsort(_find_buckets(table.column(0).to_numpy()), kind="stable")
             self.held, self._added = table.take(pa.array(order)).combine_chunks(), []
 
     def write(self) -> None:
@@ -160,7 +160,7 @@ class ListedRows:
         if not tables:
             return None
         table = pa.concat_tables(tables)
-        hashes = table.column(HASH).to_numpy()
+        hashes = table.column(0).to_numpy()
         order = np.argsort(hashes, kind="stable")
         if np.any(np.diff(hashes[order]) == 0):
             keys = pa.table({"hash": hashes, "key": table.column("key")})
@@ -171,7 +171,7 @@ class ListedRows:
     def _read_range(self, some: HashRange) -> Iterator[pa.Table]:
         for table in self._read(some.start, some.stop):
             if some.num_parts > 1:
-                following = table.column(HASH).to_numpy() << np.uint64(8)
+                following = table.column(0).to_numpy() << np.uint64(8)
                 parts = following >> np.uint64(65 - some.num_parts.bit_length())
                 table = table.filter(pa.array(parts == some.part))
             if table.num_rows:
@@ -188,8 +188,9 @@ class ListedRows:
                     for begin, end in pairwise(end - ends[start] for end in ends[start : stop + 1]):
                         if end > begin:
                             part = pa.BufferReader(data[begin:end])
-                            table = pq.read_table(part, use_threads=False)
-                            check_columns(table.schema, _REQUIRED)
+                            table = pq.ParquetFile(part).read(use_threads=False)
+                            check_columns([table.schema.field(0)], [_FIRST])
+                            check_columns(table.schema, [_KEY])
                             yield table
                 except PARQUET_ERRORS as error:
                     if is_from_s3fs(error):  # the store has failed, not the file
@@ -224,7 +225,7 @@ def _divide_range(start: int, stop: int, num_rows: int, max_rows: int) -> Iterat
 
 def check_unique(table: pa.Table, key_column: str | None) -> None:
     """Raise UsageError when a key is twice in a table in order of hash and key."""
-    if not np.any(np.diff(table.column(HASH).to_numpy()) == 0):
+    if not np.any(np.diff(table.column(0).to_numpy()) == 0):
         return
     keys = table.column("key").combine_chunks()
     twice = keys[1:].filter(pc.equal(keys[1:], keys[:-1])).unique()
@@ -253,7 +254,7 @@ def _find_buckets(hashes: np.ndarray) -> np.ndarray:
 
 def _find_bounds(table: pa.Table) -> list[int]:
     """Return where each bucket begins in rows in the order of buckets, and the end."""
-    buckets = _find_buckets(table.column(HASH).to_numpy())
+    buckets = _find_buckets(table.column(0).to_numpy())
     bounds: list[int] = np.searchsorted(buckets, np.arange(NUM_BUCKETS + 1)).tolist()
     return bounds
 

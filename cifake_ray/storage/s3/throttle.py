@@ -3,7 +3,8 @@
 No worker knows of the others, but all meet the same store: each halves its own rate when the store
 asks to slow down, and raises it slowly while it does not, so together they get close to what the
 store gives. A run starts with what S3 promises for one prefix, and doubles that each second until
-it is asked for the first time.
+it is asked for the first time. A store that answers nothing else for a while says nothing of the
+rate that it can bear: after that, rates double each second up to half of what they were.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from collections import deque
 from collections.abc import Callable
 
 START_PER_S = 5_500.0  # requests of a whole run at first
-START_GROWTH = 0.7  # requests per second more for each success, until the store has asked
-GROWTH = 0.02  # and then: a rate that is used up doubles in 35 s, before in 1 s
+FAST_GROWTH = 0.7  # requests per second more for each success: a rate that is used doubles in 1 s
+GROWTH = 0.02  # the same from half of the rate on that was too much: it doubles in 35 s
 HALVE_EVERY_S = 1.0  # answers to requests sent before the halving carry no news
-MIN_PER_S = 0.1  # of one process
+MIN_PER_S = 10.0  # requests of a whole run, but 0.1 of a process
 MEASURED = 64  # starts of which the real rate is measured
 CATCH_UP_S = 0.05  # a thread that woke up late makes up for it
 
@@ -46,7 +47,10 @@ class Throttle:
         self.per_s = min(START_PER_S / _num_processes, self.max_per_s)
         self.clock = clock
         self.in_flight = 0
+        self.min_per_s = max(0.1, MIN_PER_S / _num_processes)
         self.next_s = self.slowed_at_s = -math.inf
+        self.too_much_per_s = math.inf  # the rate at which the store last asked to slow down
+        self.has_succeeded = True  # since then
         self.starts: deque[float] = deque(maxlen=MEASURED)
         self.turn = threading.Lock()
         self.changed = threading.Condition()
@@ -88,12 +92,16 @@ class Throttle:
             if now_s - self.slowed_at_s >= HALVE_EVERY_S:
                 span_s = now_s - self.starts[0] if self.starts else 0.0
                 real_per_s = len(self.starts) / span_s if span_s else math.inf
-                self.per_s = max(MIN_PER_S, min(self.per_s, real_per_s) / 2)
+                real_per_s = min(self.per_s, real_per_s)
+                if self.has_succeeded:
+                    self.too_much_per_s, self.has_succeeded = real_per_s, False
+                self.per_s = min(self.max_per_s, max(self.min_per_s, real_per_s / 2))
                 self.slowed_at_s = now_s
 
     def speed_up(self) -> None:
         """Raise the rate a little: for each success, so that it never runs ahead of its use."""
+        self.has_succeeded = True
         if self.per_s < self.max_per_s:
             with self.changed:
-                growth = START_GROWTH if self.slowed_at_s == -math.inf else GROWTH
+                growth = FAST_GROWTH if self.per_s < self.too_much_per_s / 2 else GROWTH
                 self.per_s = min(self.max_per_s, self.per_s + growth)

@@ -1,0 +1,59 @@
+"""The rate of requests: what a store that asks to slow down leaves of it, and how it comes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from cifake_ray.storage.s3.throttle import Throttle
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def send(throttle: Throttle, clock: Clock, seconds: float, answer: str) -> int:
+    """Send as many requests as there may be; all get the same answer. Return how many."""
+    end_s, num_sent = clock.now_s + seconds, 0
+    while clock.now_s < end_s:
+        pause_s = throttle.try_start()
+        if pause_s:
+            clock.now_s = min(clock.now_s + pause_s, end_s)
+            continue
+        num_sent += 1
+        throttle.end()
+        throttle.speed_up() if answer == "ok" else throttle.slow_down()
+        clock.now_s += 1e-4
+    return num_sent
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_a_store_that_answers_nothing_for_a_while_costs_seconds(clock: Clock) -> None:
+    throttle = Throttle(64, clock=clock)
+    before = send(throttle, clock, 1.0, "ok")
+    send(throttle, clock, 20.0, "503")
+    assert throttle.per_s < before / 100
+    send(throttle, clock, 10.0, "ok")
+    assert before / 4 < throttle.per_s < before
+
+
+def test_a_rate_that_was_too_much_is_approached_slowly(clock: Clock) -> None:
+    throttle = Throttle(64, clock=clock)
+    send(throttle, clock, 1.0, "ok")
+    throttle.slow_down()
+    halved = throttle.per_s
+    send(throttle, clock, 10.0, "ok")
+    assert halved < throttle.per_s < 1.5 * halved
+
+
+def test_the_limit_of_the_user_is_never_passed(clock: Clock) -> None:
+    throttle = Throttle(64, 2.0, clock)
+    assert send(throttle, clock, 10.0, "ok") <= 21
+    throttle.slow_down()
+    assert throttle.per_s <= 2.0
