@@ -26,9 +26,9 @@ class Shard(NamedTuple):
 
 
 def plan_shards(counts: np.ndarray, shard_rows: int) -> list[Shard]:
-    """Return all shards: in the order in which they are complete, the last of a split is smaller.
+    """Return all shards in the order in which they are complete, and last those that are smaller.
 
-    `counts` are the rows by bucket and split.
+    The last of each split may be. `counts` are the rows by bucket and split.
     """
     shards = []
     for split, ends in enumerate(counts.cumsum(axis=0).T):
@@ -41,7 +41,7 @@ def plan_shards(counts: np.ndarray, shard_rows: int) -> list[Shard]:
                 buckets.tolist(), starts.tolist(), stops.tolist(), strict=True
             )
         ]
-    return sorted(shards)
+    return sorted(shards, key=lambda shard: (shard.stop - shard.start < shard_rows, shard))
 
 
 def deal_shards(
@@ -64,7 +64,7 @@ def deal_shards(
     seen = ends[first] - rows.counts[first]  # rows of each split in the buckets before
     waiting = {split: list[pa.Table]() for split in wanted}
     left = deque(shards)
-    for table in rows.read_sorted(first, shards[-1].bucket + 1, key_column):
+    for table in rows.read_sorted(first, max(shard.bucket for shard in shards) + 1, key_column):
         splits = number_splits(table.column("split"))
         for split, (start, stop) in wanted.items():
             places = np.flatnonzero(splits == split)
