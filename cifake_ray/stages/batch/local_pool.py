@@ -17,8 +17,10 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
+from reprlib import repr as shorten
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,6 +29,7 @@ from cifake_ray.errors import CifakeError, ResourceError
 from cifake_ray.stages.batch.child_process import READY, ChildProcess, connect_parent
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
 from cifake_ray.stages.resources import Placement
+from cifake_ray.storage.s3.throttle import share_requests
 from cifake_ray.storage.sources.source import MIN_SHARD_ROWS
 
 Item = TypeVar("Item")
@@ -39,8 +42,8 @@ MAX_LOSSES = 8  # processes, one after the other, that an item may end
 class _Worker:
     """A process, what it does, the item that it has now, and what to start another one like it."""
 
-    def __init__(self, module: str | None, env: dict[str, str]) -> None:
-        self.module, self.env = module, env
+    def __init__(self, words: list[str], env: dict[str, str]) -> None:
+        self.words, self.env = words, env
         self.starts = 0
         self.start()
 
@@ -49,8 +52,7 @@ class _Worker:
         self.is_ready = False
         self.work: Callable[[Any], Any] | None = None
         self.given: tuple[Any, int] | None = None  # the item, and how many processes it has ended
-        words = [self.module] if self.module else []
-        self.child = ChildProcess(__spec__.name, *words, env=self.env)
+        self.child = ChildProcess(__spec__.name, *self.words, env=self.env)
 
     def give(self, work: Callable[[Any], Any], given: tuple[Any, int]) -> None:
         """Send an item, as (item, None), and before the first one (None, what to do with it)."""
@@ -96,8 +98,9 @@ class LocalPool:
     def _start_workers(self, num_workers: int) -> None:
         """Start processes until there are so many."""
         use_gpu = self.placement.gpus_per_worker > 0
+        words = [str(self.num_workers), *filter(None, [self.module])]
         for number in range(len(self.workers), num_workers):
-            self.workers.append(_Worker(self.module, choose_environment(number, use_gpu)))
+            self.workers.append(_Worker(words, choose_environment(number, use_gpu)))
 
     def follow_listing(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Start as many of the others as a listing is already long enough for."""
@@ -131,11 +134,14 @@ class LocalPool:
         ResourceError when no process can be started, or an item ends MAX_LOSSES of them.
         """
         lost = deque[tuple[Item, int]]()
+        work = partial(work)  # unlike all before: what a map that broke off has begun is dropped
         while self.is_open:
             for worker in self.workers:
                 if worker.is_ready and worker.given is None and (lost or items):
                     worker.give(work, lost.popleft() if lost else (items.popleft(), 0))
-            num_busy = sum(worker.given is not None for worker in self.workers)
+            num_busy = sum(
+                worker.given is not None and worker.work is work for worker in self.workers
+            )
             if not (num_busy or lost or items):
                 return
             self._start_workers(min(self.num_workers, num_busy + len(lost) + len(items)))
@@ -143,16 +149,17 @@ class LocalPool:
             for worker in self.workers:
                 if worker.child.connection not in ready:
                     continue
+                is_ours = worker.work is work
                 try:
                     answer = worker.receive()
                 except (EOFError, OSError):
                     if not self.is_open:
                         return
-                    if worker.given is not None:
+                    if worker.given is not None and is_ours:
                         lost.append(self._count_loss(*worker.given))
                     worker.replace()
                     continue
-                if answer is not None:
+                if answer is not None and is_ours:
                     if isinstance(answer[0], CifakeError):
                         raise answer[0]
                     yield answer[0]
@@ -160,8 +167,8 @@ class LocalPool:
     def _count_loss(self, item: Item, num_losses: int) -> tuple[Item, int]:
         if num_losses + 1 >= MAX_LOSSES:
             raise ResourceError(
-                f"a process of this command ended {MAX_LOSSES} times at {item!r}; free memory and"
-                " run the same command again"
+                f"a process of this command ended {MAX_LOSSES} times at {shorten(item)}; free"
+                " memory and run the same command again"
             )
         return item, num_losses + 1
 
@@ -176,7 +183,7 @@ def choose_environment(number: int, use_gpu: bool) -> dict[str, str]:
     return env
 
 
-def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
+def serve_items(parent: Connection[Any, Any], num_workers: int, modules: list[str]) -> None:
     """Do the work that comes over the pipe on the items that follow, until it is closed."""
     given: SimpleQueue[bytes] = SimpleQueue()
 
@@ -190,6 +197,7 @@ def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends this process
     sys.excepthook = lambda *error: parent.send("".join(traceback.format_exception(*error)))
     threading.Thread(target=receive, daemon=True).start()
+    share_requests(num_workers)
     for module in modules:
         importlib.import_module(module)
     parent.send(READY)
@@ -206,4 +214,5 @@ def serve_items(parent: Connection[Any, Any], modules: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve_items(*connect_parent(sys.argv[1:]))
+    pipe, (count, *names) = connect_parent(sys.argv[1:])
+    serve_items(pipe, int(count), names)

@@ -24,6 +24,7 @@ from cifake_ray.errors import CifakeError
 from cifake_ray.stages.batch.prometheus import WorkMetrics
 from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, WorkerTask
 from cifake_ray.stages.cluster import read_resources
+from cifake_ray.storage.s3.throttle import share_requests
 
 LOOK_S = 1.0  # between two looks whether this process is still connected to Ray
 ANSWER_TIMEOUT_S = 10.0  # of the cluster
@@ -35,6 +36,7 @@ class ShardActor:
     """A ShardWorker in an actor, with metrics for Prometheus."""
 
     def __init__(self, task: WorkerTask) -> None:
+        share_requests(task.placement.num_fetchers)
         self.worker = ShardWorker(task, WorkMetrics(task.run.command))
 
     def get_ready(self) -> None:

@@ -46,7 +46,6 @@ from cifake_ray.storage.runs.shards import (
     inspect_shard,
     read_shard,
 )
-from cifake_ray.storage.s3.throttle import share_requests
 from cifake_ray.storage.sources.source import Source
 
 if TYPE_CHECKING:
@@ -128,7 +127,6 @@ class ShardWorker:
         self.task, self.metrics = task, metrics
         self.run, self.source = task.run, task.source
         self.placement, self.options = task.placement, task.options
-        share_requests(self.placement.num_fetchers)
 
     @cached_property
     def processor(self) -> Processor:

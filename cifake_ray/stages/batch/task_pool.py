@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from reprlib import repr as shorten
 from threading import Event
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from cifake_ray.stages.resources import (
     read_local_resources,
     runs_here,
 )
+from cifake_ray.storage.s3.throttle import share_requests
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,7 +64,7 @@ class RayPool:
         while items or at_work:
             while items and len(at_work) < self.num_workers:
                 item = items.popleft()
-                at_work[task.remote(shared, item)] = item
+                at_work[task.remote(shared, item, self.num_workers)] = item
             done, _ = ray.wait(list(at_work))
             item = at_work.pop(done[0])
             try:
@@ -71,8 +73,8 @@ class RayPool:
                 raise
             except ray.exceptions.RayError as error:
                 raise ResourceError(
-                    f"the cluster has lost the work on {item!r} ({find_cause(error)}); run the same"
-                    " command again"
+                    f"the cluster has lost the work on {shorten(item)} ({find_cause(error)});"
+                    " run the same command again"
                 ) from error
             if isinstance(result, CifakeError):
                 raise result
@@ -102,8 +104,9 @@ class AwaitedPool:
         yield from self._pool.result().map_items(work, items)
 
 
-def _work_on(work: Callable[[Item], Result], item: Item) -> Result | CifakeError:
+def _work_on(work: Callable[[Item], Result], item: Item, num_workers: int) -> Result | CifakeError:
     """Return an error of ours, because Ray would wrap a raised one."""
+    share_requests(num_workers)
     try:
         return work(item)
     except CifakeError as error:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cifake_ray.errors import StorageError
 from cifake_ray.storage.runs.listed_rows import ListedRows, number_splits
 
 
@@ -76,3 +77,8 @@ def deal_shards(
             ready = pa.concat_tables(waiting[shard.split])
             waiting[shard.split] = [ready.slice(shard.stop - shard.start)]
             yield ready.slice(0, shard.stop - shard.start).sort_by("key").combine_chunks()
+    if left:
+        raise StorageError(
+            f"{rows.folder}: it has fewer rows than were listed; remove the folder and run the same"
+            " command again"
+        )

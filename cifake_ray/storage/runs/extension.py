@@ -78,7 +78,7 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     """
     changes, run_id, first = Changes(run.out), secrets.token_hex(4), run.manifest.num_shards
     folder = run.manifest_folder
-    with plan.list_rows(folder) as (listing, listed), tempfile.TemporaryFile() as spool:
+    with plan.list_rows(folder, run_id) as (listing, listed), tempfile.TemporaryFile() as spool:
         added = Listing(
             iter(()),
             left_out=listing.left_out,

@@ -26,6 +26,7 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.listed_rows import ListedRows, RowFile
+from cifake_ray.storage.sources.listing_counts import ListingCounts
 from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
 
 PART_ROWS = 400_000  # after which a worker leaves the rest to others; below MAX_HELD_ROWS
@@ -190,13 +191,22 @@ def read_record(folder: AnyPath, parts: Sequence[Part]) -> PartRecord | None:
         return None
     try:
         record = parse_record(PartRecord, parse_json(path, data))
-        ListedRows(folder).counts += np.array(record.rows)  # has it that shape?
+        if np.shape(record.rows) != ListedRows(folder).counts.shape:
+            raise ValueError(f"{np.shape(record.rows)} counts of rows")
+        ListingCounts().merge(record.counts)
+        names = [name for parts in record.left for part in parts for name in _list_names(part)]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("parts that are no names")
     except ValueError as error:
         raise StorageError(
             f"{path}: not a record of a listing ({error}); remove the folder and run the same"
             " command again"
         ) from error
     return record
+
+
+def _list_names(part: object) -> list[object]:
+    return part if isinstance(part, list) else [part]
 
 
 def _name_record(folder: AnyPath, parts: Sequence[Part]) -> AnyPath:

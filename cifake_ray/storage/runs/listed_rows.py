@@ -195,14 +195,22 @@ class ListedRows:
                 except PARQUET_ERRORS as error:
                     if is_from_s3fs(error):  # the store has failed, not the file
                         raise
-                    raise StorageError(
-                        f"{path}: what was listed is damaged or missing ({error}); remove the"
-                        " folder and run the same command again"
-                    ) from error
+                    raise _explain_damage(path, error) from error
+                except StorageError as error:
+                    if not isinstance(error.__cause__, FileNotFoundError):
+                        raise
+                    raise _explain_damage(path, error) from error
         self.hold()
         if self.held is not None:
             bounds = _find_bounds(self.held)
             yield self.held.slice(bounds[start], bounds[stop] - bounds[start])
+
+
+def _explain_damage(path: AnyPath, error: BaseException) -> StorageError:
+    return StorageError(
+        f"{path}: what was listed is damaged or missing ({error}); remove the folder {path.parent}"
+        " and run the same command again"
+    )
 
 
 def divide_buckets(
@@ -240,8 +248,11 @@ def check_unique(table: pa.Table, key_column: str | None) -> None:
 
 
 def remove_rows(folder: AnyPath) -> None:
-    """Remove a folder of listed rows, as far as that is allowed: what stays does no harm."""
-    for path in list_folder(folder):
+    """Remove a folder of listed rows, as far as that is allowed; first the records that name them.
+
+    So nothing of what a kill leaves names rows that are gone.
+    """
+    for path in sorted(list_folder(folder), key=lambda path: path.suffix != ".json"):
         discard(path)
     if isinstance(folder, Path):
         with suppress(OSError):

@@ -171,13 +171,17 @@ class RunPlan:
         return run
 
     @contextmanager
-    def list_rows(self, manifest_folder: AnyPath) -> Iterator[tuple[Listing, ListedRows]]:
+    def list_rows(
+        self, manifest_folder: AnyPath, name: str | None = None
+    ) -> Iterator[tuple[Listing, ListedRows]]:
         """List the source, see `list_rows`; remove the files of its rows at the end.
 
-        They stay when the store or the workers fail, and after a kill: the next attempt goes on.
+        They stay when the store or the workers fail, and after a kill: the next attempt goes on,
+        unless it gives them another `name` (8 hexadecimal digits).
         """
-        identity = hash_json([self._settings, __version__])
-        folder = manifest_folder / f"{FOLDER_PREFIX}{identity[:8]}"
+        store = repr(getattr(self.source, "store", None))  # with its endpoint
+        name = name or hash_json([self._settings, store, __version__])[:8]
+        folder = manifest_folder / f"{FOLDER_PREFIX}{name}"
 
         def log(message: str) -> None:
             self.log(f"{self.command}: {message}")
