@@ -101,10 +101,12 @@ def train_rank(
             _show_history(run, trainer, on_save)
 
     def save() -> None:
-        share_errors(data.errors, len(prepared.rows.label), device)
+        unusable = dict(data.errors)  # threads that decode the next batches add to it
+        share_errors(unusable, len(prepared.rows.label), device)
+        data.errors.update(unusable)
         if trainer.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**trainer.to_checkpoint(), "unusable": data.errors}, buffer)
+            torch.save({**trainer.to_checkpoint(), "unusable": unusable}, buffer)
             run.write_checkpoint(buffer.getvalue())
             _show_history(run, trainer, on_save)
         report({"epoch": trainer.state.epoch, "step": trainer.state.step})

@@ -48,17 +48,23 @@ def list_entries(folder: Path) -> list[CacheEntry]:
     entries = []
     for key in sorted(filter(KEY.fullmatch, keys)):  # other files are not ours to remove
         with suppress(OSError, ValueError):  # removed meanwhile: it has no file
-            entries.append(_read_entry(folder / key))
+            if (entry := _read_entry(folder / key)) is not None:
+                entries.append(entry)
     return sorted(entries, key=lambda entry: -entry.last_used)
 
 
-def _read_entry(path: Path) -> CacheEntry:
-    """Read an entry by its path without a suffix. OSError or ValueError when it is gone."""
+def _read_entry(path: Path) -> CacheEntry | None:
+    """Read an entry by its path without a suffix. OSError or ValueError when it is gone.
+
+    None for files of others with such a name: ours have a lock, or a record of what is unusable.
+    """
     files = [file for suffix in SUFFIXES if os.path.lexists(file := path.with_suffix(suffix))]
-    facts, about = {file.suffix: file.lstat() for file in files}, ""
-    with suppress(AttributeError, OSError, ValueError):  # damaged: training says so
+    facts, record = {file.suffix: file.lstat() for file in files}, None
+    with suppress(OSError, ValueError):  # damaged: training says so
         record = json.loads(read_regular(path.with_suffix(".json"), MAX_JSON_BYTES))
-        about = str(record.get("about", ""))
+    if ".lock" not in facts and not (isinstance(record, dict) and "unusable" in record):
+        return None
+    about = str(record.get("about", "")) if isinstance(record, dict) else ""
     owners = {fact.st_uid for fact in facts.values()}
     used = facts.get(".json") or max(facts.values(), key=lambda fact: fact.st_mtime)
     return CacheEntry(

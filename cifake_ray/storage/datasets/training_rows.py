@@ -22,6 +22,7 @@ from cifake_ray.storage.sources.held_images import get_bytes
 from cifake_ray.storage.sources.image_table import ImageTable
 from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, open_tables
 
+MIN_GROUP_BYTES = 2**20  # that a row group counts as: a footer may say anything
 USES = ("to train on", "to validate on", "left out")
 
 
@@ -109,7 +110,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
             groups.append((table.path, number))
             facts = table.file.metadata.row_group(number)
             group_rows.append(facts.num_rows)
-            group_bytes.append(facts.total_byte_size)
+            group_bytes.append(max(facts.total_byte_size, MIN_GROUP_BYTES))
     for source in config.exclude_source:
         if not counts[USES[2], f"of the source {source}"]:
             raise UsageError(f"--exclude-source {source}: {root} has no labelled image of it")

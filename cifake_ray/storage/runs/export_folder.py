@@ -251,7 +251,13 @@ def _claim(
         if found.get("command") == "export" and is_other:
             _clear(target)
     has_begun = any(map(PART_NAME.fullmatch, list_sizes(target)))
-    claim_folder(target, settings, config, has_begun=lambda: has_begun)
+    try:
+        claim_folder(target, settings, config, has_begun=lambda: has_begun)
+    except RunMismatch as error:
+        raise RunMismatch(
+            f"{error}; --overwrite replaces what was exported with other options, or before the"
+            " scores changed"
+        ) from error
 
 
 def _clear(target: AnyPath) -> None:
