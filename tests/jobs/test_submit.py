@@ -152,7 +152,9 @@ def test_who_stops_waiting_does_not_stop_the_job(
 ) -> None:
     out = tmp_path / "out"
     process = start(cluster, "score", sample_folder, out, "--submission-id", "left-alone")
-    assert any("submit: job left-alone" in line for line in process.stderr or [])  # slow ones wait first
+    assert any(
+        "submit: job left-alone" in line for line in process.stderr or []
+    )  # slow ones wait first
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED
