@@ -9,7 +9,7 @@ import cifake_ray
 
 PAGE = Path(cifake_ray.__file__).parent / "ARCHITECTURE.md"
 # Gone when a run is complete; only of a run that was extended.
-PASSING = {"_manifest/.listing-XXXXXXXX/", "_attempts/NNNNN.json", "_changes.parquet"}
+PASSING = {"_manifest/.listing-ID/", "_attempts/NNNNN.json", "_changes.parquet"}
 
 
 def read_table(heading: str) -> list[str]:

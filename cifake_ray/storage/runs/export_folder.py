@@ -43,19 +43,14 @@ from cifake_ray.storage.io.paths import AnyPath, is_inside
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
 from cifake_ray.storage.runs.export import encode_shards, read_schema
 from cifake_ray.storage.runs.read_scores import Scores
-from cifake_ray.storage.runs.run import Run, claim_folder, read_record
+from cifake_ray.storage.runs.run import FILES_FIELDS, Run, claim_folder, read_record
 from cifake_ray.storage.runs.settings import identify_run
 from cifake_ray.storage.runs.verify import open_finished, read_files
 
 PART_NAME = re.compile(r"part-\d{5,}\.(csv|parquet|jsonl|txt)")
 RECORDS = "_parts"
 OWN_STARTS = (TEMPORARY_PREFIX, RECORDS)  # of what a loss of power may leave in an empty folder
-FILES_FIELDS = [
-    pa.field("name", pa.string()),
-    pa.field("size_bytes", pa.int64()),
-    pa.field("sha256", pa.string()),
-    pa.field("rows", pa.int64()),
-]
+EXPORTED_FIELDS = [field for field in FILES_FIELDS if field.name != "errors"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,7 @@ class FolderExport:
     def _has_files(self) -> bool:
         try:
             table = pq.read_table(pa.BufferReader(read_bytes(self.target / "_files.parquet")))
-            check_columns(table.schema, FILES_FIELDS)
+            check_columns(table.schema, EXPORTED_FIELDS)
         except (StorageError, *PARQUET_ERRORS):
             return False
         there = list_sizes(self.target)
@@ -184,9 +179,9 @@ class FolderExport:
                 " command again"
             )
         remove_leftovers(target)
-        columns = {field.name: [getattr(f, field.name) for f in files] for field in FILES_FIELDS}
+        columns = {field.name: [getattr(f, field.name) for f in files] for field in EXPORTED_FIELDS}
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=pa.schema(FILES_FIELDS)), sink)
+        pq.write_table(pa.table(columns, schema=pa.schema(EXPORTED_FIELDS)), sink)
         write_bytes(target / "_files.parquet", sink.getvalue().to_pybytes())
         summary = {
             "command": "export",
