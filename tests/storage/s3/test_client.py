@@ -199,9 +199,9 @@ def test_a_rate_that_was_never_used_is_not_what_is_halved() -> None:
     for _ in range(100):
         throttle.try_start()
         throttle.end()
-        clock.now_s += 0.1
+        clock.now_s += 0.02
     throttle.slow_down()
-    assert throttle.per_s == pytest.approx(5, rel=0.1)
+    assert throttle.per_s == pytest.approx(25, rel=0.1)
 
 
 def test_the_limit_of_the_user_is_shared_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
