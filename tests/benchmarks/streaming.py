@@ -20,8 +20,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +37,7 @@ from s3_server import S3Server, find_binary, run_server
 
 from cifake_ray.config import TrainConfig
 from cifake_ray.core.sample_images import generate_images
+from cifake_ray.core.training.batches import Batch, Batches
 from cifake_ray.core.training.device_limits import choose_precision
 from cifake_ray.core.training.optimizer import build_for_training
 from cifake_ray.core.training.trainer import Trainer
@@ -71,16 +74,37 @@ def make_trainer(config: TrainConfig, num_threads: int) -> Trainer:
     return Trainer(detector, detector, config, data.train, data.val, precision)
 
 
-def time_epoch(trainer: Trainer) -> tuple[float, float, float]:
-    """Return the seconds on the clock, of all CPUs, and of this thread."""
+class TimedBatches:
+    """Batches of a trainer, and how long it waits for them, the making of cached ones included."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.waited_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+    def draw(self, epoch: int, start: int) -> Iterator[Batch]:
+        drawn = self.batches.draw(epoch, start)
+        while True:
+            since_s = time.perf_counter()
+            batch = next(drawn, None)
+            self.waited_s += time.perf_counter() - since_s
+            if batch is None:
+                return
+            yield batch
+
+
+def time_epoch(trainer: Trainer) -> list[float]:
+    """Return the seconds on the clock, of all CPUs, of this thread, and of waiting for batches."""
     clocks = (time.perf_counter, time.process_time, time.thread_time)
+    trainer.batches = batches = TimedBatches(trainer.batches)  # type: ignore[assignment]
     started_s = [clock() for clock in clocks]
     trainer._train_epoch(lambda: None)
+    spent_s = [clock() - start_s for clock, start_s in zip(clocks, started_s, strict=True)]
+    trainer.batches = batches.batches
     trainer.state.epoch, trainer.state.batch, trainer.state.loss_sum = 0, 0, 0.0
-    wall_s, cpu_s, thread_s = (
-        clock() - start_s for clock, start_s in zip(clocks, started_s, strict=True)
-    )
-    return wall_s, cpu_s, thread_s
+    return [*spent_s, batches.waited_s]
 
 
 def main() -> None:
@@ -113,7 +137,7 @@ def main() -> None:
                 schedule="constant",
             )
             trainers[name] = make_trainer(config, options.threads)
-        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in trainers}
+        times: dict[str, list[list[float]]] = {name: [] for name in trainers}
         for epoch in range(options.epochs):
             for name, trainer in trainers.items():
                 times[name].append(time_epoch(trainer))
@@ -123,7 +147,7 @@ def main() -> None:
         name: [median(column) for column in zip(*each, strict=True)]
         for name, each in counted.items()
     }
-    table = [["epoch", "clock s", "CPU s", "training thread CPU s"]]
+    table = [["epoch", "clock s", "CPU s", "training thread CPU s", "waited s"]]
     table += [[name, *(f"{value:.1f}" for value in values)] for name, values in middle.items()]
     print(format_table(table))
     ratios = [b / a for a, b in zip(middle["cached"], middle["streamed"], strict=True)]
