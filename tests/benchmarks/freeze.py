@@ -5,9 +5,17 @@
 Keys of 60 bytes below 2,000 prefixes, with random etags, are generated in the process that lists
 them, so this measures what a listing costs beside the store. With `--s3` they come as pages of
 ListObjectsV2 from the server of `listing.py`, 20 ms after each request. The figures are of the
-clients; `server` is how many requests it has answered and its own CPU time, for which it takes a
-core from the clients where there is none to spare. Each number of keys is frozen by a fresh process
-and its workers, below a temporary folder in FOLDER.
+clients; the last two columns are how many requests the server has answered and its own CPU time,
+which is missing to the clients where no core is to spare. Each number of keys is frozen by a fresh
+process and its workers, below a temporary folder in FOLDER. On two cores with a load of 10:
+
+          keys workers   seconds  CPU us/key  driver MB  worker MB  temporary B/key  requests
+       1000000       1      49.0        18.2        445        405             41.4      1771
+       1000000       2      65.6        25.2        442        379             42.6      1830
+      10000000       2     316.4        15.3        447        850             38.1     13885
+
+The server took 3.8 to 5.0 us of CPU a key. It could have sent several times as many keys as it was
+asked for, so the two cores were the limit, and it was not. 1 million without `--s3` took 19.6 us.
 """
 
 from __future__ import annotations
