@@ -6,8 +6,8 @@ The command and its workers list from the server of `listing.py`. All of them ar
 each of MOMENTS of an output of its own. Then the same command runs until its manifest is frozen,
 which must be that of an undisturbed one. No object exists, so it is killed there, too. `requests`
 are the listings that the server answered, of pages and of single keys: to the killed command, then
-to the one that followed it. `saved` is how many more the undisturbed one took; that number varies by
-a tenth with the timing of threads. On two busy cores, of a million keys:
+to the one that followed it. `saved` is how many more the undisturbed one took; that number varies
+by a tenth with the timing of threads. On two busy cores, of a million keys:
 
     undisturbed            1926 requests
     nothing listed          148 requests,  0 records kept; then  2035,  -109 saved
