@@ -4,9 +4,10 @@
 
 A server on loopback, in its own process, generates the pages of ListObjectsV2 on request and stores
 no keys; `server` is its own rate, with a client that only receives. `nested` has 200 folders below
-six, `flat` is one folder, `wide` is 2,000 prefixes with keys of 60 bytes. Each number of keys is
-listed by a fresh process, and by another one frozen; memory should not grow from the first number
-to the second. CPU time is the client's alone.
+six, `flat` is one folder, `wide` is 2,000 prefixes with keys of 60 bytes; etags look as random as
+real ones. Each number of keys is listed by a fresh process, and by another one frozen; memory
+should not grow from the first number to the second. CPU time is the client's alone. `freeze.py` and
+`kill_listing.py` list from the same server.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import parse_qs, urlsplit
+
+import psutil
 
 Shape = Literal["nested", "flat", "wide"]
 FOLDERS = [f"{split}/{label}/" for split in ("test", "train", "val") for label in ("FAKE", "REAL")]
@@ -38,6 +43,7 @@ SUBFOLDERS = 200
 PREFIXES = 2_000  # of `wide`
 PAGE_KEYS = 1_000
 BUCKET = "benchmark"
+ETAG_STEP = 0x9E3779B97F4A7C15F39CC0605CEDC835  # odd, so no etag of two keys is the same
 TIMEOUT_S = 3600.0
 
 
@@ -67,10 +73,15 @@ class ListingServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, keys: Keys, latency_s: float) -> None:
+    def __init__(self, keys: Keys, latency_s: float, counts: SynchronizedArray[int]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.keys = keys
         self.latency_s = latency_s
+        self.counts = counts  # of requests, of keys sent
+
+    def handle_error(self, *connection: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # else its client was killed
+            super().handle_error(*connection)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -82,9 +93,15 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.send_error(404)  # no object exists
+
     def do_GET(self) -> None:
         time.sleep(self.server.latency_s)
-        query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        url = urlsplit(self.path)
+        if url.path.strip("/") != BUCKET:
+            return self.send_error(404)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
         keys, prefix = self.server.keys, query.get("prefix", "")
         start, end = bisect_left(keys, prefix), bisect_right(keys, prefix + "\U0010ffff")
         if token := query.get("continuation-token"):
@@ -92,10 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif after := query.get("start-after"):
             start = max(start, bisect_right(keys, after))
         stop = min(start + int(query.get("max-keys", PAGE_KEYS)), end)
+        with self.server.counts.get_lock():
+            self.server.counts[0] += 1
+            self.server.counts[1] += max(0, stop - start)
         contents = "".join(
             f"<Contents><Key>{keys[index]}</Key>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{index:032x}&quot;</ETag><Size>1000</Size>"
+            f"<ETag>&quot;{index * ETAG_STEP % 2**128:032x}&quot;</ETag><Size>1000</Size>"
             "<StorageClass>STANDARD</StorageClass></Contents>"
             for index in range(start, stop)
         )
@@ -113,8 +133,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def serve(shape: Shape, num_keys: int, latency_s: float, ready: Connection) -> None:
-    with ListingServer(Keys(shape, num_keys), latency_s) as server:
+def serve(
+    shape: Shape,
+    num_keys: int,
+    latency_s: float,
+    counts: SynchronizedArray[int],
+    ready: Connection,
+) -> None:
+    with ListingServer(Keys(shape, num_keys), latency_s, counts) as server:
         ready.send(server.server_address[1])
         threading.Thread(target=server.serve_forever, daemon=True).start()
         ready.recv()  # until the benchmark is over
@@ -147,18 +173,51 @@ def list_bucket(*, freezes: bool) -> None:
     print(json.dumps(facts))
 
 
+@dataclass(frozen=True)
+class ServerProcess:
+    """A server in a process of its own."""
+
+    process: psutil.Process
+    port: int
+    counts: SynchronizedArray[int]
+
+    @property
+    def num_requests(self) -> int:
+        """How many listings it has answered, of a page or of one key."""
+        return self.counts[0]
+
+    @property
+    def num_keys(self) -> int:
+        """How many keys it has sent."""
+        return self.counts[1]
+
+    @property
+    def cpu_s(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    def make_env(self) -> dict[str, str]:
+        """The environment of a client."""
+        return {
+            **os.environ,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+        }
+
+
 @contextmanager
-def run_server(shape: Shape, num_keys: int, latency_s: float) -> Iterator[int]:
-    """The port of a server in a process of its own."""
+def run_server(shape: Shape, num_keys: int, latency_s: float) -> Iterator[ServerProcess]:
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    server = context.Process(target=serve, args=(shape, num_keys, latency_s, theirs))
-    server.start()
+    counts = context.Array("q", 2)
+    process = context.Process(target=serve, args=(shape, num_keys, latency_s, counts, theirs))
+    process.start()
     try:
-        yield ours.recv()
+        yield ServerProcess(psutil.Process(process.pid), ours.recv(), counts)
     finally:
         ours.send("over")
-        server.join()
+        process.join()
 
 
 def measure_server(shape: Shape, num_keys: int) -> float:
@@ -171,24 +230,18 @@ def measure_server(shape: Shape, num_keys: int) -> float:
             assert b"</ListBucketResult>" in connection.getresponse().read()[-99:]
         connection.close()
 
-    with run_server(shape, num_keys, 0.0) as port, ThreadPoolExecutor(8) as threads:
+    with run_server(shape, num_keys, 0.0) as server, ThreadPoolExecutor(8) as threads:
         started_s = time.perf_counter()
-        list(threads.map(receive, [port] * 8, range(8)))
+        list(threads.map(receive, [server.port] * 8, range(8)))
         return num_keys / (time.perf_counter() - started_s)
 
 
 def measure(shape: Shape, num_keys: int, latency_s: float, verb: str) -> dict[str, float]:
     """What a fresh process says of itself."""
-    with run_server(shape, num_keys, latency_s) as port:
-        env = {
-            **os.environ,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "any",
-            "AWS_SECRET_ACCESS_KEY": "any",
-        }
+    with run_server(shape, num_keys, latency_s) as server:
         output = subprocess.run(
             [sys.executable, __file__, "--child", verb],
-            env=env,
+            env=server.make_env(),
             check=True,
             capture_output=True,
             text=True,

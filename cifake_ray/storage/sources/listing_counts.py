@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,17 +49,16 @@ class ListingCounts:
             raise ValueError(f"counts of {sorted(record)}")
         for name in _COUNTERS:
             counter = getattr(self, name)
-            for value, count in record[name].items():
-                counter[_choose_name(counter, value)] += count
+            _add_counts(counter, record[name].items())
         self.split_like |= dict.fromkeys(record["split_like"])
         self.split_like = dict.fromkeys([*self.split_like][:SHOWN_NAMES])
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Return the counts of each column, largest first; {} for one that is empty throughout."""
         return {
-            "labels": dict(self.labels.most_common()),
+            "labels": dict(_rank(self.labels)),
             **{
-                name: dict(counter.most_common()) if counter.keys() - {NONE} else {}
+                name: dict(_rank(counter)) if counter.keys() - {NONE} else {}
                 for name, counter in (("splits", self.splits), ("sources", self.sources))
             },
         }
@@ -68,7 +68,7 @@ class ListingCounts:
         notes = []
         missing = [name for name in LABEL_NAMES if not self.labels[name]]
         if num_unlabelled := self.labels[UNLABELLED]:
-            folders = [(n, c) for n, c in self.unlabelled.most_common() if n not in (NONE, MORE)]
+            folders = [(n, c) for n, c in _rank(self.unlabelled) if n not in (NONE, MORE)]
             places = ", ".join(f"{name!r} ({n:,})" for name, n in folders[:SHOWN_NAMES])
             notes.append(
                 f"{num_unlabelled:,} of {self.labels.total():,} images have no label"
@@ -88,13 +88,25 @@ class ListingCounts:
 
 
 def _count(counter: Counter[str], values: pa.Array) -> None:
-    for row in pc.value_counts(values).to_pylist():
-        name = NONE if row["values"] is None else row["values"]
-        counter[_choose_name(counter, name)] += row["counts"]
+    counts = pc.value_counts(values).to_pylist()
+    _add_counts(counter, ((row["values"], row["counts"]) for row in counts))
 
 
-def _choose_name(counter: Counter[str], name: str) -> str:
-    return name if name in counter or len(counter) < MAX_NAMES else MORE
+def _add_counts(counter: Counter[str], counts: Iterable[tuple[str | None, int]]) -> None:
+    """Add to a counter, which keeps the first MAX_NAMES names by their alphabet.
+
+    So what it keeps does not depend on the order in which images are listed.
+    """
+    for name, count in counts:
+        counter[NONE if name is None else name] += count
+    if len(counter) > MAX_NAMES:
+        for name in sorted(counter.keys() - {NONE, MORE})[MAX_NAMES:]:
+            counter[MORE] += counter.pop(name)
+
+
+def _rank(counter: Counter[str]) -> list[tuple[str, int]]:
+    """Return names and counts, largest first; those of one count by name."""
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _find_folders(batch: pa.RecordBatch, column: str, pattern: str) -> pa.Array:
