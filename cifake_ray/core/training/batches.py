@@ -18,7 +18,7 @@ import torch
 from cifake_ray.config import Augmentation, TrainConfig
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 from cifake_ray.core.training.augmentation import Draws, degrade, draw_augmentation, mirror
-from cifake_ray.core.training.lanes import pair_lanes
+from cifake_ray.core.training.lanes import order_lanes, pair_lanes
 from cifake_ray.core.training.mixup import draw_mix, mix_images, mix_labels
 from cifake_ray.core.training.native_crops import NativeImage, cut_random_crop
 from cifake_ray.core.training.pairs import count_coupled, draw_couples, draw_shared_couples
@@ -143,7 +143,7 @@ class Batches:
 
         if self.streamed is not None:
             steps = range(start, self.steps_per_epoch)
-            parts = [step * self.batch_size + self._choose_places(step) for step in steps]
+            parts = [step * self.batch_size + self._list_read(step) for step in steps]
             self.streamed.expect(order[np.concatenate(parts)] if parts else order[:0])
         for batch, seed in self._map_ahead(prepare, range(start, self.steps_per_epoch)):
             torch.manual_seed(seed)
@@ -162,6 +162,15 @@ class Batches:
         if self.streamed is None:
             return np.arange(self.batch_size)[::-1]
         return pair_lanes(step * self.batch_size, self.batch_size, self.streamed.num_lanes)
+
+    def _list_read(self, step: int) -> np.ndarray:
+        """Return the places that this rank reads: its own, and partners if some are another's."""
+        places = self._choose_places(step)
+        if self.config.mixup or self.config.cutmix:
+            partners = self._pair_places(step)[places]
+            if not np.isin(partners, places).all():
+                return np.concatenate([places, partners])
+        return places
 
     def _map_ahead(
         self, prepare: Callable[[int], tuple[Batch, int]], steps: range
@@ -202,7 +211,12 @@ class Batches:
             rng=rng,
         )
         if share is None or self.twin_of is None:
-            return draw_both_classes(labels, self.images_per_epoch, draw, rng)
+            drawn = draw_both_classes(labels, self.images_per_epoch, draw, rng)
+            if self.streamed is None:
+                return drawn
+            group, num_lanes = self.streamed.group[drawn], self.streamed.num_lanes
+            order: np.ndarray = drawn[order_lanes(group, labels[drawn], num_lanes, rng)]
+            return order
         num_couples = self.images_per_epoch // 2
         return draw_shared_couples(labels, self.twin_of, num_couples, share, draw, rng)
 

@@ -41,7 +41,10 @@ def choose_num_lanes(group_bytes: np.ndarray) -> int:
 def order_lanes(
     group: np.ndarray, labels: np.ndarray, num_lanes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return int64[N], a permutation of images; `group` int32[N] is the row group of each."""
+    """Return int64[N], a permutation of images; `group` int32[N] is the row group of each.
+
+    Some may be copies of others, as `--balance-sources` draws them.
+    """
     _, number, counts = np.unique(group, return_inverse=True, return_counts=True)
     share_fake = np.bincount(number, labels == FAKE) / counts
     line = rng.permutation(len(counts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -153,3 +154,22 @@ def make_schedule(
         return (1 + math.cos(math.pi * (step - num_warm) / max(1, num_steps - num_warm))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    checkpoint: dict[str, Any],
+) -> None:
+    """Load moments and schedule, but keep the rates and the decay of this run's options.
+
+    They differ where population based training continues from another trial's weights.
+    """
+    groups = [{**group} for group in optimizer.param_groups]
+    base_rates = schedule.base_lrs
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    schedule.load_state_dict(checkpoint["schedule"])
+    schedule.base_lrs = base_rates
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        rate = group["lr"] * own["initial_lr"] / group["initial_lr"]
+        group.update({**own, "lr": rate})

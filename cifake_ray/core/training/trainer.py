@@ -21,9 +21,8 @@ from torch import nn
 from cifake_ray.config import POLICIES, Augmentation, TrainConfig
 from cifake_ray.core.evaluation.metrics import find_tpr
 from cifake_ray.core.models.detector import Detector, find_head
-from cifake_ray.core.models.precision import exact_products
 from cifake_ray.core.schema import FAKE
-from cifake_ray.core.training.batches import Batch, Batches, Images, find_streamed
+from cifake_ray.core.training.batches import Batch, Batches, Images
 from cifake_ray.core.training.device_limits import DevicePrecision, choose_eval_batch_size
 from cifake_ray.core.training.early_stopping import (
     KeptEpoch,
@@ -32,10 +31,9 @@ from cifake_ray.core.training.early_stopping import (
     keep_best,
     to_score,
 )
-from cifake_ray.core.training.lanes import deal_groups
 from cifake_ray.core.training.losses import sum_losses
-from cifake_ray.core.training.optimizer import make_optimizer, make_schedule
-from cifake_ray.core.training.validation import read_scored
+from cifake_ray.core.training.optimizer import load_optimizer, make_optimizer, make_schedule
+from cifake_ray.core.training.validation import predict_shared
 from cifake_ray.errors import CifakeError
 
 
@@ -194,22 +192,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.precision.device)
         num_pieces = max(1, min(self.config.grad_accum, batch.size // self.num_ranks))
-        images, labels = (
-            batch.images.tensor_split(num_pieces),
-            batch.labels.tensor_split(num_pieces),
-        )
+        images, labels = (each.tensor_split(num_pieces) for each in (batch.images, batch.labels))
         clean = [None] * num_pieces if batch.clean is None else batch.clean.tensor_split(num_pieces)
         pieces = zip(images, clean, labels, strict=True)
+        options = self.config, self.precision, self.teachers
         for number, piece in enumerate(pieces, start=1):
             with self._synchronised(number == num_pieces):
-                losses = sum_losses(
-                    self.wrapped,
-                    self.detector.network,
-                    *piece,
-                    self.config,
-                    self.precision,
-                    self.teachers,
-                )
+                losses = sum_losses(self.wrapped, self.detector.network, *piece, *options)
                 # DDP divides the sum of the ranks' gradients by their number; this makes it the
                 # gradient of the mean over the whole batch, however it was dealt.
                 loss = losses * (self.num_ranks / batch.size)
@@ -238,36 +227,10 @@ class Trainer:
         dist.broadcast(shared, 0)
         return float(shared)
 
-    @torch.inference_mode()
-    @exact_products()
     def predict(self, images: Images) -> torch.Tensor:
-        """Return float32[N] on the CPU, the same on every rank: each computes its share, once.
-
-        In float32, as scoring does: the threshold and the temperature are for its numbers.
-        """
-        self.eval_model.eval()
-        if self.num_ranks > 1:  # batch-norm statistics are each rank's own until its next step
-            for buffer in self.eval_model.network.buffers():
-                dist.broadcast(buffer, 0)
-        logit = torch.zeros(len(images.labels), device=self.precision.device)
-        share = self._choose_share(images)
-        for start in range(0, len(share), self.eval_batch_size):
-            indices = share[start : start + self.eval_batch_size]
-            scored = read_scored(images, self.detector.preprocessing, indices)
-            found = scored.find_logit(self.eval_model, self.precision.device)
-            logit[torch.from_numpy(indices)] = found.to(logit.device)
-        if self.num_ranks > 1:
-            dist.all_reduce(logit)  # every image is non-zero on one rank only
-        return logit.cpu()
-
-    def _choose_share(self, images: Images) -> np.ndarray:
-        """Return the images that this rank validates; streamed ones by whole row groups."""
-        if (streamed := find_streamed(images)) is None:
-            return np.arange(self.rank, len(images.labels), self.num_ranks)
-        starts = deal_groups(streamed.group, self.num_ranks)
-        share = np.arange(starts[self.rank], starts[self.rank + 1])
-        streamed.expect(share)
-        return share
+        """Return float32[N] on the CPU, of the weights that are validated; called by every rank."""
+        device, share = self.precision.device, (self.rank, self.num_ranks)
+        return predict_shared(self.eval_model, images, self.eval_batch_size, device, *share)
 
     def _measure(self, logit: torch.Tensor, train_loss: float) -> dict[str, Any]:
         """Return a row of the history. CifakeError when an output is not finite."""
@@ -327,26 +290,12 @@ class Trainer:
             },
         }
 
-    def _load_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        """Load moments and schedule, but keep the rates and the decay of this run's options.
-
-        They differ where population based training continues from another trial's weights.
-        """
-        groups = [{**group} for group in self.optimizer.param_groups]
-        base_rates = self.schedule.base_lrs
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["schedule"])
-        self.schedule.base_lrs = base_rates
-        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
-            rate = group["lr"] * own["initial_lr"] / group["initial_lr"]
-            group.update({**own, "lr": rate})
-
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Continue from where `to_checkpoint` was called."""
         self.detector.network.load_state_dict(checkpoint["network"])
         if self.ema is not None:
             self.ema.module.network.load_state_dict(checkpoint["ema"])
-        self._load_optimizer(checkpoint)
+        load_optimizer(self.optimizer, self.schedule, checkpoint)
         self.scaler.load_state_dict(checkpoint["scaler"])
         state = dict(checkpoint["state"])
         patience, kept = Patience(**state.pop("patience")), state.pop("kept")

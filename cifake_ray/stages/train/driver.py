@@ -146,6 +146,8 @@ def train_detector(
         }
     with run.lock():
         run.open(prepared.settings, asdict(config))
+        if prepared.rows.digests:
+            run.write_digests(prepared.rows.digests)
         with Tracking(config.track, run, prepared.settings, log) as tracking:
             for line in describe_start(prepared, run, tracking.resumed):
                 log(f"train: {line}")

@@ -17,7 +17,9 @@ from cifake_ray.core.training.optimizer import build_for_training, make_optimize
 from cifake_ray.storage.bundles.pretrained import StartingWeights, load_starting_weights
 from cifake_ray.storage.bundles.teachers import Teacher, identify_teachers, load_teachers
 from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
+from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.presets.augmentation import read_augmentation
+from cifake_ray.storage.runs.train_run import TrainRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ def prepare_training(config: TrainConfig) -> Prepared:
     UsageError or BundleError when shards, options, weights and teachers do not fit together.
     """
     config = replace(config, augment=read_augmentation(config))
-    rows = read_training_rows(config)
+    run = TrainRun(resolve_path(config.run, config.store))
+    rows = read_training_rows(config, run.read_digests())
     detector = build_checked(config)
     return Prepared(
         config=config,

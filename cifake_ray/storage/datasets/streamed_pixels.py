@@ -99,7 +99,7 @@ class StreamedPixels:
             chunks = [places[start : start + CHUNK] for start in range(0, len(places), CHUNK)]
             for _ in self.decoders.map(decode, chunks):
                 pass
-            self._release(fetch, len(places))
+            self._release(fetch.group, len(places))
         return found
 
     def _take(self, group: int, num_images: int) -> _Fetch:
@@ -116,16 +116,22 @@ class StreamedPixels:
             self._fetch_ahead()
             return fetch
 
-    def _release(self, fetch: _Fetch, num_images: int) -> None:
+    def _release(self, group: int, num_images: int) -> None:
+        """Let go of what has been read; batches may also read what a later fetch was meant for."""
         with self.lock:
-            fetch.num_left -= num_images
-            if fetch.num_left <= 0 and fetch in self.fetches[fetch.group]:
-                self.fetches[fetch.group].remove(fetch)
+            fetches = self.fetches[group]
+            while fetches and num_images >= fetches[0].num_left:
+                done = fetches.popleft()
+                num_images, done.num_left = num_images - done.num_left, 0
+                if done.images is not None and done.is_ahead:
+                    self.ahead_bytes -= int(self.rows.group_bytes[group])
+            if fetches:
+                fetches[0].num_left -= num_images
 
     def _fetch_ahead(self) -> None:
         while self.next:
             fetch = self.next[0]
-            if fetch.images is None:
+            if fetch.images is None and fetch.num_left:
                 size_bytes = int(self.rows.group_bytes[fetch.group])
                 if self.ahead_bytes and self.ahead_bytes + size_bytes > AHEAD_BYTES:
                     return

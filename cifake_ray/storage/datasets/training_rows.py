@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from cifake_ray.storage.sources.parquet import HINT_CONVERT, choose_columns, ope
 
 MIN_GROUP_BYTES = 2**20  # that a row group counts as: a footer may say anything
 USES = ("to train on", "to validate on", "left out")
+Digests = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class TrainingRows:
     twin_of: np.ndarray | None = None  # int64[N]: the row that each is a twin of, else -1
     source: np.ndarray | None = None  # int32[N]: number of each's source, with --balance-sources
     notes: tuple[str, ...] = ()  # how labels of others were read, for the user
+    # uint64 of all rows of the files that do not say them, by the stamp of each: `_read_digests`
+    digests: Digests = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "; ".join(
@@ -88,9 +92,10 @@ class TrainingRows:
         return digest.hexdigest()
 
 
-def read_training_rows(config: TrainConfig) -> TrainingRows:
+def read_training_rows(config: TrainConfig, kept: Digests | None = None) -> TrainingRows:
     """Find the training and validation rows, and the twins of their REAL images.
 
+    Files that do not say the digests of their images are read as a whole, unless `kept` has them.
     UsageError for a source that is not there, and when either side has none of a class.
     """
     root = resolve_path(config.shards, config.store)
@@ -102,10 +107,11 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
     parts: list[tuple[np.ndarray, ...]] = []
     counts: Counter[tuple[str, str]] = Counter()
     sources: dict[str | None, int] = {None: 0}  # the number of each, as they are met
+    digests = dict(kept or {})
     for table in open_tables(root, choice, left_out):
         is_foreign |= not table.is_ours
-        for number in range(table.file.num_row_groups):
-            columns = _read_group_rows(table, number, labels, config, counts, sources)
+        for number, hashed in enumerate(_read_digests(table, digests)):
+            columns = _read_group_rows(table, number, hashed, labels, config, counts, sources)
             parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
             groups.append((table.path, number))
             facts = table.file.metadata.row_group(number)
@@ -138,6 +144,7 @@ def read_training_rows(config: TrainConfig) -> TrainingRows:
         choice,
         source=None if config.balance_sources is None else source_number,
         notes=(labels.describe(),) if is_foreign and labels.counts else (),
+        digests=digests,
     )
     if config.twins is not None:
         rows = _add_twins(rows, config)
@@ -210,9 +217,38 @@ def check_usable(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) ->
             )
 
 
+def _read_digests(table: ImageTable, known: Digests) -> Iterator[np.ndarray]:
+    """Yield uint64 of each row group: the first 8 bytes of the sha256 of its images, 0 for none.
+
+    Add to `known` what took reading the images.
+    """
+    groups = range(table.file.num_row_groups)
+    if table.is_ours and "sha256" in table.columns:
+        for number in groups:
+            yield _to_numbers(table.read([number], ["sha256"]).column("sha256").to_pylist())
+        return
+    stamp = "|".join(map(str, (table.path, *stamp_file(table.path))))
+    key = hashlib.sha256(stamp.encode()).hexdigest()
+    if key not in known:
+        parts = [np.empty(0, np.uint64)]
+        for number in groups:
+            cells = table.read([number], [table.image]).column(table.image).to_pylist()
+            images = map(read_bytes_of, cells)
+            parts.append(_to_numbers([i and hashlib.sha256(i).digest() for i in images]))
+        known[key] = np.concatenate(parts)
+    counts = [table.file.metadata.row_group(number).num_rows for number in groups]
+    yield from np.split(known[key], np.cumsum(counts))[:-1]
+
+
+def _to_numbers(hashes: list[bytes | None]) -> np.ndarray:
+    numbers = [int.from_bytes(each[:8], "big") if each else 0 for each in hashes]
+    return np.array(numbers, np.uint64)
+
+
 def _read_group_rows(
     table: ImageTable,
     number: int,
+    digests: np.ndarray,
     labels: LabelReader,
     config: TrainConfig,
     counts: Counter[tuple[str, str]],
@@ -222,18 +258,14 @@ def _read_group_rows(
 
     Count all rows, and number the sources of the usable ones.
     """
-    has_hashes = table.is_ours and "sha256" in table.columns
-    hashed = "sha256" if has_hashes else table.image
-    contents = table.read([number], [hashed]).column(hashed).to_pylist()
     facts = table.read_facts([number])
     val_split, val_sources = parse_split(config.val_split), set(config.val_source_names)
     chosen: list[tuple[int, int, bool, int, int]] = []
     understood = table.understand_labels(facts.labels, labels)
-    cells = understood, facts.splits, facts.sources, facts.errors, contents
-    for row, (label, split, source, error, content) in enumerate(zip(*cells, strict=True)):
-        data = content if has_hashes else read_bytes_of(content)
+    cells = understood, facts.splits, facts.sources, facts.errors, digests.tolist()
+    for row, (label, split, source, error, digest) in enumerate(zip(*cells, strict=True)):
         name = f"of split {split}" if split else "without a split"
-        if label is None or error is not None or not data:
+        if label is None or error is not None or not digest:
             name = "with an error" if label is not None or error is not None else "without a label"
             counts[USES[2], name] += 1
             continue
@@ -244,7 +276,6 @@ def _read_group_rows(
         if source in config.exclude_source:
             counts[USES[2], f"of the source {source}"] += 1
             continue
-        digest = int.from_bytes((data if has_hashes else hashlib.sha256(data).digest())[:8], "big")
         # By the image's bytes, so that duplicates are never on both sides.
         if digest >= (1 - config.test_fraction) * 2**64:
             counts[USES[2], "for a test"] += 1

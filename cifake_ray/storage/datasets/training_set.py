@@ -168,11 +168,6 @@ def open_training_data(
             f"--twins: images and twins, decoded, are more than --cache-gb {config.cache_gb:g}, and"
             " pairs cannot be streamed; raise it"
         )
-    if array is None and rows.source is not None:
-        raise UsageError(
-            f"--balance-sources: the images, decoded, are more than --cache-gb {config.cache_gb:g},"
-            " and streamed ones are read in the order of their files; raise it"
-        )
     slots = rows.slots
     if array is None:
         errors, usable = dict[int, str](), np.ones(len(slots), bool)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
 from cifake_ray.storage.bundles.weights import UNPICKLING_ERRORS
@@ -205,6 +207,10 @@ class TrainRun(RunFolder):
     def bundle_path(self) -> AnyPath:
         return self.path / "bundle"
 
+    @property
+    def digests_path(self) -> AnyPath:
+        return self.path / "digests.npz"
+
     def has_begun(self) -> bool:
         return exists(self.checkpoint_path) or exists(self.path / "_SUCCESS")
 
@@ -239,6 +245,25 @@ class TrainRun(RunFolder):
         """Commit a checkpoint."""
         make_folder(self.checkpoint_path.parent, parents=False)
         write_bytes(self.checkpoint_path, data)
+
+    def read_digests(self) -> dict[str, np.ndarray]:
+        """Return the digests of images that were kept. StorageError when they are damaged."""
+        data = read_if_exists(self.digests_path)
+        if data is None:
+            return {}
+        try:
+            with np.load(io.BytesIO(data)) as arrays:
+                return dict(arrays)
+        except DAMAGE as error:
+            raise StorageError(
+                f"{self.digests_path}: damaged ({error}); delete it, and the images are read again"
+            ) from error
+
+    def write_digests(self, digests: dict[str, np.ndarray]) -> None:
+        """Keep the digests of images, so that neither ranks nor a resumed run read all of them."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **digests)  # type: ignore[arg-type]
+        write_bytes(self.digests_path, buffer.getvalue())
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""

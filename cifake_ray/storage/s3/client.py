@@ -1,14 +1,13 @@
 """Requests to S3: signed, retried with back-off, and explained when they fail for good.
 
-botocore knows the credentials, the endpoints and how to sign; the requests go over
-urllib3 itself, which costs a third of the CPU time of a botocore client. Clients are made where
-they are used, one per process, and never travel: what travels is the `StoreConfig`.
+botocore knows the credentials and the endpoints (`store_session.py`) and how to sign; the requests
+go over urllib3 itself, which costs a third of the CPU time of a botocore client. Clients are made
+where they are used, one per process, and never travel: what travels is the `StoreConfig`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import random
 import threading
@@ -18,74 +17,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import TypeVar
+from urllib.parse import quote
 
-import botocore.session
 import urllib3
-from botocore import UNSIGNED
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest, AWSResponse
-from botocore.config import Config
-from botocore.credentials import ReadOnlyCredentials
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConfigParseError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-from botocore.httpsession import get_cert_path
-from botocore.utils import get_environ_proxies
+from botocore.awsrequest import AWSRequest
+from botocore.exceptions import BotoCoreError
 
 from cifake_ray.config import StoreConfig
-from cifake_ray.storage.s3.answers import (
-    check_answer,
-    limit_answers,
-    parse_count,
-    read_body,
-    set_deadline,
-)
+from cifake_ray.storage.s3.answers import check_answer, parse_count, read_body, set_deadline
 from cifake_ray.storage.s3.errors import (
     MOVED,
     CredentialsError,
-    MfaNeeded,
     S3Error,
     TooLarge,
     describe_break,
-    explain_credentials,
     explain_s3_error,
     parse_error_body,
 )
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.page import Page, parse_page
+from cifake_ray.storage.s3.store_session import Address, StoreSession
 from cifake_ray.storage.s3.throttle import Throttle
 
 T = TypeVar("T")
 
-DEFAULT_REGION = "us-east-1"  # answers for every bucket with the region where it is
 MAX_ANSWER_BYTES = 2**23  # a page of 1,000 keys of 1,024 bytes, escaped, is smaller
-
-# What botocore says of the configuration itself is explained as it is, see `explain_store_error`.
-CONFIGURATION_ERRORS = (
-    ConfigParseError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
 REDIRECTS = (301, 302, 303, 307, 308)
-
-
-@dataclass(frozen=True)
-class _Address:
-    """Where a bucket answers: addressing style, virtual host and region are botocore's choice."""
-
-    pool: urllib3.HTTPConnectionPool
-    region: str
-    origin: str  # scheme://host:port
-    list_path: str
-    key_path: str  # an object's quoted key follows
 
 
 @dataclass(frozen=True)
@@ -98,7 +57,7 @@ class _Request:
     headers: Mapping[str, str]
     max_bytes: int
 
-    def make_target(self, address: _Address) -> str:
+    def make_target(self, address: Address) -> str:
         if self.key is not None:
             # Every byte as it is: SigV4 for S3 takes `//`, `.` and `..` for parts of the key, and
             # so does urllib3 as long as it is given a target, not a URL.
@@ -114,34 +73,12 @@ class S3Client:
         self.store = store
         self.limits = limits
         self.throttle = Throttle(limits.max_in_flight, store.s3_max_requests_per_s)
-        self._session = botocore.session.Session(profile=store.s3_profile)
-        self._credentials: Any = None
-        self._addresses: dict[str, _Address] = {}
-        self._lock = threading.Lock()
+        self._session = StoreSession(store, limits.max_in_flight)
 
     @cached_property
     def threads(self) -> ThreadPoolExecutor:
         """Return the threads that fetch; they start when they are needed."""
         return ThreadPoolExecutor(self.limits.max_in_flight, "s3")
-
-    def _find_credentials(self) -> ReadOnlyCredentials | None:
-        """Return what to sign with now; None without signing. BotoCoreError when there is none."""
-        if self.store.s3_anonymous:
-            return None
-        try:
-            with self._lock:  # one thread asks; botocore locks the renewal itself
-                if self._credentials is None:
-                    chain = self._session.get_component("credential_provider")
-                    chain.get_provider("assume-role")._prompter = _refuse_mfa
-                    self._credentials = self._session.get_credentials()
-            if self._credentials is None:
-                raise NoCredentialsError
-            frozen: ReadOnlyCredentials = self._credentials.get_frozen_credentials()
-        except CONFIGURATION_ERRORS:
-            raise
-        except (BotoCoreError, ClientError, OSError, ValueError, RuntimeError) as error:
-            raise explain_credentials(error, self._session.profile or "default") from error
-        return frozen
 
     def list_page(
         self, bucket: str, query: Mapping[str, str], stop: threading.Event | None = None
@@ -182,10 +119,10 @@ class S3Client:
             attempt += 1
             pause_s = 0.0
             try:
-                with self.throttle as waited_s:
-                    deadline_s += waited_s  # of which the store knows nothing
-                    if stop.is_set():  # it may have waited long for its turn
+                with self.throttle.take_turn(stop) as waited_s:
+                    if waited_s is None:
                         raise S3Error(0, "", "not asked for any more")
+                    deadline_s += waited_s  # of which the store knows nothing
                     answer = self._try(request, parse, deadline_s)
                 self.throttle.speed_up()
                 return answer
@@ -204,13 +141,13 @@ class S3Client:
 
     def _try(self, request: _Request, parse: Callable[[bytes], T], deadline_s: float) -> T:
         """Send one request and return its parsed answer. S3Error when that fails."""
-        address = self._find_address(request.bucket)
+        address = self._session.find_address(request.bucket)
         target = request.make_target(address)
         headers = dict(request.headers)
         if self.store.s3_requester_pays:
             headers["x-amz-request-payer"] = "requester"
         signed = AWSRequest("GET", address.origin + target, headers=headers)
-        if (frozen := self._find_credentials()) is not None:
+        if (frozen := self._session.find_credentials()) is not None:
             S3SigV4Auth(frozen, "s3", address.region).add_auth(signed)
         left_s = max(deadline_s - time.monotonic(), 0.001)
         timeout = urllib3.Timeout(
@@ -254,79 +191,19 @@ class S3Client:
             raise S3Error(0, "", f"the answer is not the XML of a listing: {error}") from error
 
     def _explain_answer(
-        self, bucket: str, address: _Address, response: urllib3.BaseHTTPResponse, data: bytes
+        self, bucket: str, address: Address, response: urllib3.BaseHTTPResponse, data: bytes
     ) -> S3Error:
         words = parse_error_body(data)
         status, code = response.status, words.get("Code", "")
         region = response.headers.get("x-amz-bucket-region") or words.get("Region")
         if region and region != address.region and status in (*REDIRECTS, 400):
-            self._find_address(bucket, region)
+            self._session.find_address(bucket, region)
             return S3Error(status, MOVED, f"the bucket is in the region {region}")
         if status in REDIRECTS:
             return S3Error(status, code, "the store points to another host, which is not followed")
         after_s = parse_count(response.headers.get("retry-after", "")) or 0
         pause_s = min(float(after_s), self.limits.max_pause_s)
         return S3Error(status, code, words.get("Message") or str(response.reason), pause_s)
-
-    def _find_address(self, bucket: str, region: str | None = None) -> _Address:
-        """Return the address of a bucket; `region` changes it from now on."""
-        address = self._addresses.get(bucket)
-        if address is not None and region in (None, address.region):
-            return address
-        with self._lock:
-            address = self._addresses.get(bucket)  # another thread may have been here
-            if address is None or region not in (None, address.region):
-                address = self._addresses[bucket] = self._make_address(bucket, region)
-        return address
-
-    def _make_address(self, bucket: str, region: str | None) -> _Address:
-        session = self._session
-        region = region or self.store.s3_region or os.environ.get("AWS_REGION")
-        region = region or session.get_config_variable("region") or DEFAULT_REGION
-        bucket_url, key_url = _ask_urls(session, self.store.s3_endpoint_url, region, bucket)
-        parts = urlsplit(key_url)
-        origin = f"{parts.scheme}://{parts.netloc}"
-        options: dict[str, Any] = {"maxsize": self.limits.max_in_flight, "block": False}
-        proxy = None
-        if parts.scheme == "https":
-            options["ca_certs"] = get_cert_path(session.get_config_variable("ca_bundle") or True)
-            # Through a tunnel; an http:// proxy would get a URL, and normalise the key.
-            proxy = get_environ_proxies(origin).get("https")
-        pools = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
-        pool = pools.connection_from_url(origin)
-        limit_answers(pool)
-        return _Address(
-            pool,
-            region,
-            origin,
-            urlsplit(bucket_url).path or "/",
-            parts.path.removesuffix("x"),
-        )
-
-
-def _refuse_mfa(prompt: str) -> str:
-    raise MfaNeeded(f"the role asks: {prompt.strip().rstrip(':')}")
-
-
-def _ask_urls(
-    session: botocore.session.Session, endpoint_url: str | None, region: str, bucket: str
-) -> tuple[str, str]:
-    """Return the URLs of a bucket and of its key `x` to which botocore would send requests."""
-    urls: list[str] = []
-
-    def answer(request: Any, **_: object) -> AWSResponse:
-        urls.append(request.url)
-        return AWSResponse(request.url, 200, {}, urllib3.HTTPResponse(io.BytesIO()))
-
-    # Unsigned: the addresses need no credentials, and so cannot hold any.
-    config = Config(signature_version=UNSIGNED)
-    client = session.create_client(
-        "s3", region_name=region, endpoint_url=endpoint_url, config=config
-    )
-    client.meta.events.register("before-send.s3", answer)  # nothing is sent
-    client.head_bucket(Bucket=bucket)
-    client.head_object(Bucket=bucket, Key="x")
-    return urls[0], urls[1]
 
 
 def open_client(store: StoreConfig, limits: S3Limits, bucket: str) -> S3Client:

@@ -13,7 +13,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 START_PER_S = 5_500.0  # requests of a whole run at first
 FAST_GROWTH = 0.7  # requests per second more for each success: a rate that is used doubles in 1 s
@@ -22,6 +23,7 @@ HALVE_EVERY_S = 1.0  # answers to requests sent before the halving carry no news
 MIN_PER_S = 10.0  # requests of a whole run, but 0.1 of a process
 MEASURED = 64  # starts of which the real rate is measured
 CATCH_UP_S = 0.05  # a thread that woke up late makes up for it
+LOOK_S = 0.25  # after which a thread that waits looks whether it still should
 
 _num_processes = 1
 
@@ -33,7 +35,7 @@ def share_requests(num_processes: int) -> None:
 
 
 class Throttle:
-    """`with` waits for the turn of a request, and yields for how many seconds it has waited."""
+    """Gives the requests of one process their turns."""
 
     def __init__(
         self,
@@ -55,17 +57,37 @@ class Throttle:
         self.turn = threading.Lock()
         self.changed = threading.Condition()
 
-    def __enter__(self) -> float:
-        since_s = self.clock()
-        with self.turn, self.changed:  # one thread waits for the clock, the others for that thread
-            while (pause_s := self.try_start()) > 0:
-                self.changed.wait(None if pause_s == math.inf else pause_s)
-        return self.clock() - since_s
+    @contextmanager
+    def take_turn(self, stop: threading.Event) -> Iterator[float | None]:
+        """Wait for the turn of a request, and yield for how many seconds.
 
-    def __exit__(self, *_: object) -> None:
-        with self.changed:
-            self.end()
-            self.changed.notify()
+        None once `stop` is set: then the request must not be sent.
+        """
+        since_s = self.clock()
+        if not self._wait(stop):
+            yield None
+            return
+        try:
+            yield self.clock() - since_s
+        finally:
+            with self.changed:
+                self.end()
+                self.changed.notify()
+
+    def _wait(self, stop: threading.Event) -> bool:
+        """Start a request in its turn, or return False once `stop` is set."""
+        while not self.turn.acquire(timeout=LOOK_S):
+            if stop.is_set():
+                return False
+        try:  # one thread waits for the clock, the others for that thread
+            with self.changed:
+                while not stop.is_set():
+                    if not (pause_s := self.try_start()):
+                        return True
+                    self.changed.wait(min(pause_s, LOOK_S))
+                return False
+        finally:
+            self.turn.release()
 
     def try_start(self) -> float:
         """Start a request and return 0, or return after how many seconds to try again.

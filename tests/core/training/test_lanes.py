@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from cifake_ray.core.training.lanes import choose_num_lanes, deal_groups, order_lanes, pair_lanes
+from cifake_ray.core.training.sampling import draw_both_classes, draw_by_source
 
 BATCH_SIZE = 128
 
@@ -85,6 +87,33 @@ def test_batches_are_mixed(share_fake: str) -> None:
             errors.append(labels[batch].mean() - labels.mean())
     assert np.mean(alike) < 1 / 64
     assert np.std(errors) < (0.05 if share_fake == "mixed" else 0.005)  # 0.044 is that of chance
+
+
+def test_batches_of_balanced_sources_are_mixed() -> None:
+    """Of files sorted by class and source, one source of which is in a single row group."""
+    group, labels = make_groups([1000] * 96, [0.0] * 29 + [1.0] * 67)
+    source = np.repeat(np.arange(8), np.array([1, 2, 4, 8, 12, 16, 21, 32]) * 1000)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        draw = partial(draw_by_source, source=source, balance=0.5, rng=rng)
+        drawn = draw_both_classes(labels, len(labels), draw, rng)
+        order = drawn[order_lanes(group[drawn], labels[drawn], 64, rng)]
+        assert np.array_equal(np.sort(order), np.sort(drawn))
+        batches, shuffled = (
+            each[: len(each) // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+            for each in (order, rng.permutation(drawn))
+        )
+        assert labels[batches].mean(axis=1).std() < 0.005
+        for number in range(8):
+            shares = (source[batches] == number).mean(axis=1)
+            chance = (shares.mean() * (1 - shares.mean()) / BATCH_SIZE) ** 0.5
+            assert shares.std() < 2 * chance
+        copies, by_chance = (
+            sum(BATCH_SIZE - len(np.unique(batch)) for batch in each)
+            for each in (batches, shuffled)
+        )
+        assert copies < 1.5 * by_chance
+        assert count_readers(group, order, 4) <= 96 + 2 * 3
 
 
 @pytest.mark.parametrize("batch_size", [2, 7, 32, 100, 128, 130])

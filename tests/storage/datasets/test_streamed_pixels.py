@@ -53,6 +53,7 @@ def write_shards(folder: Path, counts: list[int], broken: dict[int, bytes] | Non
         {
             "label": label,
             "split": "val" if number % 4 == 3 else "train",
+            "source": "rare" if number < 60 else "web" if number % 7 else "camera",
             "error": None,
             "image": {"bytes": (broken or {}).get(number, make_image(number, label))},
         }
@@ -138,6 +139,17 @@ def test_ranks_fetch_each_row_group_once_in_all(
     assert fetches.counts == dict.fromkeys(range(16), 1)
 
 
+def test_partners_of_other_ranks_are_read_from_the_same_fetch(
+    tmp_path: Path, fetches: Fetches
+) -> None:
+    """Three ranks share all lanes, and mix images of each other."""
+    config = make_config(write_shards(tmp_path / "shards", EQUAL), batch_size=32, mixup=0.5)
+    for rank in range(3):
+        for _ in make_batches(open_data(config), config, rank, 3).draw(0, 0):
+            pass
+    assert fetches.counts == dict.fromkeys(range(16), 3)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_ranks_validate_each_row_group_once_in_all(
     tmp_path: Path, fetches: Fetches, num_ranks: int, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +166,33 @@ def test_ranks_validate_each_row_group_once_in_all(
     assert torch.allclose(sum(parts), whole, atol=1e-6)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("balance", "options"), [(0.5, {}), (1.0, {"fit": "crops", "crops_per_image": 2})]
+)
+def test_balanced_draws_are_those_of_the_cache_and_fetch_once(
+    tmp_path: Path, fetches: Fetches, balance: float, options: dict[str, Any]
+) -> None:
+    """Of row groups of all sizes, one source of which is in few of them."""
+    counts = np.random.default_rng(5).integers(4, 60, 30).tolist()
+    config = make_config(
+        write_shards(tmp_path / "shards", counts), balance_sources=balance, **options
+    )
+    cached = open_data(replace(config, cache_gb=1.0))
+    for epoch in range(2):
+        orders = [
+            make_batches(data, config, 0, 1)._order(np.random.default_rng((config.seed, epoch)))
+            for data in (cached, open_data(config))
+        ]
+        assert np.array_equal(*map(np.sort, orders))
+        num_drawn = len(np.unique(cached.train.group[orders[0]]))
+        for num_ranks in (1, 2, 4):
+            fetches.counts.clear()
+            for rank in range(num_ranks):
+                for _ in make_batches(open_data(config), config, rank, num_ranks).draw(epoch, 0):
+                    pass
+            assert fetches.counts.total() <= num_drawn + 2 * (num_ranks - 1)
+
+
 def test_row_groups_of_all_sizes_are_hardly_read_twice(tmp_path: Path, fetches: Fetches) -> None:
     counts = np.random.default_rng(5).integers(4, 60, 30).tolist()
     config = make_config(write_shards(tmp_path / "shards", counts), mixup=0.2)
@@ -165,7 +204,16 @@ def test_row_groups_of_all_sizes_are_hardly_read_twice(tmp_path: Path, fetches: 
         assert 29 <= fetches.counts.total() <= 30 + 2 * (num_ranks - 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"fit": "crops", "crops_per_image": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixup": 0.5},
+        {"fit": "crops", "crops_per_image": 2},
+        {"balance_sources": 0.7},
+        {"balance_sources": 1.0, "fit": "crops", "crops_per_image": 2, "mixup": 0.5},
+    ],
+)
 @pytest.mark.parametrize("num_ranks", [2, 4, 3])
 def test_ranks_make_the_batches_of_one(
     tmp_path: Path, options: dict[str, Any], num_ranks: int
@@ -185,13 +233,13 @@ def test_ranks_make_the_batches_of_one(
     assert len(whole) == len(data.train.labels) * config.crops_per_image // 22
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.3}])
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.3}, {"balance_sources": 0.5}])
 def test_losses_are_those_of_the_cache(
     tmp_path: Path, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_shards(tmp_path / "shards", [24, 8, 40, 4, 16, 32, 20, 48, 8])
     histories = []
-    streamed = open_data(make_config(shards))
+    streamed = open_data(make_config(shards, **options))
     for cache_gb in (0.0, 1.0):
         config = make_config(shards, cache_gb=cache_gb, epochs=3, lr=0.01, **options)
         data = open_data(config)
@@ -199,7 +247,7 @@ def test_losses_are_those_of_the_cache(
         trainer = make_trainer(data, config)
         if cache_gb:
             like = make_trainer(streamed, config).batches
-            monkeypatch.setattr(data.train, "order_epoch", like.images.order_epoch)
+            monkeypatch.setattr(trainer.batches, "_order", like._order)
             monkeypatch.setattr(trainer.batches, "_pair_places", like._pair_places)
         trainer.fit(lambda: None)
         histories.append([(r["train_loss"], r["val_loss"]) for r in trainer.state.history])
@@ -229,6 +277,51 @@ def test_row_groups_are_fetched_ahead_within_bounds(
             held = [f for each in pixels.fetches.values() for f in each if f.images is not None]
             assert len(held) <= 2
     assert not any(pixels.fetches.values())
+
+
+def test_a_batch_over_the_gap_of_a_row_group_leaves_nothing_behind(
+    tmp_path: Path, fetches: Fetches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads what the later fetch of the row group was meant for."""
+    monkeypatch.setattr(streamed_pixels, "MAX_GAP", 20)
+    data = open_data(make_config(write_shards(tmp_path / "shards", EQUAL)))
+    pixels = data.train.pixels
+    assert isinstance(pixels, StreamedPixels)
+    first, rest = np.arange(18), np.arange(18, len(data.train.labels))
+    order = np.concatenate([first[:9], rest[:90], first[9:], rest[90:]])
+    for batch_size in (9, 60, 100, 120):
+        data.train.expect(order)
+        for start in range(0, len(order), batch_size):
+            data.train.read(order[start : start + batch_size])
+        assert not any(pixels.fetches.values())
+        assert pixels.ahead_bytes == 0
+    assert fetches.counts[0] <= 2 * 4
+
+
+def test_memory_is_bounded_while_row_groups_are_read_twice(
+    tmp_path: Path, fetches: Fetches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two crops of each image; threads prepare several batches at once, in any order."""
+    monkeypatch.setattr(streamed_pixels, "MAX_GAP", 40)
+    monkeypatch.setattr("cifake_ray.core.training.lanes.MAX_LANES", 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    shards = write_shards(tmp_path / "shards", [24] * 40)
+    config = make_config(shards, fit="crops", crops_per_image=2, batch_size=64)
+    data = open_data(config)
+    pixels, rows = data.train.pixels, data.train.rows
+    assert isinstance(pixels, StreamedPixels)
+    assert data.train.num_lanes == 8
+    sizes = rows.group_bytes
+    monkeypatch.setattr(streamed_pixels, "AHEAD_BYTES", int(2 * sizes.mean()))
+    # One row group a lane, two where one ends, more for what the threads are ahead.
+    most_bytes = (2 * 8 + 5 * 64 // 18 + 2) * sizes.mean()
+    for epoch in range(4):
+        for _ in make_batches(data, config, 0, 1).draw(epoch, 0):
+            with pixels.lock:
+                held = [f for each in pixels.fetches.values() for f in each if f.images]
+            assert sum(int(sizes[fetch.group]) for fetch in held) <= most_bytes
+        assert not any(pixels.fetches.values())
+        assert pixels.ahead_bytes == 0
 
 
 def test_what_was_not_expected_is_read_too(tmp_path: Path, fetches: Fetches) -> None:

@@ -226,8 +226,8 @@ def test_threads_keep_the_rate_together() -> None:
 
     def send_some() -> None:
         for _ in range(10):
-            with throttle as waited_s:
-                assert waited_s >= 0
+            with throttle.take_turn(threading.Event()) as waited_s:
+                assert waited_s is not None
 
     started_s = time.monotonic()
     threads = [threading.Thread(target=send_some) for _ in range(8)]
@@ -413,12 +413,28 @@ def test_whoever_still_waits_for_its_turn_sends_nothing(proxy: FaultProxy, bucke
     client = connect(store, replace(QUICK, max_in_flight=1))
     stop = threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        with client.throttle:
+        with client.throttle.take_turn(threading.Event()):
             future = threads.submit(client.get_object, bucket, "y", None, 100, stop)
             stop.set()
         with pytest.raises(S3Error, match="not asked for any more"):
             future.result()
     assert not [seen for seen in proxy.seen if seen.target.endswith("/y")]
+
+
+def test_threads_that_wait_for_a_slow_rate_end_when_the_consumer_does(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cifake_ray.storage.s3.throttle._num_processes", 1000)
+    store = StoreConfig(s3_endpoint_url=proxy.endpoint, s3_max_requests_per_s=1)
+    results = fetch_objects(store, [StoredObject(bucket, f"slow/{n}") for n in range(50)], QUICK)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    threads = connect(store, QUICK).threads
+    end = threading.Thread(target=threads.shutdown, daemon=True)  # it joins them
+    end.start()
+    end.join(10)
+    assert not end.is_alive()
+    assert len(proxy.seen) == 1
 
 
 def refuse(bucket: str, store: StoreConfig | None = None, **options: Any) -> str:

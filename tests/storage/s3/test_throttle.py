@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 
 from cifake_ray.storage.s3.throttle import Throttle
@@ -57,3 +62,31 @@ def test_the_limit_of_the_user_is_never_passed(clock: Clock) -> None:
     assert send(throttle, clock, 10.0, "ok") <= 21
     throttle.slow_down()
     assert throttle.per_s <= 2.0
+
+
+def test_whoever_is_stopped_waits_no_longer() -> None:
+    """Whether it waits for the clock, for a request to end, or for another thread's turn."""
+    slow, full = Throttle(64, 0.01), Throttle(1)
+    for throttle in (slow, full):
+        stop, other = threading.Event(), threading.Event()
+
+        def wait(event: threading.Event, throttle: Throttle = throttle) -> float | None:
+            with throttle.take_turn(event) as waited_s:
+                return waited_s
+
+        with ThreadPoolExecutor(9) as threads, ExitStack() as held:
+            first = held.enter_context(throttle.take_turn(stop))
+            assert first is not None
+            if throttle is slow:
+                held.close()
+            waiting = threads.submit(wait, other)
+            time.sleep(0.1)
+            stopped = [threads.submit(wait, stop) for _ in range(8)]
+            time.sleep(0.1)
+            assert not any(each.done() for each in (waiting, *stopped))
+            stop.set()
+            assert [each.result(timeout=10) for each in stopped] == [None] * 8
+            assert not waiting.done()
+            other.set()
+            assert waiting.result(timeout=10) is None
+        assert throttle.in_flight == 0
