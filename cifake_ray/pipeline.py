@@ -237,7 +237,7 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
     from cifake_ray.stages.batch.summary import read_summary
     from cifake_ray.stages.verify import verify_output
     from cifake_ray.storage.runs.run import require_run
-    from cifake_ray.storage.runs.verify import find_broken_seals, find_damage, set_damaged_aside
+    from cifake_ray.storage.runs.verify import find_damage, plan_seal_check, set_damaged_aside
 
     path = open_path(config.out, config.store)
     run = require_run(path)
@@ -262,14 +262,17 @@ def _repair(config: RepairConfig, started_s: float) -> tuple[Any, int]:
         if damage == [] and read_summary(path):
             return _describe_damage("repair", config.out, path, []), ExitCode.OK
     if damage is None:  # the run, which makes again what is missing, reads footers only
-        damage = find_broken_seals(run)
+        damage = verify_output(config, path, line, log, plan_seal_check)
     for item in damage:
-        log(f"repair: {item.name} is made again: {item.reason}")
+        log(f"repair: {item.name} is set aside: {item.reason}")
     aside = set_damaged_aside(path, damage)
     try:
-        return run_verb(again, started_s)
+        result = run_verb(again, started_s)
     finally:
-        aside.restore()  # after a failure everything is as it was before
+        left = aside.restore()  # after a failure everything is as it was before
+    for kept in left:
+        log(f"repair: {kept} is a folder, or must not be removed: it stays")
+    return result
 
 
 def _export(config: ExportConfig, started_s: float) -> tuple[Any, int]:

@@ -13,8 +13,9 @@ import pyarrow as pa
 from cifake_ray.config import ScoreConfig, fingerprint_settings
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.storage.io.paths import resolve_path
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, finish_run
+from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.sources.open_source import open_source

@@ -122,6 +122,10 @@ class ExportConfig(WorkersConfig):
             " .onnx file",
         )
         check(
+            chosen != "txt" or not self.columns,
+            "--columns: a .txt file holds keys only; choose another format",
+        )
+        check(
             chosen not in ("fiftyone", "parquet-images") or self.file != STDOUT,
             f"--format {chosen} writes files; give a path instead of -",
         )

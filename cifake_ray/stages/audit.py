@@ -17,8 +17,8 @@ from cifake_ray.core.processing.audit import AuditProcessor
 from cifake_ray.core.schema import AUDIT_FIELDS, FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.report.audit_text import Verdict, judge_audit
-from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.driver import run_batch
+from cifake_ray.stages.batch.plan import BatchPlan, DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.io.files import exists, read_json, write_bytes, write_json

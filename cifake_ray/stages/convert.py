@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.processing.reencode import Reencoder
-from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.driver import run_batch
+from cifake_ray.stages.batch.plan import BatchPlan, DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.io.paths import AnyPath

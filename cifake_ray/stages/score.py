@@ -17,8 +17,8 @@ from cifake_ray.config.batch import BundleConfig
 from cifake_ray.core.imaging.training_domain import choose_detector
 from cifake_ray.errors import ResourceError, UsageError
 from cifake_ray.report.text import describe_unlike
-from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.driver import run_batch
+from cifake_ray.stages.batch.plan import BatchPlan, DryRun
 from cifake_ray.stages.batch.quarantine import Quarantine
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.malloc import keep_freed_memory

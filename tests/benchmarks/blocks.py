@@ -15,6 +15,7 @@ import heapq
 import logging
 import math
 import random
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -210,7 +211,7 @@ def run_on_ray(num_shards: int, mean_s: float, node_cpus: int, num_nodes: int) -
             found = SpreadReport([], [])
 
             def collect() -> None:
-                for report in ray_pool.report_shards(task):
+                for report in ray_pool.report_shards(task, threading.Event()):
                     found.reports.append(report)  # type: ignore[arg-type]
                     found.times_s.append(time.time())
 
@@ -273,7 +274,7 @@ def show_driver(num_shards: int, num_workers: int = 8) -> None:
         run=SimpleNamespace(manifest=SimpleNamespace(num_shards=num_shards)),
     )
     for what, make in (
-        ("actors", lambda: ray_pool.report_shards(task)),
+        ("actors", lambda: ray_pool.report_shards(task, threading.Event())),
         ("Ray Data", lambda: read_from_ray_data(num_shards, num_workers)),
     ):
         cpu_s, started_s = time.process_time(), time.time()

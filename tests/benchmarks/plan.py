@@ -40,8 +40,9 @@ from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.bundles.bundle import load_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs import manifest
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest
-from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
+from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.parquet import ParquetSource

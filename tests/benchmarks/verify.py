@@ -23,7 +23,8 @@ import pyarrow as pa
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.storage.io.digest import hash_file
 from cifake_ray.storage.io.files import make_folder
-from cifake_ray.storage.runs.run import ShardStats, finish_run
+from cifake_ray.storage.runs.finish import finish_run
+from cifake_ray.storage.runs.run import ShardStats
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.sources.source import Listing
 

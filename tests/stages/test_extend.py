@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +11,9 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -31,6 +36,8 @@ from cifake_ray.stages.batch import driver, shard_worker
 from cifake_ray.stages.batch.summary import BatchSummary
 from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.bundles.bundle import read_bundle_info
+from cifake_ray.storage.runs import extension, listed_rows
+from cifake_ray.storage.runs import run as run_module
 from cifake_ray.storage.runs.export import export_scores
 from cifake_ray.storage.runs.run import Run, require_run
 from cifake_ray.storage.runs.run_plan import RunPlan
@@ -242,13 +249,134 @@ def test_two_that_extend_at_once_end_with_one_listing(
     assert read_rows(out) == read_rows(tmp_path / "whole")
     assert verify_files(out) == []
     write_images(src, range(15, 40))
-    threads = [threading.Thread(target=lambda: run_score(src, out, extend=True)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(run_score, src, out, extend=True) for _ in range(3)]
+    assert [run.result().done for run in runs] == [40] * 3
+    assert len(require_run(out).manifest.list_extents()) == 3
     assert run_score(src, out).done == 40
     assert verify_files(out) == []
+
+
+class Pause:
+    """Stops the first command that comes to a step, until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.step = getattr(extension, name)
+        self.is_there, self.may_go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(extension, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.is_there.is_set():
+            self.is_there.set()
+            assert self.may_go_on.wait(20)
+        return self.step(*args)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_the_slower_of_two_extensions_ends_well_too(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool
+) -> None:
+    out = tmp_path / "out"
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    monkeypatch.setattr(listed_rows, "MAX_HELD_ROWS", 1)  # so its listing lies in files
+    monkeypatch.setattr(run_module.fcntl, "flock", fcntl.flock if has_locks else refuse_lock)
+    pause, waits = Pause(monkeypatch, "_find_new"), threading.Event()
+
+    def listen(line: str) -> None:
+        if "waiting for another command" in line:
+            waits.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(run_score, src, out, extend=True)
+        assert pause.is_there.wait(20)
+        fast = threads.submit(run_score, src, out, listen, extend=True)
+        if has_locks:
+            assert waits.wait(20)
+        else:
+            fast.result()
+        pause.may_go_on.set()
+    assert slow.result().done == fast.result().done == 15
+    assert sorted(run.result().changes["new"] for run in (slow, fast)) == [0, 5]
+    run_score(src, tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+    assert verify_files(out) == []
+    assert not list((out / "_manifest").glob(".listing-*"))
+
+
+def refuse_lock(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_run_that_ends_meanwhile_takes_nothing_from_an_extension(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run_score(src, out)
+    (out / "_SUCCESS").unlink()
+    write_images(src, range(10, 15))
+    pause = Pause(monkeypatch, "describe_listing")  # when the new manifest is written, and unnamed
+    with ThreadPoolExecutor(1) as threads:
+        extending = threads.submit(run_score, src, out, extend=True)
+        assert pause.is_there.wait(20)
+        assert run_score(src, out).done == 10
+        pause.may_go_on.set()
+    assert extending.result().done == 15
+    assert verify_files(out) == []
+
+
+def test_a_manifest_that_is_gone_is_never_named(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store a command that ends meanwhile may remove it, since nothing can be locked."""
+    out = tmp_path / "out"
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    with monkeypatch.context() as patch:
+        pause = Pause(patch, "describe_listing")
+        pause.may_go_on.set()
+        named = {file.name for file in require_run(out).manifest.files}
+        patch.setattr(pause, "step", partial(remove_others, out / "_manifest", named, pause.step))
+        with pytest.raises(StorageError, match=r"another command .* run the same command again"):
+            run_score(src, out, extend=True)
+    assert verify_files(out) == []
+    assert run_score(src, out, extend=True).done == 15
+    assert verify_files(out) == []
+
+
+def remove_others(folder: Path, names: set[str], step: Any, *args: Any) -> Any:
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+    return step(*args)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_that_is_extended_while_it_works_goes_on_with_the_new_keys(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    out, said = tmp_path / "out", list[str]()
+    finish_batch = driver.finish_batch
+
+    def extend_first(*args: Any) -> BatchSummary:
+        """Another command extends the run, and ends or is interrupted, before this one ends."""
+        monkeypatch.setattr(driver, "finish_batch", finish_batch if ends else interrupt)
+        write_images(src, range(10, 15))
+        with nullcontext() if ends else pytest.raises(KeyboardInterrupt):
+            run_score(src, out, extend=True)
+        monkeypatch.setattr(driver, "finish_batch", finish_batch)
+        return finish_batch(*args)
+
+    monkeypatch.setattr(driver, "finish_batch", extend_first)
+    assert run_score(src, out, said.append).done == 15
+    assert any("another command has extended the run; going on with it" in line for line in said)
+    run_score(src, tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+    assert verify_files(out) == []
+
+
+def interrupt(*args: Any) -> BatchSummary:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("first", [None, 0.01])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import ConvertConfig, RepairConfig
 from cifake_ray.pipeline import run_verb
-from cifake_ray.stages.batch import driver
-from cifake_ray.storage.runs.verify import verify_files
+from cifake_ray.stages.batch import driver, task_pool
+from cifake_ray.stages.verify import verify_output
+from cifake_ray.storage.io import digest
+from cifake_ray.storage.runs.file_progress import FileProgress
+from cifake_ray.storage.runs.verify import DamagedFile, plan_seal_check, verify_files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -66,3 +72,66 @@ def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(
     (damaged / "_SUCCESS").write_text(json.dumps(record))
     with pytest.raises(TypeError):  # it is made again
         run_verb(RepairConfig(out=str(damaged)), time.monotonic())
+
+
+@pytest.mark.parametrize("what", ["disk", "rights", "folder"])
+def test_an_unfinished_run_is_repaired_whatever_one_shard_is(
+    damaged: Path, what: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (damaged / "_SUCCESS").unlink()
+    part = damaged / "shards/part-00001.parquet"
+    aside = part.with_name(f".aside-{part.name}")
+    if what == "folder":
+        part.unlink()
+        part.mkdir()
+        (part / "note").write_text("mine")
+    else:
+        number, open_regular = errno.EIO if what == "disk" else errno.EACCES, digest.open_regular
+
+        def fail(path: Path, *args: Any) -> Any:
+            if path == part:
+                raise OSError(number, os.strerror(number))
+            return open_regular(path, *args)
+
+        monkeypatch.setattr(digest, "open_regular", fail)
+    summary, code = run_verb(RepairConfig(out=str(damaged)), time.monotonic())
+    monkeypatch.undo()
+    assert (summary.shards_resumed, summary.shards_total, code) == (3, 5, 0)
+    assert verify_files(damaged) == []
+    said = capfd.readouterr().err
+    assert "part-00001.parquet is set aside: cannot be read: " in said
+    assert "part-00002.parquet is set aside: sha256 differs" in said
+    assert aside.exists() == (f"{aside} is a folder" in said) == (what == "folder")
+    if what == "folder":
+        assert (aside / "note").read_text() == "mine"
+
+
+def test_repair_of_an_unfinished_run_sets_strange_shards_aside_and_names_other_files(
+    damaged: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (damaged / "_SUCCESS").unlink()
+    whole = (damaged / "shards/part-00000.parquet").read_bytes()
+    for name in ("part-00005.parquet", "part-77777.parquet", "copy.parquet", "_notes"):
+        (damaged / "shards" / name).write_bytes(whole)
+    run_verb(RepairConfig(out=str(damaged)), time.monotonic())
+    said = capfd.readouterr().err
+    for name in ("part-00005.parquet", "part-77777.parquet"):
+        assert f"shards/{name} is set aside: not committed by this run" in said
+    assert "left alone: shards/copy.parquet; readers" in said
+    assert verify_files(damaged) == []
+    there = {path.name for path in (damaged / "shards").iterdir()}
+    assert there == {*(f"part-{n:05}.parquet" for n in range(5)), "copy.parquet", "_notes"}
+
+
+def test_an_unfinished_run_is_read_by_workers_too(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (damaged / "_SUCCESS").unlink()
+    config = RepairConfig(out=str(damaged), num_workers=0)
+    seen: list[FileProgress] = []
+    found = verify_output(config, damaged, seen.append, print, plan_seal_check)
+    assert found == [DamagedFile("shards/part-00002.parquet", "sha256 differs")]
+    assert (seen[-1].done, seen[-1].total, seen[-1].damaged) == (5, 5, 1)
+    monkeypatch.setattr(task_pool, "LocalPool", None)
+    with pytest.raises(TypeError):
+        run_verb(config, time.monotonic())

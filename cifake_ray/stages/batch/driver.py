@@ -10,26 +10,20 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from threading import Event
 
-import pyarrow as pa
-
-from cifake_ray.config import BatchConfig, Device, fingerprint_settings
-from cifake_ray.core.evaluation.policy import Policy
-from cifake_ray.core.processing.processor import Processor
-from cifake_ray.errors import CifakeError, NothingToDo
+from cifake_ray.errors import CifakeError
 from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.batch.plan import (
+    BatchPlan,
     DryRun,
     choose_placement,
-    count_listing,
     describe_workers,
-    guess_placement,
+    plan_batch,
 )
 from cifake_ray.stages.batch.shard_worker import (
     ShardReport,
@@ -37,137 +31,20 @@ from cifake_ray.stages.batch.shard_worker import (
     WorkerTask,
     count_retryable,
 )
-from cifake_ray.stages.batch.summary import (
-    BatchSummary,
-    Progress,
-    Totals,
-    read_summary,
-)
+from cifake_ray.stages.batch.summary import BatchSummary, Totals, read_summary
 from cifake_ray.stages.batch.task_pool import AwaitedPool, RayPool
 from cifake_ray.stages.batch.watchdog import watch_progress
 from cifake_ray.stages.resources import Placement, read_local_resources, runs_here
 from cifake_ray.storage.io.files import read_json
-from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.attempts import clear_attempts
 from cifake_ray.storage.runs.extension import extend_run
-from cifake_ray.storage.runs.list_parts import PART_ROWS
-from cifake_ray.storage.runs.manifest import choose_shard_rows
-from cifake_ray.storage.runs.run import (
-    Run,
-    finish_run,
-    force_names,
-    is_finished,
-    reopen_run,
-)
-from cifake_ray.storage.runs.run_plan import RunPlan
+from cifake_ray.storage.runs.finish import finish_run
+from cifake_ray.storage.runs.run import Run, RunExtended, force_names, is_finished, reopen_run
 from cifake_ray.storage.runs.shards import decide_shard
-from cifake_ray.storage.sources.choose_rows import choose_rows
-from cifake_ray.storage.sources.source import Listing, Source
+from cifake_ray.storage.sources.source import Listing
 
 SHORT_LISTING_S = 0.5
 DECIDING_THREADS = 8  # so many shards in memory; mostly the store is waited for
-KEPT_OPTIONS = (
-    "max_error_rate",
-    "allow_pickle",
-    "fake_class",
-)  # not in the fingerprint, but `repair` needs them
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """All that a verb defines of its run."""
-
-    command: str
-    config: BatchConfig
-    out: AnyPath
-    source: Source
-    paths: dict[str, str | None]  # the other path options, resolved, for `repair` to use again
-    inputs: dict[str, Any] = field(default_factory=dict)  # replaces them in the fingerprint
-    device: Device = "cpu"
-    needs_labels: bool = False  # say which images have none
-    make_processor: Callable[[Placement], Processor]
-    on_progress: Callable[[Progress], None]
-    started_s: float  # time.monotonic() when the process began
-    log: Callable[[str], None]
-    facts: dict[str, Any] = field(default_factory=dict)  # for DryRun: bundle, threshold
-    # Leaves rows out of the listing, before --limit and --sample.
-    choose_listed: Callable[[Listing], None] | None = None
-    before_success: Callable[[Run], None] = lambda run: None  # called when all shards are committed
-    threshold: float | None = None  # from which p_fake is called FAKE; None if there is none
-    policy: Policy | None = None  # decides instead
-    extend: bool = False  # list the source again, for new keys
-    thresholds: dict[str, float] = field(default_factory=dict)  # all that the bundle has, by name
-
-    @property
-    def run(self) -> RunPlan:
-        """Return the plan of the run that is found in the output or frozen there."""
-        settings = {**fingerprint_settings(self.config), **self.paths}
-        kept = {name: value for name, value in asdict(self.config).items() if name in KEPT_OPTIONS}
-        return RunPlan(
-            out=self.out,
-            command=self.command,
-            settings={**settings, **self.inputs},
-            config={**settings, **kept},
-            list_source=self.list_images,
-            shard_rows=self.config.shard_size,
-            source=self.source,
-            needs_labels=self.needs_labels,
-            log=self.log,
-        )
-
-    def list_images(self, *, whole: bool = False) -> Listing:
-        """List the source, or what the options choose of it; count and log.
-
-        Not `whole`, it may leave parts of the source to workers, unless the choice is of all.
-        """
-        whole = whole or (self.config.limit, self.config.sample, self.choose_listed) != (None,) * 3
-        listing = self.source.list_images(max_rows=None if whole else PART_ROWS)
-        if self.choose_listed is not None:
-            self.choose_listed(listing)
-        choose_rows(listing, self.config)
-        listing.count_rows(describe=self.needs_labels)
-
-        def log(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            listed = 0
-            for batch in batches:
-                listed += batch.num_rows
-                self.log(f"{self.command}: listing, {listed:,} keys ...")
-                yield batch
-            if not listing.left:
-                self.log(f"{self.command}: listed {listed:,} keys; starting workers ...")
-
-        listing.change_batches(log)
-        return listing
-
-
-def plan_batch(plan: BatchPlan) -> DryRun:
-    """List the source and count; write nothing and do not start Ray."""
-    plan.run.find()  # raises if the output belongs to another run
-    listing = plan.list_images(whole=True)
-    size = count_listing(listing)
-    if not size.listed:
-        raise NothingToDo(listing.explain_empty())
-    for note in listing.notes:
-        plan.log(f"{plan.command}: {note}")
-    counts = listing.counts.to_dict()
-    num_workers, device = guess_placement(plan.config, plan.device)
-    rows = plan.config.shard_size or choose_shard_rows(size.listed, size.size_bytes)
-    return DryRun(
-        command=plan.command,
-        out=str(plan.out),
-        listed=size.listed,
-        size_bytes=size.size_bytes,
-        left_out=dict(+listing.left_out),
-        labels=counts["labels"],
-        splits=counts["splits"],
-        sources=counts["sources"],
-        shards_total=size.num_batches
-        if listing.keeps_order
-        else sum(-(-count // rows) for count in size.by_split.values()),
-        num_workers=num_workers,
-        device=device,
-        **plan.facts,
-    )
 
 
 def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
@@ -189,7 +66,16 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
 
 
 def work_on(plan: BatchPlan, found: Run | None) -> BatchSummary:
-    """Finish a run that was found, or the one that is frozen now."""
+    """Finish a run that was found, or the one that is frozen now, and what others add meanwhile."""
+    while True:
+        try:
+            return _finish_found(plan, found)
+        except RunExtended:
+            plan.log(f"{plan.command}: another command has extended the run; going on with it")
+            found = plan.run.find()
+
+
+def _finish_found(plan: BatchPlan, found: Run | None) -> BatchSummary:
     if found is None:
         pass
     elif (summary := find_result(plan, found)) is not None:
@@ -237,7 +123,9 @@ def work_on(plan: BatchPlan, found: Run | None) -> BatchSummary:
         else:
             from cifake_ray.stages.batch.ray_pool import describe_cluster, report_shards
 
-            stream, describe = report_shards(task), describe_cluster
+            is_over = Event()
+            stack.callback(is_over.set)
+            stream, describe = report_shards(task, is_over), describe_cluster
         totals = Totals(listed=run.manifest.num_rows)
         watched = watch_progress(stream, run, session, stall_timeout_s, describe)
         with closing(watched) as reports:

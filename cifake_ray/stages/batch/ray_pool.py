@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from threading import Event
 from typing import Any, Protocol
 
 import ray
@@ -26,7 +27,7 @@ from cifake_ray.stages.batch.shard_worker import ShardReport, ShardWorker, Worke
 from cifake_ray.stages.cluster import read_resources
 from cifake_ray.storage.s3.throttle import share_requests
 
-LOOK_S = 1.0  # between two looks whether this process is still connected to Ray
+LOOK_S = 1.0  # between two looks whether anybody waits for the reports, and Ray is still there
 ANSWER_TIMEOUT_S = 10.0  # of the cluster
 
 Reports = Generator[ShardReport | CifakeError, None, None]
@@ -59,8 +60,11 @@ class WorkerSlot(Protocol):
 Answer = Callable[[], ShardReport | CifakeError | None]
 
 
-def report_shards(task: WorkerTask) -> Reports:
-    """Commit all shards on the connected cluster; yield a report of each as it is committed."""
+def report_shards(task: WorkerTask, is_over: Event) -> Reports:
+    """Commit all shards on the connected cluster; yield a report of each as it is committed.
+
+    Once `is_over` is set by another thread, no shard is given out and the workers are ended.
+    """
     placement, num_shards = task.placement, task.run.manifest.num_shards
     answers: SimpleQueue[tuple[_ActorSlot, Answer]] = SimpleQueue()
     make_actor = ray.remote(
@@ -72,7 +76,7 @@ def report_shards(task: WorkerTask) -> Reports:
     num_slots = min(placement.num_workers, num_shards)
     slots = [_ActorSlot(lambda: make_actor(task_ref), answers) for _ in range(num_slots)]
     try:
-        yield from deal_shards(num_shards, slots, lambda: _take_answer(answers))
+        yield from deal_shards(num_shards, slots, lambda: _take_answer(answers, is_over))
     finally:
         for slot in slots:
             slot.end()
@@ -105,13 +109,15 @@ class _ActorSlot:
         answer.future().add_done_callback(put)
 
 
-def _take_answer(answers: SimpleQueue[Any]) -> tuple[Any, Answer] | None:
-    """Return a slot and its answer, None when this process has left the cluster."""
-    while ray.is_initialized():
+def _take_answer(answers: SimpleQueue[Any], is_over: Event) -> tuple[Any, Answer] | None:
+    """Return a slot and its answer, None once it is over or this process has left the cluster."""
+    found = None
+    while found is None and ray.is_initialized():
         with suppress(Empty):
-            slot, answer = answers.get(timeout=LOOK_S)
-            return slot, answer
-    return None
+            found = answers.get(timeout=LOOK_S)
+        if is_over.is_set():
+            return None
+    return found
 
 
 def deal_shards(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from reprlib import repr as shorten
 from threading import Event
@@ -86,7 +86,7 @@ class AwaitedPool:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers  # as far as is known
-        self.wanted = Event()
+        self.wanted, self.is_given_up = Event(), False
         self._pool = Future[TaskPool]()
 
     def use(self, pool: TaskPool) -> None:
@@ -94,14 +94,18 @@ class AwaitedPool:
         self._pool.set_result(pool)
 
     def give_up(self) -> None:
-        """End the wait for a pool that does not come."""
+        """End the wait for a pool that does not come, or for results that nobody wants any more."""
+        self.is_given_up = True
         self._pool.cancel()
 
     def map_items(
         self, work: Callable[[Item], Result], items: deque[Item]
     ) -> Generator[Result, None, None]:
         self.wanted.set()
-        yield from self._pool.result().map_items(work, items)
+        for result in self._pool.result().map_items(work, items):
+            yield result
+            if self.is_given_up:
+                raise CancelledError
 
 
 def _work_on(work: Callable[[Item], Result], item: Item, num_workers: int) -> Result | CifakeError:

@@ -22,8 +22,8 @@ from cifake_ray.core.schema import CROP_FIELDS, MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.report.slices_text import find_worst_source
 from cifake_ray.report.text import KEY_METRICS, describe_unlike
-from cifake_ray.stages.batch.driver import BatchPlan, run_batch
-from cifake_ray.stages.batch.plan import DryRun
+from cifake_ray.stages.batch.driver import run_batch
+from cifake_ray.stages.batch.plan import BatchPlan, DryRun
 from cifake_ray.stages.batch.summary import BatchSummary, Progress
 from cifake_ray.stages.evaluate.grid import GridSummary, MakeGridProcessor, summarise_grid
 from cifake_ray.stages.evaluate.inputs import (

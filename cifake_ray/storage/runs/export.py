@@ -124,8 +124,6 @@ def encode_shards(
     With a `schema` a table gets its types. StorageError when one has other columns.
     """
     chosen = config.chosen_format
-    if chosen == "txt" and config.columns:
-        raise UsageError("--columns: a .txt file holds keys only; choose another format")
     tables = _choose_rows(scores, config, counts)
     if schema is not None:
         tables = _match_schema(tables, schema)

@@ -42,8 +42,9 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath, is_inside
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
 from cifake_ray.storage.runs.export import encode_shards, read_schema
+from cifake_ray.storage.runs.finish import FILES_FIELDS
 from cifake_ray.storage.runs.read_scores import Scores
-from cifake_ray.storage.runs.run import FILES_FIELDS, Run, claim_folder, read_record
+from cifake_ray.storage.runs.run import Run, claim_folder, read_record
 from cifake_ray.storage.runs.settings import identify_run
 from cifake_ray.storage.runs.verify import open_finished, read_files
 

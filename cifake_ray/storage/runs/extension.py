@@ -6,15 +6,11 @@ The manifest is append-only. New files are written beside those that are there, 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -23,14 +19,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.errors import UsageError
+from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.storage.io.digest import list_sizes
 from cifake_ray.storage.io.files import discard, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.listed_rows import (
+    FOLDER_PREFIX,
     HASH,
     ListedRows,
     check_unique,
     divide_buckets,
+    remove_rows,
 )
 from cifake_ray.storage.runs.manifest import (
     Manifest,
@@ -38,7 +37,14 @@ from cifake_ray.storage.runs.manifest import (
     read_manifest_shard,
     write_manifest,
 )
-from cifake_ray.storage.runs.run import Run, is_finished, read_again, read_record, reopen_run
+from cifake_ray.storage.runs.run import (
+    Run,
+    is_finished,
+    lock_run,
+    read_again,
+    read_record,
+    reopen_run,
+)
 from cifake_ray.storage.runs.run_plan import RunPlan, describe_listing
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
@@ -73,11 +79,27 @@ class Changes:
 def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     """Add the new keys of the source to a run; it has then not finished.
 
-    A process that loses a race uses the winner's listing. UsageError when the source has other
+    One command at a time: another one waits, then lists what has come since. Where nothing can be
+    locked, the slower one uses the listing of the other. UsageError when the source has other
     columns than before, or lists a key twice.
     """
-    changes, run_id, first = Changes(run.out), secrets.token_hex(4), run.manifest.num_shards
-    folder = run.manifest_folder
+
+    def wait() -> None:
+        plan.log(f"{plan.command}: waiting for another command that extends this output ...")
+
+    with lock_run(run.out, wait):
+        while True:
+            run, run_id = read_again(run.out), secrets.token_hex(4)
+            try:
+                return _extend(plan, run, run_id)
+            except StorageError:
+                remove_rows(run.manifest_folder / f"{FOLDER_PREFIX}{run_id}")
+                if read_again(run.out).manifest == run.manifest:
+                    raise  # else another command was first, and has removed what was listed here
+
+
+def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
+    changes, folder, first = Changes(run.out), run.manifest_folder, run.manifest.num_shards
     with plan.list_rows(folder, run_id) as (listing, listed), tempfile.TemporaryFile() as spool:
         added = Listing(
             iter(()),
@@ -118,31 +140,20 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     record = read_record(run.out) | describe_listing(whole, added, counts)
     if is_finished(run):  # no shard has the verdicts of before
         record["earlier_identities"] = []
-    with _hold(run.out):
-        if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
-            for file in manifest.files:
-                discard(folder / file.name)
-            return there, changes
-        write_json(run.out / "_run.json", record | {"tool_version": __version__})
+    if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
+        for file in manifest.files:
+            discard(folder / file.name)
+        return there, changes
+    if lost := {file.name for file in manifest.files} - list_sizes(folder).keys():
+        raise StorageError(
+            f"{folder / min(lost)}: another command on this output has removed it; run the same"
+            " command again, by one process at a time"
+        )
+    write_json(run.out / "_run.json", record | {"tool_version": __version__})
     extended = read_again(run.out)
     if not is_finished(extended):
         reopen_run(extended)
     return extended, changes
-
-
-@contextmanager
-def _hold(out: AnyPath) -> Iterator[None]:
-    """Keep other processes from extending a local run meanwhile; stores have no locks."""
-    if not isinstance(out, Path):
-        yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every file system locks folders
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _spool(listing: Listing, keys: ListedRows, spool: IO[bytes]) -> None:

@@ -6,41 +6,33 @@ process that loses this race uses the winner's manifest.
 
 from __future__ import annotations
 
-import re
+import fcntl
+import os
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cifake_ray.core.schema import SCHEMA_VERSION, shard_name
-from cifake_ray.errors import CifakeError, RunMismatch, StorageError
+from cifake_ray.errors import RunMismatch, StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
-    discard,
     encode_json,
     hash_json,
-    list_folder,
     parse_json,
-    read_bytes,
     read_if_exists,
     read_json,
     remove,
-    remove_leftovers,
     sync_folder,
-    write_bytes,
     write_json,
 )
-from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.runs.datasets_card import CARD_NAME, encode_card
 from cifake_ray.storage.runs.links import check_links
-from cifake_ray.storage.runs.listed_rows import FOLDER_NAME, remove_rows
-from cifake_ray.storage.runs.manifest import FILE_NAME, Manifest, ManifestFile
+from cifake_ray.storage.runs.manifest import Manifest, ManifestFile
 from cifake_ray.storage.runs.settings import check_settings
 from cifake_ray.version import __version__
 
@@ -52,15 +44,6 @@ RESULTS = {
 }
 PRIVATE_PREFIX = "_"  # readers of Parquet folders skip names that start so
 ANY_VERB = "convert, score, evaluate or audit"  # that has shards
-ASIDE_PREFIX = ".aside-"  # of damaged files while `repair` redoes them
-ASIDE_NAME = re.compile(re.escape(ASIDE_PREFIX) + r"(_SUCCESS|part-\d{5,}\.parquet)")
-FILES_FIELDS = [
-    pa.field("name", pa.string()),
-    pa.field("size_bytes", pa.int64()),
-    pa.field("sha256", pa.string()),
-    pa.field("rows", pa.int64()),
-    pa.field("errors", pa.int64()),
-]
 
 
 @dataclass(frozen=True)
@@ -190,9 +173,15 @@ def read_run(out: AnyPath) -> Run | None:
     )
 
 
+class RunExtended(StorageError):
+    """Another command has added shards to the run (`score --extend`): there is more to do."""
+
+
 def read_again(out: AnyPath, earlier: Run | None = None) -> Run:
     """Return the run that was just there. StorageError when another has taken its place."""
     run = read_run(out)
+    if run is not None and earlier is not None and earlier.identity in run.identities[:-1]:
+        raise RunExtended(f"{out}: another command has extended the run; run the same one again")
     if run is None or (
         earlier is not None and (run.identity, run.manifest) != (earlier.identity, earlier.manifest)
     ):
@@ -283,6 +272,33 @@ def is_finished(run: Run) -> bool:
     return bool(parse_json(path, data).get("run", first) == run.identity)
 
 
+@contextmanager
+def lock_run(out: AnyPath, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Keep other commands from extending a local run meanwhile, or removing files that none names.
+
+    Yield whether no other command does that: with `wait`, which is called first, it is waited for.
+    Stores have no locks, nor have all file systems: there it is not known.
+    """
+    if not isinstance(out, Path):
+        yield True
+        return
+    with explain_errors(out):
+        folder, is_alone = os.open(out, os.O_RDONLY), True
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_alone = wait is not None
+            if wait is not None:
+                wait()
+                fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError:  # no locks here
+            pass
+        yield is_alone
+    finally:
+        os.close(folder)
+
+
 def force_names(run: Run) -> None:
     """Force to disk the names that killed processes have left, before a command builds on them.
 
@@ -296,58 +312,3 @@ def reopen_run(run: Run) -> None:
     """Remove what marks a run as complete, before one of its shards is made again."""
     remove(run.out / "_SUCCESS")  # first: without it the other is not used
     remove(run.out / "_files.parquet")
-
-
-def _write_card(run: Run) -> None:
-    """Write the card of the run, unless a person has changed that of an earlier extent."""
-    cards = (
-        encode_card(run.results, run.manifest_folder, files)
-        for files in reversed(run.manifest.list_extents())
-    )
-    path, card = run.out / CARD_NAME, next(cards)
-    if not create_bytes(path, card) and (there := read_bytes(path)) != card and there in cards:
-        write_bytes(path, card)
-
-
-def finish_run(run: Run, parts: list[ShardStats], summary: dict[str, Any]) -> None:
-    """Check that the counts add up, then write `_files.parquet` and `_SUCCESS`."""
-    read_again(run.out, run)
-    there = {path.name for path in list_folder(run.results_folder)}
-    committed = {part.shard for part in parts if shard_name(part.shard) in there}
-    missing = set(range(run.manifest.num_shards)) - committed
-    rows = sum(part.rows for part in parts)
-    if missing or rows != run.manifest.num_rows:
-        raise CifakeError(
-            f"{run.out}: the counts do not add up: {run.manifest.num_rows} images listed,"
-            f" {rows} rows written, {len(missing)} shards missing; run the same command again"
-        )
-    parts = sorted(parts, key=lambda part: part.shard)
-    columns = {
-        "name": [f"{run.results}/{shard_name(part.shard)}" for part in parts],
-        "size_bytes": [part.size_bytes for part in parts],
-        "sha256": [part.sha256 for part in parts],
-        "rows": [part.rows for part in parts],
-        "errors": [sum(part.errors.values()) for part in parts],
-    }
-    schema = pa.schema(FILES_FIELDS, metadata={b"schema_version": str(SCHEMA_VERSION).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=schema), sink)
-    remove_leftovers(run.out)
-    for folder in (run.out, run.results_folder, run.manifest_folder):
-        for path in list_folder(folder):
-            if ASIDE_NAME.fullmatch(path.name):
-                discard(path)
-    named = {file.name for file in run.manifest.files}
-    for path in list_folder(run.manifest_folder):  # of killed listings and lost races
-        if FOLDER_NAME.fullmatch(path.name):
-            remove_rows(path)
-        elif path.name not in named and FILE_NAME.fullmatch(path.name):
-            discard(path)
-    _write_card(run)
-    force_names(run)  # of another command that was killed meanwhile
-    write_bytes(run.out / "_files.parquet", sink.getvalue().to_pybytes())
-    finished_at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    record = {"schema_version": SCHEMA_VERSION, "finished_at": finished_at, "run": run.identity}
-    record |= summary
-    write_json(run.out / "_SUCCESS", record)
-    read_again(run.out, run)  # it may have been moved since

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,13 +24,13 @@ from cifake_ray.storage.io.files import exists, move, read_bytes
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.file_progress import FileCounter, FileProgress
+from cifake_ray.storage.runs.finish import ASIDE_PREFIX, FILES_FIELDS
 from cifake_ray.storage.runs.run import (
     ANY_VERB,
-    ASIDE_PREFIX,
-    FILES_FIELDS,
     Run,
     force_names,
     is_finished,
+    read_again,
     require_run,
 )
 from cifake_ray.storage.runs.shards import breaks_seal, hash_shard
@@ -81,7 +82,7 @@ class CommittedFile:
     """A file as a run has committed it, and the size that it has now."""
 
     name: str
-    sha256: str
+    sha256: str | None  # None before the run has finished: that which its footer says
     size_bytes: int
 
 
@@ -96,13 +97,14 @@ class CheckedGroup:
 
 @dataclass(frozen=True)
 class OutputCheck:
-    """What `verify` has to read of a finished run, and what its listing says already."""
+    """What is to be read of a run, and what the listing of its folders says already."""
 
     out: AnyPath
-    names: list[str]  # of all committed files, in order
+    names: list[str]  # of all files that are compared, in order
     groups: list[tuple[CommittedFile, ...]]  # to read, each by one worker
     listed: list[DamagedFile]  # as names and sizes show
     num_bytes: int  # to read
+    foreign: list[str]  # no shards, but readers of Parquet folders see them
 
     def judge(
         self,
@@ -132,11 +134,7 @@ def plan_check(out: AnyPath) -> OutputCheck:
         *({"name": f"{folder}/{f.name}", "sha256": f.sha256} for f in run.manifest.files),
         *read_files(run),
     ]
-    there = {
-        f"{place.name}/{name}": size
-        for place in (run.manifest_folder, run.results_folder)
-        for name, size in list_sizes(place).items()
-    }
+    there = _list_folders(run.manifest_folder, run.results_folder)
     names = [row["name"] for row in rows]
     to_read, listed = [], []
     for row in rows:
@@ -147,11 +145,43 @@ def plan_check(out: AnyPath) -> OutputCheck:
             listed.append(DamagedFile(name, f"{size} bytes, not {row['size_bytes']}"))
         else:
             to_read.append(CommittedFile(name, row["sha256"], size))
-    for name in there.keys() - set(names):
-        if name.startswith(f"{run.results}/") and SHARD_NAME.fullmatch(name.partition("/")[2]):
+    return _make_check(run, names, to_read, listed, there)
+
+
+def plan_seal_check(out: AnyPath) -> OutputCheck:
+    """List the shards that are there, of a run that may not have finished, with no sha256.
+
+    StorageError when there is no run.
+    """
+    there = _list_folders(require_run(out).results_folder)
+    run = read_again(out)  # it may have been extended before the folder was listed
+    names = [f"{run.results}/{shard_name(n)}" for n in range(run.manifest.num_shards)]
+    names = [name for name in names if name in there]
+    return _make_check(run, names, [CommittedFile(n, None, there[n]) for n in names], [], there)
+
+
+def _list_folders(*folders: AnyPath) -> dict[str, int]:
+    """Return the size of each file, by folder/name."""
+    return {f"{f.name}/{name}": size for f in folders for name, size in list_sizes(f).items()}
+
+
+def _make_check(
+    run: Run,
+    names: list[str],
+    to_read: list[CommittedFile],
+    listed: list[DamagedFile],
+    there: dict[str, int],
+) -> OutputCheck:
+    """Name also what else is in the folder of results: shards are damage, others a person's."""
+    foreign = []
+    for name in sorted(there.keys() - set(names)):
+        folder, _, own = name.partition("/")
+        if folder == run.results and SHARD_NAME.fullmatch(own):
             listed.append(DamagedFile(name, "not committed by this run"))
+        elif folder == run.results and own[0] not in "._":  # which such readers skip
+            foreign.append(name)
     num_bytes = sum(file.size_bytes for file in to_read)
-    return OutputCheck(out, names, list(_group_files(to_read)), listed, num_bytes)
+    return OutputCheck(run.out, names, list(_group_files(to_read)), listed, num_bytes, foreign)
 
 
 def _group_files(files: list[CommittedFile]) -> Iterator[tuple[CommittedFile, ...]]:
@@ -181,15 +211,21 @@ def check_files(out: AnyPath, files: tuple[CommittedFile, ...]) -> CheckedGroup:
 def _find_damage(path: AnyPath, file: CommittedFile) -> str:
     """Return what is wrong with a file, "" if nothing is."""
     try:
+        if file.sha256 is None:
+            return "sha256 differs" if breaks_seal(path) else ""
         hash_content = hash_shard if SHARD_NAME.fullmatch(path.name) else hash_file
         return "" if hash_content(path, file.size_bytes) == file.sha256 else "sha256 differs"
     except StorageError as error:
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError):  # it was there when the folder was listed
             return "missing"
-        if isinstance(cause, OSError) and cause.errno in GONE:
+        # Missing rights, or a store that fails, say nothing of the file. But a run that has not
+        # finished cannot go on while there is a local shard that it must not read.
+        is_closed = isinstance(path, Path) and file.sha256 is None
+        gone = (*GONE, errno.EACCES, errno.EPERM) if is_closed else GONE
+        if isinstance(cause, OSError) and cause.errno in gone:
             return f"cannot be read: {cause.strerror}"
-        raise  # missing rights, or a store that fails, say nothing of the file
+        raise
 
 
 def check_here(
@@ -214,30 +250,23 @@ class SetAside:
 
     files: dict[AnyPath, AnyPath]
 
-    def restore(self) -> None:
-        """Rename the files back that have not been made again."""
-        for path, aside in self.files.items():
-            if exists(aside) and not exists(path):
+    def restore(self) -> list[AnyPath]:
+        """Rename the files back that have not been made again; return what stays aside."""
+        left = {path: aside for path, aside in self.files.items() if exists(aside)}
+        for path, aside in left.items():
+            if not exists(path):
                 move(aside, path)
+        return [aside for aside in left.values() if exists(aside)]
 
 
 def find_damage(
     out: AnyPath, verify: Callable[[AnyPath], list[DamagedFile]] = verify_files
 ) -> list[DamagedFile] | None:
-    """Return what `repair` has to make again; None if each shard is to be checked by the run."""
+    """Return what `repair` has to make again; None if `plan_seal_check` is to be read instead."""
     try:
         return verify(out)
     except StorageError:  # unfinished, or damaged metadata
         return None
-
-
-def find_broken_seals(run: Run) -> list[DamagedFile]:
-    """Return the shards of a run that are not what their footers say, whatever else there is."""
-    return [
-        DamagedFile(f"{run.results}/{path.name}", "sha256 differs")
-        for path in (run.results_folder / name for name in list_sizes(run.results_folder))
-        if SHARD_NAME.fullmatch(path.name) and breaks_seal(path)
-    ]
 
 
 def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
@@ -253,7 +282,13 @@ def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
         )
     force_names(run)
     paths: list[AnyPath] = [*(out / item.name for item in damage), out / "_SUCCESS"]
-    files = {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
-    for path, aside in files.items():
-        move(path, aside)
-    return SetAside(files)
+    aside = SetAside(
+        {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
+    )
+    try:
+        for path, place in aside.files.items():
+            move(path, place)
+    except BaseException:
+        aside.restore()
+        raise
+    return aside

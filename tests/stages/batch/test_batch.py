@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from cifake_ray.config import ConvertConfig, SampleConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import IMAGE_ERRORS, RETRYABLE_ERRORS
 from cifake_ray.errors import ImageError, ResourceError, StorageError
-from cifake_ray.stages.batch import image_batches
-from cifake_ray.stages.batch.driver import BatchPlan, run_batch
+from cifake_ray.stages.batch import image_batches, ray_pool
+from cifake_ray.stages.batch.driver import run_batch
 from cifake_ray.stages.batch.image_batches import slice_rows
+from cifake_ray.stages.batch.plan import BatchPlan
 from cifake_ray.stages.batch.shard_worker import (
     ShardWorker,
     WorkerOptions,
@@ -257,6 +259,42 @@ def test_reports_are_progress_and_what_follows_them_is_raised(tmp_path: Path) ->
     with pytest.raises(StorageError, match="the disk is full"):
         next(reports)
     assert threading.current_thread().name not in stream.threads
+
+
+class DyingActor:
+    """Works on a shard for longer than the driver waits, then dies."""
+
+    def __init__(self, task: WorkerTask) -> None:
+        pass
+
+    def get_ready(self) -> None:
+        pass
+
+    def report_shard(self, shard: int) -> None:
+        time.sleep(3.0)
+        os._exit(1)
+
+
+def test_after_a_stall_no_thread_hands_out_shards_on_a_ray_that_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    give = ray_pool._ActorSlot.give
+
+    def note(slot: Any, shard: int) -> None:
+        given.append(shard)
+        give(slot, shard)
+
+    monkeypatch.setattr(ray_pool, "ShardActor", DyingActor)
+    monkeypatch.setattr(ray_pool._ActorSlot, "give", note)
+    before = set(threading.enumerate())
+    with pytest.raises(ResourceError, match="no progress for 2 s"):
+        bench.run({}, num_workers=1, stall_timeout_s=2.0)
+    num_given = len(given)
+    left = [t for t in set(threading.enumerate()) - before if "ThreadPool" in t.name]
+    time.sleep(6.0)  # in which the worker dies, and would be replaced
+    assert len(given) == num_given
+    assert not any(thread.is_alive() for thread in left)
 
 
 def test_what_interrupts_the_reader_ends_the_stream(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +19,9 @@ import ray
 from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, StorageError
 from cifake_ray.stages.batch.local_pool import MAX_LOSSES, LocalPool
-from cifake_ray.stages.batch.task_pool import RayPool, TaskPool, open_pool
+from cifake_ray.stages.batch.task_pool import AwaitedPool, RayPool, TaskPool, open_pool
 from cifake_ray.stages.resources import Placement
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS
 
 TWO_WORKERS = Placement(2, 1, 0)
 
@@ -55,6 +57,17 @@ def die_first(folder: Path, number: int) -> int:
             return number
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def test_a_pool_that_was_given_up_hands_out_no_more_items() -> None:
+    awaited, done = AwaitedPool(1), list[int]()
+    awaited.use(THIS_PROCESS)
+    results = awaited.map_items(done.append, deque(range(9)))
+    next(results)
+    awaited.give_up()
+    with pytest.raises(CancelledError):
+        next(results)
+    assert done == [0]
 
 
 def die(number: int) -> int:

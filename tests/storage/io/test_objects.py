@@ -34,8 +34,9 @@ from cifake_ray.storage.io.files import (
     write_chunks,
 )
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, ShardStats, finish_run, is_finished, read_run
+from cifake_ray.storage.runs.run import Run, ShardStats, is_finished, read_run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.sources.glance import iterate_names
 from cifake_ray.storage.sources.image_table import open_parquet, read_columns

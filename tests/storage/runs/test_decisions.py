@@ -22,8 +22,8 @@ from cifake_ray.report.decide_text import describe_decisions
 from cifake_ray.storage.io.paths import resolve_path
 from cifake_ray.storage.runs.decisions import decide_scores
 from cifake_ray.storage.runs.export import export_scores
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.policy_file import encode_policy, read_policy
-from cifake_ray.storage.runs.run import finish_run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.runs.verify import verify_files

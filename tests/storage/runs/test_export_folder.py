@@ -109,6 +109,7 @@ def test_the_format_is_that_of_the_folder_or_of_the_option(scores: Path, tmp_pat
         ({"format": "parquet-images"}, "parquet-images is one file"),
         ({"columns": ("nothing",)}, "there is no column 'nothing'"),
         ({"where": ("p_fake ~ 3",)}, "--where"),
+        ({"format": "txt", "columns": ("key",)}, "a .txt file holds keys only"),
     ],
 )
 def test_what_a_folder_cannot_hold_is_refused_before_it_is_made(

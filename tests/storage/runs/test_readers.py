@@ -15,8 +15,9 @@ import pytest
 
 from cifake_ray.core.schema import MANIFEST_FIELDS, SCORE_FIELDS
 from cifake_ray.storage.runs.attempts import clear_attempts, follow_attempt, write_attempt
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, finish_run
+from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.runs.verify import verify_files

@@ -24,21 +24,26 @@ from cifake_ray.errors import CifakeError, NothingToDo, RunMismatch, StorageErro
 from cifake_ray.storage.io import files
 from cifake_ray.storage.io.files import (
     create_bytes,
+    find_files,
     make_folder,
+    move,
     remove_leftovers,
     write_bytes,
     write_chunks,
 )
 from cifake_ray.storage.runs import shards
+from cifake_ray.storage.runs import verify as verify_module
+from cifake_ray.storage.runs.finish import finish_run
 from cifake_ray.storage.runs.manifest import read_manifest_shard
-from cifake_ray.storage.runs.run import Run, ShardStats, finish_run
+from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.settings import check_settings, identify_run
 from cifake_ray.storage.runs.shards import FOOTER_KEY, commit_shard, inspect_shard, read_shard
 from cifake_ray.storage.runs.verify import (
     DamagedFile,
-    find_broken_seals,
+    check_here,
     find_damage,
+    plan_seal_check,
     set_damaged_aside,
     verify_files,
 )
@@ -337,7 +342,7 @@ def test_finding_a_part_reads_its_end_and_a_flipped_bit_before_it_is_for_verify(
     path.write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
     finish_run(run, parts, {})
     damaged = [DamagedFile("scores/part-00000.parquet", "sha256 differs")]
-    assert verify_files(tmp_path) == find_broken_seals(run) == damaged
+    assert verify_files(tmp_path) == check_here(plan_seal_check(tmp_path)) == damaged
 
 
 def test_a_part_of_an_earlier_version_is_read_whole(tmp_path: Path) -> None:
@@ -353,7 +358,7 @@ def test_a_part_of_an_earlier_version_is_read_whole(tmp_path: Path) -> None:
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     assert (found.rows, found.errors) == (parts[0].rows, parts[0].errors)
     finish_run(run, [found, *parts[1:]], {})
-    assert verify_files(tmp_path) == find_broken_seals(run) == []
+    assert verify_files(tmp_path) == check_here(plan_seal_check(tmp_path)) == []
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     end = column.data_page_offset + column.total_compressed_size - 1
     path.write_bytes(data[:end] + bytes([data[end] ^ 1]) + data[end + 1 :])
@@ -585,6 +590,25 @@ def test_a_damaged_manifest_is_damage_that_cannot_be_repaired(tmp_path: Path) ->
     with pytest.raises(StorageError, match="start again in a new folder"):
         set_damaged_aside(tmp_path, verify_files(tmp_path))
     assert (tmp_path / "_SUCCESS").exists()
+
+
+def test_what_was_set_aside_comes_back_when_the_rest_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_here(tmp_path)
+    finish_run(run, commit_all(run), {})
+    damage = [DamagedFile(f"scores/part-{shard:05}.parquet", "sha256 differs") for shard in (0, 1)]
+    before = find_files(tmp_path)
+
+    def refuse_second(path: Path, target: Path) -> None:
+        if path == run.shard_path(1):
+            raise StorageError(f"{path}: Permission denied; check the permissions")
+        move(path, target)
+
+    monkeypatch.setattr(verify_module, "move", refuse_second)
+    with pytest.raises(StorageError, match=r"part-00001\.parquet: Permission denied"):
+        set_damaged_aside(tmp_path, damage)
+    assert find_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["config", "settings", "manifest", "command"])
