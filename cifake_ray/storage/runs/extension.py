@@ -27,7 +27,6 @@ from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.files import discard, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.listed_rows import (
-    HASH,
     ListedRows,
     check_unique,
     divide_buckets,
@@ -38,6 +37,7 @@ from cifake_ray.storage.runs.manifest import (
     read_manifest_shard,
     write_manifest,
 )
+from cifake_ray.storage.runs.row_files import HASH
 from cifake_ray.storage.runs.run import Run, is_finished, read_again, read_record, reopen_run
 from cifake_ray.storage.runs.run_plan import RunPlan, describe_listing
 from cifake_ray.storage.sources.source import Listing
@@ -87,6 +87,9 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
         )
         new = ListedRows(listed.folder)
         if listing.keeps_order:
+            if listed.shards is not None:
+                listing.batches = (table.to_batches()[0] for table in listed.shards.read())
+                listed = ListedRows(listed.folder)
             _spool(listing, listed, spool)
             is_new = np.zeros(listed.num_rows, bool)
         for table in _find_new(listed, listing.key_column, run, changes):
