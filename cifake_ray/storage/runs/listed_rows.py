@@ -72,7 +72,7 @@ class ListedRows:
     )
     size_bytes: int = 0  # of the images
     table_bytes: int = 0  # of the rows themselves in memory
-    # Of a listing that keeps its order: its rows. The rows here are then those of their keys.
+    # Of a listing that keeps its order: its rows. Those here are then of their keys alone.
     shards: ListedShards | None = None
     held: pa.Table | None = None  # the rows that are in no file, in the order of their buckets
     _added: list[pa.RecordBatch] = field(default_factory=list)

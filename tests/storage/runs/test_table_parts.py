@@ -30,7 +30,7 @@ from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, Source
 
 Row = dict[str, Any]
-NUM_ROWS = 200
+NUM_ROWS = 100
 
 
 def make_rows(num_rows: int = NUM_ROWS, first: int = 0) -> list[Row]:
@@ -191,7 +191,7 @@ def check_same(run: Run, notes: list[str], whole: Run, whole_notes: list[str]) -
     assert not list(run.out.glob("_manifest/.listing-*"))
 
 
-@pytest.mark.parametrize("part_rows", [1, 40, 10_000])
+@pytest.mark.parametrize("part_rows", [1, 30, 10_000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_does_not_depend_on_the_parts(
     tmp_path: Path,
