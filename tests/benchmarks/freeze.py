@@ -135,27 +135,22 @@ def read_peak(pid: str) -> int:
 
 def write_table(path: Path, num_keys: int) -> None:
     """Write the generated keys as a list, or as Parquet with images."""
-    tables = (pa.Table.from_batches([b]) for b in GeneratedKeys(num_keys).list_images().batches)
+    table = pa.Table.from_batches(GeneratedKeys(num_keys).list_images().batches)
+    uris, labels, etags = table["location"], table["label"], table["etag"]
+    if path.name == "images.parquet":
+        images = pa.repeat(pa.scalar(b"\xff\xd8\xff"), num_keys)
+        columns = {"key": table["key"], "image": images, "label": labels}
+        pq.write_table(pa.table(columns), path, row_group_size=1_000)
+        return
     if path.suffix == ".parquet":
-        writer = None
-        for table in tables:
-            uris, label, etag = table["location"], table["label"], table["etag"]
-            columns = {"path": uris, "label": label, "etag": etag}
-            if path.name == "images.parquet":
-                images = pa.repeat(pa.scalar(b"\xff\xd8\xff"), len(table))
-                columns = {"key": table["key"], "image": images, "label": label}
-            writer = writer or pq.ParquetWriter(path, pa.table(columns).schema)
-            writer.write_table(pa.table(columns))
-        assert writer is not None
-        writer.close()
+        columns = {"path": uris, "label": labels, "etag": etags}
+        pq.write_table(pa.table(columns), path, row_group_size=100_000)
         return
     with open(path, "w") as file:
         file.write("path,label,etag\n" * (path.suffix == ".csv"))
-        for table in tables:
-            for row in table.to_pylist():
-                uri, etag = row["location"], row["etag"].strip('"')
-                line = json.dumps({"path": uri, "label": "FAKE", "etag": etag})
-                file.write(f"{uri},FAKE,{etag}\n" if path.suffix == ".csv" else f"{line}\n")
+        for uri, etag in zip(uris.to_pylist(), etags.to_pylist(), strict=True):
+            line = json.dumps({"path": uri, "label": "FAKE", "etag": etag})
+            file.write(f"{uri},FAKE,{etag[1:-1]}\n" if path.suffix == ".csv" else f"{line}\n")
 
 
 def open_table(path: Path) -> Source:

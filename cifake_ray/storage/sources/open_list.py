@@ -22,6 +22,7 @@ from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
 from cifake_ray.storage.sources.image_table import open_parquet
 from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS
 from cifake_ray.storage.sources.text_table import (
+    PART_ROWS,
     Place,
     TextLayout,
     can_start_within,
@@ -85,16 +86,16 @@ def open_list(
 def _read_groups(
     path: AnyPath, stamped: ListPart, table: pq.ParquetFile, wanted: Sequence[ListPart]
 ) -> Iterator[tuple[ListPart, Lines]]:
-    is_whole = stamped[:1] in wanted
+    is_whole, chosen, number = stamped[:1] in wanted, set(wanted), 0
     for group in range(table.num_row_groups):
         part = (*stamped, str(group))
-        if is_whole or part in wanted:
-            yield part, _iterate_group(path, table, group)
+        if is_whole or part in chosen:
+            yield part, _iterate_group(path, table, group, number)
+        number += table.metadata.row_group(group).num_rows
     table.close(force=True)
 
 
-def _iterate_group(path: AnyPath, table: pq.ParquetFile, group: int) -> Lines:
-    number = sum(table.metadata.row_group(each).num_rows for each in range(group))
+def _iterate_group(path: AnyPath, table: pq.ParquetFile, group: int, number: int) -> Lines:
     with explain_errors(path):
         for batch in table.iter_batches(LISTING_BATCH_ROWS, row_groups=[group]):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -105,13 +106,15 @@ def _iterate_group(path: AnyPath, table: pq.ParquetFile, group: int) -> Lines:
 def _read_text(
     path: AnyPath, stamped: ListPart, layout: TextLayout, wanted: Sequence[ListPart]
 ) -> Iterator[tuple[ListPart, Lines]]:
-    start = Place(*map(int, wanted[0][3:])) if wanted[0][3:] else None
-    found = read_text_parts(path, layout, start)
+    num_rows, *at = [int(number) for number in wanted[0][3:]] or [PART_ROWS]
+    start = Place(*at) if at else None
+    found = read_text_parts(path, layout, num_rows, start)
     if not can_start_within(path, layout):
         yield stamped[:1], chain.from_iterable(lines for _, lines in found)
         return
     for place, lines in found:
-        part = (*stamped, json.dumps(layout), str(place.num_lines), str(place.num_bytes))
+        numbers = (num_rows, place.num_lines, place.num_bytes)
+        part = (*stamped, json.dumps(layout), *map(str, numbers))
         if start is None or part in wanted:
             yield part, lines
         if part == wanted[-1]:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -194,14 +196,16 @@ class ParquetSource:
         def is_full() -> bool:
             return max_rows is not None and num_listed >= max_rows
 
-        for part in self._name_files(listing) if parts is None else parts:
-            number, name, *rest = tuple(part)
+        given = self._name_files(listing) if parts is None else map(tuple, parts)
+        for place, some in groupby(given, itemgetter(0, 1)):
+            of_file = list(some)
             if is_full():
-                listing.left.append((number, name, *rest))
+                listing.left += of_file
                 continue
+            number, name = place
             path = self._find_path(name)
-            stamp = stamp_table(path) if rest or max_rows is not None else ""
-            if rest and rest[1] != stamp:
+            stamp = "" if max_rows is None else stamp_table(path)
+            if any(rest and rest[2] != stamp for _, _, *rest in of_file):
                 raise explain_change(path)
             with ImageTable(path, name, self.choice) as table:
                 if not table.has_images:
@@ -210,13 +214,14 @@ class ParquetSource:
                 if "key" in table.columns:
                     listing.key_column = "key"
                 shards = [*self._group_rows(table)]
-                starts = [int(rest[0])] if rest else range(0, len(shards), PART_SHARDS)
-                for start in starts:
+                ends = [*range(0, len(shards), PART_SHARDS), len(shards)]
+                ranges = [(int(rest[0]), int(rest[1])) for _, _, *rest in of_file if rest]
+                for start, stop in ranges or pairwise(ends):
                     if is_full():
-                        listing.left.append((number, name, f"{start:09d}", stamp))
+                        listing.left.append((number, name, f"{start:09d}", str(stop), stamp))
                         continue
-                    for groups in shards[start : start + PART_SHARDS]:
-                        batch, num_rows = self._read_rows(table, groups, schema, labels)
+                    for first_row, groups in shards[start:stop]:
+                        batch, num_rows = self._read_rows(table, groups, first_row, schema, labels)
                         listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
                         num_listed += batch.num_rows
                         if batch.num_rows:
@@ -231,30 +236,38 @@ class ParquetSource:
     def _find_path(self, name: str) -> AnyPath:
         return self.root if name == self.root.name and is_file(self.root) else self.root / name
 
-    def _group_rows(self, table: ImageTable) -> Iterator[list[int]]:
-        """Yield neighbouring row groups, together at least a shard by their rows or their bytes."""
+    def _group_rows(self, table: ImageTable) -> Iterator[tuple[int, list[int]]]:
+        """Yield neighbouring row groups, together at least a shard by their rows or their bytes.
+
+        Before them comes the number of their first row in the file.
+        """
         groups: list[int] = []
-        num_rows = size_bytes = 0
+        first_row = num_rows = size_bytes = 0
         for group in range(table.file.num_row_groups):
             groups.append(group)
             num_rows += table.file.metadata.row_group(group).num_rows
             size_bytes += table.file.metadata.row_group(group).total_byte_size
             if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS) or size_bytes >= MAX_SHARD_BYTES:
-                yield groups
+                yield first_row, groups
+                first_row += num_rows
                 groups, num_rows, size_bytes = [], 0, 0
         if groups:
-            yield groups
+            yield first_row, groups
 
     def _read_rows(
-        self, table: ImageTable, groups: list[int], schema: pa.Schema, labels: LabelReader
+        self,
+        table: ImageTable,
+        groups: list[int],
+        start: int,
+        schema: pa.Schema,
+        labels: LabelReader,
     ) -> tuple[pa.RecordBatch, int]:
         """Return the rows of some row groups that are chosen, and the number of all of them."""
         if table.is_ours:  # what its labels mean is known
             labels = LabelReader(self.choice.label, self.choice.class_names)
         extra = [f.name for f in schema if f.name not in REPLACED_COLUMNS]
         names = [name for name in ("key", *extra) if name in table.columns]
-        counts = [table.file.metadata.row_group(g).num_rows for g in range(groups[-1] + 1)]
-        start, stop = sum(counts[: groups[0]]), sum(counts)
+        stop = start + sum(table.file.metadata.row_group(g).num_rows for g in groups)
         rows = table.read(groups, names) if names else None
         keys = self._read_keys(table, rows, range(start, stop))
         facts = table.read_facts(groups)

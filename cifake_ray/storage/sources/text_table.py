@@ -99,7 +99,7 @@ def open_text_table(
 ) -> TextTable:
     """Read the header of a list. UsageError when it has no column of paths."""
     layout = find_text_layout(path, path_column, label_column, remedy)
-    parts = read_text_parts(path, layout)
+    parts = read_text_parts(path, layout, PART_ROWS)
     return TextTable(layout.names, chain.from_iterable(rows for _, rows in parts))
 
 
@@ -143,9 +143,9 @@ def can_start_within(path: AnyPath, layout: TextLayout) -> bool:
 
 
 def read_text_parts(
-    path: AnyPath, layout: TextLayout, start: Place | None = None
+    path: AnyPath, layout: TextLayout, part_rows: int, start: Place | None = None
 ) -> Iterator[tuple[Place, Iterator[Row]]]:
-    """Yield PART_ROWS rows at a time with the place where they begin, from a place on.
+    """Yield `part_rows` rows at a time with the place where they begin, from a place on.
 
     Rows that are left unread cost only the search for their ends.
     """
@@ -162,7 +162,7 @@ def read_text_parts(
     read = _make_row_reader(path, layout)
     before = replace(place)
     while (first := next(lines, None)) is not None:
-        some = chain([first], islice(lines, PART_ROWS - 1))
+        some = chain([first], islice(lines, part_rows - 1))
         yield before, (read(number, line) for number, line in some)
         deque(some, 0)
         before = replace(place)

@@ -9,6 +9,7 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cifake_ray.storage.runs.extension import extend_run
 from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.run_plan import RunPlan
-from cifake_ray.storage.sources import parquet, text_table
+from cifake_ray.storage.sources import open_list, parquet
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, Source
 
@@ -179,7 +180,7 @@ class Shuffled:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_table, "PART_ROWS", 7)
+    monkeypatch.setattr(open_list, "PART_ROWS", 7)
     monkeypatch.setattr(parquet, "PART_SHARDS", 1)
 
 
@@ -215,7 +216,7 @@ def test_the_manifest_does_not_depend_on_the_parts(
 def test_the_manifest_does_not_depend_on_the_number_of_processes(
     tmp_path: Path, kind: str, num_workers: int
 ) -> None:
-    path = KINDS[kind](tmp_path, make_rows(text_table.PART_ROWS + 5000))
+    path = KINDS[kind](tmp_path, make_rows(open_list.PART_ROWS + 5000))
     notes, whole_notes, source = list[str](), list[str](), open_table(path)
     with LocalPool(Placement(num_workers, 1, 0)) as pool:
         run = make_plan(tmp_path / "parts", source, 1, pool, notes, 1024).open()
@@ -303,32 +304,36 @@ def test_a_file_with_other_columns_or_damage_is_named(
     assert str(last) in error[1]
 
 
-class Stopped(Shuffled):
+@dataclass
+class Stopped:
     """Stops after some items."""
 
+    left: int
+    num_workers = 2
+
     def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]:
-        for result in super().map_items(work, items):
-            yield result
-            if self.num_items == 3:
-                raise KeyboardInterrupt
+        while self.left:
+            self.left -= 1
+            yield work(items.popleft())
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", sorted({*KINDS} - NO_PARTS))
 def test_a_listing_that_was_stopped_goes_on_unless_the_table_has_changed(
     tmp_path: Path, kind: str, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(list_parts, "PART_ROWS", 20)
+    monkeypatch.setattr(list_parts, "PART_ROWS", 1)
     path = KINDS[kind](tmp_path, make_rows())
     whole = make_plan(tmp_path / "whole", open_table(path), None).open()
-    for name in ("out", "changed"):
+    for name, num_items in (("out", 3), ("changed", 0)):
         with pytest.raises(KeyboardInterrupt):
-            make_plan(tmp_path / name, open_table(path), 20, Stopped(2)).open()
-    run = make_plan(tmp_path / "out", open_table(path), 20).open()
+            make_plan(tmp_path / name, open_table(path), 1, Stopped(num_items)).open()
+    run = make_plan(tmp_path / "out", open_table(path), 1).open()
     assert run.identity == whole.identity
     for file in [path] if path.is_file() else path.rglob("*.parquet"):
         os.utime(file, (1, 1))
     with pytest.raises(StorageError, match="it has changed while it was listed"):
-        make_plan(tmp_path / "changed", open_table(path), 20).open()
+        make_plan(tmp_path / "changed", open_table(path), 1).open()
 
 
 def test_a_damaged_file_of_shards_is_named(
