@@ -1,13 +1,10 @@
 """List and freeze very many keys by workers: keys per second, peak memory and temporary bytes.
 
     python tests/benchmarks/freeze.py [--keys 1000000 10000000] [--workers 2] [--out FOLDER]
-    python tests/benchmarks/freeze.py --table list.csv
 
 Keys of 60 bytes below 2,000 prefixes, with random etags, are generated in the process that lists
 them, so this measures what a listing costs beside the store: `listing.py` measures that. Each
 number of keys is frozen by a fresh process and its workers, below a temporary folder in FOLDER.
-With a table, one of this name is written first and then listed: a list of URIs, or `images.parquet`
-with an image of three bytes in each row.
 """
 
 from __future__ import annotations
@@ -27,17 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cifake_ray.config import ConvertConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError
 from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.runs.list_parts import PART_ROWS
 from cifake_ray.storage.runs.run_plan import RunPlan
-from cifake_ray.storage.sources.open_source import open_source
-from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS, Listing, Part, Source
+from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS, Listing, Part
 
 NUM_PREFIXES = 2_000
 SCHEMA = pa.schema(MANIFEST_FIELDS)
@@ -133,36 +127,10 @@ def read_peak(pid: str) -> int:
     return int(peaks[0]) * 1024 if peaks else 0
 
 
-def write_table(path: Path, num_keys: int) -> None:
-    """Write the generated keys as a list, or as Parquet with images."""
-    table = pa.Table.from_batches(GeneratedKeys(num_keys).list_images().batches)
-    uris, labels, etags = table["location"], table["label"], table["etag"]
-    if path.name == "images.parquet":
-        images = pa.repeat(pa.scalar(b"\xff\xd8\xff"), num_keys)
-        columns = {"key": table["key"], "image": images, "label": labels}
-        pq.write_table(pa.table(columns), path, row_group_size=1_000)
-        return
-    if path.suffix == ".parquet":
-        columns = {"path": uris, "label": labels, "etag": etags}
-        pq.write_table(pa.table(columns), path, row_group_size=100_000)
-        return
-    with open(path, "w") as file:
-        file.write("path,label,etag\n" * (path.suffix == ".csv"))
-        for uri, etag in zip(uris.to_pylist(), etags.to_pylist(), strict=True):
-            line = json.dumps({"path": uri, "label": "FAKE", "etag": etag})
-            file.write(f"{uri},FAKE,{etag[1:-1]}\n" if path.suffix == ".csv" else f"{line}\n")
-
-
-def open_table(path: Path) -> Source:
-    config = ConvertConfig(src=str(path), out="/nowhere", allow_prefix=("s3://bucket/",))
-    return open_source(config, path, Path("/nowhere"))
-
-
-def freeze(num_keys: int, num_workers: int, place: str, table: str) -> None:
+def freeze(num_keys: int, num_workers: int, place: str) -> None:
     """List and freeze, in the measured process."""
     out = Path(place)
-    source: Source = open_table(Path(table)) if table else GeneratedKeys(num_keys)
-    watch = Watch(out)
+    source, watch = GeneratedKeys(num_keys), Watch(out)
     started_s, dealing_s = time.perf_counter(), list[float]()
 
     def log(message: str) -> None:
@@ -208,18 +176,11 @@ def freeze(num_keys: int, num_workers: int, place: str, table: str) -> None:
     print(json.dumps(facts))
 
 
-def measure(
-    num_keys: int, num_workers: int, folder: str | None, table: str | None
-) -> dict[str, float]:
+def measure(num_keys: int, num_workers: int, folder: str | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         # The workers import this module, so it must not be the main one.
-        code = (
-            "import freeze, sys; freeze.freeze(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
-        )
-        path = Path(temporary, table) if table else ""
-        if path:
-            write_table(path, num_keys)
-        words = [str(num_keys), str(num_workers), f"{temporary}/out", str(path)]
+        code = "import freeze, sys; freeze.freeze(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
+        words = [str(num_keys), str(num_workers), f"{temporary}/out"]
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             [sys.executable, "-c", code, *words],
@@ -236,7 +197,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keys", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", help="list.csv, list.jsonl, list.parquet or images.parquet")
     parser.add_argument("--out", help="where there is room, 100 bytes a key")
     options = parser.parse_args()
     print(
@@ -244,7 +204,7 @@ def main() -> None:
         "  temporary B/key  manifest B/key  identity"
     )
     for num_keys in options.keys:
-        facts = measure(num_keys, options.workers, options.out, options.table)
+        facts = measure(num_keys, options.workers, options.out)
         assert facts["keys"] == num_keys
         print(
             f"{num_keys:10d} {options.workers:7d} {facts['elapsed_s']:9.1f}"
