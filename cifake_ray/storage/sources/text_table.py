@@ -37,7 +37,7 @@ MAX_LABELS = 1000  # that are told apart
 # Prompts and workflows are long. An open quote ends here, and not with the memory.
 MAX_FIELD_CHARS = 64 * 2**20
 MAX_JSON_BYTES = 256 * 2**20  # of one array, which is held in memory
-PART_ROWS = 16_384  # between two places where reading can begin
+PART_ROWS = 16_384  # from one place where a worker begins to the next
 # `a b.jpg 0`, `a.png,fake` and `real a.png`: lists of ImageNet, Caffe and timm have no header;
 # MXNet's have a number before each label.
 _SEPARATOR = r'"?(?:[ \t]*[,;|\t][ \t]*|[ \t]+)"?'
