@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cifake_ray.core.schema import FAKE, LABEL_NAMES, REAL
 from cifake_ray.errors import UsageError
@@ -273,10 +273,24 @@ class LabelReader:
         label = self.meanings.get(text.lower())
         if label is None:
             label = self._read_words(text)
+        self._count(text, label, 1)
+        return label
+
+    def to_record(self) -> list[list[Any]]:
+        """Return what was read, as JSON has it, for `merge`."""
+        return [[text, label, count] for (text, label), count in self.counts.items()]
+
+    def merge(self, record: Iterable[Sequence[Any]]) -> None:
+        """Add what another reader of the column has read. ValueError when it is no such record."""
+        for text, label, count in record:
+            if (type(text), type(count)) != (str, int) or label not in (None, REAL, FAKE):
+                raise ValueError(f"the label {text!r}, {label!r}, {count!r} times")
+            self._count(text, label, count)
+
+    def _count(self, text: str, label: int | None, count: int) -> None:
         # A column of free text has endless values.
         key = (text, label) if len(self.counts) < MAX_COUNTED_VALUES else ("others", label)
-        self.counts[key] += 1
-        return label
+        self.counts[key] += count
 
     def check(self, place: object, remedy: str) -> None:
         """Raise UsageError when there were values and none was understood."""

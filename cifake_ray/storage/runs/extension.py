@@ -25,7 +25,6 @@ from cifake_ray.storage.io.files import discard, write_bytes, write_json
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.listed_rows import (
     FOLDER_PREFIX,
-    HASH,
     ListedRows,
     check_unique,
     divide_buckets,
@@ -37,6 +36,7 @@ from cifake_ray.storage.runs.manifest import (
     read_manifest_shard,
     write_manifest,
 )
+from cifake_ray.storage.runs.row_files import HASH
 from cifake_ray.storage.runs.run import (
     Run,
     is_finished,
@@ -109,6 +109,9 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
         )
         new = ListedRows(listed.folder)
         if listing.keeps_order:
+            if listed.shards is not None:
+                listing.batches = (table.to_batches()[0] for table in listed.shards.read())
+                listed = ListedRows(listed.folder)
             _spool(listing, listed, spool)
             is_new = np.zeros(listed.num_rows, bool)
         for table in _find_new(listed, listing.key_column, run, changes):

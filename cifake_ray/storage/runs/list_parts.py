@@ -11,10 +11,12 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
 
+from cifake_ray.core.labels import LabelReader
 from cifake_ray.errors import StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
@@ -25,7 +27,9 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
-from cifake_ray.storage.runs.listed_rows import ListedRows, RowFile
+from cifake_ray.storage.runs.listed_rows import NUM_BUCKETS, ListedRows
+from cifake_ray.storage.runs.listed_shards import ListedShards
+from cifake_ray.storage.runs.row_files import RowFile
 from cifake_ray.storage.sources.listing_counts import ListingCounts
 from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
 
@@ -76,6 +80,10 @@ class PartRecord:
     tables: list[str] = field(default_factory=list)
     key_column: str | None = None
     left: list[list[Any]] = field(default_factory=list)  # parts, by the task that lists them
+    # Of a listing that keeps its order: its shards, and the first part that was listed.
+    shards: list[RowFile] = field(default_factory=list)
+    place: list[str] = field(default_factory=list)
+    labels: list[list[Any]] = field(default_factory=list)  # of `LabelReader.to_record`
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class PartLister:
         if record is None:
             listing = self.source.list_images(task.parts, PART_ROWS)
             listing.count_rows(describe=False)
-            rows = ListedRows(self.folder)
+            rows = _hold_rows(self.folder, listing)
             for batch in listing.batches:
                 rows.add(batch)
             record = write_record(task, listing, rows)
@@ -109,14 +117,14 @@ def list_rows(
     """Return all rows of a source, and its listing, of which nothing is left.
 
     The workers list what `list_source` leaves, into files in `folder`. A listing that keeps its
-    order is returned unread. `describe` adds notes on what the images lack.
+    order and has no parts is returned unread. `describe` adds notes on what the images lack.
     """
-    start, rows = PartTask([], 2 * workers.num_workers), ListedRows(folder)
-    record = read_record(folder, start.parts)
+    start = PartTask([], 2 * workers.num_workers)
+    record, listing = read_record(folder, start.parts), list_source()
     if record is None:
-        listing = list_source()
-        if listing.keeps_order:
-            return listing, rows
+        if listing.keeps_order and not listing.has_parts:
+            return listing, ListedRows(folder)
+        rows = _hold_rows(folder, listing)
         for batch in listing.batches:
             rows.add(batch)
         if not listing.left:
@@ -125,16 +133,33 @@ def list_rows(
     else:
         log(f"going on with a listing that was stopped; to start again, remove {folder}")
     assert source is not None  # else nothing would have been left
-    listing, rows = Listing(iter(())), ListedRows(folder)
-    items = deque[PartTask]()
+    rows = _hold_rows(folder, listing)
+    listing = Listing(
+        iter(()),
+        keeps_order=listing.keeps_order,
+        labels=listing.labels,
+        conclude=listing.conclude,
+    )
+    if listing.labels:
+        listing.labels.counts.clear()  # those of the record follow
+    items, places = deque[PartTask](), [(record.place, record.shards)]
     _add_record(record, listing, rows, items, workers)
     for record in workers.map_items(PartLister(source, folder).list_parts, items):
         _add_record(record, listing, rows, items, workers)
+        places.append((record.place, record.shards))
         log(f"listing, {rows.num_rows:,} keys ...")
+    if rows.shards is not None:
+        places.sort(key=itemgetter(0))
+        rows.shards.files = [file for _, files in places for file in files]
+    listing.conclude(listing)
     if describe:
         listing.describe_counts()
     log(f"listed {rows.num_rows:,} keys; dealing them to shards ...")
     return listing, rows
+
+
+def _hold_rows(folder: AnyPath, listing: Listing) -> ListedRows:
+    return ListedRows(folder, shards=ListedShards(folder) if listing.keeps_order else None)
 
 
 def _add_record(
@@ -150,6 +175,8 @@ def _add_record(
     rows.table_bytes += record.table_bytes
     listing.left_out.update(record.left_out)
     listing.counts.merge(record.counts)
+    if listing.labels:
+        listing.labels.merge(record.labels)
     new = [note for note in record.notes if note not in listing.notes]
     listing.notes += new[: 2 * MAX_NOTES - len(listing.notes)]
     listing.tables = [*listing.tables, *record.tables][:MAX_NOTES]
@@ -175,6 +202,9 @@ def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartReco
         tables=listing.tables,
         key_column=listing.key_column,
         left=_divide(listing.left, task.num_tasks),
+        shards=rows.shards.files if rows.shards else [],
+        place=[*task.parts[0]] if rows.shards and task.parts else [],
+        labels=listing.labels.to_record() if listing.labels else [],
     )
     if create_bytes(_name_record(rows.folder, task.parts), json.dumps(asdict(record)).encode()):
         return record
@@ -193,7 +223,10 @@ def read_record(folder: AnyPath, parts: Sequence[Part]) -> PartRecord | None:
         record = parse_record(PartRecord, parse_json(path, data))
         if np.shape(record.rows) != ListedRows(folder).counts.shape:
             raise ValueError(f"{np.shape(record.rows)} counts of rows")
+        if any(len(file.ends) != NUM_BUCKETS for file in record.files):
+            raise ValueError(f"rows that are not in {NUM_BUCKETS} buckets")
         ListingCounts().merge(record.counts)
+        LabelReader("").merge(record.labels)
         names = [name for parts in record.left for part in parts for name in _list_names(part)]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("parts that are no names")

@@ -1,16 +1,14 @@
 """Hold listed rows in buckets of the hash of their key: in memory while few, then in files.
 
-A file of rows is 256 small Parquet files, one behind the other, each the rows of one bucket. So the
-rows of a bucket are one range of bytes in each file, whatever number of files there is, and any
-process can sort a bucket without the others. The files lie in the output, since it has the room.
+A piece of a file (`row_files`) is the rows of one bucket. So the rows of a bucket are one range of
+bytes in each file, whatever number of files there is, and any process can sort a bucket without the
+others.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,27 +19,20 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import SPLITS
-from cifake_ray.errors import StorageError, UsageError
-from cifake_ray.storage.io.files import (
-    discard,
-    list_folder,
-    make_folder,
-    open_ranges,
-    write_bytes,
-)
-from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
-from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
+from cifake_ray.errors import UsageError
+from cifake_ray.storage.io.files import discard, list_folder
+from cifake_ray.storage.io.paths import AnyPath
+from cifake_ray.storage.io.records import check_columns
+from cifake_ray.storage.runs.listed_shards import ListedShards
+from cifake_ray.storage.runs.row_files import HASH, RowFile, write_pieces
 
 FOLDER_PREFIX = ".listing-"  # of the folder of such files, beside those of the manifest
 FOLDER_NAME = re.compile(re.escape(FOLDER_PREFIX) + "[0-9a-f]{8}")
 NUM_BUCKETS = 256  # the upper 8 bits of the hash
 MAX_HELD_ROWS = 500_000  # in memory; then they are written
 MAX_HELD_BYTES = 256 * 2**20  # the same; far below the 2 GiB that an array of strings can have
-ROW_FILE_NAME = re.compile(r"[0-9a-f]{16}\.rows")
-HASH = ""  # the name of the first column; a list may have one of the same name
 
 _FIRST, _KEY = pa.field(HASH, pa.uint64()), pa.field("key", pa.string())
 
@@ -69,20 +60,6 @@ class HashRange(NamedTuple):
     num_parts: int = 1  # a power of two: each has the same next bits of the hash
 
 
-@dataclass(frozen=True)
-class RowFile:
-    """A file of rows: where the rows of each bucket end."""
-
-    name: str
-    ends: list[int]
-
-    def __post_init__(self) -> None:
-        if not ROW_FILE_NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is no name of a file of rows")
-        if len(self.ends) != NUM_BUCKETS or sorted(self.ends) != self.ends:
-            raise ValueError(f"{self.name} does not have {NUM_BUCKETS} buckets")
-
-
 @dataclass
 class ListedRows:
     """Rows in buckets, and how many they are. The files lie in `folder`."""
@@ -95,6 +72,8 @@ class ListedRows:
     )
     size_bytes: int = 0  # of the images
     table_bytes: int = 0  # of the rows themselves in memory
+    # Of a listing that keeps its order: its rows. Those here are then of their keys alone.
+    shards: ListedShards | None = None
     held: pa.Table | None = None  # the rows that are in no file, in the order of their buckets
     _added: list[pa.RecordBatch] = field(default_factory=list)
 
@@ -104,6 +83,9 @@ class ListedRows:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Add rows with at least the columns key, size_bytes and split."""
+        if self.shards is not None:
+            self.shards.add(batch)
+            batch = batch.select(["key", "size_bytes", "split"])
         hashes = hash_keys(batch.column("key"))
         np.add.at(self.counts, (_find_buckets(hashes), number_splits(batch.column("split"))), 1)
         self.size_bytes += int(np.nansum(batch.column("size_bytes").to_numpy(False)))
@@ -130,18 +112,14 @@ class ListedRows:
 
     def write(self) -> None:
         """Write the rows that are in memory to a file."""
+        if self.shards is not None:
+            self.shards.write()
         self.hold()
         if self.held is None:
             return
-        bounds, data, ends = _find_bounds(self.held), io.BytesIO(), []
-        for start, stop in pairwise(bounds):
-            if stop > start:
-                data.write(_encode(self.held.slice(start, stop - start)))
-            ends.append(data.tell())
-        name = f"{secrets.token_hex(8)}.rows"
-        make_folder(self.folder, parents=False)
-        write_bytes(self.folder / name, data.getvalue())
-        self.files.append(RowFile(name, ends))
+        bounds = _find_bounds(self.held)
+        pieces = (self.held.slice(start, stop - start) for start, stop in pairwise(bounds))
+        self.files.append(write_pieces(self.folder, pieces))
         self.held = None
 
     def read_sorted(self, start: int, stop: int, key_column: str | None) -> Iterator[pa.Table]:
@@ -179,38 +157,11 @@ class ListedRows:
 
     def _read(self, start: int, stop: int) -> Iterator[pa.Table]:
         for file in self.files:
-            path, ends = self.folder / file.name, [0, *file.ends]
-            with explain_errors(path):
-                try:
-                    with open_ranges(path) as opened:
-                        opened.seek(ends[start])
-                        data = opened.read(ends[stop] - ends[start])
-                    for begin, end in pairwise(end - ends[start] for end in ends[start : stop + 1]):
-                        if end > begin:
-                            part = pa.BufferReader(data[begin:end])
-                            table = pq.ParquetFile(part).read(use_threads=False)
-                            check_columns([table.schema.field(0)], [_FIRST])
-                            check_columns(table.schema, [_KEY])
-                            yield table
-                except PARQUET_ERRORS as error:
-                    if is_from_s3fs(error):  # the store has failed, not the file
-                        raise
-                    raise _explain_damage(path, error) from error
-                except StorageError as error:
-                    if not isinstance(error.__cause__, FileNotFoundError):
-                        raise
-                    raise _explain_damage(path, error) from error
+            yield from file.read(self.folder, start, stop, _check_schema)
         self.hold()
         if self.held is not None:
             bounds = _find_bounds(self.held)
             yield self.held.slice(bounds[start], bounds[stop] - bounds[start])
-
-
-def _explain_damage(path: AnyPath, error: BaseException) -> StorageError:
-    return StorageError(
-        f"{path}: what was listed is damaged or missing ({error}); remove the folder {path.parent}"
-        " and run the same command again"
-    )
 
 
 def divide_buckets(
@@ -259,6 +210,11 @@ def remove_rows(folder: AnyPath) -> None:
             folder.rmdir()
 
 
+def _check_schema(schema: pa.Schema) -> None:
+    check_columns([schema.field(0)], [_FIRST])
+    check_columns(schema, [_KEY])
+
+
 def _find_buckets(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(56)).astype(np.uint8)
 
@@ -268,22 +224,3 @@ def _find_bounds(table: pa.Table) -> list[int]:
     buckets = _find_buckets(table.column(0).to_numpy())
     bounds: list[int] = np.searchsorted(buckets, np.arange(NUM_BUCKETS + 1)).tolist()
     return bounds
-
-
-def _encode(table: pa.Table) -> bytes:
-    """Return the rows of a bucket as Parquet: neighbours in a listing share the begin of a key."""
-    delta = {name: "DELTA_BYTE_ARRAY" for name in ("key", "location") if name in table.column_names}
-    plain = {name: "PLAIN" for name in (HASH, "etag") if name in table.column_names}
-    others = [name for name in table.column_names if name not in delta.keys() | plain.keys()]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=others,
-        column_encoding=delta | plain,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
-    data: bytes = sink.getvalue().to_pybytes()
-    return data

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,6 +39,7 @@ from cifake_ray.storage.runs.listed_rows import (
     ListedRows,
     remove_rows,
 )
+from cifake_ray.storage.runs.listed_shards import ListedShards
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -49,6 +50,7 @@ from cifake_ray.storage.sources.source import (
 FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{5}\.parquet")
 OWN_NAME = re.compile(rf"{FILE_NAME.pattern}|{FOLDER_NAME.pattern}")  # all in the folder
 SHARDS_PER_FILE = 256
+CHECKS = 32  # pieces of work that look for keys which are listed twice
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,26 @@ def deal_manifest(
     first: int = 0,
     workers: Workers = THIS_PROCESS,
 ) -> Manifest:
-    """Write the manifest of rows that were listed, as `write_manifest`; by workers if in files."""
+    """Write the manifest of rows that were listed, as `write_manifest`; by workers if in files.
+
+    Shards of a listing that keeps its order stay as they are.
+    """
     if not rows.num_rows:
         raise NothingToDo(listing.explain_empty())
-    rows_per_shard = shard_rows or choose_shard_rows(rows.num_rows, rows.size_bytes)
-    shards = plan_shards(rows.counts, rows_per_shard)
-    dealer = _Dealer(folder, run_id, rows, shards, first, listing.key_column)
-    numbers = deque(range(-(-len(shards) // SHARDS_PER_FILE)))
     where = workers if rows.files else THIS_PROCESS
-    files = sorted(where.map_items(dealer.write_file, numbers), key=lambda file: file.first_shard)
+    if rows.shards is None:
+        rows_per_shard = shard_rows or choose_shard_rows(rows.num_rows, rows.size_bytes)
+        shards = plan_shards(rows.counts, rows_per_shard)
+        num_shards = len(shards)
+        write = _Dealer(folder, run_id, rows, shards, first, listing.key_column).write_file
+    else:
+        ranges = deque(pairwise(range(0, NUM_BUCKETS + 1, NUM_BUCKETS // CHECKS)))
+        for _ in where.map_items(_KeyChecker(rows, listing.key_column).check_keys, ranges):
+            pass
+        num_shards = rows.shards.num_shards
+        write = _Copier(folder, run_id, rows.shards, first).write_file
+    numbers = deque(range(-(-num_shards // SHARDS_PER_FILE)))
+    files = sorted(where.map_items(write, numbers), key=lambda file: file.first_shard)
     return Manifest(tuple(files), rows.num_rows, rows.size_bytes)
 
 
@@ -158,6 +171,34 @@ class _Dealer:
         return _write_file(self.folder / name, self.first + start, tables)
 
 
+@dataclass(frozen=True)
+class _KeyChecker:
+    """Looks for keys that are listed twice: what a worker does."""
+
+    rows: ListedRows
+    key_column: str | None
+
+    def check_keys(self, buckets: tuple[int, int]) -> None:
+        for _ in self.rows.read_sorted(*buckets, self.key_column):
+            pass  # raises
+
+
+@dataclass(frozen=True)
+class _Copier:
+    """Writes any file of a manifest from shards that were listed in order."""
+
+    folder: AnyPath
+    run_id: str
+    shards: ListedShards
+    first: int
+
+    def write_file(self, number: int) -> ManifestFile:
+        start = number * SHARDS_PER_FILE
+        tables = self.shards.read(start, start + SHARDS_PER_FILE)
+        name = f"{self.run_id}-{number:05d}.parquet"
+        return _write_file(self.folder / name, self.first + start, tables)
+
+
 def _write_in_order(
     folder: AnyPath, run_id: str, listing: Listing, keys: ListedRows, first: int
 ) -> Manifest:
@@ -175,8 +216,7 @@ def _write_in_order(
         files.append(_write_file(folder / name, first + number * SHARDS_PER_FILE, tables))
     if not files:
         raise NothingToDo(listing.explain_empty())
-    for _ in keys.read_sorted(0, NUM_BUCKETS, listing.key_column):
-        pass  # raises for a key that is listed twice
+    _KeyChecker(keys, listing.key_column).check_keys((0, NUM_BUCKETS))
     return Manifest(tuple(files), keys.num_rows, keys.size_bytes)
 
 

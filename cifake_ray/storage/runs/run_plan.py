@@ -149,7 +149,7 @@ class RunPlan:
         make_folder(folder, parents=False)
         try:
             with self.list_rows(folder) as (listing, rows):
-                if listing.keeps_order:
+                if listing.keeps_order and rows.shards is None:
                     manifest = write_manifest(folder, run_id, listing, self.shard_rows)
                 else:
                     workers, size = self.workers, self.shard_rows

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.labels import (
@@ -27,7 +26,7 @@ from cifake_ray.core.labels import (
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import is_file
-from cifake_ray.storage.io.paths import AnyPath, explain_errors
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.allowed_paths import is_uri, make_allowed_paths
 from cifake_ray.storage.sources.columns import (
@@ -38,16 +37,13 @@ from cifake_ray.storage.sources.columns import (
     describe_unlabelled,
     find_split_column,
     make_split_reader,
-    read_label_names,
-    rename_columns,
 )
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
-from cifake_ray.storage.sources.image_table import open_parquet
+from cifake_ray.storage.sources.open_list import Lines, OpenedList, explain_change, open_list
 from cifake_ray.storage.sources.parquet import find_tables, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
-    LISTING_BATCH_ROWS,
     KeyFilter,
     Listing,
     Part,
@@ -55,7 +51,6 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     make_label_reader,
 )
-from cifake_ray.storage.sources.text_table import open_text_table
 
 MAX_PATH_CHARS = 4096  # PATH_MAX; more is an image as text
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
@@ -88,16 +83,6 @@ def stamp_local(path: str) -> Stamp:
     return status.st_size, status.st_mtime_ns, None
 
 
-class _OpenedList(NamedTuple):
-    """A list after its header."""
-
-    path: AnyPath
-    names: list[str]
-    types: list[pa.DataType]
-    lines: Iterator[tuple[int, Sequence[object]]]  # with their numbers
-    label_names: list[str] | None  # of a Hugging Face footer
-
-
 @dataclass(frozen=True)
 class ListFileSource:
     """A list file. The columns named here are renamed to path, label and source."""
@@ -116,15 +101,47 @@ class ListFileSource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
-        listing = Listing(iter(()), key_column=self.path_column)
-        listing.batches = self._list_batches(listing)
+        """List the images, or those of `parts`: lists, row groups, or lines from a place on.
+
+        A text that is compressed, or an array of JSON, is one part.
+        """
+        labels = LabelReader(self.choice.label, self.choice.class_names)
+        listing = Listing(iter(()), key_column=self.path_column, labels=labels)
+        listing.conclude = self._conclude
+        listing.batches = self._list_batches(listing, labels, parts, max_rows)
         return listing
 
-    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
-        labels = LabelReader(self.choice.label, self.choice.class_names)
-        first = None
-        for path in [self.path] if is_file(self.path) else find_tables(self.path):
-            opened = self._open(path)
+    def _conclude(self, listing: Listing) -> None:
+        assert listing.labels is not None
+        if self.needs_labels:
+            remedy = f"--drop-columns {self.choice.label} converts without labels"
+            listing.labels.check(self.path, remedy)
+        if listing.labels.counts:
+            listing.notes.append(listing.labels.describe())
+
+    def _list_batches(
+        self,
+        listing: Listing,
+        labels: LabelReader,
+        parts: Sequence[Part] | None,
+        max_rows: int | None,
+    ) -> Iterator[pa.RecordBatch]:
+        given = None if parts is None else [tuple(part) for part in parts]
+        first, num_rows = None, 0
+
+        def is_full() -> bool:
+            return max_rows is not None and num_rows >= max_rows
+
+        paths = [self.path] if is_file(self.path) else find_tables(self.path)
+        named = {name_table(path, self.path): path for path in paths}
+        if missing := {part[0] for part in given or ()} - named.keys():
+            raise explain_change(self.path / min(missing))
+        for name, path in named.items():
+            wanted = [(name,)] if given is None else [part for part in given if part[0] == name]
+            if first is not None and (is_full() or not wanted):
+                listing.left += wanted
+                continue
+            opened = open_list(path, name, self.path_column, self.choice, wanted)
             known = [self.path_column, self.choice.label, "split", self.choice.source]
             known += ["size_bytes", "etag"]
             columns = {n: i for i, n in enumerate(opened.names) if n not in self.choice.drop}
@@ -132,9 +149,9 @@ class ListFileSource:
                 pa.field(name, opened.types[i]) for name, i in columns.items() if name not in known
             ]
             extra, left_out = self.choice.choose_extra(others, path, MEASURED_COLUMNS)
-            for name in ("split", self.choice.source):
-                if name in columns:
-                    check_text(pa.field(name, opened.types[columns[name]]), path)
+            for column in ("split", self.choice.source):
+                if column in columns:
+                    check_text(pa.field(column, opened.types[columns[column]]), path)
             if first is None:
                 first = extra
                 listing.notes += [describe_left_out(left_out)] if left_out else []
@@ -147,29 +164,40 @@ class ListFileSource:
             positions = [columns.get(name) for name in known]
             carried = [columns[f.name] for f in extra]
             read = make_split_reader(split_column)
-            rows = self._make_rows(opened, positions, carried, labels, read, listing.left_out)
-            yield from batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra]))
-        if self.needs_labels:
-            labels.check(self.path, f"--drop-columns {self.choice.label} converts without labels")
-        if labels.counts:
-            listing.notes.append(labels.describe())
-        elif self.needs_labels and self.choice.label not in (*columns, *self.choice.drop):
-            listing.notes.append(describe_unlabelled(self.choice.label, columns))
+            if self.needs_labels and self.choice.label not in (*columns, *self.choice.drop):
+                listing.add_note(describe_unlabelled(self.choice.label, columns))
+            left = dict.fromkeys(part for part in wanted if part != (name,))
+            for part, lines in opened.parts:
+                if is_full():
+                    if part in left:
+                        break
+                    left[part] = None
+                    continue
+                left.pop(part, None)
+                places = (positions, carried)
+                rows = self._make_rows(opened, lines, places, labels, read, listing.left_out)
+                for batch in batch_rows(rows, pa.schema([*MANIFEST_FIELDS, *extra])):
+                    num_rows += batch.num_rows
+                    yield batch
+            listing.left += left
+        if parts is None and not listing.left:
+            self._conclude(listing)
 
     def _make_rows(
         self,
-        opened: _OpenedList,
-        positions: list[int | None],
-        extra: list[int],
+        opened: OpenedList,
+        lines: Lines,
+        places: tuple[list[int | None], list[int]],
         labels: LabelReader,
         read_split: Callable[[object], str | None],
         left_out: Counter[str],
     ) -> Iterator[Sequence[Any]]:
+        positions, extra = places
         allowed = make_allowed_paths(opened.path, self.allow_prefix)
         read_labels = make_label_reader(dict(self.choice.class_names))
         has_label, has_split, has_source = (p is not None for p in positions[1:4])
         of_list = read_file_path(name_table(opened.path, self.path), self.choice.class_names)
-        for line_number, values in opened.lines:
+        for line_number, values in lines:
             path, label, split, source, size_bytes, etag = (
                 None if p is None else values[p] for p in positions
             )
@@ -204,42 +232,6 @@ class ListFileSource:
                 (None if source in (None, "") else str(source)) if has_source else known.source,
             )
             yield path, location, None, *stamp, *facts, None, *(values[i] for i in extra)
-
-    def _open(self, path: AnyPath) -> _OpenedList:
-        """Open one list and read its header. UsageError for one without a column of paths."""
-        label_names = None
-        lines: Iterator[tuple[int, Sequence[object]]]
-        if path.suffix.lower() == ".parquet":
-            table = open_parquet(path)
-            types = table.schema_arrow.types
-            names = rename_columns(table.schema_arrow.names, self.path_column, self.choice.label)
-            if self.choice.label in names:
-                written = table.schema_arrow.names[names.index(self.choice.label)]
-                label_names = read_label_names(table.schema_arrow, written)
-            if self.path_column not in names:
-                raise UsageError(
-                    f"{path}: no column {self.path_column!r}, only {', '.join(names) or 'none'};"
-                    " name it with --path-column; --image-column names one of images"
-                )
-            lines = self._iterate_parquet(path, table)
-        else:
-            names, lines = open_text_table(path, self.path_column, self.choice.label)
-            types = [pa.string()] * len(names)
-        if len(set(names)) != len(names):
-            raise UsageError(f"{path}: two columns have the same name; rename one")
-        self.choice.check_names(names, path)
-        return _OpenedList(path, names, types, lines, label_names)
-
-    def _iterate_parquet(
-        self, path: AnyPath, table: pq.ParquetFile
-    ) -> Iterator[tuple[int, Sequence[object]]]:
-        number = 0
-        with explain_errors(path):
-            for batch in table.iter_batches(LISTING_BATCH_ROWS):
-                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    number += 1
-                    yield number, values
-        table.close(force=True)
 
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         readers: dict[str, Callable[..., Iterator[bytes | ImageError]]] = {

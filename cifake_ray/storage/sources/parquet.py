@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cifake_ray.core.labels import LabelReader
-from cifake_ray.core.schema import MANIFEST_FIELDS, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import exists, find_files, is_file
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.columns import (
     ColumnChoice,
-    describe_left_out,
     describe_type,
-    describe_unlabelled,
-    find_column,
 )
 from cifake_ray.storage.sources.held_images import HeldImages
 from cifake_ray.storage.sources.image_table import (
@@ -36,6 +33,8 @@ from cifake_ray.storage.sources.image_table import (
     find_image_column,
     open_parquet,
 )
+from cifake_ray.storage.sources.open_list import explain_change, stamp_table
+from cifake_ray.storage.sources.parquet_schema import REPLACED_COLUMNS, choose_schema
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     MAX_SHARD_BYTES,
@@ -47,9 +46,8 @@ from cifake_ray.storage.sources.source import (
     climbs,
 )
 
-NUM_FOOTER_THREADS = 16
+PART_SHARDS = 16  # of a file, which a worker lists at once
 HINT_CONVERT = "`cifake-ray convert` has these options"
-REPLACED_COLUMNS = {f.name for f in MANIFEST_FIELDS + SHARD_FIELDS}
 
 
 def is_table_name(path: str) -> bool:
@@ -152,6 +150,8 @@ class ParquetSource:
     key_filter: KeyFilter = KEEP_ALL
     min_shard_rows: int | None = None
     _held: HeldImages | None = field(default=None, init=False, repr=False)
+    # Of the manifest. It needs all footers; workers that list parts get it with the source.
+    _schema: pa.Schema | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the row group in memory: the process that unpickles this reads its own."""
@@ -160,87 +160,114 @@ class ParquetSource:
     def list_images(
         self, parts: Sequence[Part] | None = None, max_rows: int | None = None
     ) -> Listing:
-        listing = Listing(iter(()), keeps_order=True)
-        listing.batches = self._list_batches(listing)
+        """List the images, or those of `parts`: files, or PART_SHARDS shards of one.
+
+        Sorted parts are in the order of the listing.
+        """
+        labels = LabelReader(self.choice.label, self.choice.class_names)
+        listing = Listing(iter(()), keeps_order=True, has_parts=max_rows is not None, labels=labels)
+        listing.conclude = self._conclude
+        if parts is None or self._schema is None:
+            paths = {name_table(path, self.root): path for path in find_tables(self.root)}
+            schema, notes = choose_schema(self.root, paths, self.choice, self.needs_labels)
+            self._schema = schema
+            listing.notes += notes if parts is None else []
+        listing.batches = self._list_batches(listing, labels, self._schema, parts, max_rows)
         return listing
 
-    def _list_batches(self, listing: Listing) -> Iterator[pa.RecordBatch]:
-        schema = self._choose_schema(listing)
-        labels = LabelReader(self.choice.label, self.choice.class_names)
-        is_foreign, is_unlabelled, columns = False, False, dict[str, None]()
-        for table in open_tables(self.root, self.choice, listing.left_out):
-            is_foreign |= not table.is_ours
-            columns |= dict.fromkeys(table.schema.names)
-            is_unlabelled |= table.label is None and table.of_path.label is None
-            if "key" in table.columns:
-                listing.key_column = "key"
-            for groups in self._group_rows(table):
-                batch, num_rows = self._read_rows(table, groups, schema, labels)
-                listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
-                if batch.num_rows:
-                    yield batch
-        if self.needs_labels:
-            labels.check(self.root, f"--drop-columns {self.choice.label} converts without labels")
-        elif self.labelled:
-            labels.check(self.root, HINT_CONVERT)
-        if is_foreign and labels.counts:
-            listing.notes.append(labels.describe())
-        elif is_unlabelled and self.needs_labels and self.choice.label not in self.choice.drop:
-            listing.notes.append(describe_unlabelled(self.choice.label, columns))
+    def _conclude(self, listing: Listing) -> None:
+        assert listing.labels is not None
+        if self.needs_labels or self.labelled:
+            remedy = f"--drop-columns {self.choice.label} converts without labels"
+            listing.labels.check(self.root, remedy if self.needs_labels else HINT_CONVERT)
+        if listing.labels.counts:
+            listing.notes.append(listing.labels.describe())
 
-    def _choose_schema(self, listing: Listing) -> pa.Schema:
-        """Return the columns of the manifest: those of every file, null where one lacks them."""
+    def _list_batches(
+        self,
+        listing: Listing,
+        labels: LabelReader,
+        schema: pa.Schema,
+        parts: Sequence[Part] | None,
+        max_rows: int | None,
+    ) -> Iterator[pa.RecordBatch]:
+        num_listed = 0
 
-        def read_footer(path: AnyPath) -> tuple[pa.Schema, bool, set[str | None]]:
-            with ImageTable(path, path.name, self.choice) as table:
-                is_foreign = table.has_images and not table.is_ours
-                split = find_column(table.columns, "split")
-                used = {"key", split, self.choice.image, table.label, table.source}
-                return table.schema.remove_metadata(), is_foreign, used
+        def is_full() -> bool:
+            return max_rows is not None and num_listed >= max_rows
 
-        paths = find_tables(self.root)
-        with ThreadPoolExecutor(NUM_FOOTER_THREADS) as threads:
-            footers = list(threads.map(read_footer, paths))
-        self.choice.check_names({n: 0 for schema, *_ in footers for n in schema.names}, self.root)
-        kept, left_out = [], dict[str, None]()
-        for path, (schema, is_foreign, used) in zip(paths, footers, strict=True):
-            others = [column for column in schema if column.name not in used]
-            extra, dropped = self.choice.choose_extra(others, path, REPLACED_COLUMNS)
-            kept.append(pa.schema(extra))
-            left_out |= dict.fromkeys(dropped if is_foreign else ())
-        if left_out:
-            listing.notes.append(describe_left_out(left_out))
-        try:
-            unified = pa.unify_schemas(kept, promote_options="permissive")
-        except pa.ArrowException as error:
-            raise StorageError(
-                f"{self.root}: the files disagree on a column ({error}); leave it out with"
-                " --drop-columns"
-            ) from error
-        return pa.schema([*MANIFEST_FIELDS, *unified])
+        given = self._name_files(listing) if parts is None else map(tuple, parts)
+        for place, some in groupby(given, itemgetter(0, 1)):
+            of_file = list(some)
+            if is_full():
+                listing.left += of_file
+                continue
+            number, name = place
+            path = self._find_path(name)
+            stamp = "" if max_rows is None else stamp_table(path)
+            if any(rest and rest[2] != stamp for _, _, *rest in of_file):
+                raise explain_change(path)
+            with ImageTable(path, name, self.choice) as table:
+                if not table.has_images:
+                    listing.left_out["Parquet without images"] += 1
+                    continue
+                if "key" in table.columns:
+                    listing.key_column = "key"
+                shards = [*self._group_rows(table)]
+                ends = [*range(0, len(shards), PART_SHARDS), len(shards)]
+                ranges = [(int(rest[0]), int(rest[1])) for _, _, *rest in of_file if rest]
+                for start, stop in ranges or pairwise(ends):
+                    if is_full():
+                        listing.left.append((number, name, f"{start:09d}", str(stop), stamp))
+                        continue
+                    for first_row, groups in shards[start:stop]:
+                        batch, num_rows = self._read_rows(table, groups, first_row, schema, labels)
+                        listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
+                        num_listed += batch.num_rows
+                        if batch.num_rows:
+                            yield batch
+        if parts is None and not listing.left:
+            self._conclude(listing)
 
-    def _group_rows(self, table: ImageTable) -> Iterator[list[int]]:
-        """Yield neighbouring row groups, together at least a shard by their rows or their bytes."""
+    def _name_files(self, listing: Listing) -> list[tuple[str, str]]:
+        paths = find_tables(self.root, listing.left_out)
+        return [(f"{n:09d}", name_table(path, self.root)) for n, path in enumerate(paths)]
+
+    def _find_path(self, name: str) -> AnyPath:
+        return self.root if name == self.root.name and is_file(self.root) else self.root / name
+
+    def _group_rows(self, table: ImageTable) -> Iterator[tuple[int, list[int]]]:
+        """Yield neighbouring row groups, together at least a shard by their rows or their bytes.
+
+        Before them comes the number of their first row in the file.
+        """
         groups: list[int] = []
-        num_rows = size_bytes = 0
+        first_row = num_rows = size_bytes = 0
         for group in range(table.file.num_row_groups):
             groups.append(group)
             num_rows += table.file.metadata.row_group(group).num_rows
             size_bytes += table.file.metadata.row_group(group).total_byte_size
             if num_rows >= (self.min_shard_rows or MIN_SHARD_ROWS) or size_bytes >= MAX_SHARD_BYTES:
-                yield groups
+                yield first_row, groups
+                first_row += num_rows
                 groups, num_rows, size_bytes = [], 0, 0
         if groups:
-            yield groups
+            yield first_row, groups
 
     def _read_rows(
-        self, table: ImageTable, groups: list[int], schema: pa.Schema, labels: LabelReader
+        self,
+        table: ImageTable,
+        groups: list[int],
+        start: int,
+        schema: pa.Schema,
+        labels: LabelReader,
     ) -> tuple[pa.RecordBatch, int]:
         """Return the rows of some row groups that are chosen, and the number of all of them."""
+        if table.is_ours:  # what its labels mean is known
+            labels = LabelReader(self.choice.label, self.choice.class_names)
         extra = [f.name for f in schema if f.name not in REPLACED_COLUMNS]
         names = [name for name in ("key", *extra) if name in table.columns]
-        counts = [table.file.metadata.row_group(g).num_rows for g in range(groups[-1] + 1)]
-        start, stop = sum(counts[: groups[0]]), sum(counts)
+        stop = start + sum(table.file.metadata.row_group(g).num_rows for g in groups)
         rows = table.read(groups, names) if names else None
         keys = self._read_keys(table, rows, range(start, stop))
         facts = table.read_facts(groups)
@@ -297,8 +324,7 @@ class ParquetSource:
                 if self._held is None or not self._held.covers(location, row):
                     if location != opened:
                         stack.close()
-                        is_root = location == self.root.name and is_file(self.root)
-                        path = self.root if is_root else self.root / location
+                        path = self._find_path(location)
                         table = stack.enter_context(ImageTable(path, location, self.choice))
                         opened = location
                     self._held = table.hold_images(row)

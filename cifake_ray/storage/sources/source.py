@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
-from cifake_ray.core.labels import PathLabels, read_path
+from cifake_ray.core.labels import LabelReader, PathLabels, read_path
 from cifake_ray.errors import ImageError, StorageError
 from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
 from cifake_ray.storage.sources.listing_counts import UNLABELLED, ListingCounts
@@ -42,11 +42,20 @@ class Listing:
     batches: Iterator[pa.RecordBatch]
     left_out: Counter[str] = field(default_factory=Counter)
     keeps_order: bool = False
+    has_parts: bool = False  # of a source that keeps its order: `left` need not be empty
     notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
     key_column: str | None = None  # where the keys are from, if from a column
     counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`
     tables: list[str] = field(default_factory=list)  # left out, the first few: may hold labels
     left: list[Part] = field(default_factory=list)  # not listed, see `Source`; complete likewise
+    labels: LabelReader | None = None  # of a column of labels; complete likewise
+    # Check and describe what the whole column of labels was taken for. A source that leaves nothing
+    # calls it itself, else whoever lists what is left.
+    conclude: Callable[[Listing], None] = lambda listing: None
+
+    def add_note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def leave_out(self, key: str, reason: str) -> None:
         """Count a file of a store that is no row, and say if it describes the others."""
@@ -131,7 +140,8 @@ class Source(Protocol):
         `left` of a listing (or as JSON gives that back), and goes no further once about `max_rows`
         rows were listed: the parts that are then not listed are in `left`. Listing what is left,
         and what that leaves, lists every image exactly once, in whatever processes and whatever
-        order. Each listing counts what itself left out. Other sources list all and leave nothing.
+        order. Each listing counts what itself left out. Sorted parts of a source that keeps its
+        order are in that order. Other sources list all and leave nothing.
         """
         ...
 

@@ -6,6 +6,7 @@ whether lines without any of that are paths (.txt, .lst) or an error.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -13,10 +14,12 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -34,28 +37,52 @@ MAX_LABELS = 1000  # that are told apart
 # Prompts and workflows are long. An open quote ends here, and not with the memory.
 MAX_FIELD_CHARS = 64 * 2**20
 MAX_JSON_BYTES = 256 * 2**20  # of one array, which is held in memory
+PART_ROWS = 16_384  # from one place where a worker begins to the next
 # `a b.jpg 0`, `a.png,fake` and `real a.png`: lists of ImageNet, Caffe and timm have no header;
 # MXNet's have a number before each label.
 _SEPARATOR = r'"?(?:[ \t]*[,;|\t][ \t]*|[ \t]+)"?'
 _IMAGE = r"\.(?i:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|heic)"
-_LABEL_BEHIND = (
-    re.compile(rf'"?(?P<path>.+?\.\w{{1,5}}){_SEPARATOR}(?P<label>-?\d+)"?\s*'),
-    re.compile(rf'"?(?P<path>.+?{_IMAGE}){_SEPARATOR}(?P<label>[^\W\d]\w*)"?\s*'),
-)
-# A first word may be part of a name with spaces, `my photo.jpg`, unless it is a class.
-_LABEL_BEFORE = (
-    re.compile(rf"(?:\d+\t)?(?P<label>-?\d+(?:\.\d+)?)[\t,;|] *(?P<path>.+{_IMAGE})\s*"),
-    re.compile(rf'"?(?P<label>-1|[01]|(?i:real|fake)){_SEPARATOR}(?P<path>.+{_IMAGE})"?\s*'),
-)
+_LABELLED = {
+    "label behind": (
+        re.compile(rf'"?(?P<path>.+?\.\w{{1,5}}){_SEPARATOR}(?P<label>-?\d+)"?\s*'),
+        re.compile(rf'"?(?P<path>.+?{_IMAGE}){_SEPARATOR}(?P<label>[^\W\d]\w*)"?\s*'),
+    ),
+    # A first word may be part of a name with spaces, `my photo.jpg`, unless it is a class.
+    "label before": (
+        re.compile(rf"(?:\d+\t)?(?P<label>-?\d+(?:\.\d+)?)[\t,;|] *(?P<path>.+{_IMAGE})\s*"),
+        re.compile(rf'"?(?P<label>-1|[01]|(?i:real|fake)){_SEPARATOR}(?P<path>.+{_IMAGE})"?\s*'),
+    ),
+}
 
 _EXCEL_SEPARATOR = re.compile(r"sep=.\s*")  # a first line that Excel writes and does not show
+
+
+Row = tuple[int, Sequence[str | None]]  # with the number of its line
 
 
 class TextTable(NamedTuple):
     """A list after its header."""
 
     names: list[str]
-    rows: Iterator[tuple[int, Sequence[str | None]]]  # with the number of their line
+    rows: Iterator[Row]
+
+
+class TextLayout(NamedTuple):
+    """How a list is written: all that its rows need to be read from any place on; JSON holds it."""
+
+    kind: str  # csv, json, array (of JSON), paths, or one of _LABELLED
+    names: list[str]  # of the columns, as they are asked for
+    written: list[str]  # the same, as they are written
+    separator: str = ""
+    has_spaces: bool = False  # around the separators
+
+
+@dataclass
+class Place:
+    """How much of a list was read: its lines, and its bytes without compression."""
+
+    num_lines: int = 0
+    num_bytes: int = 0
 
 
 def find_text_suffix(name: str) -> str | None:
@@ -71,29 +98,91 @@ def open_text_table(
     remedy: str = "name it with --path-column",
 ) -> TextTable:
     """Read the header of a list. UsageError when it has no column of paths."""
+    layout = find_text_layout(path, path_column, label_column, remedy)
+    parts = read_text_parts(path, layout, PART_ROWS)
+    return TextTable(layout.names, chain.from_iterable(rows for _, rows in parts))
+
+
+def find_text_layout(
+    path: AnyPath,
+    path_column: str,
+    label_column: str,
+    remedy: str = "name it with --path-column",
+) -> TextLayout:
+    """Return how a list is written. UsageError when it has no column of paths."""
     with explain_errors(path), open_file(path) as file:
         what = name_container(file.read(HEAD_BYTES))
     if what is not None and not path.name.lower().endswith(".gz"):
         raise UsageError(f"{path} is {what}")
     suffix = find_text_suffix(path.name)
     if suffix in (".jsonl", ".ndjson", ".json"):
-        table = _open_json_lines(path)
+        records = _iterate_json(path, suffix == ".json")
+        written = list(dict.fromkeys(name for record in records for name in record))
+        layout = TextLayout("array" if suffix == ".json" else "json", written, written)
     else:
         header = list(islice(_read_lines(path, ""), HEADER_LINES))
         separator = _find_separator(header, path_column)
-        if separator is None and (table_or_none := _open_labelled(path, path_column, label_column)):
-            return table_or_none
+        if separator is None and (labelled := _find_labelled(path, path_column, label_column)):
+            return labelled
         if separator is None and suffix in (".txt", ".lst", ".list"):
-            return TextTable([path_column], ((n, (line,)) for n, line in _iterate_text(path)))
-        table = _open_csv(path, header, separator or ",")
-    names = rename_columns(table.names, path_column, label_column)
+            return TextLayout("paths", [path_column], [path_column])
+        layout = _read_csv_layout(path, header, separator or ",")
+    names = rename_columns(layout.names, path_column, label_column)
     if path_column not in names:
         is_header = not any(re.search(rf"{_IMAGE}$", name) for name in names)
         raise UsageError(
             f"{path}: no column {path_column!r}, only {shorten(', '.join(names), 500) or 'none'}; "
             + (remedy if is_header else "put a line with names before them")
         )
-    return table._replace(names=names)
+    return layout._replace(names=names)
+
+
+def can_start_within(path: AnyPath, layout: TextLayout) -> bool:
+    """Return whether reading a list can begin at a `Place`: where a row ends, quotes included."""
+    return layout.kind != "array" and path.suffix.lower() != ".gz"
+
+
+def read_text_parts(
+    path: AnyPath, layout: TextLayout, part_rows: int, start: Place | None = None
+) -> Iterator[tuple[Place, Iterator[Row]]]:
+    """Yield `part_rows` rows at a time with the place where they begin, from a place on.
+
+    Rows that are left unread cost only the search for their ends.
+    """
+    place = replace(start or Place())
+    lines: Iterator[tuple[int, Any]]
+    if layout.kind == "csv":
+        lines = _iterate_csv(path, layout.separator, layout.has_spaces, len(layout.names), place)
+        if start is None:
+            next(lines, None)  # the header
+    elif layout.kind == "array":
+        lines = enumerate(_read_json_array(path), 1)
+    else:
+        lines = _iterate_text(path, place)
+    read = _make_row_reader(path, layout)
+    before = replace(place)
+    while (first := next(lines, None)) is not None:
+        some = chain([first], islice(lines, part_rows - 1))
+        yield before, (read(number, line) for number, line in some)
+        deque(some, 0)
+        before = replace(place)
+
+
+def _make_row_reader(path: AnyPath, layout: TextLayout) -> Callable[[int, Any], Row]:
+    """Return what makes a row of a line and its number."""
+    if layout.kind == "csv":
+        return lambda number, values: (number, values)
+    if layout.kind == "paths":
+        return lambda number, line: (number, (line,))
+    if layout.kind in _LABELLED:
+        match = partial(_match_labelled, _LABELLED[layout.kind])
+        return lambda number, line: (number, match(line) or (line, None))
+
+    def read(number: int, line: Any) -> Row:
+        record = line if layout.kind == "array" else _parse_record(path, number, line)
+        return number, [_write_value(record.get(name)) for name in layout.written]
+
+    return read
 
 
 def _find_separator(header: Sequence[str], path_column: str) -> str | None:
@@ -115,23 +204,21 @@ def _read_header(header: Sequence[str], separator: str) -> list[str]:
         return []
 
 
-def _open_csv(path: AnyPath, header: Sequence[str], separator: str) -> TextTable:
-    """Open a list with a header; spaces around values are dropped if the header has them."""
+def _read_csv_layout(path: AnyPath, header: Sequence[str], separator: str) -> TextLayout:
+    """Read the header of a list; spaces around values are dropped if the header has them."""
     first = next((line for line in header if line.strip()), "")
     has_spaces = f"{separator} " in first or f" {separator}" in first
-    rows = _iterate_csv(path, separator, has_spaces)
+    rows = _iterate_csv(path, separator, has_spaces, None, Place())
     names = [name.strip() for name in next(rows, (1, []))[1]]
-    return TextTable(names, rows)
+    return TextLayout("csv", names, names, separator, has_spaces)
 
 
 def _iterate_csv(
-    path: AnyPath, separator: str, has_spaces: bool
+    path: AnyPath, separator: str, has_spaces: bool, num_columns: int | None, place: Place
 ) -> Iterator[tuple[int, Sequence[str]]]:
     csv.field_size_limit(MAX_FIELD_CHARS)  # it is the process's
-    reader = csv.reader(
-        _read_lines(path, ""), delimiter=separator, strict=True, skipinitialspace=has_spaces
-    )
-    num_columns = None
+    lines = _read_lines(path, "", place)
+    reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=has_spaces)
     try:
         for values in reader:
             if not any(value.strip() for value in values) and len(values) <= 1:
@@ -141,29 +228,29 @@ def _iterate_csv(
                 values.pop()  # a comma that ends the line, but not the header
             if len(values) != num_columns:
                 raise UsageError(
-                    f"{path}, line {reader.line_num}: {len(values)} values for {num_columns}"
+                    f"{path}, line {place.num_lines}: {len(values)} values for {num_columns}"
                     f" columns; quote values that hold a {_name_separator(separator)}"
                 )
-            yield reader.line_num, [v.strip() for v in values] if has_spaces else values
+            yield place.num_lines, [v.strip() for v in values] if has_spaces else values
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
+        raise UsageError(f"{path}, line {place.num_lines}: {error}") from error
 
 
 def _name_separator(separator: str) -> str:
     return {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}[separator]
 
 
-def _open_labelled(path: AnyPath, path_column: str, label_column: str) -> TextTable | None:
-    """Open a list without a header, a label beside each path; None if any line is no such line.
+def _find_labelled(path: AnyPath, path_column: str, label_column: str) -> TextLayout | None:
+    """Return the layout of a list without a header, a label beside each path, in every line.
 
-    Numbers beyond 0 and 1 are classes of something else: their column is `class`.
+    None for any other list. Numbers beyond 0 and 1 are classes of something else: their column is
+    `class`.
     """
-    for patterns in (_LABEL_BEHIND, _LABEL_BEFORE):
+    for kind, patterns in _LABELLED.items():
         if labels := _find_labels(path, patterns):
             is_class = any(re.fullmatch(r"-?\d+", label) for label in labels - {"0", "1", "-1"})
-            match = partial(_match_labelled, patterns)
-            rows = ((n, match(line) or (line, None)) for n, line in _iterate_text(path))
-            return TextTable([path_column, "class" if is_class else label_column], rows)
+            names = [path_column, "class" if is_class else label_column]
+            return TextLayout(kind, names, names)
     return None
 
 
@@ -186,34 +273,29 @@ def _match_labelled(patterns: Sequence[re.Pattern[str]], line: str) -> tuple[str
     return None if match is None else (match["path"], match["label"])
 
 
-def _iterate_text(path: AnyPath) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_read_lines(path, "\n"), 1):
+def _iterate_text(path: AnyPath, place: Place | None = None) -> Iterator[tuple[int, str]]:
+    place = place or Place()
+    for line in _read_lines(path, "\n", place):
         if text := line.rstrip("\n").removesuffix("\r"):
-            yield number, text
+            yield place.num_lines, text
 
 
-def _open_json_lines(path: AnyPath) -> TextTable:
-    """Open a list of JSON objects; the columns are the names that occur in any of them."""
-    names = list(dict.fromkeys(name for _, record in _iterate_json(path) for name in record))
-    rows = (
-        (number, [_write_value(record.get(name)) for name in names])
-        for number, record in _iterate_json(path)
-    )
-    return TextTable(names, rows)
-
-
-def _iterate_json(path: AnyPath) -> Iterator[tuple[int, dict[str, Any]]]:
-    if find_text_suffix(path.name) == ".json":
-        yield from enumerate(_read_json_array(path), 1)
+def _iterate_json(path: AnyPath, is_array: bool) -> Iterator[dict[str, Any]]:
+    if is_array:
+        yield from _read_json_array(path)
         return
     for number, line in _iterate_text(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number}: no JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise UsageError(f"{path}, line {number}: no JSON object; give one a line")
-        yield number, record
+        yield _parse_record(path, number, line)
+
+
+def _parse_record(path: AnyPath, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}, line {number}: no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}, line {number}: no JSON object; give one a line")
+    return record
 
 
 def _read_json_array(path: AnyPath) -> list[dict[str, Any]]:
@@ -240,23 +322,31 @@ def _write_value(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
 
-def _read_lines(path: AnyPath, newline: str) -> Iterator[str]:
-    """Yield lines with their ends; `newline` is that of `open`."""
+def _read_lines(path: AnyPath, newline: str, place: Place | None = None) -> Iterator[str]:
+    """Yield lines with their ends from a place on, which moves along; `newline` is `open`'s."""
+    place = place or Place()
     with explain_errors(path), ExitStack() as stack:
         file: Any = stack.enter_context(open_file(path))
         try:
             if path.suffix.lower() == ".gz":
                 file = stack.enter_context(gzip.open(file))
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+            if place.num_bytes == 0 and file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+                place.num_bytes = len(codecs.BOM_UTF8)
+            file.seek(place.num_bytes)
+            text = io.TextIOWrapper(file, encoding="utf-8", newline=newline)
             stack.enter_context(text)
-            for number, line in enumerate(iter(partial(text.readline, MAX_FIELD_CHARS), "")):
+            may_be_of_excel = place.num_bytes in (0, len(codecs.BOM_UTF8))
+            for line in iter(partial(text.readline, MAX_FIELD_CHARS), ""):
                 if len(line) == MAX_FIELD_CHARS:
                     raise UsageError(
-                        f"{path}, line {number + 1}: more than {MAX_FIELD_CHARS:,} characters; a"
-                        " list has a line for each image"
+                        f"{path}, line {place.num_lines + 1}: more than {MAX_FIELD_CHARS:,}"
+                        " characters; a list has a line for each image"
                     )
-                if number or not _EXCEL_SEPARATOR.fullmatch(line):
+                place.num_bytes += len(line) if line.isascii() else len(line.encode())
+                if not (may_be_of_excel and _EXCEL_SEPARATOR.fullmatch(line)):
+                    place.num_lines += 1
                     yield line
+                may_be_of_excel = False
         except UnicodeDecodeError as error:
             raise UsageError(f"{path}: not UTF-8 ({error}); save the list as UTF-8") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
