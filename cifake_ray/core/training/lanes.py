@@ -28,13 +28,13 @@ HELD_BYTES = 1 << 30  # of the row groups that one process reads at the same tim
 MIN_LANES, MAX_LANES = 8, 64
 
 
-def choose_num_lanes(group_bytes: np.ndarray) -> int:
-    """Return the number of lanes for row groups of int64[G] bytes, the same on every rank.
+def choose_num_lanes(num_groups: int, mean_bytes: float) -> int:
+    """Return the number of lanes for row groups, the same on every rank.
 
     As many as fit HELD_BYTES, and no more than there are row groups, but 2 at least.
     """
-    num_fitting = int(HELD_BYTES // max(1.0, float(group_bytes.mean())))
-    most = min(max(MIN_LANES, min(num_fitting, MAX_LANES)), max(2, len(group_bytes)))
+    num_fitting = int(HELD_BYTES // max(1.0, mean_bytes))
+    most = min(max(MIN_LANES, min(num_fitting, MAX_LANES)), max(2, num_groups))
     return 1 << (most.bit_length() - 1)
 
 

@@ -34,7 +34,7 @@ from cifake_ray.core.training.early_stopping import (
 from cifake_ray.core.training.losses import sum_losses
 from cifake_ray.core.training.optimizer import load_optimizer, make_optimizer, make_schedule
 from cifake_ray.core.training.validation import predict_shared
-from cifake_ray.errors import CifakeError
+from cifake_ray.errors import CifakeError, UsageError
 
 
 @dataclass
@@ -283,6 +283,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "num_lanes": self.num_lanes,
             "state": {
                 **self.state.__dict__,
                 "patience": asdict(self.state.patience),
@@ -290,8 +291,22 @@ class Trainer:
             },
         }
 
+    @property
+    def num_lanes(self) -> int:
+        """The lanes in which images are streamed; 0 when all are decoded."""
+        return 0 if self.batches.streamed is None else self.batches.streamed.num_lanes
+
     def resume(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from where `to_checkpoint` was called."""
+        """Continue from where `to_checkpoint` was called.
+
+        UsageError within an epoch whose order was another.
+        """
+        is_within = checkpoint["state"]["batch"] > 0
+        if is_within and checkpoint.get("num_lanes", self.num_lanes) != self.num_lanes:
+            raise UsageError(
+                "the run was stopped within an epoch, and with this --cache-gb the rest of it would"
+                " have other images; resume with --cache-gb as before"
+            )
         self.detector.network.load_state_dict(checkpoint["network"])
         if self.ema is not None:
             self.ema.module.network.load_state_dict(checkpoint["ema"])

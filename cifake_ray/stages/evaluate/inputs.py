@@ -19,6 +19,7 @@ from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.io.records import parse_record
 from cifake_ray.storage.runs.run import OtherVerb, read_record, read_run
 from cifake_ray.storage.runs.settings import describe_detector
+from cifake_ray.storage.runs.train_run import TrainRun
 from cifake_ray.storage.runs.verify import open_finished, read_files
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.labelled import LabelledSource
@@ -159,7 +160,7 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
         " what it has not seen is unknown; leave --unseen out"
     )
     try:
-        rows = read_training_rows(train)
+        rows = read_training_rows(train, TrainRun(bundle.path.parent).read_digests())
     except UsageError as error:  # such as for a source that these shards do not have
         raise other from error
     if settings.get("rows") != rows.hash_rows():

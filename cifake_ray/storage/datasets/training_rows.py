@@ -107,10 +107,10 @@ def read_training_rows(config: TrainConfig, kept: Digests | None = None) -> Trai
     parts: list[tuple[np.ndarray, ...]] = []
     counts: Counter[tuple[str, str]] = Counter()
     sources: dict[str | None, int] = {None: 0}  # the number of each, as they are met
-    digests = dict(kept or {})
+    digests: Digests = {}
     for table in open_tables(root, choice, left_out):
         is_foreign |= not table.is_ours
-        for number, hashed in enumerate(_read_digests(table, digests)):
+        for number, hashed in enumerate(_read_digests(table, kept or {}, digests)):
             columns = _read_group_rows(table, number, hashed, labels, config, counts, sources)
             parts.append((np.full(len(columns[0]), len(groups), np.int32), *columns))
             groups.append((table.path, number))
@@ -217,27 +217,31 @@ def check_usable(rows: TrainingRows, usable: np.ndarray, config: TrainConfig) ->
             )
 
 
-def _read_digests(table: ImageTable, known: Digests) -> Iterator[np.ndarray]:
+def _read_digests(table: ImageTable, kept: Digests, used: Digests) -> Iterator[np.ndarray]:
     """Yield uint64 of each row group: the first 8 bytes of the sha256 of its images, 0 for none.
 
-    Add to `known` what took reading the images.
+    Take from `kept` what else would take reading the images; add to `used` what may be kept.
     """
     groups = range(table.file.num_row_groups)
     if table.is_ours and "sha256" in table.columns:
         for number in groups:
             yield _to_numbers(table.read([number], ["sha256"]).column("sha256").to_pylist())
         return
-    stamp = "|".join(map(str, (table.path, *stamp_file(table.path))))
+    size_bytes, version = stamp_file(table.path)
+    stamp = "|".join(map(str, (table.path, table.image, size_bytes, version)))
     key = hashlib.sha256(stamp.encode()).hexdigest()
-    if key not in known:
+    digests = kept.get(key)
+    if digests is None or len(digests) != table.file.metadata.num_rows:
         parts = [np.empty(0, np.uint64)]
         for number in groups:
             cells = table.read([number], [table.image]).column(table.image).to_pylist()
             images = map(read_bytes_of, cells)
             parts.append(_to_numbers([i and hashlib.sha256(i).digest() for i in images]))
-        known[key] = np.concatenate(parts)
+        digests = np.concatenate(parts)
+    if version:  # else the file could change, and nothing would show it
+        used[key] = digests
     counts = [table.file.metadata.row_group(number).num_rows for number in groups]
-    yield from np.split(known[key], np.cumsum(counts))[:-1]
+    yield from np.split(digests, np.cumsum(counts))[:-1]
 
 
 def _to_numbers(hashes: list[bytes | None]) -> np.ndarray:

@@ -100,7 +100,11 @@ class ImageSet:
         """The lanes in which streamed images are read; None when all are decoded."""
         if isinstance(self.pixels, MappedPixels):
             return None
-        return choose_num_lanes(self.rows.group_bytes[np.unique(self.group)])
+        parts = [self.group]
+        if self.source is not None:  # most may be drawn from the one with the largest row groups
+            parts = [self.group[self.source == number] for number in np.unique(self.source)]
+        mean_bytes = max(float(self.rows.group_bytes[np.unique(part)].mean()) for part in parts)
+        return choose_num_lanes(len(np.unique(self.group)), mean_bytes)
 
     def order_epoch(self, rng: np.random.Generator) -> np.ndarray:
         """Return a permutation, of streamed images by lanes."""

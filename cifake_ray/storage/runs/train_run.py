@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cifake_ray.core.schema import SCHEMA_VERSION
 from cifake_ray.errors import BundleError, StorageError
@@ -31,7 +33,7 @@ from cifake_ray.storage.io.files import (
     write_json,
 )
 from cifake_ray.storage.io.paths import AnyPath
-from cifake_ray.storage.io.records import parse_record
+from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns, parse_record
 from cifake_ray.storage.io.text_rows import encode_csv, encode_json_lines
 from cifake_ray.storage.runs.links import check_links
 from cifake_ray.storage.runs.run import claim_folder, read_record
@@ -39,6 +41,7 @@ from cifake_ray.storage.runs.settings import check_settings, identify_run
 
 # What zipfile and torch raise for bytes that are not those that were written.
 DAMAGE = (*UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
+DIGEST_FIELDS = [pa.field("file", pa.string()), pa.field("digest", pa.uint64())]
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ class TrainRun(RunFolder):
 
     @property
     def digests_path(self) -> AnyPath:
-        return self.path / "digests.npz"
+        return self.path / "digests.parquet"
 
     def has_begun(self) -> bool:
         return exists(self.checkpoint_path) or exists(self.path / "_SUCCESS")
@@ -252,18 +255,30 @@ class TrainRun(RunFolder):
         if data is None:
             return {}
         try:
-            with np.load(io.BytesIO(data)) as arrays:
-                return dict(arrays)
-        except DAMAGE as error:
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            check_columns(table.schema, DIGEST_FIELDS)
+            if any(column.null_count for column in table.columns):
+                raise ValueError("values are missing")
+            stamps = pa.concat_arrays(table.column("file").chunks or [pa.array([], pa.string())])
+            stamps = stamps.dictionary_encode()
+            numbers, digests = stamps.indices.to_numpy(), table.column("digest").to_numpy()
+            counts = np.bincount(numbers, minlength=len(stamps.dictionary))
+            parts = np.split(digests[np.argsort(numbers, kind="stable")], counts.cumsum())
+            return dict(zip(stamps.dictionary.to_pylist(), parts, strict=False))
+        except PARQUET_ERRORS as error:
             raise StorageError(
                 f"{self.digests_path}: damaged ({error}); delete it, and the images are read again"
             ) from error
 
     def write_digests(self, digests: dict[str, np.ndarray]) -> None:
         """Keep the digests of images, so that neither ranks nor a resumed run read all of them."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **digests)  # type: ignore[arg-type]
-        write_bytes(self.digests_path, buffer.getvalue())
+        numbers = np.repeat(np.arange(len(digests)), [len(each) for each in digests.values()])
+        stamps = pa.array(list(digests), pa.string()).take(pa.array(numbers))
+        values = pa.array(np.concatenate([*digests.values()]), pa.uint64())
+        table = pa.Table.from_arrays([stamps, values], schema=pa.schema(DIGEST_FIELDS))
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, write_page_checksum=True)
+        write_bytes(self.digests_path, sink.getvalue().to_pybytes())
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Write the history of a committed checkpoint, of at least one row."""

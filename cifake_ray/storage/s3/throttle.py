@@ -54,8 +54,8 @@ class Throttle:
         self.too_much_per_s = math.inf  # the rate at which the store last asked to slow down
         self.has_succeeded = True  # since then
         self.starts: deque[float] = deque(maxlen=MEASURED)
-        self.turn = threading.Lock()
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.waiting: deque[threading.Condition] = deque()  # threads in the order of their turns
 
     @contextmanager
     def take_turn(self, stop: threading.Event) -> Iterator[float | None]:
@@ -70,24 +70,29 @@ class Throttle:
         try:
             yield self.clock() - since_s
         finally:
-            with self.changed:
+            with self.lock:
                 self.end()
-                self.changed.notify()
+                self._wake_first()
 
     def _wait(self, stop: threading.Event) -> bool:
         """Start a request in its turn, or return False once `stop` is set."""
-        while not self.turn.acquire(timeout=LOOK_S):
-            if stop.is_set():
-                return False
-        try:  # one thread waits for the clock, the others for that thread
-            with self.changed:
+        with self.lock:
+            own = threading.Condition(self.lock)
+            self.waiting.append(own)
+            try:
                 while not stop.is_set():
-                    if not (pause_s := self.try_start()):
+                    pause_s = self.try_start() if self.waiting[0] is own else math.inf
+                    if not pause_s:
                         return True
-                    self.changed.wait(min(pause_s, LOOK_S))
+                    own.wait(min(pause_s, LOOK_S))
                 return False
-        finally:
-            self.turn.release()
+            finally:
+                self.waiting.remove(own)
+                self._wake_first()
+
+    def _wake_first(self) -> None:
+        if self.waiting:
+            self.waiting[0].notify()
 
     def try_start(self) -> float:
         """Start a request and return 0, or return after how many seconds to try again.
@@ -109,7 +114,7 @@ class Throttle:
 
     def slow_down(self) -> None:
         """Halve the rate, or the one that there really was if that is lower."""
-        with self.changed:
+        with self.lock:
             now_s = self.clock()
             if now_s - self.slowed_at_s >= HALVE_EVERY_S:
                 span_s = now_s - self.starts[0] if self.starts else 0.0
@@ -124,6 +129,6 @@ class Throttle:
         """Raise the rate a little: for each success, so that it never runs ahead of its use."""
         self.has_succeeded = True
         if self.per_s < self.max_per_s:
-            with self.changed:
+            with self.lock:
                 growth = FAST_GROWTH if self.per_s < self.too_much_per_s / 2 else GROWTH
                 self.per_s = min(self.max_per_s, self.per_s + growth)

@@ -51,7 +51,7 @@ def test_few_of_unequal_row_groups_are_read_twice(
 ) -> None:
     shares = np.full(num_groups, 0.5) if share_fake == "all alike" else np.arange(num_groups) % 2
     group, labels = make_groups(draw_counts(num_groups), shares.tolist())
-    num_lanes = choose_num_lanes(np.full(num_groups, 64 << 20))
+    num_lanes = choose_num_lanes(num_groups, 64 << 20)
     for seed in range(5):
         order = order_lanes(group, labels, num_lanes, np.random.default_rng(seed))
         assert sorted(order) == list(range(len(group)))
@@ -149,4 +149,4 @@ def test_lanes_fit_into_memory() -> None:
         (1 << 20, 11, 8),
         (1 << 20, 1, 2),
     ):
-        assert choose_num_lanes(np.full(num_groups, size_bytes)) == wanted
+        assert choose_num_lanes(num_groups, size_bytes) == wanted

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_train_here import make_images, run_train, write_shards
 
@@ -81,9 +82,24 @@ def test_kept_digests_that_are_damaged_are_told_with_the_remedy(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_train(shards, tmp_path / "run")
-    path = tmp_path / "run" / "digests.npz"
+    path = tmp_path / "run" / "digests.parquet"
     data = bytearray(path.read_bytes())
-    for damaged in (data[:100], data[:200] + bytes([data[200] ^ 1]) + data[201:], b""):
+    other = pa.BufferOutputStream()
+    pq.write_table(pa.table({"file": ["a"], "digest": [1.5]}), other)
+    flipped = data[:40] + bytes([data[40] ^ 1]) + data[41:]
+    for damaged in (data[:100], flipped, b"", other.getvalue().to_pybytes()):
         path.write_bytes(damaged)
-        with pytest.raises(StorageError, match=r"digests.npz: damaged .*; delete it"):
+        with pytest.raises(StorageError, match=r"digests.parquet: damaged .*; delete it"):
             run_train(shards, tmp_path / "run")
+
+
+def test_digests_of_another_number_of_rows_are_not_used(
+    shards: Path, tmp_path: Path, counted: ImageBytes
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_train(shards, tmp_path / "run")
+    path = tmp_path / "run" / "digests.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(shards, tmp_path / "run")
+    assert counted.total == 2 * FOREIGN_BYTES

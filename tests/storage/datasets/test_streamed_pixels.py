@@ -24,7 +24,7 @@ from cifake_ray.core.schema import FOOTER_KEY
 from cifake_ray.core.training.batches import Batches
 from cifake_ray.core.training.device_limits import choose_precision
 from cifake_ray.core.training.trainer import Trainer
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import StorageError, UsageError
 from cifake_ray.storage.datasets import streamed_pixels
 from cifake_ray.storage.datasets.streamed_pixels import StreamedPixels
 from cifake_ray.storage.datasets.training_rows import TrainingRows, read_training_rows
@@ -371,3 +371,26 @@ def test_a_row_group_without_any_image_is_named(tmp_path: Path) -> None:
     data = open_data(make_config(shards))
     with pytest.raises(StorageError, match=r"000.parquet: no \w+ image of row group 0 decodes"):
         data.train.read(np.arange(4))
+
+
+def test_balanced_sources_with_large_row_groups_have_fewer_lanes(tmp_path: Path) -> None:
+    """Most of what is drawn may be of them, so of these as many as fit the memory are open."""
+    shards = write_shards(tmp_path / "shards", EQUAL)
+    for balance, wanted in ((None, 16), (1.0, 8)):
+        train = open_data(make_config(shards, balance_sources=balance)).train
+        size_bytes = np.where(np.arange(16) < 3, 256 << 20, 1 << 20)  # those of the source `rare`
+        train.rows = replace(train.rows, group_bytes=size_bytes)
+        assert train.num_lanes == wanted
+
+
+def test_an_epoch_that_has_begun_goes_on_in_its_own_order_only(tmp_path: Path) -> None:
+    config = make_config(write_shards(tmp_path / "shards", EQUAL))
+    checkpoint = make_trainer(open_data(config), config).to_checkpoint()
+    cached = replace(config, cache_gb=1.0)
+    other = make_trainer(open_data(cached), cached)
+    other.resume(checkpoint)
+    checkpoint["state"]["batch"] = 1
+    with pytest.raises(UsageError, match="resume with --cache-gb as before"):
+        other.resume(checkpoint)
+    del checkpoint["num_lanes"]  # of an earlier version
+    other.resume(checkpoint)

@@ -90,3 +90,23 @@ def test_whoever_is_stopped_waits_no_longer() -> None:
             other.set()
             assert waiting.result(timeout=10) is None
         assert throttle.in_flight == 0
+
+
+def test_threads_take_turns_in_the_order_in_which_they_came() -> None:
+    throttle, stop = Throttle(64, 100.0), threading.Event()
+
+    def count_turns() -> int:
+        num_turns = 0
+        while True:
+            with throttle.take_turn(stop) as waited_s:
+                if waited_s is None:
+                    return num_turns
+                num_turns += 1
+
+    with ThreadPoolExecutor(32) as threads:
+        counts = [threads.submit(count_turns) for _ in range(32)]
+        time.sleep(2.5)
+        stop.set()
+        turns = [each.result(timeout=10) for each in counts]
+    assert sum(turns) > 64
+    assert min(turns) >= sum(turns) / len(turns) / 2
