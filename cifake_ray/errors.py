@@ -3,7 +3,8 @@
 CifakeError                 exit 1
 ├── UsageError              a wrong request, exit 2; also a ValueError
 ├── StorageError            cannot read or write a path, exit 4
-│   └── CacheError          no other attempt will help: the cache of decoded images
+│   ├── CacheError          no other attempt will help: the cache of decoded images
+│   └── SourceChanged       what was listed is dropped: the next attempt lists anew
 ├── RunMismatch             the output belongs to another run, exit 2
 ├── BundleError             a bundle that is missing, incomplete or altered, exit 4
 ├── NothingToDo             the source holds no file, exit 5
@@ -54,6 +55,10 @@ class StorageError(CifakeError):
 
 class CacheError(StorageError):
     """The folder for decoded images cannot be used on this machine."""
+
+
+class SourceChanged(StorageError):
+    """The source is not what it was when its listing began."""
 
 
 class RunMismatch(CifakeError):

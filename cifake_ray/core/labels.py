@@ -22,6 +22,7 @@ SPLIT_NAMES = {
 ANSWERS = ("0", "1"), ("false", "true")
 NO_LABELS = frozenset({"", "nan", "none", "null", "n/a", "<na>", "-1"})
 MAX_COUNTED_VALUES = 1000  # of a label column, one by one
+MAX_COUNTED_CHARS = 100  # of one of them: more is never shown
 MAX_SHOWN_VALUES = 8
 SAFEST_FIRST = ("test", "val", "train")  # of several split folders: never train on a test image
 # FAKE where no other folder of the path means a class: `AI/Real` may be a collection's own name.
@@ -289,8 +290,8 @@ class LabelReader:
 
     def _count(self, text: str, label: int | None, count: int) -> None:
         # A column of free text has endless values.
-        key = (text, label) if len(self.counts) < MAX_COUNTED_VALUES else ("others", label)
-        self.counts[key] += count
+        shown = text[:MAX_COUNTED_CHARS] if len(self.counts) < MAX_COUNTED_VALUES else "others"
+        self.counts[shown, label] += count
 
     def check(self, place: object, remedy: str) -> None:
         """Raise UsageError when there were values and none was understood."""

@@ -176,6 +176,7 @@ def _start_on_ray(
     resources = stack.enter_context(connect_cluster(plan.config, least, plan.log))
     placement = choose_placement(resources, plan.config.num_workers, plan.device)
     workers.use(RayPool(choose_placement(resources, plan.config.num_workers, "cpu")))
+    stack.callback(workers.give_up)  # before Ray ends: the next use of it would start another one
     return opening.result(), placement, None
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cifake_ray.core.labels import LabelReader
-from cifake_ray.errors import StorageError
+from cifake_ray.errors import SourceChanged, StorageError
 from cifake_ray.storage.io.files import (
     create_bytes,
     hash_json,
@@ -84,6 +84,7 @@ class PartRecord:
     shards: list[RowFile] = field(default_factory=list)
     place: list[str] = field(default_factory=list)
     labels: list[list[Any]] = field(default_factory=list)  # of `LabelReader.to_record`
+    columns: str = ""  # a hash of those of the listing
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def list_rows(
     else:
         log(f"going on with a listing that was stopped; to start again, remove {folder}")
     assert source is not None  # else nothing would have been left
+    if record.columns not in ("", hash_json(listing.columns)):
+        raise SourceChanged(
+            "the source has other columns than when its listing began; run the same command again"
+            " to list anew"
+        )
     rows = _hold_rows(folder, listing)
     listing = Listing(
         iter(()),
@@ -205,6 +211,7 @@ def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartReco
         shards=rows.shards.files if rows.shards else [],
         place=[*task.parts[0]] if rows.shards and task.parts else [],
         labels=listing.labels.to_record() if listing.labels else [],
+        columns=hash_json(listing.columns),
     )
     if create_bytes(_name_record(rows.folder, task.parts), json.dumps(asdict(record)).encode()):
         return record

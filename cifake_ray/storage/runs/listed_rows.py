@@ -76,6 +76,7 @@ class ListedRows:
     shards: ListedShards | None = None
     held: pa.Table | None = None  # the rows that are in no file, in the order of their buckets
     _added: list[pa.RecordBatch] = field(default_factory=list)
+    _num_added: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -93,8 +94,8 @@ class ListedRows:
         schema = batch.schema.insert(0, pa.field(HASH, pa.uint64()))
         arrays = [pa.array(hashes), *batch.columns]
         self._added.append(pa.RecordBatch.from_arrays(arrays, schema=schema))
-        num_rows = sum(added.num_rows for added in self._added)
-        if num_rows >= self.max_rows:
+        self._num_added += batch.num_rows
+        if self._num_added >= self.max_rows:
             self.write()
 
     @property
@@ -108,7 +109,8 @@ class ListedRows:
         if self._added:
             table = pa.Table.from_batches(self._added)
             order = np.argsort(_find_buckets(table.column(0).to_numpy()), kind="stable")
-            self.held, self._added = table.take(pa.array(order)).combine_chunks(), []
+            self.held = table.take(pa.array(order)).combine_chunks()
+            self._added, self._num_added = [], 0
 
     def write(self) -> None:
         """Write the rows that are in memory to a file."""

@@ -8,7 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cifake_ray.errors import NothingToDo, RunMismatch, StorageError, UsageError
+from cifake_ray.errors import (
+    NothingToDo,
+    RunMismatch,
+    SourceChanged,
+    StorageError,
+    UsageError,
+)
 from cifake_ray.storage.io.files import (
     TEMPORARY_PREFIX,
     check_writable,
@@ -195,7 +201,7 @@ class RunPlan:
                 log,
                 describe=self.needs_labels,
             )
-        except (UsageError, NothingToDo, RunMismatch):
+        except (UsageError, NothingToDo, RunMismatch, SourceChanged):
             remove_rows(folder)
             raise
         remove_rows(folder)

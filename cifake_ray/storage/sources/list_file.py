@@ -40,7 +40,13 @@ from cifake_ray.storage.sources.columns import (
 )
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
-from cifake_ray.storage.sources.open_list import Lines, OpenedList, explain_change, open_list
+from cifake_ray.storage.sources.open_list import (
+    Lines,
+    ListPart,
+    OpenedList,
+    explain_change,
+    open_list,
+)
 from cifake_ray.storage.sources.parquet import find_tables, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -51,6 +57,7 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     make_label_reader,
 )
+from cifake_ray.storage.sources.text_table import TextLayout
 
 MAX_PATH_CHARS = 4096  # PATH_MAX; more is an image as text
 Stamp = tuple[int | None, int | None, str | None]  # size_bytes, mtime_ns, etag
@@ -93,6 +100,10 @@ class ListFileSource:
     key_filter: KeyFilter = KEEP_ALL
     allow_prefix: tuple[str, ...] = ()
     store: StoreConfig = StoreConfig()  # noqa: RUF009 - frozen
+    # Of texts, by name and stamp; workers that list parts get them with the source.
+    _layouts: dict[ListPart, TextLayout] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def path_column(self) -> str:
@@ -141,7 +152,7 @@ class ListFileSource:
             if first is not None and (is_full() or not wanted):
                 listing.left += wanted
                 continue
-            opened = open_list(path, name, self.path_column, self.choice, wanted)
+            opened = open_list(path, name, self.path_column, self.choice, wanted, self._layouts)
             known = [self.path_column, self.choice.label, "split", self.choice.source]
             known += ["size_bytes", "etag"]
             columns = {n: i for i, n in enumerate(opened.names) if n not in self.choice.drop}

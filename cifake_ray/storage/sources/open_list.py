@@ -1,12 +1,11 @@
 """Open a list of images, or some parts of it: a Parquet file, or text (`text_table`).
 
-A part of Parquet is a row group. A part of a text is the lines from one place to the next; one that
-is compressed, or an array of JSON, is one part.
+A part of Parquet is neighbouring row groups. A part of a text is the lines from one place to the
+next; one that is compressed, or an array of JSON, is one part.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.errors import StorageError, UsageError
+from cifake_ray.errors import SourceChanged, UsageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.sources.columns import ColumnChoice, read_label_names, rename_columns
 from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
@@ -45,11 +44,17 @@ class OpenedList(NamedTuple):
 
 
 def open_list(
-    path: AnyPath, name: str, path_column: str, choice: ColumnChoice, wanted: Sequence[ListPart]
+    path: AnyPath,
+    name: str,
+    path_column: str,
+    choice: ColumnChoice,
+    wanted: Sequence[ListPart],
+    layouts: dict[ListPart, TextLayout],
 ) -> OpenedList:
     """Open some parts of a list, or all if `wanted` holds its name alone.
 
-    UsageError for one without a column of paths; StorageError for one that has changed since its
+    `layouts` keeps those of texts, by name and stamp: finding one can take reading all of a text.
+    UsageError for one without a column of paths; SourceChanged for one that has changed since its
     parts were named.
     """
     label_names, stamp = None, stamp_table(path)
@@ -69,12 +74,8 @@ def open_list(
             )
         parts = _read_groups(path, (name, stamp), table, wanted)
     else:
-        (part, *_) = wanted
-        layout = (
-            TextLayout(*json.loads(part[2]))
-            if part[2:]
-            else find_text_layout(path, path_column, choice.label)
-        )
+        layout = layouts.get((name, stamp)) or find_text_layout(path, path_column, choice.label)
+        layouts[name, stamp] = layout
         names, types = layout.names, [pa.string()] * len(layout.names)
         parts = _read_text(path, (name, stamp), layout, wanted)
     if len(set(names)) != len(names):
@@ -87,17 +88,21 @@ def _read_groups(
     path: AnyPath, stamped: ListPart, table: pq.ParquetFile, wanted: Sequence[ListPart]
 ) -> Iterator[tuple[ListPart, Lines]]:
     is_whole, chosen, number = stamped[:1] in wanted, set(wanted), 0
+    groups, num_rows = list[int](), 0
     for group in range(table.num_row_groups):
-        part = (*stamped, str(group))
-        if is_whole or part in chosen:
-            yield part, _iterate_group(path, table, group, number)
-        number += table.metadata.row_group(group).num_rows
+        groups.append(group)
+        num_rows += table.metadata.row_group(group).num_rows
+        if num_rows >= PART_ROWS or group == table.num_row_groups - 1:
+            part = (*stamped, str(groups[0]))
+            if is_whole or part in chosen:
+                yield part, _iterate_groups(path, table, groups, number)
+            groups, number, num_rows = [], number + num_rows, 0
     table.close(force=True)
 
 
-def _iterate_group(path: AnyPath, table: pq.ParquetFile, group: int, number: int) -> Lines:
+def _iterate_groups(path: AnyPath, table: pq.ParquetFile, groups: list[int], number: int) -> Lines:
     with explain_errors(path):
-        for batch in table.iter_batches(LISTING_BATCH_ROWS, row_groups=[group]):
+        for batch in table.iter_batches(LISTING_BATCH_ROWS, row_groups=groups):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 number += 1
                 yield number, values
@@ -106,7 +111,7 @@ def _iterate_group(path: AnyPath, table: pq.ParquetFile, group: int, number: int
 def _read_text(
     path: AnyPath, stamped: ListPart, layout: TextLayout, wanted: Sequence[ListPart]
 ) -> Iterator[tuple[ListPart, Lines]]:
-    num_rows, *at = [int(number) for number in wanted[0][3:]] or [PART_ROWS]
+    num_rows, *at = [int(number) for number in wanted[0][2:]] or [PART_ROWS]
     start = Place(*at) if at else None
     found = read_text_parts(path, layout, num_rows, start)
     if not can_start_within(path, layout):
@@ -114,16 +119,18 @@ def _read_text(
         return
     for place, lines in found:
         numbers = (num_rows, place.num_lines, place.num_bytes)
-        part = (*stamped, json.dumps(layout), *map(str, numbers))
+        part = (*stamped, *map(str, numbers))
         if start is None or part in wanted:
             yield part, lines
         if part == wanted[-1]:
             return
 
 
-def explain_change(path: AnyPath) -> StorageError:
+def explain_change(path: AnyPath) -> SourceChanged:
     """Return the error for a file whose parts are not what they were when they were named."""
-    return StorageError(f"{path}: it has changed while it was listed; start again in a new folder")
+    return SourceChanged(
+        f"{path}: it has changed since its listing began; run the same command again to list anew"
+    )
 
 
 def stamp_table(path: AnyPath) -> str:

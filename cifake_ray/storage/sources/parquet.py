@@ -172,6 +172,7 @@ class ParquetSource:
             schema, notes = choose_schema(self.root, paths, self.choice, self.needs_labels)
             self._schema = schema
             listing.notes += notes if parts is None else []
+        listing.columns = str(self._schema)
         listing.batches = self._list_batches(listing, labels, self._schema, parts, max_rows)
         return listing
 

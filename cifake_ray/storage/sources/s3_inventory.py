@@ -31,6 +31,7 @@ from cifake_ray.storage.io.files import open_file, read_json
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, resolve_path
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.list_file import quote_etag
+from cifake_ray.storage.sources.open_list import explain_change
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,
@@ -124,9 +125,7 @@ class S3InventorySource:
         if parts is not None:
             chosen = [part for part in inventory.parts if part.uri in parts]
             if len(chosen) != len(parts):
-                raise StorageError(
-                    f"{self.place}: it has changed while it was listed; start again in a new folder"
-                )
+                raise explain_change(self.place)
         for part in chosen:
             if max_rows is not None and num_rows >= max_rows:
                 listing.left.append(part.uri)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import ConvertConfig
-from cifake_ray.errors import CifakeError, StorageError, UsageError
+from cifake_ray.errors import CifakeError, SourceChanged, StorageError, UsageError
 from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.runs import list_parts, listed_shards
@@ -332,8 +332,26 @@ def test_a_listing_that_was_stopped_goes_on_unless_the_table_has_changed(
     assert run.identity == whole.identity
     for file in [path] if path.is_file() else path.rglob("*.parquet"):
         os.utime(file, (1, 1))
-    with pytest.raises(StorageError, match="it has changed while it was listed"):
+    with pytest.raises(SourceChanged, match="it has changed since its listing began"):
         make_plan(tmp_path / "changed", open_table(path), 1).open()
+    assert make_plan(tmp_path / "changed", open_table(path), 1).open().identity == whole.identity
+
+
+def test_a_listing_that_was_stopped_begins_anew_when_a_file_with_another_column_has_come(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(list_parts, "PART_ROWS", 20)
+    path = write_images(tmp_path, make_rows())
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(tmp_path / "out", open_table(path), 20, Stopped(2)).open()
+    first = pq.read_table(min(path.rglob("*.parquet")))
+    keys = pa.array([f"new-{n}" for n in range(first.num_rows)])
+    more = first.set_column(first.column_names.index("key"), "key", keys)
+    pq.write_table(more.append_column("camera", keys), path / "zz.parquet")
+    with pytest.raises(SourceChanged, match="other columns than when its listing began"):
+        make_plan(tmp_path / "out", open_table(path), 20).open()
+    run = make_plan(tmp_path / "out", open_table(path), 20).open()
+    assert run.identity == make_plan(tmp_path / "whole", open_table(path), None).open().identity
 
 
 def test_a_damaged_file_of_shards_is_named(
