@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from reprlib import repr as shorten
 from threading import Event
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import CifakeError, ResourceError
@@ -24,26 +24,11 @@ from cifake_ray.stages.resources import (
     read_local_resources,
     runs_here,
 )
+from cifake_ray.storage.runs.list_parts import TaskPool
 from cifake_ray.storage.s3.throttle import share_requests
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class TaskPool(Protocol):
-    """What `LocalPool` and `RayPool` have in common."""
-
-    num_workers: int
-
-    def map_items(
-        self, work: Callable[[Item], Result], items: deque[Item]
-    ) -> Generator[Result, None, None]:
-        """Yield what `work` returns for each item, in the order in which they are done.
-
-        Both are pickled. Items may be appended while results are read. A CifakeError that `work`
-        raises is raised here; ResourceError when an item ends its process again and again.
-        """
-        ...
 
 
 class RayPool:

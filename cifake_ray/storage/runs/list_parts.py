@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,16 +33,27 @@ from cifake_ray.storage.runs.row_files import RowFile
 from cifake_ray.storage.sources.listing_counts import ListingCounts
 from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 PART_ROWS = 400_000  # after which a worker leaves the rest to others; below MAX_HELD_ROWS
 
 
-class Workers(Protocol):
-    """Where work is done: see `TaskPool`."""
+class TaskPool(Protocol):
+    """Where work on many items is done: here, in processes of this machine, or on a cluster."""
 
     @property
     def num_workers(self) -> int: ...
 
-    def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]: ...
+    def map_items(
+        self, work: Callable[[Item], Result], items: deque[Item]
+    ) -> Generator[Result, None, None]:
+        """Yield what `work` returns for each item, in the order in which they are done.
+
+        Both are pickled. Items may be appended while results are read. A CifakeError that `work`
+        raises is raised here; ResourceError when an item ends its process again and again.
+        """
+        ...
 
 
 class _ThisProcess:
@@ -50,7 +61,9 @@ class _ThisProcess:
 
     num_workers = 1
 
-    def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]:
+    def map_items(
+        self, work: Callable[[Item], Result], items: deque[Item]
+    ) -> Generator[Result, None, None]:
         while items:
             yield work(items.popleft())
 
@@ -110,7 +123,7 @@ def list_rows(
     list_source: Callable[[], Listing],
     source: Source | None,
     folder: AnyPath,
-    workers: Workers,
+    workers: TaskPool,
     log: Callable[[str], None],
     *,
     describe: bool,
@@ -173,7 +186,7 @@ def _add_record(
     listing: Listing,
     rows: ListedRows,
     items: deque[PartTask],
-    workers: Workers,
+    workers: TaskPool,
 ) -> None:
     rows.files += record.files
     rows.counts += np.array(record.rows)

@@ -31,7 +31,7 @@ from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.deal import Shard, deal_shards, plan_shards
-from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool
 from cifake_ray.storage.runs.listed_rows import (
     FOLDER_NAME,
     FOLDER_PREFIX,
@@ -127,7 +127,7 @@ def deal_manifest(
     rows: ListedRows,
     shard_rows: int | None,
     first: int = 0,
-    workers: Workers = THIS_PROCESS,
+    workers: TaskPool = THIS_PROCESS,
 ) -> Manifest:
     """Write the manifest of rows that were listed, as `write_manifest`; by workers if in files.
 

@@ -26,7 +26,7 @@ from cifake_ray.storage.io.files import (
 )
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.links import check_links
-from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers, list_rows
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool, list_rows
 from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, remove_rows
 from cifake_ray.storage.runs.manifest import (
     OWN_NAME,
@@ -75,7 +75,7 @@ class RunPlan:
     list_source: Callable[[], Listing]
     shard_rows: int | None
     source: Source | None = None  # of which the workers list what `list_source` leaves
-    workers: Workers = THIS_PROCESS
+    workers: TaskPool = THIS_PROCESS
     needs_labels: bool = False  # say which images have none
     log: Callable[[str], None] = lambda message: None
 

@@ -19,9 +19,9 @@ import ray
 from cifake_ray.config import ClusterConfig
 from cifake_ray.errors import ResourceError, StorageError
 from cifake_ray.stages.batch.local_pool import MAX_LOSSES, LocalPool
-from cifake_ray.stages.batch.task_pool import AwaitedPool, RayPool, TaskPool, open_pool
+from cifake_ray.stages.batch.task_pool import AwaitedPool, RayPool, open_pool
 from cifake_ray.stages.resources import Placement
-from cifake_ray.storage.runs.list_parts import THIS_PROCESS
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool
 
 TWO_WORKERS = Placement(2, 1, 0)
 

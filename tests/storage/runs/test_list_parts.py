@@ -21,7 +21,7 @@ from cifake_ray.storage.runs import listed_rows, manifest
 from cifake_ray.storage.runs.list_parts import (
     THIS_PROCESS,
     PartTask,
-    Workers,
+    TaskPool,
     read_record,
     write_record,
 )
@@ -69,7 +69,7 @@ class Keys:
 def make_plan(
     out: Path,
     source: Keys,
-    workers: Workers = THIS_PROCESS,
+    workers: TaskPool = THIS_PROCESS,
     log: Callable[[str], None] = lambda message: None,
     *,
     whole: bool = False,

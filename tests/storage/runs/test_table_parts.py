@@ -23,7 +23,7 @@ from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.resources import Placement
 from cifake_ray.storage.runs import list_parts, listed_shards
 from cifake_ray.storage.runs.extension import extend_run
-from cifake_ray.storage.runs.list_parts import THIS_PROCESS, Workers
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.sources import open_list, parquet
@@ -140,7 +140,7 @@ def make_plan(
     out: Path,
     source: Source,
     max_rows: int | None,
-    workers: Workers = THIS_PROCESS,
+    workers: TaskPool = THIS_PROCESS,
     notes: list[str] | None = None,
     shard_rows: int = 16,
 ) -> RunPlan:
