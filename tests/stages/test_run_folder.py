@@ -9,7 +9,8 @@ import cifake_ray
 
 PAGE = Path(cifake_ray.__file__).parent / "ARCHITECTURE.md"
 # Gone when a run is complete; only of a run that was extended.
-PASSING = {"_manifest/.listing-ID/", "_attempts/NNNNN.json", "_changes.parquet"}
+# Those of a run alone, of one on files of others, or of one that was extended.
+PASSING = {"_manifest/.listing-ID/", "_attempts/NNNNN.json", "_changes.parquet", "digests.parquet"}
 
 
 def read_table(heading: str) -> list[str]:
