@@ -8,8 +8,7 @@ from pathlib import Path
 import cifake_ray
 
 PAGE = Path(cifake_ray.__file__).parent / "ARCHITECTURE.md"
-# Gone when a run is complete; only of a run that was extended.
-# Those of a run alone, of one on files of others, or of one that was extended.
+# Gone when a run is complete, or only of some: extended ones, and trainings on files of others.
 PASSING = {"_manifest/.listing-ID/", "_attempts/NNNNN.json", "_changes.parquet", "digests.parquet"}
 
 
