@@ -22,7 +22,7 @@ from cifake_ray.console import (
     run_command,
 )
 from cifake_ray.report.record_text import format_record
-from cifake_ray.stages.batch.driver import Progress
+from cifake_ray.stages.batch.summary import Progress
 from cifake_ray.status_line import StatusLine
 
 CLEAR = status_line.CLEAR

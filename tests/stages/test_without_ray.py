@@ -79,7 +79,7 @@ def test_the_plan_of_a_pipeline_is_that_of_convert_and_of_options_that_fit(image
     words = ["pipeline", str(images / "images"), str(images / "out"), "--dry-run"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output
-    assert re.search(r"^labels +REAL 30, FAKE 30$", result.stdout, re.MULTILINE)
+    assert re.search(r"^labels +FAKE 30, REAL 30$", result.stdout, re.MULTILINE)
     assert re.search(r"^command +pipeline$", result.stdout, re.MULTILINE)
     refused = CliRunner().invoke(cli.app, [*words, "--model", "resnet"])
     assert refused.exit_code == 2
