@@ -9,6 +9,7 @@ import errno
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -285,10 +286,9 @@ def set_damaged_aside(out: AnyPath, damage: list[DamagedFile]) -> SetAside:
     aside = SetAside(
         {path: path.parent / f"{ASIDE_PREFIX}{path.name}" for path in paths if exists(path)}
     )
-    try:
+    with ExitStack() as undo:
+        undo.callback(aside.restore)
         for path, place in aside.files.items():
             move(path, place)
-    except BaseException:
-        aside.restore()
-        raise
+        undo.pop_all()
     return aside

@@ -68,7 +68,7 @@ class TextTable(NamedTuple):
 
 
 class TextLayout(NamedTuple):
-    """How a list is written: all that its rows need to be read from any place on; JSON holds it."""
+    """How a list is written: all that its rows need to be read from any place on."""
 
     kind: str  # csv, json, array (of JSON), paths, or one of _LABELLED
     names: list[str]  # of the columns, as they are asked for
