@@ -35,6 +35,7 @@ class Augmentation:
     redraw_share: Annotated[
         float, Doc("Share of the images redrawn: as a pencil drawing, or in flat colours")
     ] = 0.0
+    overlay_share: Annotated[float, Doc("Share of the images with text or a logo over them")] = 0.0
     rescale: Annotated[float, Doc("Largest share of the side lost by shrinking and back")] = 0.0
     rescale_share: Annotated[float, Doc("Share of the images that are rescaled")] = 0.0
     blur: Annotated[float, Doc("Largest deviation of the Gaussian, pixels")] = 0.0

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from cifake_ray.config import POLICIES, Augmentation
 from cifake_ray.core.imaging.perturbation import reencode
+from cifake_ray.core.training.overlays import draw_overlay
 
 DRAWN_FIRST = (
     *("rotation", "shift_x", "shift_y", "crop", "crop_x", "crop_y"),
@@ -27,7 +28,7 @@ DRAWN_FIRST = (
 # `top` and `left` are where a native crop is cut.
 DRAWN_LATER = (
     *("webp_share", "webp", "downscale_share", "downscale", "window", "top", "left"),
-    *("redraw_share", "redraw", "redraw_strength"),
+    *("redraw_share", "redraw", "redraw_strength", "overlay_share"),
 )
 DRAWN = DRAWN_FIRST + DRAWN_LATER
 
@@ -84,6 +85,7 @@ def degrade(images: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.T
         values[chosen] = _move(values[chosen], policy, draws.take(chosen))
     values = _change_colours(values, policy, draws)
     values = _redraw(values, policy, draws)
+    values = _overlay(values, policy, draws)
     values = _rescale(values, policy, draws)
     values = _blur(values, policy, draws)
     values = _add_noise(values, policy, draws)
@@ -161,10 +163,23 @@ def _redraw(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.T
             int(3 * draws.uniform["redraw"][i]),
             float(draws.uniform["redraw_strength"][i]),
         )
-        pixels = values[i].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        redrawn = redraw(pixels, strength, lines=kind != 1, colours=kind != 0)
+        redrawn = redraw(_to_pixels(values[i]), strength, lines=kind != 1, colours=kind != 0)
         values[i] = torch.tensor(redrawn, device=values.device).permute(2, 0, 1)
     return values
+
+
+def _overlay(values: torch.Tensor, policy: Augmentation, draws: Draws) -> torch.Tensor:
+    """Draw text or a logo over images."""
+    for i in _choose(draws, "overlay", policy.overlay_share):
+        drawn = draw_overlay(_to_pixels(values[i]), int(draws.noise_seed[i]))
+        values[i] = torch.tensor(drawn, device=values.device).permute(2, 0, 1)
+    return values
+
+
+def _to_pixels(values: torch.Tensor) -> np.ndarray:
+    """Map float32[3, S, S] to uint8[S, S, 3]."""
+    pixels = values.permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+    return pixels.contiguous().cpu().numpy()
 
 
 def redraw(pixels: np.ndarray, strength: float, *, lines: bool, colours: bool) -> np.ndarray:

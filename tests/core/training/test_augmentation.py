@@ -46,6 +46,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "contrast": {"contrast": 0.5},
     "saturation": {"saturation": 0.9},
     "redraw": {"redraw_share": 0.5},
+    "overlay": {"overlay_share": 0.5},
     "rescale": {"rescale": 0.7, "rescale_share": 0.5},
     "blur": {"blur": 2.0, "blur_share": 0.5},
     "noise": {"noise": 20.0, "noise_share": 0.5},
