@@ -257,6 +257,36 @@ def test_two_that_extend_at_once_end_with_one_listing(
     assert verify_files(out) == []
 
 
+def test_two_that_extend_at_other_thresholds_leave_those_of_the_second(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, extend_run = tmp_path / "out", driver.extend_run
+    run_score(src, out)
+    write_images(src, range(10, 15))
+
+    def extend_late(plan: RunPlan, run: Run) -> Any:
+        """Another command changes the verdicts after this one has looked."""
+        monkeypatch.setattr(driver, "extend_run", extend_run)
+        run_score(src, out, extend=True, target_fpr=0.01)
+        return extend_run(plan, run)
+
+    monkeypatch.setattr(driver, "extend_run", extend_late)
+    assert run_score(src, out, extend=True, target_fpr=0.001).done == 15
+    run_score(src, tmp_path / "whole", target_fpr=0.001)
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+    assert verify_files(out) == []
+
+    def extend_unfinished(plan: RunPlan, run: Run) -> Any:
+        monkeypatch.setattr(driver, "extend_run", extend_run)
+        run_score(src, out, extend=True, target_fpr=0.01)
+        (out / "_SUCCESS").unlink()
+        return extend_run(plan, run)
+
+    monkeypatch.setattr(driver, "extend_run", extend_unfinished)
+    with pytest.raises(RunMismatch, match="has not finished"):
+        run_score(src, out, extend=True)
+
+
 class Pause:
     """Stops the first command that comes to a step, until it may go on."""
 

@@ -59,7 +59,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         plan.run.check_new()
     elif plan.extend:
         force_names(found)
-        run, changes = extend_run(plan.run, plan.run.change_verdicts(found))
+        run, changes = extend_run(plan.run, found)
         plan.log(f"{plan.command}: {changes.describe()}")
         return replace(work_on(plan, run), changes=changes.counts)
     return work_on(plan, found)

@@ -90,6 +90,8 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
     with lock_run(run.out, wait):
         while True:
             run, run_id = read_again(run.out), secrets.token_hex(4)
+            plan.check_run(run)  # again: the command that was waited for may have changed it
+            run = plan.change_verdicts(run)
             try:
                 return _extend(plan, run, run_id)
             except StorageError:

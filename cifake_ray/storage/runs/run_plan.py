@@ -85,8 +85,12 @@ class RunPlan:
         It may have other VERDICT_SETTINGS if it has finished: see `change_verdicts`.
         """
         run = read_run(self.out)
-        if run is None:
-            return None
+        if run is not None:
+            self.check_run(run)
+        return run
+
+    def check_run(self, run: Run) -> None:
+        """Raise RunMismatch when a run has other settings than this plan; see `find`."""
         if not self.changes_verdicts(run):
             known: dict[str, Any] = {}  # what may differ, and need not be named
             with suppress(StorageError):  # of a damaged `_SUCCESS`, told to who may use it
@@ -98,7 +102,6 @@ class RunPlan:
                 f" ({describe_difference(run.settings, self._settings)}); finish it with its own"
                 " settings first, then the verdicts can be changed without scoring again"
             )
-        return run
 
     def changes_verdicts(self, run: Run) -> bool:
         """Return whether this plan differs from a run in VERDICT_SETTINGS, and in nothing else."""
