@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import format_table
+from measure import format_table, log
 from rivals import (
     Compute,
     LabelledImage,
@@ -65,13 +65,18 @@ def measure_run(
     run: Path, num_crops: int | None, images: Sequence[LabelledImage], work: Path
 ) -> dict[str, float]:
     """Return the columns of a run."""
-    name = f"{run.name}-{num_crops or 'own'}"
+    name = f"{load_detector(str(run)).bundle.fingerprint[:16]}-{num_crops or 'own'}"
 
     def score(chosen: Sequence[LabelledImage], cell_name: str, cell: Cell) -> Floats:
         cache = work / f"{name}-{cell_name}.npz"
         return compute_cached(cache, chosen, lambda: load_score(run, num_crops, cell))
 
-    found = measure(images, score(images, "clean", {}))
+    logit = score(images, "clean", {})
+    is_readable = np.isfinite(logit)
+    if not is_readable.all():
+        log(f"{run}: {(~is_readable).sum()} images left out as unreadable")
+    images = [image for image, keep in zip(images, is_readable, strict=True) if keep]
+    found = measure(images, logit[is_readable])
     row = {f"AUROC {group}": found["auroc"][group] for group in GROUPS}
     row["worst generator"] = find_worst(found["sources"], "FAKE")[1]
     row["TPR"], row["FPR"] = found["tpr"], found["fpr"]
@@ -129,6 +134,8 @@ def main() -> None:
     runs: dict[str, list[Path]] = {}
     for name, run in options.run:
         runs.setdefault(name, []).append(Path(run))
+    if unknown := {name for name, _ in options.crops} - runs.keys():
+        raise SystemExit(f"--crops: no --run is named {', '.join(sorted(unknown))}")
     lines: list[tuple[str, str, int | None]] = [(name, name, None) for name in runs]
     lines += [(f"{name}, {n} crops", name, int(n)) for name, n in options.crops]
     table: list[list[str]] = []

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from cifake_ray.storage.bundles.bundle import read_bundle_info
 from cifake_ray.storage.runs import extension, listed_rows
 from cifake_ray.storage.runs import run as run_module
 from cifake_ray.storage.runs.export import export_scores
-from cifake_ray.storage.runs.run import Run, require_run
+from cifake_ray.storage.runs.run import require_run
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import describe_threshold
 from cifake_ray.storage.runs.verify import find_damage, verify_files
@@ -236,11 +236,11 @@ def test_two_that_extend_at_once_end_with_one_listing(
     run_score(src, out)
     write_images(src, range(10, 15))
 
-    def extend_late(plan: RunPlan, run: Run) -> Any:
+    def extend_late(plan: RunPlan) -> Any:
         """Another command extends and ends after this one has looked."""
         monkeypatch.setattr(driver, "extend_run", extend_run)
         run_score(src, out, extend=True)
-        return extend_run(plan, run)
+        return extend_run(plan)
 
     monkeypatch.setattr(driver, "extend_run", extend_late)
     assert run_score(src, out, extend=True).done == 15
@@ -264,11 +264,11 @@ def test_two_that_extend_at_other_thresholds_leave_those_of_the_second(
     run_score(src, out)
     write_images(src, range(10, 15))
 
-    def extend_late(plan: RunPlan, run: Run) -> Any:
+    def extend_late(plan: RunPlan) -> Any:
         """Another command changes the verdicts after this one has looked."""
         monkeypatch.setattr(driver, "extend_run", extend_run)
         run_score(src, out, extend=True, target_fpr=0.01)
-        return extend_run(plan, run)
+        return extend_run(plan)
 
     monkeypatch.setattr(driver, "extend_run", extend_late)
     assert run_score(src, out, extend=True, target_fpr=0.001).done == 15
@@ -276,15 +276,37 @@ def test_two_that_extend_at_other_thresholds_leave_those_of_the_second(
     assert read_rows(out) == read_rows(tmp_path / "whole")
     assert verify_files(out) == []
 
-    def extend_unfinished(plan: RunPlan, run: Run) -> Any:
+    def extend_unfinished(plan: RunPlan) -> Any:
         monkeypatch.setattr(driver, "extend_run", extend_run)
         run_score(src, out, extend=True, target_fpr=0.01)
         (out / "_SUCCESS").unlink()
-        return extend_run(plan, run)
+        return extend_run(plan)
 
     monkeypatch.setattr(driver, "extend_run", extend_unfinished)
     with pytest.raises(RunMismatch, match="has not finished"):
         run_score(src, out, extend=True)
+
+
+def test_verdicts_stay_when_the_source_cannot_be_listed(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run_score(src, out)
+    before = read_rows(out)
+
+    def fail(*args: Any) -> None:
+        raise StorageError("the store is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "_find_new", fail)
+        with pytest.raises(StorageError, match="the store is gone"):
+            run_score(src, out, extend=True, target_fpr=0.01)
+    assert (out / "_SUCCESS").exists()
+    assert read_rows(out) == before
+    assert run_score(src, out).done == 10
+    assert run_score(src, out, extend=True, target_fpr=0.01).done == 10  # nothing is new
+    run_score(src, tmp_path / "whole", target_fpr=0.01)
+    assert read_rows(out) == read_rows(tmp_path / "whole")
 
 
 class Pause:
@@ -332,6 +354,32 @@ def test_the_slower_of_two_extensions_ends_well_too(
     assert read_rows(out) == read_rows(tmp_path / "whole")
     assert verify_files(out) == []
     assert not list((out / "_manifest").glob(".listing-*"))
+
+
+def test_other_verdicts_wait_for_an_extension(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    pause, waits = Pause(monkeypatch, "_find_new"), threading.Event()
+
+    def listen(line: str) -> None:
+        if "waiting for another command" in line:
+            waits.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        extending = threads.submit(run_score, src, out, extend=True, target_fpr=0.001)
+        assert pause.is_there.wait(20)
+        changing = threads.submit(run_score, src, out, listen, target_fpr=0.01)
+        assert waits.wait(20)
+        pause.may_go_on.set()
+    assert extending.result().done == 15
+    changed = False
+    with suppress(RunMismatch):  # it is refused while the extension works, or follows it
+        changed = changing.result().done == 15
+    run_score(src, tmp_path / "whole", target_fpr=0.01 if changed else 0.001)
+    assert read_rows(out) == read_rows(tmp_path / "whole")
 
 
 def refuse_lock(descriptor: int, operation: int) -> None:

@@ -59,7 +59,7 @@ def run_batch(plan: BatchPlan) -> BatchSummary | DryRun:
         plan.run.check_new()
     elif plan.extend:
         force_names(found)
-        run, changes = extend_run(plan.run, found)
+        run, changes = extend_run(plan.run)
         plan.log(f"{plan.command}: {changes.describe()}")
         return replace(work_on(plan, run), changes=changes.counts)
     return work_on(plan, found)
@@ -89,7 +89,9 @@ def _finish_found(plan: BatchPlan, found: Run | None) -> BatchSummary:
         return summary
     else:
         force_names(found)
-        found = plan.run.change_verdicts(found)
+        if plan.run.changes_verdicts(found):
+            with plan.run.lock():
+                found = plan.run.change_verdicts(plan.run.find_again())
         if found.earlier_identities and not is_finished(found):
             plan.log(
                 f"{plan.command}: deciding again"

@@ -7,11 +7,9 @@ The manifest is append-only. New files are written beside those that are there, 
 from __future__ import annotations
 
 import secrets
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -30,17 +28,12 @@ from cifake_ray.storage.runs.listed_rows import (
     divide_buckets,
     remove_rows,
 )
-from cifake_ray.storage.runs.manifest import (
-    Manifest,
-    deal_manifest,
-    read_manifest_shard,
-    write_manifest,
-)
+from cifake_ray.storage.runs.listed_shards import ListedShards
+from cifake_ray.storage.runs.manifest import Manifest, deal_manifest, read_manifest_shard
 from cifake_ray.storage.runs.row_files import HASH
 from cifake_ray.storage.runs.run import (
     Run,
     is_finished,
-    lock_run,
     read_again,
     read_record,
     reopen_run,
@@ -76,22 +69,17 @@ class Changes:
         return text
 
 
-def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
-    """Add the new keys of the source to a run; it has then not finished.
+def extend_run(plan: RunPlan) -> tuple[Run, Changes]:
+    """Add the new keys of the source to the run, and change its verdicts; it has then not finished.
 
     One command at a time: another one waits, then lists what has come since. Where nothing can be
     locked, the slower one uses the listing of the other. UsageError when the source has other
-    columns than before, or lists a key twice.
+    columns than before, or lists a key twice; RunMismatch when the other command has changed the
+    verdicts and not finished.
     """
-
-    def wait() -> None:
-        plan.log(f"{plan.command}: waiting for another command that extends this output ...")
-
-    with lock_run(run.out, wait):
+    with plan.lock():
         while True:
-            run, run_id = read_again(run.out), secrets.token_hex(4)
-            plan.check_run(run)  # again: the command that was waited for may have changed it
-            run = plan.change_verdicts(run)
+            run, run_id = plan.find_again(), secrets.token_hex(4)
             try:
                 return _extend(plan, run, run_id)
             except StorageError:
@@ -102,37 +90,21 @@ def extend_run(plan: RunPlan, run: Run) -> tuple[Run, Changes]:
 
 def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
     changes, folder, first = Changes(run.out), run.manifest_folder, run.manifest.num_shards
-    with plan.list_rows(folder, run_id) as (listing, listed), tempfile.TemporaryFile() as spool:
-        added = Listing(
-            iter(()),
-            left_out=listing.left_out,
-            keeps_order=listing.keeps_order,
-            key_column=listing.key_column,
-        )
+    with plan.list_rows(folder, run_id) as (listing, listed):
+        added = Listing(iter(()), left_out=listing.left_out, key_column=listing.key_column)
         new = ListedRows(listed.folder)
-        if listing.keeps_order:
-            if listed.shards is not None:
-                listing.batches = (table.to_batches()[0] for table in listed.shards.read())
-                listed = ListedRows(listed.folder)
-            _spool(listing, listed, spool)
-            is_new = np.zeros(listed.num_rows, bool)
-        for table in _find_new(listed, listing.key_column, run, changes):
-            if listing.keeps_order:
-                is_new[table.column(PLACE).to_numpy()] = True
-                continue
+        find = _find_new
+        if listed.shards is not None:
+            new.shards, find = ListedShards(listed.folder), _find_new_in_order
+        for table in find(listed, listing.key_column, run, changes):
             for batch in table.to_batches():
                 added.counts.add(batch)
                 new.add(batch)
         plan.log_notes(listing)
         if not changes.counts["new"]:
-            return run, changes
+            return plan.change_verdicts(run), changes
         size = plan.shard_rows
-        if listing.keeps_order:
-            added.batches = _read_new(spool, is_new)
-            added.count_rows(describe=False)
-            manifest = write_manifest(folder, run_id, added, size, first)
-        else:
-            manifest = deal_manifest(folder, run_id, added, new, size, first, plan.workers)
+        manifest = deal_manifest(folder, run_id, added, new, size, first, plan.workers)
     whole = Manifest(
         (*run.manifest.files, *manifest.files),
         run.manifest.num_rows + manifest.num_rows,
@@ -142,18 +114,19 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
         name: dict(Counter(run.counts.get(name, {})) + Counter(values))
         for name, values in added.counts.to_dict().items()
     }
-    record = read_record(run.out) | describe_listing(whole, added, counts)
-    if is_finished(run):  # no shard has the verdicts of before
-        record["earlier_identities"] = []
     if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
         for file in manifest.files:
             discard(folder / file.name)
-        return there, changes
+        return plan.change_verdicts(there), changes
     if lost := {file.name for file in manifest.files} - list_sizes(folder).keys():
         raise StorageError(
             f"{folder / min(lost)}: another command on this output has removed it; run the same"
             " command again, by one process at a time"
         )
+    run = plan.change_verdicts(run)
+    record = read_record(run.out) | describe_listing(whole, added, counts)
+    if is_finished(run):  # no shard has the verdicts of before
+        record["earlier_identities"] = []
     write_json(run.out / "_run.json", record | {"tool_version": __version__})
     extended = read_again(run.out)
     if not is_finished(extended):
@@ -161,18 +134,25 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
     return extended, changes
 
 
-def _spool(listing: Listing, keys: ListedRows, spool: IO[bytes]) -> None:
-    """Copy a listing to a file, in its order; add its keys, and where each of them stands."""
-    writer, place = None, 0
-    for batch in listing.batches:
-        writer = writer or pa.ipc.new_stream(spool, batch.schema)
-        writer.write_batch(batch)
-        places = pa.array(np.arange(place, place + batch.num_rows))
-        place += batch.num_rows
-        schema = batch.schema.append(pa.field(PLACE, places.type))
-        keys.add(pa.RecordBatch.from_arrays([*batch.columns, places], schema=schema))
-    if writer is not None:
-        writer.close()
+def _find_new_in_order(
+    listed: ListedRows, key_column: str | None, run: Run, changes: Changes
+) -> Iterator[pa.Table]:
+    """Yield what is new of each shard of a listing that keeps its order."""
+    assert listed.shards is not None
+    keys, place = ListedRows(listed.folder), 0
+    for table in listed.shards.read():
+        places = pa.array(np.arange(place, place + table.num_rows))
+        place += table.num_rows
+        keys.add(table.append_column(PLACE, places).to_batches()[0])
+    is_new = np.zeros(place, bool)
+    for table in _find_new(keys, key_column, run, changes):
+        is_new[table.column(PLACE).to_numpy()] = True
+    place = 0
+    for table in listed.shards.read():
+        chosen = table.filter(pa.array(is_new[place : place + table.num_rows]))
+        place += table.num_rows
+        if chosen.num_rows:
+            yield chosen.combine_chunks()
 
 
 def _find_new(
@@ -240,13 +220,3 @@ def _check_columns(run: Run, before: pa.Schema, now: pa.Schema) -> None:
             f"{run.out}: the source has other columns than when it was first listed ({names});"
             " give it the same ones, or choose a new output folder"
         )
-
-
-def _read_new(spool: IO[bytes], is_new: np.ndarray) -> Iterator[pa.RecordBatch]:
-    spool.seek(0)
-    start = 0
-    for batch in pa.ipc.open_stream(spool):
-        chosen = batch.filter(pa.array(is_new[start : start + batch.num_rows]))
-        start += batch.num_rows
-        if chosen.num_rows:
-            yield chosen

@@ -130,14 +130,12 @@ def list_rows(
 ) -> tuple[Listing, ListedRows]:
     """Return all rows of a source, and its listing, of which nothing is left.
 
-    The workers list what `list_source` leaves, into files in `folder`. A listing that keeps its
-    order and has no parts is returned unread. `describe` adds notes on what the images lack.
+    The workers list what `list_source` leaves, into files in `folder`. `describe` adds notes on
+    what the images lack.
     """
     start = PartTask([], 2 * workers.num_workers)
     record, listing = read_record(folder, start.parts), list_source()
     if record is None:
-        if listing.keeps_order and not listing.has_parts:
-            return listing, ListedRows(folder)
         rows = _hold_rows(folder, listing)
         for batch in listing.batches:
             rows.add(batch)

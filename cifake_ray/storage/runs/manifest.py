@@ -11,8 +11,8 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,18 +27,12 @@ from cifake_ray.core.schema import (
     SPLITS,
 )
 from cifake_ray.errors import NothingToDo, StorageError
-from cifake_ray.storage.io.files import make_folder, open_ranges, write_bytes
+from cifake_ray.storage.io.files import open_ranges, write_bytes
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
 from cifake_ray.storage.io.records import PARQUET_ERRORS, check_columns
 from cifake_ray.storage.runs.deal import Shard, deal_shards, plan_shards
 from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool
-from cifake_ray.storage.runs.listed_rows import (
-    FOLDER_NAME,
-    FOLDER_PREFIX,
-    NUM_BUCKETS,
-    ListedRows,
-    remove_rows,
-)
+from cifake_ray.storage.runs.listed_rows import FOLDER_NAME, NUM_BUCKETS, ListedRows
 from cifake_ray.storage.runs.listed_shards import ListedShards
 from cifake_ray.storage.sources.source import (
     MAX_SHARD_BYTES,
@@ -70,7 +64,7 @@ class Manifest:
     size_bytes: int
 
     def check(self) -> None:
-        """Raise ValueError for files that `write_manifest` does not write."""
+        """Raise ValueError for files that `deal_manifest` does not write."""
         next_shard = 0
         for file in self.files:
             if not FILE_NAME.fullmatch(file.name):
@@ -100,26 +94,6 @@ def choose_shard_rows(num_rows: int, size_bytes: int) -> int:
     return max(1, min(rows, MAX_SHARD_BYTES // mean_bytes))
 
 
-def write_manifest(
-    folder: AnyPath, run_id: str, listing: Listing, shard_rows: int | None, first: int = 0
-) -> Manifest:
-    """List the source and write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
-
-    `first` is the number of the first shard.
-    NothingToDo when the source holds no file; UsageError when a key is listed twice.
-    """
-    make_folder(folder, parents=False)
-    rows = ListedRows(folder / f"{FOLDER_PREFIX}{run_id}")
-    try:
-        if listing.keeps_order:
-            return _write_in_order(folder, run_id, listing, rows, first)
-        for batch in listing.batches:
-            rows.add(batch)
-        return deal_manifest(folder, run_id, listing, rows, shard_rows, first)
-    finally:
-        remove_rows(rows.folder)
-
-
 def deal_manifest(
     folder: AnyPath,
     run_id: str,
@@ -129,13 +103,17 @@ def deal_manifest(
     first: int = 0,
     workers: TaskPool = THIS_PROCESS,
 ) -> Manifest:
-    """Write the manifest of rows that were listed, as `write_manifest`; by workers if in files.
+    """Write `folder/<run_id>-00000.parquet` and so on, one row group a shard; by workers if many.
 
-    Shards of a listing that keeps its order stay as they are.
+    `first` is the number of the first shard. Shards of a listing that keeps its order stay as they
+    are. NothingToDo when there are no rows; UsageError when a key is listed twice.
     """
     if not rows.num_rows:
         raise NothingToDo(listing.explain_empty())
-    where = workers if rows.files else THIS_PROCESS
+    where: TaskPool = THIS_PROCESS
+    if rows.files:
+        rows.write()  # what is still in memory: other processes read it too
+        where = workers
     if rows.shards is None:
         rows_per_shard = shard_rows or choose_shard_rows(rows.num_rows, rows.size_bytes)
         shards = plan_shards(rows.counts, rows_per_shard)
@@ -143,7 +121,8 @@ def deal_manifest(
         write = _Dealer(folder, run_id, rows, shards, first, listing.key_column).write_file
     else:
         ranges = deque(pairwise(range(0, NUM_BUCKETS + 1, NUM_BUCKETS // CHECKS)))
-        for _ in where.map_items(_KeyChecker(rows, listing.key_column).check_keys, ranges):
+        keys = replace(rows, shards=None)
+        for _ in where.map_items(_KeyChecker(keys, listing.key_column).check_keys, ranges):
             pass
         num_shards = rows.shards.num_shards
         write = _Copier(folder, run_id, rows.shards, first).write_file
@@ -199,27 +178,6 @@ class _Copier:
         return _write_file(self.folder / name, self.first + start, tables)
 
 
-def _write_in_order(
-    folder: AnyPath, run_id: str, listing: Listing, keys: ListedRows, first: int
-) -> Manifest:
-    """Write each batch of a listing as a shard, and look for keys that are listed twice."""
-
-    def read() -> Iterator[pa.Table]:
-        for batch in listing.batches:
-            keys.add(batch.select(["key", "size_bytes", "split"]))
-            yield pa.Table.from_batches([batch])
-
-    shards, files = read(), list[ManifestFile]()
-    while (some := next(shards, None)) is not None:
-        number, tables = len(files), chain([some], islice(shards, SHARDS_PER_FILE - 1))
-        name = f"{run_id}-{number:05d}.parquet"
-        files.append(_write_file(folder / name, first + number * SHARDS_PER_FILE, tables))
-    if not files:
-        raise NothingToDo(listing.explain_empty())
-    _KeyChecker(keys, listing.key_column).check_keys((0, NUM_BUCKETS))
-    return Manifest(tuple(files), keys.num_rows, keys.size_bytes)
-
-
 def _write_file(path: AnyPath, first_shard: int, shards: Iterator[pa.Table]) -> ManifestFile:
     """Write shards as the row groups of a file."""
     sink, num_shards = pa.BufferOutputStream(), 0
@@ -227,7 +185,7 @@ def _write_file(path: AnyPath, first_shard: int, shards: Iterator[pa.Table]) -> 
     schema = start.schema.with_metadata({b"schema_version": str(SCHEMA_VERSION).encode()})
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for table in chain([start], shards):
-            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            writer.write_table(table, row_group_size=table.num_rows)
             num_shards += 1
     data = sink.getvalue().to_pybytes()
     write_bytes(path, data)

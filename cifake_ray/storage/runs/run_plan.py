@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,19 +27,15 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.links import check_links
 from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool, list_rows
-from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, remove_rows
-from cifake_ray.storage.runs.manifest import (
-    OWN_NAME,
-    Manifest,
-    deal_manifest,
-    write_manifest,
-)
+from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, has_records, remove_rows
+from cifake_ray.storage.runs.manifest import OWN_NAME, Manifest, deal_manifest
 from cifake_ray.storage.runs.run import (
     PRIVATE_PREFIX,
     RESULTS,
     Run,
     claim_folder,
     is_finished,
+    lock_run,
     read_again,
     read_record,
     read_run,
@@ -51,6 +47,8 @@ from cifake_ray.version import __version__
 
 # They decide `is_fake` of a stored p_fake, and nothing else.
 VERDICT_SETTINGS = ("target_fpr", "policy")
+# After these a listing begins anew.
+ENDS_LISTING = (UsageError, NothingToDo, RunMismatch, SourceChanged)
 
 
 def describe_listing(
@@ -89,6 +87,17 @@ class RunPlan:
             self.check_run(run)
         return run
 
+    def find_again(self) -> Run:
+        """Return the run of `out`, which has been found, as it is now. RunMismatch as `find`."""
+        run = read_again(self.out)
+        self.check_run(run)
+        return run
+
+    def lock(self) -> AbstractContextManager[bool]:
+        """Keep other commands from changing the run meanwhile, see `lock_run`; wait for them."""
+        message = f"{self.command}: waiting for another command that extends this output ..."
+        return lock_run(self.out, lambda: self.log(message))
+
     def check_run(self, run: Run) -> None:
         """Raise RunMismatch when a run has other settings than this plan; see `find`."""
         if not self.changes_verdicts(run):
@@ -115,6 +124,7 @@ class RunPlan:
     def change_verdicts(self, run: Run) -> Run:
         """Give a run the VERDICT_SETTINGS of this plan, if it has others; its shards follow.
 
+        Within `lock`, since an extension replaces the same record.
         `_run.json` is replaced first. It names the run before, so that nothing of it is taken for
         this one, wherever a kill comes.
         """
@@ -158,11 +168,8 @@ class RunPlan:
         make_folder(folder, parents=False)
         try:
             with self.list_rows(folder) as (listing, rows):
-                if listing.keeps_order and rows.shards is None:
-                    manifest = write_manifest(folder, run_id, listing, self.shard_rows)
-                else:
-                    workers, size = self.workers, self.shard_rows
-                    manifest = deal_manifest(folder, run_id, listing, rows, size, workers=workers)
+                workers, size = self.workers, self.shard_rows
+                manifest = deal_manifest(folder, run_id, listing, rows, size, workers=workers)
                 self.log_notes(listing)
                 plan = {
                     **describe_listing(manifest, listing, listing.counts.to_dict()),
@@ -185,8 +192,8 @@ class RunPlan:
     ) -> Iterator[tuple[Listing, ListedRows]]:
         """List the source, see `list_rows`; remove the files of its rows at the end.
 
-        They stay when the store or the workers fail, and after a kill: the next attempt goes on,
-        unless it gives them another `name` (8 hexadecimal digits).
+        Those that workers listed stay when the store or the workers fail, and after a kill: the
+        next attempt goes on, unless it gives them another `name` (8 hexadecimal digits).
         """
         store = repr(getattr(self.source, "store", None))  # with its endpoint
         name = name or hash_json([self._settings, store, __version__])[:8]
@@ -204,8 +211,9 @@ class RunPlan:
                 log,
                 describe=self.needs_labels,
             )
-        except (UsageError, NothingToDo, RunMismatch, SourceChanged):
-            remove_rows(folder)
+        except BaseException as error:
+            if isinstance(error, ENDS_LISTING) or not has_records(folder):
+                remove_rows(folder)
             raise
         remove_rows(folder)
 

@@ -165,7 +165,7 @@ class ParquetSource:
         Sorted parts are in the order of the listing.
         """
         labels = LabelReader(self.choice.label, self.choice.class_names)
-        listing = Listing(iter(()), keeps_order=True, has_parts=max_rows is not None, labels=labels)
+        listing = Listing(iter(()), keeps_order=True, labels=labels)
         listing.conclude = self._conclude
         if parts is None or self._schema is None:
             paths = {name_table(path, self.root): path for path in find_tables(self.root)}

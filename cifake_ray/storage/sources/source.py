@@ -43,7 +43,6 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)
     keeps_order: bool = False
     columns: str = ""  # that all parts must have, where they follow from the whole source
-    has_parts: bool = False  # of a source that keeps its order: `left` need not be empty
     notes: list[str] = field(default_factory=list)  # for a person to read; complete likewise
     key_column: str | None = None  # where the keys are from, if from a column
     counts: ListingCounts = field(default_factory=ListingCounts)  # of `count_rows`

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
 import tracemalloc
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from write_manifest import write_manifest
 
 from cifake_ray.core.schema import MANIFEST_FIELDS
 from cifake_ray.errors import NothingToDo, StorageError
 from cifake_ray.storage.runs import listed_rows
+from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool, list_rows
 from cifake_ray.storage.runs.manifest import (
     SHARDS_PER_FILE,
     Manifest,
     choose_shard_rows,
+    deal_manifest,
     read_manifest_shard,
-    write_manifest,
 )
 from cifake_ray.storage.runs.run import Run
 from cifake_ray.storage.sources.source import (
@@ -235,3 +239,39 @@ def test_memory_does_not_grow_with_the_number_of_keys(
     # 270,000 more keys are 18 MB as Python strings and, with their columns, 25 MB in Arrow.
     assert many_python < few_python + 4e6
     assert many_arrow < few_arrow + 8e6
+
+
+class Pickling:
+    """Does the work from a copy, as other processes do, and says how large it was."""
+
+    num_workers = 2
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def map_items(self, work: Callable[[Any], Any], items: deque[Any]) -> Iterator[Any]:
+        for item in items:
+            data = pickle.dumps(work)
+            self.sizes.append(len(data))
+            yield pickle.loads(data)(item)
+
+
+@pytest.mark.parametrize("keeps_order", [True, False])
+def test_workers_are_sent_where_rows_are_and_not_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_order: bool
+) -> None:
+    monkeypatch.setattr(listed_rows, "MAX_HELD_ROWS", 20_000)
+
+    def deal(name: str, pool: TaskPool) -> Manifest:
+        listing = Listing(generate_batches(50_000), keeps_order=keeps_order)
+        folder = tmp_path / name
+        folder.mkdir()
+        listing, rows = list_rows(
+            lambda: listing, None, folder / "rows", pool, lambda line: None, describe=False
+        )
+        return deal_manifest(folder, "run", listing, rows, None, workers=pool)
+
+    pool = Pickling()
+    assert deal("sent", pool) == deal("here", THIS_PROCESS)
+    assert pool.sizes
+    assert max(pool.sizes) < 20_000

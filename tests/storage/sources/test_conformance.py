@@ -36,10 +36,10 @@ from source_kinds import (
     SourceKind,
     TarKind,
 )
+from write_manifest import write_manifest
 
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, MANIFEST_FIELDS, REAL
 from cifake_ray.errors import ImageError, NothingToDo
-from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3 import prefetch
 from cifake_ray.storage.s3.listing import KeyLister
 from cifake_ray.storage.sources import (

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
 from test_sources import error_of, gather, make_png, open_images, put, read_all
+from write_manifest import write_manifest
 
 from cifake_ray.config import ScoreConfig
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.labels import read_file_path
 from cifake_ray.core.schema import FAKE, FOOTER_KEY, REAL
 from cifake_ray.errors import CifakeError, StorageError, UsageError
-from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.sources import image_table
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source

@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from write_manifest import write_manifest
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.processing.convert import ConvertProcessor
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL, SHARD_FIELDS
 from cifake_ray.errors import ImageError, StorageError, UsageError
-from cifake_ray.storage.runs.manifest import read_manifest_shard, write_manifest
+from cifake_ray.storage.runs.manifest import read_manifest_shard
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.runs.shards import commit_shard
 from cifake_ray.storage.sources import folder as folder_module

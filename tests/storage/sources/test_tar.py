@@ -17,12 +17,12 @@ import pytest
 from faults.proxy import run_proxy
 from s3_server import S3Server
 from source_kinds import Image, LocalStore, MemoryStore, S3Store, Store, make_tar
+from write_manifest import write_manifest
 
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.labels import split_file_name
 from cifake_ray.core.schema import FAKE, IMAGE_ERRORS, REAL
 from cifake_ray.errors import ImageError, NothingToDo, StorageError, UsageError
-from cifake_ray.storage.runs.manifest import write_manifest
 from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources.columns import ColumnChoice
 from cifake_ray.storage.sources.folder import FolderSource
