@@ -132,6 +132,7 @@ POLICIES: dict[str, Augmentation] = {
         brightness=0.6,
         contrast=0.3,
         saturation=0.3,
+        overlay_share=0.15,
         rescale=0.6,
         rescale_share=0.15,
         blur=1.5,
