@@ -150,8 +150,10 @@ def list_bucket(*, freezes: bool) -> None:
     """List, or sort and write the manifest as well, in the measured process."""
     from cifake_ray.config import StoreConfig
     from cifake_ray.core.labels import make_class_names
-    from cifake_ray.storage.runs.manifest import write_manifest
     from cifake_ray.storage.sources.s3_prefix import S3PrefixSource
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from write_manifest import write_manifest
 
     # Connected, which takes half a second of botocore's however few keys there are.
     list(S3PrefixSource(BUCKET, "none/", StoreConfig(), make_class_names()).list_images().batches)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from listing import Keys
 from s3_server import find_binary, run_server
+from write_manifest import write_manifest
 
 from cifake_ray.config import StoreConfig
 from cifake_ray.core.schema import MANIFEST_FIELDS
@@ -41,7 +42,7 @@ from cifake_ray.storage.bundles.bundle import load_bundle, read_bundle_info
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs import manifest
 from cifake_ray.storage.runs.finish import finish_run
-from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE, write_manifest
+from cifake_ray.storage.runs.manifest import SHARDS_PER_FILE
 from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.storage.runs.run_plan import RunPlan
 from cifake_ray.storage.s3.location import open_path

@@ -102,7 +102,7 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
                 new.add(batch)
         plan.log_notes(listing)
         if not changes.counts["new"]:
-            return plan.change_verdicts(run), changes
+            return plan.change_verdicts(plan.find_again()), changes
         size = plan.shard_rows
         manifest = deal_manifest(folder, run_id, added, new, size, first, plan.workers)
     whole = Manifest(
@@ -114,17 +114,20 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
         name: dict(Counter(run.counts.get(name, {})) + Counter(values))
         for name, values in added.counts.to_dict().items()
     }
+    described = describe_listing(whole, added, counts)
     if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
         for file in manifest.files:
             discard(folder / file.name)
+        plan.check_run(there)
         return plan.change_verdicts(there), changes
     if lost := {file.name for file in manifest.files} - list_sizes(folder).keys():
         raise StorageError(
             f"{folder / min(lost)}: another command on this output has removed it; run the same"
             " command again, by one process at a time"
         )
-    run = plan.change_verdicts(run)
-    record = read_record(run.out) | describe_listing(whole, added, counts)
+    plan.check_run(there)  # the listing took its time
+    run = plan.change_verdicts(there)
+    record = read_record(run.out) | described
     if is_finished(run):  # no shard has the verdicts of before
         record["earlier_identities"] = []
     write_json(run.out / "_run.json", record | {"tool_version": __version__})

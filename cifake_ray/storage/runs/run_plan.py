@@ -95,7 +95,7 @@ class RunPlan:
 
     def lock(self) -> AbstractContextManager[bool]:
         """Keep other commands from changing the run meanwhile, see `lock_run`; wait for them."""
-        message = f"{self.command}: waiting for another command that extends this output ..."
+        message = f"{self.command}: waiting for another command that changes this output ..."
         return lock_run(self.out, lambda: self.log(message))
 
     def check_run(self, run: Run) -> None:
@@ -212,8 +212,9 @@ class RunPlan:
                 describe=self.needs_labels,
             )
         except BaseException as error:
-            if isinstance(error, ENDS_LISTING) or not has_records(folder):
-                remove_rows(folder)
+            with suppress(StorageError):  # the error that led here counts
+                if isinstance(error, ENDS_LISTING) or not has_records(folder):
+                    remove_rows(folder)
             raise
         remove_rows(folder)
 
