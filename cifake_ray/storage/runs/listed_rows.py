@@ -212,11 +212,6 @@ def remove_rows(folder: AnyPath) -> None:
             folder.rmdir()
 
 
-def has_records(folder: AnyPath) -> bool:
-    """Return whether a listing has files that the next attempt goes on with."""
-    return any(path.suffix == ".json" for path in list_folder(folder))
-
-
 def _check_schema(schema: pa.Schema) -> None:
     check_columns([schema.field(0)], [_FIRST])
     check_columns(schema, [_KEY])

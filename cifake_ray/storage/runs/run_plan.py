@@ -27,7 +27,7 @@ from cifake_ray.storage.io.files import (
 from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.runs.links import check_links
 from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool, list_rows
-from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, has_records, remove_rows
+from cifake_ray.storage.runs.listed_rows import FOLDER_PREFIX, ListedRows, remove_rows
 from cifake_ray.storage.runs.manifest import OWN_NAME, Manifest, deal_manifest
 from cifake_ray.storage.runs.run import (
     PRIVATE_PREFIX,
@@ -47,8 +47,6 @@ from cifake_ray.version import __version__
 
 # They decide `is_fake` of a stored p_fake, and nothing else.
 VERDICT_SETTINGS = ("target_fpr", "policy")
-# After these a listing begins anew.
-ENDS_LISTING = (UsageError, NothingToDo, RunMismatch, SourceChanged)
 
 
 def describe_listing(
@@ -192,8 +190,9 @@ class RunPlan:
     ) -> Iterator[tuple[Listing, ListedRows]]:
         """List the source, see `list_rows`; remove the files of its rows at the end.
 
-        Those that workers listed stay when the store or the workers fail, and after a kill: the
-        next attempt goes on, unless it gives them another `name` (8 hexadecimal digits).
+        They stay when the store or the workers fail, and after a kill: the next attempt goes on
+        with what workers listed, unless it gives them another `name` (8 hexadecimal digits), and
+        removes the rest at its end.
         """
         store = repr(getattr(self.source, "store", None))  # with its endpoint
         name = name or hash_json([self._settings, store, __version__])[:8]
@@ -211,10 +210,8 @@ class RunPlan:
                 log,
                 describe=self.needs_labels,
             )
-        except BaseException as error:
-            with suppress(StorageError):  # the error that led here counts
-                if isinstance(error, ENDS_LISTING) or not has_records(folder):
-                    remove_rows(folder)
+        except (UsageError, NothingToDo, RunMismatch, SourceChanged):
+            remove_rows(folder)
             raise
         remove_rows(folder)
 

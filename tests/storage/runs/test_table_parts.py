@@ -9,7 +9,7 @@ import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cifake_ray.config import ConvertConfig
 from cifake_ray.errors import CifakeError, SourceChanged, StorageError, UsageError
 from cifake_ray.stages.batch.local_pool import LocalPool
 from cifake_ray.stages.resources import Placement
-from cifake_ray.storage.runs import list_parts, listed_rows, listed_shards
+from cifake_ray.storage.runs import list_parts, listed_shards
 from cifake_ray.storage.runs.extension import extend_run
 from cifake_ray.storage.runs.list_parts import THIS_PROCESS, TaskPool
 from cifake_ray.storage.runs.run import Run
@@ -352,32 +352,6 @@ def test_a_listing_that_was_stopped_begins_anew_when_a_file_with_another_column_
         make_plan(tmp_path / "out", open_table(path), 20).open()
     run = make_plan(tmp_path / "out", open_table(path), 20).open()
     assert run.identity == make_plan(tmp_path / "whole", open_table(path), None).open().identity
-
-
-def test_a_listing_by_one_process_that_fails_leaves_no_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listed_rows, "MAX_HELD_ROWS", 1)
-    path, listed = write_images(tmp_path, make_rows()), list[Path]()
-    source = open_table(path)
-
-    def list_some() -> Listing:
-        listing = source.list_images()
-
-        def read() -> Iterator[pa.RecordBatch]:
-            yield next(batches)
-            yield next(batches)
-            listed.extend(tmp_path.glob("out/_manifest/.listing-*/*.rows"))
-            raise StorageError("the store is gone")
-
-        batches, listing.batches = listing.batches, read()
-        return listing
-
-    plan = replace(make_plan(tmp_path / "out", source, None), list_source=list_some)
-    with pytest.raises(StorageError, match="the store is gone"):
-        plan.open()
-    assert listed
-    assert not list(tmp_path.glob("out/_manifest/*"))
 
 
 def test_a_damaged_file_of_shards_is_named(
