@@ -35,4 +35,4 @@ def test_a_score_is_that_of_its_crops_and_its_cell() -> None:
     assert own == load_detector("wild").predict_logit([data])[0]
     assert load_score(run, 1, {})(data) != own
     assert load_score(run, None, {"jpeg": 30})(data) != own
-    assert load_score(run, None, {"jpeg": 100, "brightness": 1})(data) == pytest.approx(own, abs=2)
+    assert load_score(run, None, {"brightness": 1})(data) == own

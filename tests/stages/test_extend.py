@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -229,20 +229,25 @@ def test_a_run_that_has_not_finished_is_extended_too(src: Path, tmp_path: Path) 
     assert verify_files(out) == []
 
 
-def test_two_that_extend_at_once_end_with_one_listing(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, extend_run = tmp_path / "out", driver.extend_run
-    run_score(src, out)
-    write_images(src, range(10, 15))
+def run_first(monkeypatch: pytest.MonkeyPatch, another: Callable[[], object]) -> None:
+    """Run another command after the next one has looked at the run, before it extends it."""
+    extend_run = driver.extend_run
 
     def extend_late(plan: RunPlan) -> Any:
-        """Another command extends and ends after this one has looked."""
         monkeypatch.setattr(driver, "extend_run", extend_run)
-        run_score(src, out, extend=True)
+        another()
         return extend_run(plan)
 
     monkeypatch.setattr(driver, "extend_run", extend_late)
+
+
+def test_two_that_extend_at_once_end_with_one_listing(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    run_first(monkeypatch, lambda: run_score(src, out, extend=True))
     assert run_score(src, out, extend=True).done == 15
     assert len(require_run(out).manifest.list_extents()) == 2
     run_score(src, tmp_path / "whole")
@@ -260,29 +265,20 @@ def test_two_that_extend_at_once_end_with_one_listing(
 def test_two_that_extend_at_other_thresholds_leave_those_of_the_second(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, extend_run = tmp_path / "out", driver.extend_run
+    out = tmp_path / "out"
     run_score(src, out)
     write_images(src, range(10, 15))
-
-    def extend_late(plan: RunPlan) -> Any:
-        """Another command changes the verdicts after this one has looked."""
-        monkeypatch.setattr(driver, "extend_run", extend_run)
-        run_score(src, out, extend=True, target_fpr=0.01)
-        return extend_run(plan)
-
-    monkeypatch.setattr(driver, "extend_run", extend_late)
+    run_first(monkeypatch, lambda: run_score(src, out, extend=True, target_fpr=0.01))
     assert run_score(src, out, extend=True, target_fpr=0.001).done == 15
     run_score(src, tmp_path / "whole", target_fpr=0.001)
     assert read_rows(out) == read_rows(tmp_path / "whole")
     assert verify_files(out) == []
 
-    def extend_unfinished(plan: RunPlan) -> Any:
-        monkeypatch.setattr(driver, "extend_run", extend_run)
+    def leave_unfinished() -> None:
         run_score(src, out, extend=True, target_fpr=0.01)
         (out / "_SUCCESS").unlink()
-        return extend_run(plan)
 
-    monkeypatch.setattr(driver, "extend_run", extend_unfinished)
+    run_first(monkeypatch, leave_unfinished)
     with pytest.raises(RunMismatch, match="has not finished"):
         run_score(src, out, extend=True)
 
@@ -379,6 +375,33 @@ def test_other_verdicts_wait_for_an_extension(
     with suppress(RunMismatch):  # it is refused while the extension works, or follows it
         changed = changing.result().done == 15
     run_score(src, tmp_path / "whole", target_fpr=0.01 if changed else 0.001)
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+
+
+def test_verdicts_that_another_command_has_changed_meanwhile_are_changed_without_scoring(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be locked."""
+    out, num_scored, finish = tmp_path / "out", 0, StubProcessor.finish
+
+    def count(self: StubProcessor, rows: pa.Table, prepared: Sequence[Any]) -> pa.Table:
+        nonlocal num_scored
+        num_scored += len(prepared)
+        return finish(self, rows, prepared)
+
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    monkeypatch.setattr(run_module.fcntl, "flock", refuse_lock)
+    monkeypatch.setattr(StubProcessor, "finish", count)
+    pause = Pause(monkeypatch, "_find_new")
+    with ThreadPoolExecutor(1) as threads:
+        extending = threads.submit(run_score, src, out, extend=True, target_fpr=0.001)
+        assert pause.is_there.wait(20)
+        run_score(src, out, target_fpr=0.01)
+        pause.may_go_on.set()
+    assert extending.result().done == 15
+    assert num_scored == 5
+    run_score(src, tmp_path / "whole", target_fpr=0.001)
     assert read_rows(out) == read_rows(tmp_path / "whole")
 
 

@@ -92,6 +92,8 @@ def _finish_found(plan: BatchPlan, found: Run | None) -> BatchSummary:
         if plan.run.changes_verdicts(found):
             with plan.run.lock():
                 found = plan.run.change_verdicts(plan.run.find_again())
+            if (summary := find_result(plan, found)) is not None:  # of an equal command, meanwhile
+                return summary
         if found.earlier_identities and not is_finished(found):
             plan.log(
                 f"{plan.command}: deciding again"

@@ -103,15 +103,16 @@ def deal_manifest(
     first: int = 0,
     workers: TaskPool = THIS_PROCESS,
 ) -> Manifest:
-    """Write `folder/<run_id>-00000.parquet` and so on, one row group a shard; by workers if many.
+    """Write `folder/<run_id>-00000.parquet` and so on, one row group a shard.
 
-    `first` is the number of the first shard. Shards of a listing that keeps its order stay as they
-    are. NothingToDo when there are no rows; UsageError when a key is listed twice.
+    Workers write them if rows are in files. `first` is the number of the first shard. Shards of a
+    listing that keeps its order stay as they are. NothingToDo when there are no rows; UsageError
+    when a key is listed twice.
     """
     if not rows.num_rows:
         raise NothingToDo(listing.explain_empty())
     where: TaskPool = THIS_PROCESS
-    if rows.files:
+    if rows.files or (rows.shards is not None and rows.shards.files):
         rows.write()  # what is still in memory: other processes read it too
         where = workers
     if rows.shards is None:

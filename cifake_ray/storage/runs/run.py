@@ -274,7 +274,7 @@ def is_finished(run: Run) -> bool:
 
 @contextmanager
 def lock_run(out: AnyPath, wait: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Keep other commands from extending a local run meanwhile, or removing files that none names.
+    """Keep other commands from changing the record of a local run, or removing its unnamed files.
 
     Yield whether no other command does that: with `wait`, which is called first, it is waited for.
     Stores have no locks, nor have all file systems: there it is not known.
