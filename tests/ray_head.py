@@ -160,12 +160,17 @@ def wait_for_idle(cluster: JobsCluster) -> None:
 
 def list_states(cluster: JobsCluster, kind: str) -> list[dict[str, Any]]:
     """The actors that hold resources, or the placement groups, that are not gone."""
-    url = f"{cluster.address}/api/v0/{kind}?detail=true"
-    answer = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
-    states: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
     # Ray Data's own actors stay, and hold nothing.
     return [
         state
-        for state in states
+        for state in read_states(cluster, kind)
         if state["state"] not in ("DEAD", "REMOVED") and state.get("required_resources", True)
     ]
+
+
+def read_states(cluster: JobsCluster, kind: str) -> list[dict[str, Any]]:
+    """What Ray tells of all its actors or placement groups, those that are gone included."""
+    url = f"{cluster.address}/api/v0/{kind}?detail=true"
+    answer = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
+    states: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+    return states

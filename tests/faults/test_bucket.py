@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from faults.command import make_env, run_command
 from faults.conftest import NUM_IMAGES
-from ray_head import JobsCluster
+from ray_head import JobsCluster, read_states
 from s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(600)
@@ -126,7 +126,12 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def test_a_search_in_a_bucket_goes_on_there_and_leaves_a_bundle_that_scores(
-    s3_env: S3Server, env: dict[str, str], images: Path, clean: dict[str, Path], tmp_path: Path
+    s3_env: S3Server,
+    head: JobsCluster,
+    env: dict[str, str],
+    images: Path,
+    clean: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     bucket = s3_env.make_bucket()
     s3_env.upload(bucket, clean["convert"], "shards/")
@@ -142,6 +147,9 @@ def test_a_search_in_a_bucket_goes_on_there_and_leaves_a_bundle_that_scores(
     keys = set(s3_env.list_keys(bucket, "search/"))
     left = ("trials.csv", "trials.parquet", "report.html", "recipe.yaml", "bundle/config.json")
     assert {f"search/{name}" for name in left} <= keys
+    actors = str(read_states(head, "actors"))
+    assert "PL_DISABLE_FORK" in actors, "no runtime environment of a trial to search"
+    assert s3_env.secret_key not in actors
     history = s3_env.get(bucket, "search/trials/00000/run-0/history.jsonl")
     s3_env.client().delete_object(Bucket=bucket, Key="search/_SUCCESS")
     code, again, errors = run_command(search, env)

@@ -8,7 +8,6 @@ end when it ends, so a killed search resumes by replaying the stored trials to R
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import shlex
 import time
@@ -44,6 +43,7 @@ from cifake_ray.stages.tune.schedulers import (
     MOST_LEFT_OUT,
     RecordedSearcher,
     check_searcher,
+    configure_ray_tune,
     make_scheduler,
 )
 from cifake_ray.stages.tune.trial_callback import TrialCallback
@@ -247,10 +247,8 @@ def _run_trials(
     """Run the trials until all have ended or the time budget is used up."""
     from ray import tune
 
+    configure_ray_tune()
     config = plan.config
-    # Disable the tables and logs that Ray Tune writes by default.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     filesystem, storage_path = to_arrow(plan.search.path)
     room: dict[str, float] = {"cpu": config.cpus_per_worker, "gpu": int(use_gpu)}
     if config.num_workers > 0:  # a trial only waits for workers of its own
@@ -281,7 +279,6 @@ def _run_trials(
             verbose=0,
         ),
     )
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback
     threads = ThreadPoolExecutor(1)  # in the main thread, Ray Tune would handle Ctrl-C
     try:
         threads.submit(tuner.fit).result()

@@ -1,13 +1,17 @@
-"""Adapt Ray Tune's schedulers, which stop trials, and its searcher, which chooses options."""
+"""Adapt Ray Tune: its schedulers, which stop trials, its searcher, which chooses options, and what
+it displays."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+import os
 from contextlib import suppress
 from typing import Any
 
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -27,6 +31,20 @@ from cifake_ray.storage.runs.tune_run import Trial
 MOST_LEFT_OUT = 50  # choices beyond the budget, per trial
 # Options that may change during training.
 MUTABLE = {"lr", "momentum", "weight_decay", "grad_clip", "label_smoothing", "mixup", "cutmix"}
+
+
+def configure_ray_tune() -> None:
+    """Disable the tables, logs and tracebacks of Ray Tune, and keep keys out of its trials.
+
+    Ray Tune copies the AWS keys of the driver to the runtime environment of every trial, which Ray
+    displays and logs. A trial reads those of its node, as all workers do.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints every traceback
+    ENV_VARS_TO_PROPAGATE.difference_update(
+        [name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    )
 
 
 def check_searcher(config: TuneConfig, space: Space) -> None:
