@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The audit tools are not locked; they have an environment of their own.
 AUDIT := $(VENV)-audit
-# Processes for the tests without a Ray cluster. Tests with one run one by one: each uses all cores.
+# Processes for tests. Those marked `alone` run one by one.
 PROCESSES ?= 2
 
 .PHONY: env demo test test-all check hosts gpu bench audit sbom clean
@@ -34,7 +34,8 @@ test: check
 # All tests: what .ci/run runs.
 test-all: check
 	$(BIN)/pytest -n $(PROCESSES) --dist loadfile -m "not cluster"
-	$(BIN)/pytest -m cluster --durations=20
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile -m "cluster and not alone"
+	$(BIN)/pytest -m alone --durations=20
 
 hosts: env
 	CIFAKE_TEST_HOSTS=1 $(BIN)/pytest -s tests/hosts

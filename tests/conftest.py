@@ -22,15 +22,20 @@ CIFAKE_QUOTA = {"train/REAL": 1500, "train/FAKE": 1500, "test/REAL": 500, "test/
 # What makes a test one of those that need a Ray cluster.
 CLUSTER_FOLDERS = {"faults", "hosts"}
 CLUSTER_FIXTURES = {"ray_cluster", "cluster", "head"}
+# Folders of those that need all cores, or a process without another Ray: one by one.
+ALONE_FOLDERS = {"benchmarks", "faults", "hosts"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a Ray cluster, by their folder or by their fixtures."""
+    """Mark the tests that need a Ray cluster, and of these the ones that run one by one."""
     tests = Path(__file__).parent
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if item.path.relative_to(tests).parts[0] in CLUSTER_FOLDERS or fixtures & CLUSTER_FIXTURES:
+        folder = item.path.relative_to(tests).parts[0]
+        if folder in CLUSTER_FOLDERS or fixtures & CLUSTER_FIXTURES:
             item.add_marker(pytest.mark.cluster)
+        if item.get_closest_marker("cluster") and folder in ALONE_FOLDERS:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")
