@@ -17,6 +17,7 @@ from cifake_ray.config.evaluate import EvaluateConfig
 from cifake_ray.config.export import ExportConfig
 from cifake_ray.config.fields import (
     LAST_PANELS,
+    MAX_CROP_SIZE,
     MAX_IMAGE_SIZE,
     MAX_NUM_CROPS,
     NUM_CROPS,

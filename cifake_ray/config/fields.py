@@ -16,6 +16,7 @@ ScorePrecision = Literal["auto", "float32", "tf32", "bf16", "fp16", "int8"]
 SquareFit = Literal["resize", "crop"]  # one square for an image
 Fit = Literal["resize", "crop", "crops"]
 MAX_IMAGE_SIZE = 4096  # pixels: the largest side a detector may ask for
+MAX_CROP_SIZE = 1024  # pixels of a side, to train on
 NUM_CROPS, MAX_NUM_CROPS = 12, 64  # of an image, with the fit "crops": the default and the most
 
 

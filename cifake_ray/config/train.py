@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from cifake_ray.config.augmentation import Augmentation
 from cifake_ray.config.fields import (
+    MAX_CROP_SIZE,
     MAX_IMAGE_SIZE,
     MAX_NUM_CROPS,
     Device,
@@ -190,6 +191,12 @@ class TrainConfig(ValidationConfig):
         check(
             self.fit == "crops" or self.train_size is None,
             "--train-size needs --fit crops: only crops of native pixels may have another size",
+        )
+        crop_size = self.train_size or self.image_size or 0
+        check(
+            self.fit != "crops" or crop_size <= MAX_CROP_SIZE,
+            f"--fit crops trains on crops of at most {MAX_CROP_SIZE:,} pixels, not {crop_size:,};"
+            " give a smaller --train-size",
         )
         check(
             self.num_crops is None or 1 <= self.num_crops <= MAX_NUM_CROPS,

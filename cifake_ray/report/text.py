@@ -160,8 +160,17 @@ def _describe_python(
     architecture: str, preprocessing: Mapping[str, object], calibration: Calibration
 ) -> str:
     """Return how Python scores an image with a bundle."""
+    from cifake_ray.core.models.detector import OWN_ARCHITECTURES
+    from cifake_ray.core.models.small_networks import is_small
+
+    # Names that say a width, a depth or a residual are too many to be known in advance.
+    is_named = is_small(architecture) and architecture not in OWN_ARCHITECTURES
+    register = f'cifake_ray.timm.register("{architecture}")' if is_named else ""
     if preprocessing.get("fit") == "crops":
-        return CROPS_USAGE.format(num_crops=preprocessing["num_crops"])
+        return CROPS_USAGE.format(
+            num_crops=preprocessing["num_crops"],
+            register=f"after `{register}` " if register else "",
+        )
     return TIMM_USAGE.format(
         divisor=repr(calibration.temperature),
         views="torch.stack([image, image.flip(2)])"
@@ -170,10 +179,7 @@ def _describe_python(
         note="  # of the bundle's size: it crops others, timm resizes them"
         if preprocessing.get("fit") == "crop"
         else "",
-        # Names that say a width and a depth are too many to be known in advance.
-        register=f'\ncifake_ray.timm.register("{architecture}")'
-        if architecture.startswith("small_cnn_")
-        else "",
+        register=register and f"\n{register}",
     )
 
 
@@ -229,7 +235,7 @@ p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
 CROPS_USAGE = """\
 It looks at
 images of any size in crops of their own resolution, {num_crops} at most, and `logit` is the mean of
-theirs. timm opens the network, which takes one crop; Python that scores an image:
+theirs. timm {register}opens the network, which takes one crop; Python that scores an image:
 
 ```python
 from cifake_ray import load_detector

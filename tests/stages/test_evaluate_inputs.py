@@ -385,6 +385,22 @@ def test_unseen_images_are_those_that_no_step_of_the_training_used(
         read_training_rows(make_training(shards, tmp_path / "y", exclude_source=("d",)))
 
 
+def test_what_a_training_over_balanced_sources_has_not_seen_is_known(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Its rows are hashed with their sources."""
+    options = {"balance_sources": 0.5, "test_fraction": 0.2, "epochs": 1}
+    run_verb(make_training(shards, tmp_path / "run", **options), time.monotonic())
+    run_evaluate(shards, tmp_path / "report", bundle=str(tmp_path / "run"), unseen=True)
+    assert 0 < pq.read_table(tmp_path / "report" / "predictions").num_rows < 180
+
+
+def test_a_source_that_validates_is_not_left_out(shards: Path, tmp_path: Path) -> None:
+    options = {"leave_one_source_out": True, "val_sources": ("b,cam2",), "dry_run": True}
+    plan, _ = run_verb(make_training(shards, tmp_path / "run", **options), time.monotonic())
+    assert plan["left_out"] == ["a", "c"]
+
+
 def test_a_detector_without_each_generator_is_measured_on_all_and_resumes(
     shards: Path, tmp_path: Path
 ) -> None:

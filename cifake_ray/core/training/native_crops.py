@@ -11,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cifake_ray.config import Augmentation
+from cifake_ray.config import MAX_CROP_SIZE, Augmentation
 from cifake_ray.core.imaging.crops import pad_to
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.imaging.preprocessing import Preprocessing
 
-# The sides of a window. Four of them are 4 megapixels: 12.6 MB of a photograph of any size, 256
-# crops of 128 pixels beside each other, and room for a crop shrunk to an eighth.
-WINDOW_SIDE = 1024
+# The sides of a window: those of the largest crop. Four windows are 4 megapixels: 12.6 MB of a
+# photograph of any size, 256 crops of 128 pixels beside each other, and room for a crop shrunk to
+# an eighth.
+WINDOW_SIDE = MAX_CROP_SIZE
 MAX_WHOLE_PIXELS = 4 * WINDOW_SIDE**2
 
 

@@ -29,6 +29,11 @@ from cifake_ray.storage.sources.score_tables import ScoreTables, find_score_tabl
 from cifake_ray.storage.sources.source import KeyFilter, Source
 
 ELSEWHERE = "unknown: the scores were made elsewhere"
+# Options of train that choose its rows.
+CHOOSING = (
+    *("val_fraction", "val_split", "test_fraction", "exclude_source", "val_sources"),
+    *("balance_sources", "twins", "twin_share"),
+)
 MAX_RATIOS = 1000  # from which a temperature is computed
 MAX_P_FAKE_GAP = 0.02  # of a p_fake, rounded perhaps, from the sigmoid of its logit
 
@@ -146,8 +151,7 @@ def find_seen(config: EvaluateConfig, place: AnyPath, bundle: BundleInfo) -> dic
     try:
         record = read_record(bundle.path.parent)
         settings, found = record["settings"], record["config"]
-        names = ("val_fraction", "val_split", "test_fraction", "exclude_source", "val_sources")
-        options = {name: found[name] for name in (*names, "twins") if name in found}
+        options = {name: found[name] for name in CHOOSING if name in found}
         for name in ("exclude_source", "val_sources"):
             options[name] = tuple(options.get(name, ()))
     except (RunMismatch, StorageError, KeyError) as error:

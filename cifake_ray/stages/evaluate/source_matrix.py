@@ -52,7 +52,8 @@ def measure_sources(
     if exists(root / "_run.json"):
         raise RunMismatch(f"{root} belongs to another run; choose a new folder")
     sources, has_test = list_sources(shards, config)
-    names = [name for name, label in sources.items() if label == FAKE]
+    trained = sources.keys() - set(config.val_source_names)
+    names = [name for name, label in sources.items() if label == FAKE and name in trained]
     if len(names) < 2:
         raise UsageError(
             f"--leave-one-source-out: {shards} has {len(names)} FAKE sources to train on, and it"

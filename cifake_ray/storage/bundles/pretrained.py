@@ -161,7 +161,14 @@ def _fit_positions(
     from timm.layers import resample_abs_pos_embed  # type: ignore[attr-defined]
     from timm.models import VisionTransformer
 
-    positions = state.get("pos_embed")
+    from cifake_ray.core.models.small_networks import WithResidual
+
+    name = "pos_embed"
+    if isinstance(network, WithResidual):
+        network = network.network
+        if f"network.{name}" in state:  # of such a network too
+            name = f"network.{name}"
+    positions = state.get(name)
     if not isinstance(network, VisionTransformer) or positions is None or positions.ndim != 3:
         return state
     num_prefix = 0 if network.no_embed_class else network.num_prefix_tokens
@@ -170,7 +177,7 @@ def _fit_positions(
     resampled: torch.Tensor = resample_abs_pos_embed(
         positions, list(network.patch_embed.grid_size), num_prefix_tokens=num_prefix
     )
-    return {**state, "pos_embed": resampled}
+    return {**state, name: resampled}
 
 
 def _load_fitting(

@@ -29,7 +29,7 @@ class Teacher:
 
 def pin_teachers(uris: str, store: StoreConfig) -> str:
     """Return `a,b` with each URI as `pin_bundle` returns it."""
-    return ",".join(pin_bundle(uri, store) for uri in uris.split(",") if uri)
+    return ",".join(pin_bundle(uri, store) for uri in map(str.strip, uris.split(",")) if uri)
 
 
 def identify_teachers(teachers: Sequence[Teacher]) -> str | None:

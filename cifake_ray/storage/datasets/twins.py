@@ -1,8 +1,9 @@
 """Find the FAKE twins of REAL images in shards of their own, `--twins`.
 
 A twin has the source and the file name of its image, whatever its suffix and the folders above:
-`train/REAL/pets/7.jpg` and `dat/FAKE/pets/7.png`. It must also have the image's sides, since both
-are cut at the same place. An image may have several twins.
+`train/REAL/pets/7.jpg` and `dat/FAKE/pets/7.png`. Where both have a split it is the same. A twin
+must also have the image's sides, since both are cut at the same place. An image may have several
+twins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cifake_ray.config import TrainConfig
-from cifake_ray.core.schema import FAKE
+from cifake_ray.core.schema import FAKE, REAL
 from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath, resolve_path
 from cifake_ray.storage.sources.columns import ColumnChoice
@@ -30,6 +31,8 @@ class _Facts(NamedTuple):
     """What is compared of an image."""
 
     name: Name  # source, and the name of the file without its suffix
+    split: str | None
+    label: int | None
     sides: tuple[int, ...]  # pixels, the shorter first: an orientation may swap them
 
 
@@ -59,43 +62,44 @@ def find_twins(
     UsageError when there are none, when a row is not labelled FAKE, and for files of others.
     """
     assert config.twins is not None
-    images: dict[Name, list[int]] = defaultdict(list)  # places of the images of a name
-    sides: dict[int, tuple[int, ...]] = {}
-    for number in np.unique(group).tolist():
-        path, inner = groups[number]
+    # All REAL images of a name, each with its place among those given, if it is one of them.
+    images: dict[Name, list[tuple[_Facts, int | None]]] = defaultdict(list)
+    for number, (path, inner) in enumerate(groups):
+        given = np.flatnonzero(group == number)
+        places = dict(zip(row[given].tolist(), given.tolist(), strict=True))
         with ImageTable(path, path.name, ColumnChoice()) as table:
-            facts = _read_facts(table, inner, config.shards)
-        for place in np.flatnonzero(group == number).tolist():
-            found = facts[row[place]]
-            images[found.name].append(place)
-            sides[place] = found.sides
+            for inside, found in enumerate(_read_facts(table, inner, config.shards)):
+                if found.label == REAL:
+                    images[found.name].append((found, places.get(inside)))
     twins, root = Twins(), resolve_path(config.twins, config.store)
     for path in find_tables(root):
         with ImageTable(path, path.name, ColumnChoice()) as table:
             for number in range(table.file.num_row_groups):
                 facts = _read_facts(table, number, config.twins)
-                labels, _, _, errors = table.read_facts([number])
-                for place, (found, label, error) in enumerate(
-                    zip(facts, labels, errors, strict=True)
-                ):
-                    places = images.get(found.name, [])
-                    if label != FAKE:
+                errors = table.read_facts([number]).errors
+                for inside, (found, error) in enumerate(zip(facts, errors, strict=True)):
+                    owners = [
+                        (image, place)
+                        for image, place in images.get(found.name, ())
+                        if None in (image.split, found.split) or image.split == found.split
+                    ]
+                    if found.label != FAKE:
                         raise UsageError(
                             f"--twins {root}: {found.name[1]} of the source {found.name[0]} is not"
                             " labelled FAKE; twins are generated images, in folders named FAKE"
                         )
                     if error is not None:
                         twins.lost["with an error"] += 1
-                    elif not places:
+                    elif not (trained := [place for _, place in owners if place is not None]):
                         twins.lost["of no image that is trained on"] += 1
-                    elif len(places) > 1:
+                    elif len(owners) > 1:
                         twins.lost["whose name several images of a source have"] += 1
-                    elif found.sides != sides[places[0]]:
+                    elif found.sides != owners[0][0].sides:
                         twins.lost["of other sides than their image"] += 1
                     else:
                         twins.group.append(len(twins.groups))
-                        twins.row.append(place)
-                        twins.twin_of.append(places[0])
+                        twins.row.append(inside)
+                        twins.twin_of.append(trained[0])
                 twins.groups.append((path, number))
                 twins.group_rows.append(len(facts))
                 twins.group_bytes.append(table.file.metadata.row_group(number).total_byte_size)
@@ -110,9 +114,11 @@ def find_twins(
 def _read_facts(table: ImageTable, number: int, root: str) -> list[_Facts]:
     if not table.is_ours or "key" not in table.columns:
         raise UsageError(f"--twins: {root} {NOT_OURS}")
-    names = ["key", "source", "width", "height"]
+    names = ["key", "source", "split", "label", "width", "height"]
     columns = table.read([number], names).to_pydict()
     return [
-        _Facts((source, PurePosixPath(key).stem), tuple(sorted(sides)) if all(sides) else ())
-        for key, source, *sides in zip(*(columns[name] for name in names), strict=True)
+        _Facts(
+            (source, PurePosixPath(key).stem), split, label, tuple(sorted(s or 0 for s in sides))
+        )
+        for key, source, split, label, *sides in zip(*(columns[n] for n in names), strict=True)
     ]

@@ -186,6 +186,7 @@ def test_a_network_of_one_size_trains_on_no_other(
         ({"compile": True}, "--consistency reads what enters the classifier"),
         ({"consistency": -1.0}, "--consistency is -1.0; give 0 or more"),
         ({"num_crops": 0}, "--num-crops is 0; give 1 to 64"),
+        ({"train_size": 1025}, "crops of at most 1,024 pixels, not 1,025"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(

@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from test_train_here import make_images, write_shards
 
-from cifake_ray.config import TrainConfig
+from cifake_ray.config import StoreConfig, TrainConfig
 from cifake_ray.errors import CifakeError, RunMismatch, UsageError
 from cifake_ray.stages.train.driver import train_detector
 from cifake_ray.stages.train.rank_group import RankTask, start_rank
 from cifake_ray.storage.bundles.built_ins import locate_bundle
 from cifake_ray.storage.bundles.bundle import read_bundle_info
+from cifake_ray.storage.bundles.teachers import pin_teachers
 from cifake_ray.storage.runs.train_run import TrainRun
 
 
@@ -221,5 +222,6 @@ def test_what_does_not_fit_together_is_refused(options: dict[str, Any], message:
 
 
 def test_teachers_are_named_with_spaces_after_commas() -> None:
+    assert pin_teachers(" cifake, wild ,", StoreConfig()) == "cifake,wild"
     config = TrainConfig(shards="s", run="r", teacher=" cifake, runs/a b ,")
     assert config.teachers == ["cifake", "runs/a b"]

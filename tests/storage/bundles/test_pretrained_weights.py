@@ -336,6 +336,18 @@ def test_position_embeddings_are_resampled_to_the_input(tmp_path: Path) -> None:
     assert torch.equal(taken["blocks.0.attn.qkv.weight"], given["blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.parametrize("model", ["small_vit_tiny", "small_vit_tiny_residual"])
+def test_positions_of_a_network_with_residual_are_resampled_too(tmp_path: Path, model: str) -> None:
+    given = build_detector(model, image_size=64).network.state_dict()
+    save_file(given, tmp_path / "vit.safetensors")
+    detector, _ = start(
+        tmp_path / "vit.safetensors", model="small_vit_tiny_residual", image_size=32
+    )
+    name, before = "blocks.0.attn.qkv.weight", "network." * model.endswith("_residual")
+    taken = detector.network.state_dict()[f"network.{name}"]
+    assert torch.equal(taken, given[f"{before}{name}"])
+
+
 def test_positions_of_no_square_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "vit.safetensors"
     given = make_weights(model="test_vit")

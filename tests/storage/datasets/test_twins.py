@@ -275,3 +275,20 @@ def test_what_has_nothing_to_draw_from_is_refused(
     config = TrainConfig(**{**paths, **options})
     with pytest.raises(UsageError, match=message):
         open_training_data(read_training_rows(config), PREPROCESSING, config, 1)
+
+
+def test_the_owner_of_a_twin_is_told_by_its_split_or_not_at_all(tmp_path: Path) -> None:
+    """Names that images of test or validation have too say nothing alone."""
+    images = write(tmp_path / "images", [*IMAGES, ("test/REAL/pets/00.jpg", REAL)])
+    twins = write(tmp_path / "twins", [*TWINS, ("test/FAKE/pets/00.png", FAKE)])
+    rows = read(images, twins)
+    keys, twin_of = list_keys(rows), rows.twin_of
+    assert twin_of is not None
+    pairs = {keys[n]: keys[twin_of[n]] for n in np.flatnonzero(twin_of >= 0)}
+    assert "test/FAKE/pets/00.png" not in pairs
+    if "train/REAL/pets/00.jpg" in pairs.values():
+        assert pairs["dat/FAKE/pets/00.png"] == "train/REAL/pets/00.jpg"
+    twins = write(tmp_path / "without a split", TWINS, split=None)
+    rows = read(images, twins)
+    assert "train/REAL/pets/00.jpg" not in {keys[n] for n in rows.twin_of if n >= 0}
+    assert "whose name several images of a source have" in rows.notes[-1]
