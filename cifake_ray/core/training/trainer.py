@@ -284,6 +284,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "num_lanes": self.num_lanes,
+            "num_images": self.num_images,
             "state": {
                 **self.state.__dict__,
                 "patience": asdict(self.state.patience),
@@ -296,16 +297,23 @@ class Trainer:
         """The lanes in which images are streamed; 0 when all are decoded."""
         return 0 if self.batches.streamed is None else self.batches.streamed.num_lanes
 
+    @property
+    def num_images(self) -> list[int]:
+        """The images of training and validation; if streamed, with those that do not decode."""
+        return [len(self.batches.images.labels), len(self.val_images.labels)]
+
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Continue from where `to_checkpoint` was called.
 
-        UsageError within an epoch whose order was another.
+        UsageError for other images, and within an epoch whose order was another.
         """
         is_within = checkpoint["state"]["batch"] > 0
-        if is_within and checkpoint.get("num_lanes", self.num_lanes) != self.num_lanes:
+        has_other_order = checkpoint.get("num_lanes", self.num_lanes) != self.num_lanes
+        has_other_images = checkpoint.get("num_images", self.num_images) != self.num_images
+        if has_other_images or (is_within and has_other_order):
             raise UsageError(
-                "the run was stopped within an epoch, and with this --cache-gb the rest of it would"
-                " have other images; resume with --cache-gb as before"
+                "with this --cache-gb the rest of the training would have other images than before"
+                " the run was stopped; resume with --cache-gb as before"
             )
         self.detector.network.load_state_dict(checkpoint["network"])
         if self.ema is not None:

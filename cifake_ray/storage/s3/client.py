@@ -39,7 +39,7 @@ from cifake_ray.storage.s3.errors import (
 from cifake_ray.storage.s3.limits import DEFAULT_LIMITS, S3Limits
 from cifake_ray.storage.s3.page import Page, parse_page
 from cifake_ray.storage.s3.store_session import Address, StoreSession
-from cifake_ray.storage.s3.throttle import Throttle
+from cifake_ray.storage.s3.throttle import Throttle, count_sharers
 
 T = TypeVar("T")
 
@@ -219,10 +219,13 @@ def connect(store: StoreConfig, limits: S3Limits = DEFAULT_LIMITS) -> S3Client:
     # Other credentials in the environment are another client; only their hash is kept.
     settings = sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))
     environment = hashlib.sha256(repr(settings).encode()).digest()
-    return _connect(store.store, limits, os.getpid(), environment)
+    return _connect(store.store, limits, os.getpid(), environment, count_sharers())
 
 
 @lru_cache(maxsize=8)
-def _connect(store: StoreConfig, limits: S3Limits, pid: int, environment: bytes) -> S3Client:
-    del pid, environment  # a forked process must not share connections
+def _connect(
+    store: StoreConfig, limits: S3Limits, pid: int, environment: bytes, num_sharers: int
+) -> S3Client:
+    # A forked process must not share connections, and a throttle has its share from the start.
+    del pid, environment, num_sharers
     return S3Client(store, limits)

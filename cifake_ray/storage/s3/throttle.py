@@ -34,6 +34,11 @@ def share_requests(num_processes: int) -> None:
     _num_processes = num_processes
 
 
+def count_sharers() -> int:
+    """Return with how many processes, itself included, this one shares rates."""
+    return _num_processes
+
+
 class Throttle:
     """Gives the requests of one process their turns."""
 

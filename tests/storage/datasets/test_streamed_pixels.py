@@ -383,6 +383,18 @@ def test_balanced_sources_with_large_row_groups_have_fewer_lanes(tmp_path: Path)
         assert train.num_lanes == wanted
 
 
+@pytest.mark.parametrize("cache_gb", [0.0, 1.0])
+def test_a_training_goes_on_with_the_same_images_only(tmp_path: Path, cache_gb: float) -> None:
+    """Images that do not decode are known before the first epoch only if all are decoded."""
+    shards = write_shards(tmp_path / "shards", EQUAL, {4: b"no image"})
+    config = make_config(shards, cache_gb=cache_gb)
+    checkpoint = make_trainer(open_data(config), config).to_checkpoint()
+    make_trainer(open_data(config), config).resume(checkpoint)
+    other = replace(config, cache_gb=1.0 - cache_gb)
+    with pytest.raises(UsageError, match="resume with --cache-gb as before"):
+        make_trainer(open_data(other), other).resume(checkpoint)
+
+
 def test_an_epoch_that_has_begun_goes_on_in_its_own_order_only(tmp_path: Path) -> None:
     config = make_config(write_shards(tmp_path / "shards", EQUAL))
     checkpoint = make_trainer(open_data(config), config).to_checkpoint()

@@ -9,7 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from cifake_ray.storage.s3.throttle import Throttle
+from cifake_ray.config import StoreConfig
+from cifake_ray.storage.s3.client import connect
+from cifake_ray.storage.s3.throttle import Throttle, share_requests
 
 
 class Clock:
@@ -110,3 +112,16 @@ def test_threads_take_turns_in_the_order_in_which_they_came() -> None:
         turns = [each.result(timeout=10) for each in counts]
     assert sum(turns) > 64
     assert min(turns) >= sum(turns) / len(turns) / 2
+
+
+def test_a_client_has_the_share_that_its_process_has_now() -> None:
+    """A process that has listed for a run of two workers may then fetch for one of fourteen."""
+    store = StoreConfig(s3_endpoint_url="http://127.0.0.1:9", s3_max_requests_per_s=1400)
+    try:
+        share_requests(2)
+        assert connect(store).throttle.max_per_s == 700
+        share_requests(14)
+        assert connect(store).throttle.max_per_s == 100
+        assert connect(store) is connect(store)
+    finally:
+        share_requests(1)
