@@ -130,7 +130,8 @@ MANIFEST_FIELDS = [
     pa.field("row", pa.int64()),
     pa.field("size_bytes", pa.int64()),
     pa.field("mtime_ns", pa.int64()),
-    pa.field("etag", pa.string()),  # of an object, as the store lists it, quotes included
+    # Of an object, as the store lists it, quotes included; of a row of Parquet, its file's stamp.
+    pa.field("etag", pa.string()),
     *LABEL_FIELDS,
     pa.field("error", pa.string()),  # known bad from the listing alone: bad_key
 ]

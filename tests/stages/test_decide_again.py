@@ -77,6 +77,7 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             extra = {
                 "bundle": BUNDLE.fingerprint,
                 "preprocessing": "{}",
+                "precision": made.precision,
                 **describe_threshold(made.threshold, made.policy),
                 "thresholds": json.dumps(made.bundle.list_thresholds()),
             }

@@ -262,6 +262,33 @@ def test_two_that_extend_at_once_end_with_one_listing(
     assert verify_files(out) == []
 
 
+def test_what_came_while_another_extended_is_added_too(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be locked, the slower one lists again."""
+    out = tmp_path / "out"
+    run_score(src, out)
+    write_images(src, range(10, 15))
+    monkeypatch.setattr(run_module.fcntl, "flock", refuse_lock)
+    freeze = extension.deal_manifest
+
+    def be_slower(*args: Any) -> Any:
+        monkeypatch.setattr(extension, "deal_manifest", freeze)
+        manifest = freeze(*args)
+        write_images(src, range(15, 17))
+        for path in list(src.rglob("*16.*")):
+            path.rename(tmp_path / path.name)  # not there when the other one lists
+        assert run_score(src, out, extend=True).done == 16
+        (tmp_path / path.name).rename(path)
+        return manifest
+
+    monkeypatch.setattr(extension, "deal_manifest", be_slower)
+    assert run_score(src, out, extend=True).done == 17
+    run_score(src, tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+    assert verify_files(out) == []
+
+
 def test_two_that_extend_at_other_thresholds_leave_those_of_the_second(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,9 +575,9 @@ def test_tables_that_keep_their_order_are_extended(tmp_path: Path) -> None:
     write_table("a.parquet", range(5))
     run_score(src, out)
     write_table("b.parquet", range(5, 8))
-    write_table("a.parquet", range(4))  # rows have no stamps: only that one is gone is seen
+    write_table("a.parquet", range(4))
     summary = run_score(src, out, extend=True)
-    assert summary.changes == {"new": 3, "changed": 0, "gone": 1}
+    assert summary.changes == {"new": 3, "changed": 4, "gone": 1}
     assert [row["key"] for row in read_rows(out)] == [f"k{number}" for number in range(8)]
     assert not any(row["error"] for row in read_rows(out))
     assert verify_files(out) == []

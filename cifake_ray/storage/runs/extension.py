@@ -7,7 +7,6 @@ The manifest is append-only. New files are written beside those that are there, 
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -39,6 +38,7 @@ from cifake_ray.storage.runs.run import (
     reopen_run,
 )
 from cifake_ray.storage.runs.run_plan import RunPlan, describe_listing
+from cifake_ray.storage.sources.listing_counts import add_counts
 from cifake_ray.storage.sources.source import Listing
 from cifake_ray.version import __version__
 
@@ -73,7 +73,7 @@ def extend_run(plan: RunPlan) -> tuple[Run, Changes]:
     """Add the new keys of the source to the run, and change its verdicts; it has then not finished.
 
     One command at a time: another one waits, then lists what has come since. Where nothing can be
-    locked, the slower one uses the listing of the other. UsageError when the source has other
+    locked, the slower one lists again. UsageError when the source has other
     columns than before, or lists a key twice; RunMismatch when the other command has changed the
     verdicts and not finished.
     """
@@ -81,14 +81,16 @@ def extend_run(plan: RunPlan) -> tuple[Run, Changes]:
         while True:
             run, run_id = plan.find_again(), secrets.token_hex(4)
             try:
-                return _extend(plan, run, run_id)
+                if (extended := _extend(plan, run, run_id)) is not None:
+                    return extended
             except StorageError:
                 remove_rows(run.manifest_folder / f"{FOLDER_PREFIX}{run_id}")
                 if read_again(run.out).manifest == run.manifest:
                     raise  # else another command was first, and has removed what was listed here
 
 
-def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
+def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes] | None:
+    """List and add what is new; None, with nothing added, if another process was first."""
     changes, folder, first = Changes(run.out), run.manifest_folder, run.manifest.num_shards
     with plan.list_rows(folder, run_id) as (listing, listed):
         added = Listing(iter(()), left_out=listing.left_out, key_column=listing.key_column)
@@ -110,16 +112,14 @@ def _extend(plan: RunPlan, run: Run, run_id: str) -> tuple[Run, Changes]:
         run.manifest.num_rows + manifest.num_rows,
         run.manifest.size_bytes + manifest.size_bytes,
     )
-    counts = {
-        name: dict(Counter(run.counts.get(name, {})) + Counter(values))
-        for name, values in added.counts.to_dict().items()
-    }
+    counts = add_counts(
+        (run.counts, run.manifest.num_rows), (added.counts.to_dict(), manifest.num_rows)
+    )
     described = describe_listing(whole, added, counts)
-    if (there := read_again(run.out)).manifest != run.manifest:  # another process was first
+    if (there := read_again(run.out)).manifest != run.manifest:
         for file in manifest.files:
             discard(folder / file.name)
-        plan.check_run(there)
-        return plan.change_verdicts(there), changes
+        return None
     if lost := {file.name for file in manifest.files} - list_sizes(folder).keys():
         raise StorageError(
             f"{folder / min(lost)}: another command on this output has removed it; run the same"

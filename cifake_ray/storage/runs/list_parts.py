@@ -31,6 +31,7 @@ from cifake_ray.storage.runs.listed_rows import NUM_BUCKETS, ListedRows
 from cifake_ray.storage.runs.listed_shards import ListedShards
 from cifake_ray.storage.runs.row_files import RowFile
 from cifake_ray.storage.sources.listing_counts import ListingCounts
+from cifake_ray.storage.sources.open_list import explain_change, stamp_table
 from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
 
 Item = TypeVar("Item")
@@ -98,6 +99,7 @@ class PartRecord:
     place: list[str] = field(default_factory=list)
     labels: list[list[Any]] = field(default_factory=list)  # of `LabelReader.to_record`
     columns: str = ""  # a hash of those of the listing
+    stamps: dict[str, str] = field(default_factory=dict)  # of the tables that were read
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ class PartLister:
     folder: AnyPath
 
     def list_parts(self, task: PartTask) -> PartRecord:
-        record = read_record(self.folder, task.parts)  # of another process, or before a kill
+        listing = self.source.list_images(task.parts, PART_ROWS)
+        # Of another process, or from before a kill.
+        record = read_record(self.folder, task.parts, listing)
         if record is None:
-            listing = self.source.list_images(task.parts, PART_ROWS)
             listing.count_rows(describe=False)
             rows = _hold_rows(self.folder, listing)
             for batch in listing.batches:
@@ -134,7 +137,8 @@ def list_rows(
     what the images lack.
     """
     start = PartTask([], 2 * workers.num_workers)
-    record, listing = read_record(folder, start.parts), list_source()
+    listing = list_source()
+    record = read_record(folder, start.parts, listing)
     if record is None:
         rows = _hold_rows(folder, listing)
         for batch in listing.batches:
@@ -223,17 +227,22 @@ def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartReco
         place=[*task.parts[0]] if rows.shards and task.parts else [],
         labels=listing.labels.to_record() if listing.labels else [],
         columns=hash_json(listing.columns),
+        stamps=listing.stamps,
     )
     if create_bytes(_name_record(rows.folder, task.parts), json.dumps(asdict(record)).encode()):
         return record
-    there = read_record(rows.folder, task.parts)
+    there = read_record(rows.folder, task.parts, listing)
     if there is None:
         raise StorageError(f"{rows.folder}: its files are gone; run the same command again")
     return there
 
 
-def read_record(folder: AnyPath, parts: Sequence[Part]) -> PartRecord | None:
-    """Return what was listed of some parts; None if it was not. StorageError when damaged."""
+def read_record(folder: AnyPath, parts: Sequence[Part], listing: Listing) -> PartRecord | None:
+    """Return what was listed of some parts; None if it was not.
+
+    StorageError when damaged; SourceChanged for a table that has changed since. `listing` is one of
+    the same source.
+    """
     path = _name_record(folder, parts)
     if (data := read_if_exists(path)) is None:
         return None
@@ -253,6 +262,10 @@ def read_record(folder: AnyPath, parts: Sequence[Part]) -> PartRecord | None:
             f"{path}: not a record of a listing ({error}); remove the folder and run the same"
             " command again"
         ) from error
+    for name, stamp in record.stamps.items():
+        assert listing.find_table is not None
+        if stamp_table(path := listing.find_table(name)) != stamp:
+            raise explain_change(path)
     return record
 
 

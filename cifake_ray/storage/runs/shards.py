@@ -246,7 +246,8 @@ def decide_shard(
             return None
         check_columns(part.schema_arrow, SCORE_FIELDS)
         table = part.read()
-        found = {name: getattr(footer, name) for name in ("bundle", "preprocessing", "thresholds")}
+        kept = ("bundle", "preprocessing", "precision", "thresholds")
+        found = {name: getattr(footer, name) for name in kept}
         extra = {name: value for name, value in found.items() if value is not None}
         parse_record(_Thresholds, {"values": json.loads(extra.get("thresholds", "{}"))})
         table = set_verdicts(table, threshold, policy)
@@ -273,6 +274,7 @@ class _Footer:
     provenance: dict[str, int] = field(default_factory=dict)
     bundle: str | None = None
     preprocessing: str | None = None
+    precision: str | None = None
     thresholds: str | None = None
     bytes_before: int = 0  # the footer
     sha256_before: str | None = None  # of these bytes; None in shards of earlier versions

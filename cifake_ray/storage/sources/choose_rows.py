@@ -29,6 +29,7 @@ def limit_rows(listing: Listing, num_rows: int) -> None:
             yield batch.slice(0, left)
             left -= batch.num_rows
             if left <= 0:
+                listing.conclude(listing)
                 return
 
     listing.change_batches(cut)

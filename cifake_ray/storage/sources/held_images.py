@@ -24,13 +24,16 @@ class HeldImages(NamedTuple):
     """Neighbouring rows of a file in memory."""
 
     location: str
+    stamp: str  # of the file
     starts: list[int]  # rows of the file at which the pieces start
     stop: int
     pieces: list[pa.RecordBatch]
     image: str
 
-    def covers(self, location: str, row: int) -> bool:
-        return location == self.location and bool(self.starts) and self.starts[0] <= row < self.stop
+    def covers(self, location: str, row: int, stamp: str | None) -> bool:
+        """Return whether a row is held, of a file with that stamp, if one is given."""
+        is_same = location == self.location and stamp in (None, self.stamp)
+        return is_same and bool(self.starts) and self.starts[0] <= row < self.stop
 
     def get_image(self, row: int) -> bytes | ImageError:
         """Return the image in a row of the file, or what is wrong with it."""

@@ -315,8 +315,11 @@ class ImageTable:
         names = read_label_names(self.schema, self.label)
         return [labels.read(value, names) for value in values]
 
-    def hold_images(self, row: int) -> HeldImages:
-        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES."""
+    def hold_images(self, row: int, stamp: str) -> HeldImages:
+        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES.
+
+        `stamp` is that of the file.
+        """
         counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
         ends = np.cumsum(counts)
         number = int(np.searchsorted(ends, row, side="right"))
@@ -334,4 +337,4 @@ class ImageTable:
             size_bytes += piece.nbytes
             if size_bytes > MAX_HELD_BYTES:
                 break
-        return HeldImages(self.name, starts, stop, pieces, self.image)
+        return HeldImages(self.name, stamp, starts, stop, pieces, self.image)

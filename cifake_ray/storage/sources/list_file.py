@@ -47,7 +47,7 @@ from cifake_ray.storage.sources.open_list import (
     explain_change,
     open_list,
 )
-from cifake_ray.storage.sources.parquet import find_tables, name_table
+from cifake_ray.storage.sources.parquet import find_tables, locate_table, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     KeyFilter,
@@ -119,6 +119,7 @@ class ListFileSource:
         labels = LabelReader(self.choice.label, self.choice.class_names)
         listing = Listing(iter(()), key_column=self.path_column, labels=labels)
         listing.conclude = self._conclude
+        listing.find_table = partial(locate_table, self.path)
         listing.batches = self._list_batches(listing, labels, parts, max_rows)
         return listing
 
@@ -153,6 +154,7 @@ class ListFileSource:
                 listing.left += wanted
                 continue
             opened = open_list(path, name, self.path_column, self.choice, wanted, self._layouts)
+            listing.stamps[name] = opened.stamp
             known = [self.path_column, self.choice.label, "split", self.choice.source]
             known += ["size_bytes", "etag"]
             columns = {n: i for i, n in enumerate(opened.names) if n not in self.choice.drop}

@@ -87,6 +87,23 @@ class ListingCounts:
         return notes
 
 
+def add_counts(
+    *listings: tuple[dict[str, dict[str, int]], int],
+) -> dict[str, dict[str, int]]:
+    """Return the sum of counts as `ListingCounts.to_dict` gives them, each with its images.
+
+    A column that is empty throughout in one of them counts as NONE.
+    """
+    total: dict[str, dict[str, int]] = {}
+    for name in dict.fromkeys(name for counts, _ in listings for name in counts):
+        found = [(counts.get(name), num_images) for counts, num_images in listings]
+        counter = Counter[str]()
+        for values, num_images in found if any(values for values, _ in found) else ():
+            counter.update(values or {NONE: num_images})
+        total[name] = dict(counter)
+    return total
+
+
 def _count(counter: Counter[str], values: pa.Array) -> None:
     counts = pc.value_counts(values).to_pylist()
     _add_counts(counter, ((row["values"], row["counts"]) for row in counts))

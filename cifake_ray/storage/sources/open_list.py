@@ -37,6 +37,7 @@ class OpenedList(NamedTuple):
     """A list after its header."""
 
     path: AnyPath
+    stamp: str
     names: list[str]
     types: list[pa.DataType]
     label_names: list[str] | None  # of a Hugging Face footer
@@ -81,7 +82,7 @@ def open_list(
     if len(set(names)) != len(names):
         raise UsageError(f"{path}: two columns have the same name; rename one")
     choice.check_names(names, path)
-    return OpenedList(path, names, types, label_names, parts)
+    return OpenedList(path, stamp, names, types, label_names, parts)
 
 
 def _read_groups(

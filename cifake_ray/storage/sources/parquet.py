@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -81,6 +82,11 @@ def name_table(path: AnyPath, root: AnyPath) -> str:
     if isinstance(path, Path):
         return path.relative_to(str(root)).as_posix()
     return str(path).removeprefix(str(root).rstrip("/") + "/")
+
+
+def locate_table(root: AnyPath, name: str) -> AnyPath:
+    """Return the path of the file that `name_table` has named."""
+    return root if name == root.name and is_file(root) else root / name
 
 
 def choose_image_column(root: AnyPath, choice: ColumnChoice) -> ImageColumn:
@@ -167,6 +173,7 @@ class ParquetSource:
         labels = LabelReader(self.choice.label, self.choice.class_names)
         listing = Listing(iter(()), keeps_order=True, labels=labels)
         listing.conclude = self._conclude
+        listing.find_table = partial(locate_table, self.root)
         if parts is None or self._schema is None:
             paths = {name_table(path, self.root): path for path in find_tables(self.root)}
             schema, notes = choose_schema(self.root, paths, self.choice, self.needs_labels)
@@ -204,8 +211,8 @@ class ParquetSource:
                 listing.left += of_file
                 continue
             number, name = place
-            path = self._find_path(name)
-            stamp = "" if max_rows is None else stamp_table(path)
+            path = locate_table(self.root, name)
+            stamp = listing.stamps[name] = stamp_table(path)
             if any(rest and rest[2] != stamp for _, _, *rest in of_file):
                 raise explain_change(path)
             with ImageTable(path, name, self.choice) as table:
@@ -222,7 +229,8 @@ class ParquetSource:
                         listing.left.append((number, name, f"{start:09d}", str(stop), stamp))
                         continue
                     for first_row, groups in shards[start:stop]:
-                        batch, num_rows = self._read_rows(table, groups, first_row, schema, labels)
+                        of_group = (table, groups, first_row, stamp)
+                        batch, num_rows = self._read_rows(*of_group, schema, labels)
                         listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
                         num_listed += batch.num_rows
                         if batch.num_rows:
@@ -233,9 +241,6 @@ class ParquetSource:
     def _name_files(self, listing: Listing) -> list[tuple[str, str]]:
         paths = find_tables(self.root, listing.left_out)
         return [(f"{n:09d}", name_table(path, self.root)) for n, path in enumerate(paths)]
-
-    def _find_path(self, name: str) -> AnyPath:
-        return self.root if name == self.root.name and is_file(self.root) else self.root / name
 
     def _group_rows(self, table: ImageTable) -> Iterator[tuple[int, list[int]]]:
         """Yield neighbouring row groups, together at least a shard by their rows or their bytes.
@@ -260,6 +265,7 @@ class ParquetSource:
         table: ImageTable,
         groups: list[int],
         start: int,
+        stamp: str,
         schema: pa.Schema,
         labels: LabelReader,
     ) -> tuple[pa.RecordBatch, int]:
@@ -283,6 +289,7 @@ class ParquetSource:
             "key": keys,
             "location": [table.name] * len(keys),
             "row": range(start, stop),
+            "etag": [stamp] * len(keys),
             "label": read_labels,
             "split": facts.splits,
             "source": facts.sources,
@@ -318,17 +325,21 @@ class ParquetSource:
     def read_images(self, rows: pa.Table) -> Iterator[bytes | ImageError]:
         check_locations(rows, lambda path: not climbs(path))
         opened = None
+        places = (rows.column(name).to_pylist() for name in ("location", "row", "etag"))
         with ExitStack() as stack:  # one file is open, and only while this is read
-            for location, row in zip(
-                rows.column("location").to_pylist(), rows.column("row").to_pylist(), strict=True
-            ):
-                if self._held is None or not self._held.covers(location, row):
+            for location, row, listed in zip(*places, strict=True):
+                if self._held is None or not self._held.covers(location, row, listed):
                     if location != opened:
                         stack.close()
-                        path = self._find_path(location)
+                        path = locate_table(self.root, location)
+                        stamp = stamp_table(path)
                         table = stack.enter_context(ImageTable(path, location, self.choice))
                         opened = location
-                    self._held = table.hold_images(row)
+                    # Runs of earlier versions have listed no stamp.
+                    if listed not in (None, stamp) or row >= table.file.metadata.num_rows:
+                        yield ImageError("changed", "its Parquet file changed after it was listed")
+                        continue
+                    self._held = table.hold_images(row, stamp)
                 yield self._held.get_image(row)
 
 

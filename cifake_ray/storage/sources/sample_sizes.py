@@ -86,8 +86,10 @@ def _hash_key(key: str) -> tuple[int, str]:
 
 def _walk(root: Path, key_filter: KeyFilter) -> Iterator[str]:
     """Yield the keys of a folder's images; of many in an order of folders that depends on names."""
-    pending, num_names, num_folders = [(0, "")], 0, 0
-    while pending and num_names < MAX_NAMES and num_folders < MAX_FOLDERS:
+    pending, num_names, num_folders, num_keys = [(0, "")], 0, 0, 0
+    while pending and num_folders < MAX_FOLDERS:
+        if num_names >= MAX_NAMES and num_keys >= NUM_SAMPLED:
+            return
         below = heappop(pending)[1]
         num_folders += 1
         try:
@@ -97,6 +99,7 @@ def _walk(root: Path, key_filter: KeyFilter) -> Iterator[str]:
                 if is_folder and not key_filter.find_folder_reason(f"{key}/"):
                     heappush(pending, _hash_key(f"{key}/"))
                 elif not is_folder and not key_filter.find_reason(key):
+                    num_keys += 1
                     yield key
         except StorageError:
             if not below:
@@ -150,7 +153,7 @@ def _sample_tables(source: ParquetSource, try_images: TryImages) -> list[tuple[i
         if table.is_ours:
             columns = table.read([0], ["width", "height"]).take(numbers).drop_null()
             return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
-        row = pa.array(numbers, pa.int64())
-        rows = pa.table({"location": pa.array([table.name] * len(numbers)), "row": row})
+        facts = [{"location": table.name, "row": number} for number in numbers]
+        rows = pa.Table.from_pylist(facts, pa.schema(MANIFEST_FIELDS))
         return list(_read_sizes(source, rows, try_images).values())
     return []

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from cifake_ray.core.labels import LabelReader, PathLabels, read_path
 from cifake_ray.errors import ImageError, StorageError
+from cifake_ray.storage.io.paths import AnyPath
 from cifake_ray.storage.sources.clutter import METADATA_NAMES, find_clutter, is_system_folder
 from cifake_ray.storage.sources.listing_counts import UNLABELLED, ListingCounts
 
@@ -49,6 +50,8 @@ class Listing:
     tables: list[str] = field(default_factory=list)  # left out, the first few: may hold labels
     left: list[Part] = field(default_factory=list)  # not listed, see `Source`; complete likewise
     labels: LabelReader | None = None  # of a column of labels; complete likewise
+    stamps: dict[str, str] = field(default_factory=dict)  # of the tables that were read, by name
+    find_table: Callable[[str], AnyPath] | None = None  # by its name in `stamps`
     # Check and describe what the whole column of labels was taken for. A source that leaves nothing
     # calls it itself, else whoever lists what is left.
     conclude: Callable[[Listing], None] = lambda listing: None

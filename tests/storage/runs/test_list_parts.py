@@ -236,7 +236,7 @@ def test_two_processes_may_list_the_same_parts(tmp_path: Path) -> None:
         for batch in batch_rows(values, SCHEMA):
             rows.add(batch)
         records.append(write_record(PartTask(["a"], 1), listing, rows))
-    assert records[0] == records[1] == read_record(tmp_path / "listed", ["a"])
+    assert records[0] == records[1] == read_record(tmp_path / "listed", ["a"], listing)
     assert records[0].left == [["5"]]
 
 

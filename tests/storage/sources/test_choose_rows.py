@@ -48,6 +48,13 @@ def test_a_limit_takes_the_first_and_lists_no_further() -> None:
     assert len(choose(list_labels(LABELS), limit=1000)) == 100
 
 
+def test_labels_of_a_limit_are_checked_and_described() -> None:
+    listing, concluded = list_labels(LABELS), list[Listing]()
+    listing.conclude = concluded.append
+    choose(listing, limit=9)
+    assert concluded == [listing]
+
+
 def test_a_sample_has_the_shares_of_the_labels_and_counts_the_rest() -> None:
     listing = list_labels(LABELS)
     keys = choose(listing, sample=10)

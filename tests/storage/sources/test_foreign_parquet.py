@@ -672,3 +672,46 @@ def test_a_small_file_of_endless_images_takes_bounded_memory(
         assert image == data
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 2**24
+
+
+# --- files that change ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [NUM_ROWS, 2])
+def test_rows_of_a_file_that_changed_after_its_listing_are_errors(
+    tmp_path: Path, num_rows: int
+) -> None:
+    kept = [f"kept/{number}" for number in range(NUM_ROWS)]
+    changing, keys = write(tmp_path / "src" / "a.parquet"), [f"a{n}" for n in range(NUM_ROWS)]
+    write(changing.with_name("b.parquet"), key=kept)
+    write(changing, key=keys)
+    source = open_to_score(changing.parent)
+    rows = gather(source.list_images())
+    write(changing, image=STRUCTS[::-1][:num_rows], key=keys[:num_rows])
+    os.utime(changing, (1, 1))
+
+    def read(rows: pa.Table) -> list[bytes | str]:
+        images = open_to_score(changing.parent).read_images(rows)
+        return [image if isinstance(image, bytes) else error_of(image) for image in images]
+
+    assert read(rows) == ["changed"] * NUM_ROWS + IMAGES
+    # Runs of earlier versions know only whether a row is there.
+    place = rows.column_names.index("etag")
+    earlier = rows.set_column(place, "etag", pa.nulls(len(rows), pa.string()))
+    assert read(earlier) == [
+        *IMAGES[::-1][:num_rows],
+        *["changed"] * (NUM_ROWS - num_rows),
+        *IMAGES,
+    ]
+
+
+def test_images_in_memory_are_those_of_the_file_as_it_was_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "src" / "a.parquet")
+    source = open_to_score(path.parent)
+    before = gather(source.list_images())
+    assert list(source.read_images(before)) == IMAGES
+    write(path, image=STRUCTS[::-1])
+    os.utime(path, (1, 1))
+    after = gather(source.list_images())
+    assert list(source.read_images(after)) == IMAGES[::-1]
+    assert {error_of(image) for image in source.read_images(before)} == {"changed"}

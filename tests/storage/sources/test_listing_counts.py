@@ -9,7 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from cifake_ray.core.schema import MANIFEST_FIELDS
-from cifake_ray.storage.sources.listing_counts import MAX_NAMES, MORE, NONE, ListingCounts
+from cifake_ray.storage.sources.listing_counts import (
+    MAX_NAMES,
+    MORE,
+    NONE,
+    ListingCounts,
+    add_counts,
+)
 from cifake_ray.storage.sources.source import batch_rows
 
 NUM_SOURCES = MAX_NAMES + 300
@@ -53,3 +59,14 @@ def test_the_first_names_are_counted_apart_and_the_others_together() -> None:
     assert sources.pop(NONE) == 50
     assert sources.pop(MORE) == 300 + 150
     assert sources == {f"generator-{n:04d}": 2 - n % 2 for n in range(MAX_NAMES)}
+
+
+def test_a_column_that_is_empty_in_one_listing_only_is_counted_as_none_there() -> None:
+    with_source = {"labels": {"REAL": 2}, "splits": {}, "sources": {"a": 1, NONE: 1}}
+    without = {"labels": {"REAL": 3}, "splits": {}, "sources": {}}
+    assert add_counts((with_source, 2), (without, 3)) == {
+        "labels": {"REAL": 5},
+        "splits": {},
+        "sources": {"a": 1, NONE: 4},
+    }
+    assert add_counts((without, 3), (with_source, 2))["sources"] == {NONE: 4, "a": 1}

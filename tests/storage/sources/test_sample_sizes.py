@@ -74,6 +74,13 @@ def test_the_order_of_the_file_system_changes_nothing(
     assert sample(images) == few
 
 
+def test_very_many_folders_are_looked_into_all_the_same(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_sizes, "MAX_NAMES", 5)  # fewer than folders at the top
+    assert len(sample(images)) == sample_sizes.NUM_SAMPLED
+
+
 def test_only_what_is_to_be_scored_is_looked_at(images: Path) -> None:
     (images / "big.png").write_bytes(encode(900, 40, "PNG"))
     (images / "notes.txt").write_text("no image")
