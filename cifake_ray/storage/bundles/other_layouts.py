@@ -162,7 +162,8 @@ def find_fake_output(path: str, names: Sequence[str], fake_class: str | None) ->
     if sorted(meant, key=str) != [REAL, FAKE]:
         raise UsageError(
             f"{path} has the classes {listed}: which one is FAKE? The names do not say, and a wrong"
-            " guess would turn all verdicts round: give --fake-class 0 or 1"
+            " guess would turn all verdicts round: give --fake-class 0 or 1, or name them REAL and"
+            " FAKE in its config.json"
         )
     return meant.index(FAKE)
 
