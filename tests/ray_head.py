@@ -170,7 +170,7 @@ def list_states(cluster: JobsCluster, kind: str) -> list[dict[str, Any]]:
 
 def read_states(cluster: JobsCluster, kind: str) -> list[dict[str, Any]]:
     """What Ray tells of all its actors or placement groups, those that are gone included."""
-    url = f"{cluster.address}/api/v0/{kind}?detail=true"
+    url = f"{cluster.address}/api/v0/{kind}?detail=true&limit=10000"
     answer = requests.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=30)
     states: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
     return states

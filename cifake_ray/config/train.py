@@ -58,8 +58,8 @@ class TrainConfig(ValidationConfig):
         str | None,
         Doc(
             "Output of convert with FAKE twins of REAL images: same source and file name, suffix"
-            " aside. The two are in one batch and augmented alike; not streamed: each pair would"
-            " take fetching two row groups, so all must fit --cache-gb"
+            " aside, and split, if both have one. The two are in one batch and augmented alike; not"
+            " streamed: each pair would take fetching two row groups, so all must fit --cache-gb"
         ),
     ] = None
     twin_share: Annotated[

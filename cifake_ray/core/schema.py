@@ -8,6 +8,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 FOOTER_KEY = b"cifake_ray"  # in the footer of every result file, and of no other
+SEAL_KEY = b"cifake_ray_seal"  # written last: only then it is known what is before the footer
 
 REAL, FAKE = 0, 1  # FAKE is the positive class everywhere
 LABEL_NAMES = ("REAL", "FAKE")
@@ -130,7 +131,8 @@ MANIFEST_FIELDS = [
     pa.field("row", pa.int64()),
     pa.field("size_bytes", pa.int64()),
     pa.field("mtime_ns", pa.int64()),
-    # Of an object, as the store lists it, quotes included; of a row of Parquet, its file's stamp.
+    # Of an object, as the store lists it, quotes included; of a row of Parquet, a stamp
+    # of its file.
     pa.field("etag", pa.string()),
     *LABEL_FIELDS,
     pa.field("error", pa.string()),  # known bad from the listing alone: bad_key

@@ -169,7 +169,7 @@ def _describe_python(
     if preprocessing.get("fit") == "crops":
         return CROPS_USAGE.format(
             num_crops=preprocessing["num_crops"],
-            register=f"after `{register}` " if register else "",
+            opens=f"After `import cifake_ray.timm` and `{register}`, timm" if register else "timm",
         )
     return TIMM_USAGE.format(
         divisor=repr(calibration.temperature),
@@ -235,7 +235,7 @@ p_fake = float(torch.sigmoid((z_fake - z_real) / {divisor}))
 CROPS_USAGE = """\
 It looks at
 images of any size in crops of their own resolution, {num_crops} at most, and `logit` is the mean of
-theirs. timm {register}opens the network, which takes one crop; Python that scores an image:
+theirs. {opens} opens the network, which takes one crop; Python that scores an image:
 
 ```python
 from cifake_ray import load_detector

@@ -9,16 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cifake_ray.config import ConvertConfig, RepairConfig
+from cifake_ray.errors import StorageError
 from cifake_ray.pipeline import run_verb
 from cifake_ray.stages.batch import driver, task_pool
 from cifake_ray.stages.verify import verify_output
 from cifake_ray.storage.io import digest
 from cifake_ray.storage.runs.file_progress import FileProgress
 from cifake_ray.storage.runs.verify import DamagedFile, plan_seal_check, verify_files
+from cifake_ray.storage.sources.parquet import ParquetSource
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -50,6 +53,17 @@ def test_repair_makes_the_damaged_shard_again_and_only_that(damaged: Path) -> No
     assert pq.read_table(damaged / "shards").num_rows == 40
     hidden = [path.name for path in damaged.rglob(".*") if path.is_file()]
     assert hidden == [".huggingface.yaml"]
+
+
+def test_who_has_listed_shards_reads_one_that_was_repaired(damaged: Path) -> None:
+    source = ParquetSource(damaged)
+    rows = pa.Table.from_batches(list(source.list_images().batches))
+    with pytest.raises(StorageError, match="`cifake-ray repair` redoes a damaged shard"):
+        list(source.read_images(rows))
+    run_verb(RepairConfig(out=str(damaged)), time.monotonic())
+    images = list(ParquetSource(damaged).read_images(rows))
+    assert all(isinstance(image, bytes) for image in images)
+    assert len(images) == 40
 
 
 def test_repair_of_an_undamaged_output_says_so_and_starts_nothing(

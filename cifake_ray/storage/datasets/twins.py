@@ -78,9 +78,10 @@ def find_twins(
                 facts = _read_facts(table, number, config.twins)
                 errors = table.read_facts([number]).errors
                 for inside, (found, error) in enumerate(zip(facts, errors, strict=True)):
+                    named = images.get(found.name, ())
                     owners = [
                         (image, place)
-                        for image, place in images.get(found.name, ())
+                        for image, place in named
                         if None in (image.split, found.split) or image.split == found.split
                     ]
                     if found.label != FAKE:
@@ -90,6 +91,8 @@ def find_twins(
                         )
                     if error is not None:
                         twins.lost["with an error"] += 1
+                    elif named and not owners:
+                        twins.lost["of another split than their image"] += 1
                     elif not (trained := [place for _, place in owners if place is not None]):
                         twins.lost["of no image that is trained on"] += 1
                     elif len(owners) > 1:

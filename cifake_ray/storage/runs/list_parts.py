@@ -31,8 +31,8 @@ from cifake_ray.storage.runs.listed_rows import NUM_BUCKETS, ListedRows
 from cifake_ray.storage.runs.listed_shards import ListedShards
 from cifake_ray.storage.runs.row_files import RowFile
 from cifake_ray.storage.sources.listing_counts import ListingCounts
-from cifake_ray.storage.sources.open_list import explain_change, stamp_table
 from cifake_ray.storage.sources.source import MAX_NOTES, Listing, Part, Source
+from cifake_ray.storage.sources.table_stamps import explain_change, stamp_again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -240,8 +240,8 @@ def write_record(task: PartTask, listing: Listing, rows: ListedRows) -> PartReco
 def read_record(folder: AnyPath, parts: Sequence[Part], listing: Listing) -> PartRecord | None:
     """Return what was listed of some parts; None if it was not.
 
-    StorageError when damaged; SourceChanged for a table that has changed since. `listing` is one of
-    the same source.
+    StorageError when damaged; SourceChanged for a table that has changed or is gone. `listing` is
+    one of the same source.
     """
     path = _name_record(folder, parts)
     if (data := read_if_exists(path)) is None:
@@ -264,7 +264,7 @@ def read_record(folder: AnyPath, parts: Sequence[Part], listing: Listing) -> Par
         ) from error
     for name, stamp in record.stamps.items():
         assert listing.find_table is not None
-        if stamp_table(path := listing.find_table(name)) != stamp:
+        if stamp_again(path := listing.find_table(name)) != stamp:
             raise explain_change(path)
     return record
 

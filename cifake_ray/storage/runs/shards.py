@@ -27,6 +27,7 @@ from cifake_ray.core.schema import (
     FOOTER_KEY,
     SCHEMA_VERSION,
     SCORE_FIELDS,
+    SEAL_KEY,
     THUMBNAIL_FIELD,
     datasets_metadata,
 )
@@ -39,7 +40,6 @@ from cifake_ray.storage.runs.run import Run, ShardStats
 from cifake_ray.version import __version__
 
 MAX_GROUP_BYTES = 512 * 2**20  # of images in a row group
-SEAL_KEY = b"cifake_ray_seal"  # written last: only then it is known what is before the footer
 END_BYTES = 2**16  # read of a shard at first; a footer of many row groups may be longer
 LENGTH_BYTES = 8  # behind a footer: its length, and "PAR1"
 DICTIONARY_COLUMNS = (

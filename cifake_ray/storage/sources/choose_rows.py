@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cifake_ray.config import BatchConfig
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS, MIN_SHARD_ROWS, Listing
 
 
@@ -24,15 +25,28 @@ def limit_rows(listing: Listing, num_rows: int) -> None:
     """End a listing after `num_rows` images."""
 
     def cut(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        left = num_rows
+        num_read = 0
         for batch in batches:
-            yield batch.slice(0, left)
-            left -= batch.num_rows
-            if left <= 0:
-                listing.conclude(listing)
+            yield batch.slice(0, num_rows - num_read)
+            num_read += batch.num_rows
+            if num_read >= num_rows:
+                _describe_labels(listing, num_read)
                 return
 
     listing.change_batches(cut)
+
+
+def _describe_labels(listing: Listing, num_read: int) -> None:
+    """Say what the labels of the rows that were read are taken for.
+
+    None that is understood is no error, as in a whole listing: those behind may be others.
+    """
+    try:
+        listing.conclude(listing)
+    except UsageError as error:
+        listing.add_note(str(error))
+    if listing.labels and listing.labels.counts:
+        listing.add_note(f"--limit: labels are counted in the {num_read:,} rows that were read")
 
 
 def sample_rows(listing: Listing, num_rows: int, seed: int, shard_rows: int | None) -> None:

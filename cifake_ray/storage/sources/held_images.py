@@ -24,7 +24,7 @@ class HeldImages(NamedTuple):
     """Neighbouring rows of a file in memory."""
 
     location: str
-    stamp: str  # of the file
+    stamp: str | None  # of the rows of the file
     starts: list[int]  # rows of the file at which the pieces start
     stop: int
     pieces: list[pa.RecordBatch]

@@ -315,10 +315,10 @@ class ImageTable:
         names = read_label_names(self.schema, self.label)
         return [labels.read(value, names) for value in values]
 
-    def hold_images(self, row: int, stamp: str) -> HeldImages:
+    def hold_images(self, row: int, stamp: str | None) -> HeldImages:
         """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES.
 
-        `stamp` is that of the file.
+        `stamp` is that of its rows.
         """
         counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
         ends = np.cumsum(counts)

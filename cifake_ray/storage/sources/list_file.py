@@ -40,13 +40,7 @@ from cifake_ray.storage.sources.columns import (
 )
 from cifake_ray.storage.sources.folder import read_local_files
 from cifake_ray.storage.sources.fsspec_prefix import read_fsspec_files
-from cifake_ray.storage.sources.open_list import (
-    Lines,
-    ListPart,
-    OpenedList,
-    explain_change,
-    open_list,
-)
+from cifake_ray.storage.sources.open_list import Lines, ListPart, OpenedList, open_list
 from cifake_ray.storage.sources.parquet import find_tables, locate_table, name_table
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -57,6 +51,7 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     make_label_reader,
 )
+from cifake_ray.storage.sources.table_stamps import explain_change
 from cifake_ray.storage.sources.text_table import TextLayout
 
 MAX_PATH_CHARS = 4096  # PATH_MAX; more is an image as text

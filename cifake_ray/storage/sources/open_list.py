@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifake_ray.errors import SourceChanged, UsageError
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.sources.columns import ColumnChoice, read_label_names, rename_columns
-from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
 from cifake_ray.storage.sources.image_table import open_parquet
 from cifake_ray.storage.sources.source import LISTING_BATCH_ROWS
+from cifake_ray.storage.sources.table_stamps import explain_change, stamp_again
 from cifake_ray.storage.sources.text_table import (
     PART_ROWS,
     Place,
@@ -58,7 +57,7 @@ def open_list(
     UsageError for one without a column of paths; SourceChanged for one that has changed since its
     parts were named.
     """
-    label_names, stamp = None, stamp_table(path)
+    label_names, stamp = None, stamp_again(path)
     if any(part[1:2] not in ((), (stamp,)) for part in wanted):
         raise explain_change(path)
     if path.suffix.lower() == ".parquet":
@@ -125,20 +124,3 @@ def _read_text(
             yield part, lines
         if part == wanted[-1]:
             return
-
-
-def explain_change(path: AnyPath) -> SourceChanged:
-    """Return the error for a file whose parts are not what they were when they were named."""
-    return SourceChanged(
-        f"{path}: it has changed since its listing began; run the same command again to list anew"
-    )
-
-
-def stamp_table(path: AnyPath) -> str:
-    """Return what changes when a file does."""
-    with explain_errors(path):
-        if isinstance(path, Path):
-            status = path.stat()
-            return f"{status.st_size} {status.st_mtime_ns}"
-        info = path.fs.info(path.path)
-    return f"{info['size']} {stamp_entry(info)}"

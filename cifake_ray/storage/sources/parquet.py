@@ -34,7 +34,6 @@ from cifake_ray.storage.sources.image_table import (
     find_image_column,
     open_parquet,
 )
-from cifake_ray.storage.sources.open_list import explain_change, stamp_table
 from cifake_ray.storage.sources.parquet_schema import REPLACED_COLUMNS, choose_schema
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
@@ -46,6 +45,7 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     climbs,
 )
+from cifake_ray.storage.sources.table_stamps import explain_change, stamp_again, stamp_rows
 
 PART_SHARDS = 16  # of a file, which a worker lists at once
 HINT_CONVERT = "`cifake-ray convert` has these options"
@@ -212,7 +212,7 @@ class ParquetSource:
                 continue
             number, name = place
             path = locate_table(self.root, name)
-            stamp = listing.stamps[name] = stamp_table(path)
+            stamp = listing.stamps[name] = stamp_again(path)
             if any(rest and rest[2] != stamp for _, _, *rest in of_file):
                 raise explain_change(path)
             with ImageTable(path, name, self.choice) as table:
@@ -229,7 +229,7 @@ class ParquetSource:
                         listing.left.append((number, name, f"{start:09d}", str(stop), stamp))
                         continue
                     for first_row, groups in shards[start:stop]:
-                        of_group = (table, groups, first_row, stamp)
+                        of_group = (table, groups, first_row)
                         batch, num_rows = self._read_rows(*of_group, schema, labels)
                         listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
                         num_listed += batch.num_rows
@@ -265,7 +265,6 @@ class ParquetSource:
         table: ImageTable,
         groups: list[int],
         start: int,
-        stamp: str,
         schema: pa.Schema,
         labels: LabelReader,
     ) -> tuple[pa.RecordBatch, int]:
@@ -289,7 +288,7 @@ class ParquetSource:
             "key": keys,
             "location": [table.name] * len(keys),
             "row": range(start, stop),
-            "etag": [stamp] * len(keys),
+            "etag": [stamp_rows(table)] * len(keys),
             "label": read_labels,
             "split": facts.splits,
             "source": facts.sources,
@@ -332,12 +331,11 @@ class ParquetSource:
                     if location != opened:
                         stack.close()
                         path = locate_table(self.root, location)
-                        stamp = stamp_table(path)
                         table = stack.enter_context(ImageTable(path, location, self.choice))
-                        opened = location
+                        opened, stamp = location, stamp_rows(table)
                     # Runs of earlier versions have listed no stamp.
                     if listed not in (None, stamp) or row >= table.file.metadata.num_rows:
-                        yield ImageError("changed", "its Parquet file changed after it was listed")
+                        yield ImageError("changed", f"{location} changed after it was listed")
                         continue
                     self._held = table.hold_images(row, stamp)
                 yield self._held.get_image(row)

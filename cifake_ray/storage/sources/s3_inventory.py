@@ -31,7 +31,6 @@ from cifake_ray.storage.io.files import open_file, read_json
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, resolve_path
 from cifake_ray.storage.s3.prefetch import read_objects
 from cifake_ray.storage.sources.list_file import quote_etag
-from cifake_ray.storage.sources.open_list import explain_change
 from cifake_ray.storage.sources.source import (
     KEEP_ALL,
     LISTING_BATCH_ROWS,
@@ -42,6 +41,7 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     make_label_reader,
 )
+from cifake_ray.storage.sources.table_stamps import explain_change
 
 INVENTORY_NAME = "manifest.json"
 FORMATS = ("CSV", "Parquet", "ORC")

@@ -27,7 +27,8 @@ from cifake_ray.storage.sources.tar import TarSource
 
 NUM_SAMPLED = 32
 HEAD_BYTES = 2**16  # holds the header of nearly all images; of the others the whole is read
-MAX_NAMES = 10_000  # no further folder is looked into once so many were seen
+# No further folder is looked into once so many names were seen, or with too few images the most.
+MAX_NAMES, MOST_NAMES = 10_000, 200_000
 MAX_FOLDERS = 256
 
 
@@ -88,7 +89,7 @@ def _walk(root: Path, key_filter: KeyFilter) -> Iterator[str]:
     """Yield the keys of a folder's images; of many in an order of folders that depends on names."""
     pending, num_names, num_folders, num_keys = [(0, "")], 0, 0, 0
     while pending and num_folders < MAX_FOLDERS:
-        if num_names >= MAX_NAMES and num_keys >= NUM_SAMPLED:
+        if num_names >= (MAX_NAMES if num_keys >= NUM_SAMPLED else MOST_NAMES):
             return
         below = heappop(pending)[1]
         num_folders += 1

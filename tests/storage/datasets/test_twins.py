@@ -111,7 +111,10 @@ def test_what_is_no_twin_is_left_out_and_counted(images: Path, tmp_path: Path) -
     ]
     rows = read(images, write(tmp_path / "twins", others))
     num_twins = int((rows.twin_of >= 0).sum())
-    assert rows.notes[-1].endswith(f"; left out {23 - num_twins} of no image that is trained on")
+    assert rows.notes[-1].endswith(
+        f"; left out {22 - num_twins} of no image that is trained on, 1 of another split than their"
+        " image"
+    )
     more = write(tmp_path / "more", [*IMAGES, ("b/REAL/pets/00.png", REAL)])
     assert "2 whose name several images" in read(more, tmp_path / "twins").notes[-1]
     with pytest.raises(UsageError, match="19 of other sides than their image"):
@@ -286,6 +289,10 @@ def test_the_owner_of_a_twin_is_told_by_its_split_or_not_at_all(tmp_path: Path) 
     assert twin_of is not None
     pairs = {keys[n]: keys[twin_of[n]] for n in np.flatnonzero(twin_of >= 0)}
     assert "test/FAKE/pets/00.png" not in pairs
+    assert "of another split" not in rows.notes[-1]
+    elsewhere = [(key.replace("dat/", "test/"), label) for key, label in TWINS]
+    lost = read(images, write(tmp_path / "of test", elsewhere)).notes[-1]
+    assert "14 of another split than their image" in lost
     if "train/REAL/pets/00.jpg" in pairs.values():
         assert pairs["dat/FAKE/pets/00.png"] == "train/REAL/pets/00.jpg"
     twins = write(tmp_path / "without a split", TWINS, split=None)

@@ -338,6 +338,21 @@ def test_a_listing_that_was_stopped_goes_on_unless_the_table_has_changed(
         make_plan(tmp_path / name, open_table(path), 1).open()
 
 
+@pytest.mark.parametrize("num_items", [3, 10**6])
+def test_a_listing_that_was_stopped_begins_anew_when_a_file_is_gone(
+    tmp_path: Path, num_items: int, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(list_parts, "PART_ROWS", 1)
+    path = write_images(tmp_path, make_rows())
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(tmp_path / "out", open_table(path), 1, Stopped(num_items)).open()
+    min(path.rglob("*.parquet")).unlink()
+    with pytest.raises(SourceChanged, match="it has changed since its listing began"):
+        make_plan(tmp_path / "out", open_table(path), 1).open()
+    run = make_plan(tmp_path / "out", open_table(path), 1).open()
+    assert run.identity == make_plan(tmp_path / "whole", open_table(path), None).open().identity
+
+
 def test_a_listing_that_was_stopped_begins_anew_when_a_file_with_another_column_has_come(
     tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

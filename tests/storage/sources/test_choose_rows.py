@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from cifake_ray.config import ConvertConfig
 from cifake_ray.core.labels import make_class_names
 from cifake_ray.core.schema import FAKE, MANIFEST_FIELDS, REAL
+from cifake_ray.errors import UsageError
 from cifake_ray.storage.sources.choose_rows import choose_rows, sample_rows, share_out
+from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.source import Listing, batch_rows, make_label_reader
 
 LABELS = [REAL] * 60 + [FAKE] * 30 + [None] * 10
@@ -53,6 +56,22 @@ def test_labels_of_a_limit_are_checked_and_described() -> None:
     listing.conclude = concluded.append
     choose(listing, limit=9)
     assert concluded == [listing]
+
+
+def test_a_limit_says_of_labels_what_was_read_and_refuses_none(tmp_path: Path) -> None:
+    """Those behind the limit may be understood."""
+    path, lines = tmp_path / "list.csv", [f"{n}.jpg,other" for n in range(20)]
+    path.write_text("\n".join(["path,label", *lines]))
+    config = ConvertConfig(src=str(path), out=str(tmp_path / "out"), limit=5)
+    source = open_source(config, path, tmp_path / "out")
+    listing = source.list_images()
+    with pytest.raises(UsageError, match="label"):
+        list(listing.batches)
+    listing = source.list_images()
+    choose_rows(listing, config)
+    assert sum(batch.num_rows for batch in listing.batches) == 5
+    assert "--limit: labels are counted in the 20 rows that were read" in listing.notes
+    assert any("label" in note and "other" in note for note in listing.notes)
 
 
 def test_a_sample_has_the_shares_of_the_labels_and_counts_the_rest() -> None:

@@ -15,16 +15,18 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from test_sources import error_of, gather, make_png, open_images, put, read_all
 from write_manifest import write_manifest
 
-from cifake_ray.config import ScoreConfig
+from cifake_ray.config import ScoreConfig, StoreConfig
 from cifake_ray.core.imaging.decode import decode_image
 from cifake_ray.core.labels import read_file_path
 from cifake_ray.core.schema import FAKE, FOOTER_KEY, REAL
 from cifake_ray.errors import CifakeError, StorageError, UsageError
+from cifake_ray.storage.s3.location import open_path
 from cifake_ray.storage.sources import image_table
 from cifake_ray.storage.sources.list_file import ListFileSource
 from cifake_ray.storage.sources.open_source import open_source
 from cifake_ray.storage.sources.parquet import ParquetSource, find_splits
 from cifake_ray.storage.sources.source import Listing, Source
+from cifake_ray.storage.sources.table_stamps import stamp_table
 
 NUM_ROWS = 6
 IMAGES = [make_png(number) for number in range(NUM_ROWS)]
@@ -715,3 +717,13 @@ def test_images_in_memory_are_those_of_the_file_as_it_was_listed(tmp_path: Path)
     after = gather(source.list_images())
     assert list(source.read_images(after)) == IMAGES[::-1]
     assert {error_of(image) for image in source.read_images(before)} == {"changed"}
+
+
+def test_an_etag_is_the_same_with_quotes_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = open_path("memory://bucket/a.parquet", StoreConfig())
+    stamps = []
+    for etag in ("0x8D", '"0x8D"', "0x8E"):
+        info = {"size": 5, "etag": etag}
+        monkeypatch.setattr(type(path.fs), "info", lambda *_, info=info, **__: info)
+        stamps.append(stamp_table(path))
+    assert stamps[0] == stamps[1] != stamps[2]
