@@ -7,8 +7,10 @@ what they mean here.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +21,7 @@ import pyarrow.parquet as pq
 from cifake_ray.core.imaging.decode import inspect_image, map_images
 from cifake_ray.core.imaging.raw_pixels import RAW_FIELDS
 from cifake_ray.core.labels import LabelReader, PathLabels, read_file_path
-from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY
+from cifake_ray.core.schema import ERROR_FIELDS, FOOTER_KEY, SEAL_KEY
 from cifake_ray.errors import ImageError, StorageError, UsageError
 from cifake_ray.storage.io.files import open_file, open_ranges
 from cifake_ray.storage.io.paths import AnyPath, explain_errors, is_from_s3fs
@@ -39,6 +41,7 @@ from cifake_ray.storage.sources.columns import (
     rename_columns,
 )
 from cifake_ray.storage.sources.held_images import HeldImages, get_bytes
+from cifake_ray.storage.sources.table_stamps import stamp_table
 
 LFS_POINTER = b"version https://git-lfs"
 PIECE_ROWS = 16  # images of at most MAX_IMAGE_BYTES
@@ -260,6 +263,18 @@ class ImageTable:
             " --image-column"
         )
 
+    @cached_property
+    def stamp(self) -> str | None:
+        """What rows are compared by: the stamp of the file; None for our shards of before.
+
+        Of our shards it is the hash that their footer holds, so that one which `repair` has made
+        again is the same.
+        """
+        if not self.is_ours:
+            return stamp_table(self.path)
+        seal = (self.file.metadata.metadata or {}).get(SEAL_KEY)
+        return None if seal is None else hashlib.sha256(seal).hexdigest()[:32]
+
     def read(self, groups: list[int], columns: Sequence[str]) -> pa.Table:
         """Read some columns of some row groups."""
         return read_columns(self.file, self.path, groups, columns)
@@ -315,11 +330,8 @@ class ImageTable:
         names = read_label_names(self.schema, self.label)
         return [labels.read(value, names) for value in values]
 
-    def hold_images(self, row: int, stamp: str | None) -> HeldImages:
-        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES.
-
-        `stamp` is that of its rows.
-        """
+    def hold_images(self, row: int) -> HeldImages:
+        """Read a row of the file and those behind it in its row group, up to MAX_HELD_BYTES."""
         counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
         ends = np.cumsum(counts)
         number = int(np.searchsorted(ends, row, side="right"))
@@ -337,4 +349,4 @@ class ImageTable:
             size_bytes += piece.nbytes
             if size_bytes > MAX_HELD_BYTES:
                 break
-        return HeldImages(self.name, stamp, starts, stop, pieces, self.image)
+        return HeldImages(self.name, self.stamp, starts, stop, pieces, self.image)

@@ -45,7 +45,7 @@ from cifake_ray.storage.sources.source import (
     check_locations,
     climbs,
 )
-from cifake_ray.storage.sources.table_stamps import explain_change, stamp_again, stamp_rows
+from cifake_ray.storage.sources.table_stamps import explain_change, stamp_again
 
 PART_SHARDS = 16  # of a file, which a worker lists at once
 HINT_CONVERT = "`cifake-ray convert` has these options"
@@ -229,8 +229,7 @@ class ParquetSource:
                         listing.left.append((number, name, f"{start:09d}", str(stop), stamp))
                         continue
                     for first_row, groups in shards[start:stop]:
-                        of_group = (table, groups, first_row)
-                        batch, num_rows = self._read_rows(*of_group, schema, labels)
+                        batch, num_rows = self._read_rows(table, groups, first_row, schema, labels)
                         listing.left_out += Counter({"excluded": num_rows - batch.num_rows})
                         num_listed += batch.num_rows
                         if batch.num_rows:
@@ -288,7 +287,7 @@ class ParquetSource:
             "key": keys,
             "location": [table.name] * len(keys),
             "row": range(start, stop),
-            "etag": [stamp_rows(table)] * len(keys),
+            "etag": [table.stamp] * len(keys),
             "label": read_labels,
             "split": facts.splits,
             "source": facts.sources,
@@ -332,12 +331,12 @@ class ParquetSource:
                         stack.close()
                         path = locate_table(self.root, location)
                         table = stack.enter_context(ImageTable(path, location, self.choice))
-                        opened, stamp = location, stamp_rows(table)
+                        opened = location
                     # Runs of earlier versions have listed no stamp.
-                    if listed not in (None, stamp) or row >= table.file.metadata.num_rows:
+                    if listed not in (None, table.stamp) or row >= table.file.metadata.num_rows:
                         yield ImageError("changed", f"{location} changed after it was listed")
                         continue
-                    self._held = table.hold_images(row, stamp)
+                    self._held = table.hold_images(row)
                 yield self._held.get_image(row)
 
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cifake_ray.core.schema import SEAL_KEY
 from cifake_ray.errors import SourceChanged, StorageError
 from cifake_ray.storage.io.paths import AnyPath, explain_errors
 from cifake_ray.storage.sources.fsspec_prefix import stamp_entry
-
-if TYPE_CHECKING:
-    from cifake_ray.storage.sources.image_table import ImageTable
 
 
 def stamp_table(path: AnyPath) -> str:
@@ -35,18 +29,6 @@ def stamp_again(path: AnyPath) -> str:
         if isinstance(error.__cause__, FileNotFoundError):
             raise explain_change(path) from error
         raise
-
-
-def stamp_rows(table: ImageTable) -> str | None:
-    """Return what the rows of a file with images are compared by; None for our shards of before.
-
-    Of our shards it is the hash that their footer holds, so that one which `repair` has made again
-    is the same.
-    """
-    if not table.is_ours:
-        return stamp_table(table.path)
-    seal = (table.file.metadata.metadata or {}).get(SEAL_KEY)
-    return None if seal is None else hashlib.sha256(seal).hexdigest()[:32]
 
 
 def explain_change(path: AnyPath) -> SourceChanged:

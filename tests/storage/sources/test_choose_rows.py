@@ -51,13 +51,6 @@ def test_a_limit_takes_the_first_and_lists_no_further() -> None:
     assert len(choose(list_labels(LABELS), limit=1000)) == 100
 
 
-def test_labels_of_a_limit_are_checked_and_described() -> None:
-    listing, concluded = list_labels(LABELS), list[Listing]()
-    listing.conclude = concluded.append
-    choose(listing, limit=9)
-    assert concluded == [listing]
-
-
 def test_a_limit_says_of_labels_what_was_read_and_refuses_none(tmp_path: Path) -> None:
     """Those behind the limit may be understood."""
     path, lines = tmp_path / "list.csv", [f"{n}.jpg,other" for n in range(20)]
